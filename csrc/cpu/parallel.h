@@ -1,0 +1,49 @@
+// Threads for the CPU kernels: one static split of a range, OpenMP underneath.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace vareid {
+
+// True in a process made by fork(): OpenMP's pool did not survive the fork, and waiting for it would hang.
+bool process_was_forked();
+
+// The number of threads to use for `items` independent items when the caller allows `threads`.
+inline int usable_threads(int64_t items, int threads) {
+#ifdef _OPENMP
+  if (threads <= 1 || items <= 1 || omp_in_parallel() || process_was_forked()) return 1;
+  return static_cast<int>(std::min<int64_t>(items, threads));
+#else
+  (void)items;
+  (void)threads;
+  return 1;
+#endif
+}
+
+// Calls body(begin, end, thread) on contiguous parts of [0, items). The split depends on nothing but items and threads.
+template <typename Body>
+void parallel_for(int64_t items, int threads, const Body& body) {
+  if (items <= 0) return;
+  const int used = usable_threads(items, threads);
+  if (used == 1) {
+    body(int64_t{0}, items, 0);
+    return;
+  }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(used)
+  {
+    const int64_t thread = omp_get_thread_num();
+    const int64_t team = omp_get_num_threads();
+    const int64_t begin = items / team * thread + std::min<int64_t>(items % team, thread);
+    const int64_t end = begin + items / team + (thread < items % team ? 1 : 0);
+    if (begin < end) body(begin, end, static_cast<int>(thread));
+  }
+#endif
+}
+
+}  // namespace vareid

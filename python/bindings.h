@@ -1,0 +1,10 @@
+// One function for each op, defined in python/<op>.cpp.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace vareid {
+
+void bind_angular_center(pybind11::module_& m);
+
+}  // namespace vareid

@@ -1,0 +1,23 @@
+// The compiled module: version handshake, device probe, and the list of ops.
+#include <pybind11/pybind11.h>
+
+#include "bindings.h"
+#include "device.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_vareid_native, m, py::mod_gil_not_used()) {
+  m.doc() = "Native kernels of vareid_ext";
+  m.attr("version") = VAREID_VERSION;
+  m.attr("interface") = VAREID_NATIVE_INTERFACE;
+#ifdef VAREID_WITH_CUDA
+  m.attr("with_cuda") = true;
+  m.attr("cuda_architectures") = VAREID_CUDA_ARCHITECTURES;
+  m.def("cuda_unusable_reason", &vareid::cuda_unusable_reason,
+        "Why the CUDA kernels cannot run here, or an empty string");
+#else
+  m.attr("with_cuda") = false;
+  m.attr("cuda_architectures") = "";
+#endif
+  vareid::bind_angular_center(m);
+}

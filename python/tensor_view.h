@@ -1,0 +1,141 @@
+// A small non-owning view of an array that arrived as a DLPack capsule, and the checks that name the argument.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include "dtype.h"
+
+namespace vareid {
+
+// DLPack's C structures (protocol version 0.x capsules, "dltensor").
+struct DLTensor {
+  void* data;
+  int32_t device_type;
+  int32_t device_id;
+  int32_t ndim;
+  uint8_t type_code;
+  uint8_t type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+constexpr int32_t kDeviceCpu = 1;
+constexpr int32_t kDeviceCuda = 2;
+constexpr int kMaxDims = 4;
+
+struct TensorView {
+  void* data = nullptr;
+  int32_t device_type = kDeviceCpu;
+  int32_t device_id = 0;
+  int32_t ndim = 0;
+  uint8_t type_code = 0;
+  uint8_t type_bits = 0;
+  bool contiguous = true;
+  int64_t shape[kMaxDims] = {};
+  int64_t strides[kMaxDims] = {};
+
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int d = 0; d < ndim; ++d) n *= shape[d];
+    return n;
+  }
+  bool is_float() const { return (type_code == 2 && (type_bits == 32 || type_bits == 64 || type_bits == 16)) ||
+                                 (type_code == 4 && type_bits == 16); }
+  bool is_int64() const { return type_code == 0 && type_bits == 64; }
+  bool is_int32() const { return type_code == 0 && type_bits == 32; }
+  bool is_bool() const { return (type_code == 6 || type_code == 1) && type_bits == 8; }
+  bool is_byte() const { return type_bits == 8; }
+  DType dtype() const {
+    if (type_code == 4) return DType::kBFloat16;
+    return type_bits == 64 ? DType::kFloat64 : type_bits == 16 ? DType::kFloat16 : DType::kFloat32;
+  }
+  template <typename T>
+  T* as() const { return static_cast<T*>(data); }
+};
+
+inline std::string shape_text(const TensorView& view) {
+  std::string text = "[";
+  for (int d = 0; d < view.ndim; ++d) text += (d ? ", " : "") + std::to_string(view.shape[d]);
+  return text + "]";
+}
+
+[[noreturn]] inline void refuse(const char* name, const std::string& why) {
+  throw std::invalid_argument(std::string(name) + ": " + why);
+}
+
+inline void check_shape(const TensorView& view, const char* name, std::initializer_list<int64_t> expected) {
+  bool same = static_cast<size_t>(view.ndim) == expected.size();
+  int d = 0;
+  for (const int64_t size : expected) same = same && view.shape[d++] == size;
+  if (same) return;
+  std::string text = "[";
+  for (const int64_t size : expected) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  refuse(name, "shape " + shape_text(view) + ", expected " + text + "]");
+}
+
+inline void check_contiguous(const TensorView& view, const char* name) {
+  if (!view.contiguous) refuse(name, "must be contiguous");
+}
+
+inline void check_float(const TensorView& view, const char* name) {
+  if (!view.is_float()) refuse(name, "must be float32, float64, float16 or bfloat16");
+}
+
+inline void check_float32(const TensorView& view, const char* name) {
+  if (!(view.type_code == 2 && view.type_bits == 32)) refuse(name, "must be float32");
+}
+
+inline void check_int64(const TensorView& view, const char* name) {
+  if (!view.is_int64()) refuse(name, "must be int64");
+}
+
+inline void check_same_dtype(const TensorView& view, const char* name, const TensorView& other, const char* other_name) {
+  if (view.type_code != other.type_code || view.type_bits != other.type_bits)
+    refuse(name, std::string("must have the dtype of ") + other_name);
+}
+
+inline void check_device(const TensorView& view, const char* name, int32_t device_type, int32_t device_id) {
+  if (view.device_type != device_type || (device_type != kDeviceCpu && view.device_id != device_id))
+    refuse(name, "is on another device");
+}
+
+}  // namespace vareid
+
+namespace pybind11::detail {
+
+template <>
+struct type_caster<vareid::TensorView> {
+  PYBIND11_TYPE_CASTER(vareid::TensorView, const_name("DLPackCapsule"));
+
+  bool load(handle source, bool) {
+    if (!PyCapsule_IsValid(source.ptr(), "dltensor")) return false;
+    const auto* tensor = static_cast<const vareid::DLTensor*>(PyCapsule_GetPointer(source.ptr(), "dltensor"));
+    if (tensor->ndim > vareid::kMaxDims) return false;
+    value.data = static_cast<char*>(tensor->data) + tensor->byte_offset;
+    value.device_type = tensor->device_type;
+    value.device_id = tensor->device_id;
+    value.ndim = tensor->ndim;
+    value.type_code = tensor->type_code;
+    value.type_bits = tensor->type_bits;
+    int64_t expected = 1;
+    value.contiguous = true;
+    for (int d = tensor->ndim - 1; d >= 0; --d) {
+      value.shape[d] = tensor->shape[d];
+      value.strides[d] = tensor->strides ? tensor->strides[d] : expected;
+      if (value.shape[d] != 1 && value.strides[d] != expected) value.contiguous = false;
+      expected *= value.shape[d];
+    }
+    if (value.numel() == 0) value.contiguous = true;
+    return true;
+  }
+};
+
+}  // namespace pybind11::detail

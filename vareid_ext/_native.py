@@ -1,0 +1,160 @@
+"""The compiled module: the only place that imports it, and the only place that says why it is missing."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.dlpack import to_dlpack
+
+from vareid_ext._version import NATIVE_INTERFACE, __version__
+
+_MODULE_NAME = "_vareid_native"
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The compiled module and "", or None and one sentence that says why not."""
+    try:
+        module = importlib.import_module(_MODULE_NAME)
+    except ModuleNotFoundError as error:
+        if error.name != _MODULE_NAME:
+            raise
+        return None, "the compiled module is not installed (run `pip install .` in the source folder)"
+    except ImportError as error:
+        return None, f"the compiled module does not load: {error}"
+    found = (getattr(module, "version", "?"), getattr(module, "interface", -1))
+    if found != (__version__, NATIVE_INTERFACE):
+        return None, (
+            f"the compiled module is stale: it is version {found[0]} with interface {found[1]}, the Python package is "
+            f"version {__version__} with interface {NATIVE_INTERFACE} (run `pip install .` again)"
+        )
+    return module, ""
+
+
+_module, _missing_reason = _load()
+_forced_reference: contextvars.ContextVar[bool] = contextvars.ContextVar("vareid_reference", default=False)
+_told: set[str] = set()
+
+
+def _tell_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def _environment_choice() -> str:
+    choice = os.environ.get("VAREID_BACKEND", "auto").strip().lower() or "auto"
+    if choice not in ("auto", "reference"):
+        raise ValueError(f"VAREID_BACKEND: {choice!r} was given; allowed are 'auto' and 'reference'")
+    return choice
+
+
+_environment_reference = _environment_choice() == "reference"
+
+
+@contextlib.contextmanager
+def reference_backend() -> Iterator[None]:
+    """Run every op inside the ``with`` block as plain PyTorch, as ``VAREID_BACKEND=reference`` does for a process.
+
+    The backward pass of a result follows the setting in force when ``backward`` runs.
+    """
+    token = _forced_reference.set(True)
+    try:
+        yield
+    finally:
+        _forced_reference.reset(token)
+
+
+def reference_forced() -> bool:
+    """Whether the environment or :func:`reference_backend` asks for plain PyTorch."""
+    return _environment_reference or _forced_reference.get()
+
+
+def module() -> Any:
+    """The compiled module; RuntimeError where it is missing."""
+    if _module is None:
+        raise RuntimeError(_missing_reason)
+    return _module
+
+
+def _cuda_reason() -> str:
+    """ "" if the CUDA kernels can run, else why they cannot."""
+    if _module is None:
+        return _missing_reason
+    if not _module.with_cuda:
+        return "the compiled module was built without CUDA (VAREID_CUDA=OFF, or no usable nvcc at build time)"
+    return str(_module.cuda_unusable_reason())
+
+
+def _reason(device_type: str) -> str:
+    if reference_forced():
+        return "plain PyTorch was asked for (VAREID_BACKEND=reference or reference_backend())"
+    if device_type == "cpu":
+        return _missing_reason
+    if device_type == "cuda":
+        global _cuda_reason_cached
+        if _cuda_reason_cached is None:
+            _cuda_reason_cached = _cuda_reason()
+        return _cuda_reason_cached
+    return f"there are no native kernels for device type {device_type!r}"
+
+
+_cuda_reason_cached: str | None = None
+
+
+def backends() -> dict[str, str]:
+    """Which native backends are loaded, and why the others are not.
+
+    Returns:
+        ``{"cpu": ..., "cuda": ...}``; each value is ``"native"``, or the reason why plain PyTorch runs instead.
+    """
+    return {device_type: _reason(device_type) or "native" for device_type in ("cpu", "cuda")}
+
+
+def available(device_type: str) -> bool:
+    """Whether native kernels run for tensors of this device type now; where they cannot, the reason is told once."""
+    reason = _reason(device_type)
+    if reason and not reference_forced():
+        _tell_once(f"vareid_ext: plain PyTorch runs on {device_type}: {reason}")
+    return not reason
+
+
+def register(op: torch.library.CustomOpDef, device_type: str) -> Callable[[_F], _F]:
+    """Register a function as the native kernel of ``op`` on a device type.
+
+    Where the native backend is missing or plain PyTorch is forced, the op's default implementation (the reference)
+    runs in its place, so a kernel needs no such test of its own. A kernel may return NotImplemented to say that it does
+    not cover this input (a dtype, say); the reference runs then too.
+    """
+    reference = op._init_fn
+
+    def decorate(kernel: _F) -> _F:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if available(device_type):
+                result = kernel(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+            return reference(*args, **kwargs)
+
+        op.register_kernel(device_type)(run)
+        return kernel
+
+    return decorate
+
+
+def view(tensor: torch.Tensor | None) -> Any:
+    """A tensor as the compiled module takes it (a DLPack capsule that shares its memory); None stays None."""
+    return None if tensor is None else to_dlpack(tensor.detach())
+
+
+def stream(tensor: torch.Tensor) -> int:
+    """The handle of the current stream of a CUDA tensor's device."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
