@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -100,6 +101,12 @@ inline void check_int64(const TensorView& view, const char* name) {
 inline void check_same_dtype(const TensorView& view, const char* name, const TensorView& other, const char* other_name) {
   if (view.type_code != other.type_code || view.type_bits != other.type_bits)
     refuse(name, std::string("must have the dtype of ") + other_name);
+}
+
+// Results of a reduction are float64 for float64 inputs, else float32.
+inline void check_accumulator(const TensorView& view, const char* name, const TensorView& input) {
+  const bool wide = input.type_code == 2 && input.type_bits == 64;
+  if (view.type_code != 2 || view.type_bits != (wide ? 64 : 32)) refuse(name, wide ? "must be float64" : "must be float32");
 }
 
 inline void check_device(const TensorView& view, const char* name, int32_t device_type, int32_t device_id) {

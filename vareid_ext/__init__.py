@@ -1,0 +1,12 @@
+"""VA-reID: viewpoint-aware losses, exact re-ranking and evaluation for person re-identification, on PyTorch."""
+
+from vareid_ext._native import backends, reference_backend
+from vareid_ext._version import __version__
+from vareid_ext.ops.angular_center import angular_center_regularizer
+
+__all__ = [
+    "__version__",
+    "angular_center_regularizer",
+    "backends",
+    "reference_backend",
+]
