@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/cross_entropy_rows.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -105,6 +106,8 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
   using Acc = typename Accumulator<T>::type;
   const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
   const int64_t parts = parts_of_row(N, K, views, threads);
+  for (int h = 0; h < 2; ++h)
+    if (heads[h].present) prefer_large_pages(heads[h].grad, N * K * heads[h].views * static_cast<int64_t>(sizeof(T)));
   const double share = reduction == Reduction::kMean ? 1 / static_cast<double>(N) : 1.0;
   parallel_for(N * parts, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t task = begin; task < end; ++task) {
