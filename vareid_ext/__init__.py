@@ -3,10 +3,15 @@
 from vareid_ext._native import backends, reference_backend
 from vareid_ext._version import __version__
 from vareid_ext.ops.angular_center import angular_center_regularizer
+from vareid_ext.retrieval import k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
 
 __all__ = [
     "__version__",
     "angular_center_regularizer",
     "backends",
+    "k_reciprocal_rerank",
+    "nearest_neighbors",
+    "pairwise_distance",
+    "re_ranking",
     "reference_backend",
 ]
