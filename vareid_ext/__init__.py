@@ -4,6 +4,7 @@ from vareid_ext._native import backends, reference_backend
 from vareid_ext._version import __version__
 from vareid_ext.metrics import QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
 from vareid_ext.ops.angular_center import angular_center_regularizer
+from vareid_ext.retrieval import k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
 
 __all__ = [
     "QueryRanking",
@@ -12,6 +13,10 @@ __all__ = [
     "angular_center_regularizer",
     "backends",
     "evaluate_ranking",
+    "k_reciprocal_rerank",
+    "nearest_neighbors",
+    "pairwise_distance",
     "rank_queries",
+    "re_ranking",
     "reference_backend",
 ]
