@@ -13,7 +13,11 @@ import torch
 from vareid_ext import _native, _version, angular_center_regularizer, backends, reference_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-LOSS = "import torch, vareid_ext as v; print(v.backends()['cpu']); print(v.angular_center_regularizer(torch.ones(2, 3), torch.ones(2, 2, 3)).item())"
+LOSS = """
+import torch, vareid_ext
+print(vareid_ext.backends()["cpu"])
+print(vareid_ext.angular_center_regularizer(torch.ones(2, 3), torch.ones(2, 2, 3)).item())
+"""
 
 
 def run(code, tmp_path=None, **environment):
@@ -52,7 +56,7 @@ def test_a_module_that_does_not_load_says_why(tmp_path):
 def test_a_missing_module_leaves_everything_working_with_one_notice(tmp_path):
     text = "raise ModuleNotFoundError('No module named _vareid_native', name='_vareid_native')"
     out, err = run(
-        LOSS + "; v.angular_center_regularizer(torch.ones(2, 3), torch.ones(2, 2, 3))", shadow(tmp_path, text)
+        LOSS + "vareid_ext.angular_center_regularizer(torch.ones(2, 3), torch.ones(2, 2, 3))", shadow(tmp_path, text)
     )
     assert "pip install" in out[0]
     assert float(out[1]) == 0.0
@@ -105,8 +109,8 @@ def test_the_binding_checks_what_it_is_given():
     outputs = [torch.empty(()), torch.empty(2, 2), torch.empty(2), torch.empty(2, 2)]
     with pytest.raises(ValueError, match="viewpoint_centers: must have the dtype of identity_centers"):
         module.angular_center_forward(view(W), view(U.double()), None, *map(view, outputs), 1, 0)
+    outputs[1] = torch.empty(3, 2)
     with pytest.raises(ValueError, match=r"cosine: shape \[3, 2\], expected \[2, 2\]"):
-        outputs[1] = torch.empty(3, 2)
         module.angular_center_forward(view(W), view(U), None, *map(view, outputs), 1, 0)
     with pytest.raises(TypeError):
         module.angular_center_forward(W, U, None, *map(view, outputs), 1, 0)
