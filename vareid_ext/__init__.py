@@ -6,6 +6,10 @@ from vareid_ext.losses import LossParts, ViewpointAwareLoss
 from vareid_ext.metrics import QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
 from vareid_ext.ops.angular_center import angular_center_regularizer
 from vareid_ext.ops.viewpoint_aware_cross_entropy import (
+    identity_cross_entropy,
+    viewpoint_aware_cross_entropy,
+    viewpoint_cross_entropy,
+)
 from vareid_ext.retrieval import k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
 
 __all__ = [
