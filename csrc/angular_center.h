@@ -1,0 +1,34 @@
+// Angular center regularizer: the formula is in vareid_ext/reference/angular_center.py.
+//
+// Arrays are dense and row-major. W is [K, D], U is [K, V, D], mask is [K, V] bytes (0 = the pair does not exist) or
+// null. `dtype` is the type of W, U and their gradients; everything else is float32, or float64 when dtype is float64.
+// Forward writes cosine [K, V] (0 for pairs that do not exist), identity_norm [K], viewpoint_norm [K, V] (0 for pairs
+// that do not exist) and loss [1], the sum of 1 - cosine over the existing pairs. Backward reads them, and the upstream
+// gradient [1], and overwrites the gradients of W and U; a null gradient pointer is not computed.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace vareid {
+
+void angular_center_forward_cpu(const void* W, const void* U, const uint8_t* mask, void* loss, void* cosine,
+                                void* identity_norm, void* viewpoint_norm, DType dtype, int64_t K, int64_t V, int64_t D,
+                                int threads);
+
+void angular_center_backward_cpu(const void* upstream, const void* W, const void* U, const uint8_t* mask,
+                                 const void* cosine, const void* identity_norm, const void* viewpoint_norm,
+                                 void* grad_W, void* grad_U, DType dtype, int64_t K, int64_t V, int64_t D, int threads);
+
+// Throws std::invalid_argument for K > 2^31 - 1 or V > 2048.
+void angular_center_forward_cuda(const void* W, const void* U, const uint8_t* mask, void* loss, void* cosine,
+                                 void* identity_norm, void* viewpoint_norm, DType dtype, int64_t K, int64_t V,
+                                 int64_t D, int device, void* stream);
+
+void angular_center_backward_cuda(const void* upstream, const void* W, const void* U, const uint8_t* mask,
+                                  const void* cosine, const void* identity_norm, const void* viewpoint_norm,
+                                  void* grad_W, void* grad_U, DType dtype, int64_t K, int64_t V, int64_t D, int device,
+                                  void* stream);
+
+}  // namespace vareid

@@ -1,0 +1,102 @@
+#include "angular_center.h"
+
+#include "bindings.h"
+#include "tensor_view.h"
+
+namespace vareid {
+namespace {
+
+using Optional = std::optional<TensorView>;
+
+struct Sizes {
+  int64_t K, V, D;
+};
+
+Sizes check(const TensorView& W, const TensorView& U, const Optional& mask, const TensorView& cosine,
+            const TensorView& identity_norm, const TensorView& viewpoint_norm) {
+  if (W.ndim != 2) refuse("identity_centers", "shape " + shape_text(W) + ", expected [K, D]");
+  if (U.ndim != 3) refuse("viewpoint_centers", "shape " + shape_text(U) + ", expected [K, V, D]");
+  const Sizes sizes{W.shape[0], U.shape[1], W.shape[1]};
+  check_float(W, "identity_centers");
+  check_shape(U, "viewpoint_centers", {sizes.K, sizes.V, sizes.D});
+  check_same_dtype(U, "viewpoint_centers", W, "identity_centers");
+  check_shape(cosine, "cosine", {sizes.K, sizes.V});
+  check_shape(identity_norm, "identity_norm", {sizes.K});
+  check_shape(viewpoint_norm, "viewpoint_norm", {sizes.K, sizes.V});
+  if (mask) {
+    check_shape(*mask, "mask", {sizes.K, sizes.V});
+    if (!mask->is_bool()) refuse("mask", "must be bool");
+    check_contiguous(*mask, "mask");
+  }
+  const TensorView* const views[] = {&W, &U, &cosine, &identity_norm, &viewpoint_norm};
+  const char* const names[] = {"identity_centers", "viewpoint_centers", "cosine", "identity_norm", "viewpoint_norm"};
+  for (int i = 0; i < 5; ++i) {
+    check_contiguous(*views[i], names[i]);
+    check_device(*views[i], names[i], W.device_type, W.device_id);
+    if (i >= 2) check_accumulator(*views[i], names[i], W);
+  }
+  return sizes;
+}
+
+void forward(const TensorView& W, const TensorView& U, const Optional& mask, const TensorView& loss,
+             const TensorView& cosine, const TensorView& identity_norm, const TensorView& viewpoint_norm, int threads,
+             uintptr_t stream) {
+  const Sizes s = check(W, U, mask, cosine, identity_norm, viewpoint_norm);
+  check_accumulator(loss, "loss", W);
+  const uint8_t* const exists = mask ? mask->as<uint8_t>() : nullptr;
+  if (W.device_type == kDeviceCpu) {
+    angular_center_forward_cpu(W.data, U.data, exists, loss.data, cosine.data, identity_norm.data, viewpoint_norm.data,
+                               W.dtype(), s.K, s.V, s.D, threads);
+    return;
+  }
+#ifdef VAREID_WITH_CUDA
+  angular_center_forward_cuda(W.data, U.data, exists, loss.data, cosine.data, identity_norm.data, viewpoint_norm.data,
+                              W.dtype(), s.K, s.V, s.D, W.device_id, reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+  refuse("identity_centers", "is on a GPU, but this build has no CUDA kernels");
+#endif
+}
+
+void backward(const TensorView& upstream, const TensorView& W, const TensorView& U, const Optional& mask,
+              const TensorView& cosine, const TensorView& identity_norm, const TensorView& viewpoint_norm,
+              const Optional& grad_W, const Optional& grad_U, int threads, uintptr_t stream) {
+  const Sizes s = check(W, U, mask, cosine, identity_norm, viewpoint_norm);
+  check_accumulator(upstream, "upstream", W);
+  if (grad_W) {
+    check_shape(*grad_W, "grad_W", {s.K, s.D});
+    check_same_dtype(*grad_W, "grad_W", W, "identity_centers");
+    check_contiguous(*grad_W, "grad_W");
+  }
+  if (grad_U) {
+    check_shape(*grad_U, "grad_U", {s.K, s.V, s.D});
+    check_same_dtype(*grad_U, "grad_U", W, "identity_centers");
+    check_contiguous(*grad_U, "grad_U");
+  }
+  const uint8_t* const exists = mask ? mask->as<uint8_t>() : nullptr;
+  void* const w_out = grad_W ? grad_W->data : nullptr;
+  void* const u_out = grad_U ? grad_U->data : nullptr;
+  if (W.device_type == kDeviceCpu) {
+    angular_center_backward_cpu(upstream.data, W.data, U.data, exists, cosine.data, identity_norm.data,
+                                viewpoint_norm.data, w_out, u_out, W.dtype(), s.K, s.V, s.D, threads);
+    return;
+  }
+#ifdef VAREID_WITH_CUDA
+  angular_center_backward_cuda(upstream.data, W.data, U.data, exists, cosine.data, identity_norm.data,
+                               viewpoint_norm.data, w_out, u_out, W.dtype(), s.K, s.V, s.D, W.device_id,
+                               reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+  refuse("identity_centers", "is on a GPU, but this build has no CUDA kernels");
+#endif
+}
+
+}  // namespace
+
+void bind_angular_center(pybind11::module_& m) {
+  using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("angular_center_forward", &forward, release());
+  m.def("angular_center_backward", &backward, release());
+}
+
+}  // namespace vareid

@@ -1,0 +1,59 @@
+"""Checks of arguments: each error names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype without the module's name: ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """TypeError unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: {type(value).__name__} was given; a torch.Tensor is needed")
+
+
+def check_floating(name: str, value: Tensor) -> None:
+    """TypeError unless ``value`` is a tensor of a supported floating type."""
+    check_tensor(name, value)
+    if value.dtype not in FLOATING:
+        allowed = ", ".join(map(dtype_name, FLOATING))
+        raise TypeError(f"{name}: dtype {dtype_name(value.dtype)} was given; allowed are {allowed}")
+
+
+def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    """TypeError unless ``value`` is a tensor of this dtype."""
+    check_tensor(name, value)
+    if value.dtype != dtype:
+        raise TypeError(f"{name}: dtype {dtype_name(value.dtype)} was given; {dtype_name(dtype)} is needed")
+
+
+def check_shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
+    """ValueError unless ``value`` has this shape; a string stands for any size and names it in the message."""
+    check_tensor(name, value)
+    fits = value.dim() == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise ValueError(f"{name}: shape {list(value.shape)} was given; [{wanted}] is needed")
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """ValueError unless both tensors are on one device."""
+    if value.device != other.device:
+        raise ValueError(f"{name}: is on {value.device}, but {other_name} is on {other.device}; one device is needed")
+
+
+def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    """ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} was given; allowed are {', '.join(map(repr, allowed))}")
