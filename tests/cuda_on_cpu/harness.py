@@ -351,6 +351,11 @@ class Launcher:
         self.close()
 
 
+def dtype_code(tensor: torch.Tensor) -> int:
+    """The number of the tensor's element type in csrc/dtype.h."""
+    return (torch.float32, torch.float64, torch.float16, torch.bfloat16).index(tensor.dtype)
+
+
 def _set_scalar(value: _Value, parameter: str, argument: Any, label: str) -> None:
     if parameter.endswith("*"):
         value.pointer = argument
@@ -362,32 +367,59 @@ def _set_scalar(value: _Value, parameter: str, argument: Any, label: str) -> Non
         value.integer = int(argument)
 
 
-def run_everywhere(run: Callable[[Launcher], list[torch.Tensor]], orders: tuple[str, ...] = ORDERS) -> list[torch.Tensor]:
-    """Runs launches of the package in every build and thread order; KernelDefect if anything is wrong.
-
-    The results must agree bit for bit between thread orders and between builds: the kernels are deterministic.
+class Everywhere:
+    """A launcher that makes every call in every build and several thread orders; the results must agree bit for bit.
 
     Args:
-        run: Calls the launcher it is given and returns the outputs.
-        orders: Thread orders of the checker build.
-
-    Returns:
-        The outputs.
+        plan: (flavour, order) of each run; all of the checker's orders, the sanitizers and the fast build by default.
     """
-    first: list[torch.Tensor] | None = None
-    plan = [("checker", order) for order in orders] + [("asan", "forward"), ("fast", "reverse")]
-    for flavour, order in plan:
-        with Launcher(package(flavour), order) as launcher:
-            outputs = [output.clone() for output in run(launcher)]
-        if first is None:
-            first = outputs
-            continue
-        for i, (a, b) in enumerate(zip(first, outputs, strict=True)):
-            if not torch.equal(_bits(a), _bits(b)):
-                raise KernelDefect(f"output {i} differs between {plan[0]} and {(flavour, order)}")
-    assert first is not None
-    return first
+
+    def __init__(self, plan: tuple[tuple[str, str], ...] | None = None, libraries: Callable[[str], Library] = package) -> None:
+        if plan is None:
+            plan = (*(("checker", order) for order in ORDERS), ("asan", "forward"), ("fast", "reverse"))
+        self.plan = plan
+        self._launchers = [Launcher(libraries(flavour), order) for flavour, order in plan]
+
+    def __call__(self, function: str, *arguments: Any) -> int | None:
+        outputs: list[list[torch.Tensor]] = []
+        results = []
+        for launcher in self._launchers:
+            copies = [_copy_output(a) for a in arguments]
+            results.append(launcher(function, *copies))
+            outputs.append([_tensor(c) for c in copies if _tensor(c) is not None])
+        for when, other in zip(self.plan[1:], outputs[1:], strict=True):
+            for i, (a, b) in enumerate(zip(outputs[0], other, strict=True)):
+                if not torch.equal(_bits(a), _bits(b)):
+                    raise KernelDefect(
+                        f"{function}: tensor argument {i + 1} (of those given) differs between the runs {self.plan[0]} and {when}"
+                    )
+        for argument, result in zip((a for a in arguments if _tensor(a) is not None), outputs[0], strict=True):
+            if not torch.equal(_bits(_tensor(argument)), _bits(result)):
+                _tensor(argument).copy_(result)
+        return results[0]
+
+    def close(self) -> None:
+        for launcher in self._launchers:
+            launcher.close()
+
+    def __enter__(self) -> Everywhere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _tensor(argument: Any) -> Any:
+    if isinstance(argument, InOut | Partial):
+        return argument.tensor
+    return argument if isinstance(argument, torch.Tensor) else None
+
+
+def _copy_output(argument: Any) -> Any:
+    if isinstance(argument, InOut | Partial):
+        return type(argument)(argument.tensor.clone())
+    return argument.clone() if isinstance(argument, torch.Tensor) else argument
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.numel() and tensor.ndim else tensor.reshape(-1).view(torch.uint8)
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -201,8 +201,6 @@ std::string place(uintptr_t pc) {
 }
 
 void checker_begin_launch() {
-  extern const char __ehdr_start __attribute__((visibility("hidden")));
-  extern const char _end __attribute__((visibility("hidden")));
   module_base = reinterpret_cast<uintptr_t>(&__ehdr_start);
   module_end = reinterpret_cast<uintptr_t>(&_end);
   released.clear();

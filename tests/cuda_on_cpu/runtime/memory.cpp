@@ -271,14 +271,12 @@ int64_t cuda_on_cpu_download(void* to, const void* from, size_t bytes) {
 }
 // Says where the shared variables of the loaded object lie: all offsets are relative to its first byte.
 void cuda_on_cpu_shared_region(size_t offset, size_t bytes) {
-  extern const char __ehdr_start __attribute__((visibility("hidden")));
   static_region.base = reinterpret_cast<uintptr_t>(&__ehdr_start) + offset;
   static_region.size = bytes;
   if (kChecker) map_shadow(static_region);
   dirty.assign((bytes + kSlot - 1) / kSlot, 0);
 }
 void cuda_on_cpu_shared_variable(size_t offset, size_t bytes, const char* name, int foreign) {
-  extern const char __ehdr_start __attribute__((visibility("hidden")));
   const uintptr_t address = reinterpret_cast<uintptr_t>(&__ehdr_start) + offset;
   set_state(static_region, address, bytes, foreign ? kForeign : kAllocated);
   if (!foreign) shared_variables.push_back({address, bytes, name});

@@ -13,6 +13,12 @@
 
 #include "cuda_on_cpu/machine.h"
 
+// The first and the last byte of this shared object (the linker defines them).
+extern "C" {
+extern const char __ehdr_start __attribute__((visibility("hidden")));
+extern const char _end __attribute__((visibility("hidden")));
+}
+
 namespace cuda_on_cpu {
 
 #ifdef CUDA_ON_CPU_CHECKER
