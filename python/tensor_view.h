@@ -48,8 +48,10 @@ struct TensorView {
     for (int d = 0; d < ndim; ++d) n *= shape[d];
     return n;
   }
-  bool is_float() const { return (type_code == 2 && (type_bits == 32 || type_bits == 64 || type_bits == 16)) ||
-                                 (type_code == 4 && type_bits == 16); }
+  bool is_float() const {
+    return (type_code == 2 && (type_bits == 32 || type_bits == 64 || type_bits == 16)) ||
+           (type_code == 4 && type_bits == 16);
+  }
   bool is_int64() const { return type_code == 0 && type_bits == 64; }
   bool is_int32() const { return type_code == 0 && type_bits == 32; }
   bool is_bool() const { return (type_code == 6 || type_code == 1) && type_bits == 8; }
@@ -59,7 +61,9 @@ struct TensorView {
     return type_bits == 64 ? DType::kFloat64 : type_bits == 16 ? DType::kFloat16 : DType::kFloat32;
   }
   template <typename T>
-  T* as() const { return static_cast<T*>(data); }
+  T* as() const {
+    return static_cast<T*>(data);
+  }
 };
 
 inline std::string shape_text(const TensorView& view) {
@@ -98,7 +102,8 @@ inline void check_int64(const TensorView& view, const char* name) {
   if (!view.is_int64()) refuse(name, "must be int64");
 }
 
-inline void check_same_dtype(const TensorView& view, const char* name, const TensorView& other, const char* other_name) {
+inline void check_same_dtype(const TensorView& view, const char* name, const TensorView& other,
+                             const char* other_name) {
   if (view.type_code != other.type_code || view.type_bits != other.type_bits)
     refuse(name, std::string("must have the dtype of ") + other_name);
 }
@@ -106,7 +111,8 @@ inline void check_same_dtype(const TensorView& view, const char* name, const Ten
 // Results of a reduction are float64 for float64 inputs, else float32.
 inline void check_accumulator(const TensorView& view, const char* name, const TensorView& input) {
   const bool wide = input.type_code == 2 && input.type_bits == 64;
-  if (view.type_code != 2 || view.type_bits != (wide ? 64 : 32)) refuse(name, wide ? "must be float64" : "must be float32");
+  if (view.type_code != 2 || view.type_bits != (wide ? 64 : 32))
+    refuse(name, wide ? "must be float64" : "must be float32");
 }
 
 inline void check_device(const TensorView& view, const char* name, int32_t device_type, int32_t device_id) {

@@ -2,11 +2,16 @@
 
 from vareid_ext._native import backends, reference_backend
 from vareid_ext._version import __version__
+from vareid_ext.metrics import QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
 from vareid_ext.ops.angular_center import angular_center_regularizer
 
 __all__ = [
+    "QueryRanking",
+    "RankingMetrics",
     "__version__",
     "angular_center_regularizer",
     "backends",
+    "evaluate_ranking",
+    "rank_queries",
     "reference_backend",
 ]

@@ -145,8 +145,9 @@ void angular_center_forward_cpu(const void* W, const void* U, const uint8_t* mas
 }
 
 void angular_center_backward_cpu(const void* upstream, const void* W, const void* U, const uint8_t* mask,
-                                 const void* cosine, const void* identity_norm, const void* viewpoint_norm, void* grad_W,
-                                 void* grad_U, DType dtype, int64_t K, int64_t V, int64_t D, int threads) {
+                                 const void* cosine, const void* identity_norm, const void* viewpoint_norm,
+                                 void* grad_W, void* grad_U, DType dtype, int64_t K, int64_t V, int64_t D,
+                                 int threads) {
   dispatch_float(dtype, [&](auto type) {
     backward<typename decltype(type)::type>(upstream, W, U, mask, cosine, identity_norm, viewpoint_norm, grad_W, grad_U,
                                             K, V, D, threads);

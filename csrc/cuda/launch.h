@@ -13,7 +13,7 @@
 
 // Dynamic shared memory: DYN_SHARED(float, name) declares `float* name`, 16-byte aligned.
 #ifndef VAREID_CUDA_ON_CPU
-#define DYN_SHARED(T, name)                                       \
+#define DYN_SHARED(T, name)                                               \
   extern __shared__ __align__(16) unsigned char vareid_dynamic_shared_[]; \
   T* const name = reinterpret_cast<T*>(vareid_dynamic_shared_)
 #endif

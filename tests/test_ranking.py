@@ -1,0 +1,306 @@
+"""The ranking op and the metrics on top of it, against a loop that follows the definition word by word."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vareid_ext
+from vareid_ext import evaluate_ranking, rank_queries
+from vareid_ext.ops.ranking import ranking_forward
+
+
+def by_definition(distances, query_identity, gallery_identity, query_camera=None, gallery_camera=None, junk=-1):
+    """Per query (AP, INP, first rank, matches), by sorting and walking the list, in exact fractions."""
+    rows = []
+    for q, row in enumerate(np.asarray(distances)):
+        hits, rank, precision, first = 0, 0, Fraction(0), 0
+        inp = Fraction(0)
+        for g in sorted(range(len(row)), key=lambda g: (row[g], g)):
+            same = query_identity[q] == gallery_identity[g]
+            if gallery_identity[g] == junk:
+                continue
+            if query_camera is not None and same and query_camera[q] == gallery_camera[g] != -1:
+                continue
+            rank += 1
+            if same:
+                hits += 1
+                first = first or rank
+                precision += Fraction(hits, rank)
+                inp = Fraction(hits, rank)
+        rows.append((float(precision / max(hits, 1)), float(inp), first, hits))
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+def problem(seed, Q, G, identities, cameras=3, levels=None, dtype=torch.float32):
+    """Distances (drawn from `levels` values, so that ties abound, or from all) with identities and cameras."""
+    rng = np.random.default_rng(seed)
+    values = rng.random((Q, G)) if levels is None else rng.integers(0, levels, (Q, G)) / levels
+    return (
+        torch.from_numpy(values).to(dtype),
+        rng.integers(-1, identities, Q),
+        rng.integers(-1, identities, G),
+        rng.integers(0, cameras, Q),
+        rng.integers(0, cameras, G),
+    )
+
+
+def assert_same(got, distances, *labels, junk=-1):
+    expected = by_definition(distances.double().cpu().numpy(), *labels, junk=junk)
+    np.testing.assert_allclose(got.average_precision, expected[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(got.inverse_negative_penalty, expected[1], rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(got.first_match_rank, expected[2])
+    np.testing.assert_array_equal(got.num_matches, expected[3])
+
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("levels", [None, 1, 7], ids=["distinct", "all tied", "many ties"])
+@pytest.mark.parametrize(("Q", "G", "identities"), [(7, 1, 1), (1, 13, 2), (9, 129, 4), (5, 1031, 60), (4, 2100, 2)])
+def test_every_query_follows_the_definition(Q, G, identities, levels, dtype):
+    distances, *labels = problem(Q * 1000 + G, Q, G, identities, levels=levels, dtype=dtype)
+    assert_same(rank_queries(distances, *labels), distances, *labels)
+    assert_same(rank_queries(distances, *labels[:2]), distances, *labels[:2])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 90), st.integers(1, 5), st.integers(1, 30))
+def test_random_small_problems_with_ties(seed, Q, G, identities, levels):
+    distances, *labels = problem(seed, Q, G, identities, levels=levels)
+    assert_same(rank_queries(distances, *labels), distances, *labels)
+
+
+def test_signed_zeros_and_negative_distances_tie_as_numbers_do():
+    distances = torch.tensor([[0.0, -0.0, -1.5, 0.0, -0.0, 1e-45, -1e-45, 3.0]])
+    for identity in np.eye(8, dtype=np.int64):
+        labels = ([1], identity)
+        assert_same(rank_queries(distances, *labels), distances, *labels)
+        both = (1 - identity) * (np.arange(8) % 2)
+        assert_same(rank_queries(distances, [1], both), distances, [1], both)
+
+
+def test_a_worked_example():
+    # Ranks of the matches: 1, 3 and 6, after the image by the query's own camera (at index 0) has been left out.
+    distances = np.array([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])
+    gallery = [5, 5, 9, 5, 9, 9, 5, 9]
+    got = evaluate_ranking(distances, [5], gallery, [2], [2, 0, 2, 1, 2, 2, 0, 1], max_rank=10)
+    assert got.mAP == pytest.approx((1 / 1 + 2 / 3 + 3 / 6) / 3, abs=1e-15)
+    assert got.mINP == pytest.approx(3 / 6, abs=1e-15)
+    np.testing.assert_array_equal(got.cmc, np.ones(10))
+    assert (got.num_queries, got.num_valid_queries) == (1, 1)
+
+
+def test_cmc_is_padded_and_counts_queries_with_a_match_only():
+    distances = torch.tensor([[0.3, 0.1, 0.2], [0.1, 0.2, 0.3], [0.1, 0.2, 0.3]])
+    got = evaluate_ranking(distances, [1, 1, 7], [1, 2, 3], max_rank=5)
+    torch.testing.assert_close(got.cmc, torch.tensor([0.5, 0.5, 1.0, 1.0, 1.0], dtype=torch.float64))
+    assert (got.num_queries, got.num_valid_queries) == (3, 2)
+    assert got.rank1 == 0.5
+    assert got.rank5 == 1.0
+    with pytest.raises(IndexError, match="max_rank"):
+        _ = got.rank10
+    assert got.as_dict() == {"mAP": got.mAP, "mINP": got.mINP, "rank1": 0.5, "rank5": 1.0}
+    assert evaluate_ranking(distances, [1, 1, 7], [1, 2, 3], max_rank=2).cmc.tolist() == [0.5, 0.5]
+
+
+def test_junk_is_left_out_and_can_be_kept():
+    distances = torch.tensor([[0.1, 0.2, 0.3]])
+    assert evaluate_ranking(distances, [4], [-1, 9, 4]).mAP == 0.5
+    assert evaluate_ranking(distances, [4], [-1, 9, 4], junk_identity=9).mAP == 0.5
+    assert evaluate_ranking(distances, [4], [-1, 9, 4], junk_identity=None).mAP == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="none of the 1 queries"):
+        evaluate_ranking(distances, [-1], [-1, 9, 4])
+
+
+def test_an_unknown_camera_equals_no_camera():
+    distances = torch.tensor([[0.1, 0.2]])
+    assert evaluate_ranking(distances, [1], [1, 2], [-1], [-1, 0]).mAP == 1.0
+    with pytest.raises(ValueError, match="none of the 1 queries"):
+        evaluate_ranking(distances, [1], [1, 2], [0], [0, 0])
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda d: d.t().contiguous().t(), lambda d: d[:, ::2], lambda d: d[::2], lambda d: d[:, 3:]]
+)
+def test_strided_distances(cut):
+    distances = cut(problem(3, 40, 60, 5, levels=9)[0])
+    _, *labels = problem(4, *distances.shape, 5)
+    assert_same(rank_queries(distances, *labels), distances, *labels)
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads():
+    distances, *labels = problem(5, 33, 700, 9, levels=50)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(rank_queries(distances, *labels))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for name, value in vars(results[0]).items():
+            assert torch.equal(value, getattr(other, name))
+
+
+def test_blocks_and_functions_give_what_the_matrix_gives():
+    distances, *labels = problem(6, 50, 80, 6, levels=20)
+    whole = rank_queries(distances, *labels)
+    asked = []
+
+    def rows(begin, end):
+        asked.append((begin, end))
+        return distances[begin:end]
+
+    done = []
+    for streamed in (
+        rank_queries(rows, *labels, block_rows=16, progress=done.append),
+        rank_queries(rows, *labels),
+        rank_queries((distances[i : i + 7] for i in range(0, 50, 7)), *labels),
+        rank_queries([distances[:1], distances[1:]], *labels),
+    ):
+        for name, value in vars(whole).items():
+            assert torch.equal(value, getattr(streamed, name))
+    assert asked == [(0, 16), (16, 32), (32, 48), (48, 50), (0, 50)]
+    assert sum(done) == 50
+
+
+def test_per_query_results_and_subsets():
+    distances, *labels = problem(7, 30, 200, 5, levels=40)
+    each = rank_queries(distances.numpy(), *labels)
+    assert all(isinstance(value, np.ndarray) for value in vars(each).values())
+    odd = np.arange(30) % 2 == 1
+    part = each.metrics(10, subset=odd)
+    alone = evaluate_ranking(
+        distances[1::2], *(label[1::2] if len(label) == 30 else label for label in labels), max_rank=10
+    )
+    assert part.mAP == alone.mAP
+    np.testing.assert_array_equal(part.cmc, alone.cmc)
+    assert each.metrics(10, subset=np.flatnonzero(odd)).mINP == alone.mINP
+    with pytest.raises(ValueError, match="subset"):
+        each.metrics(subset=odd[:-1])
+
+
+class Foreign:
+    """An array of another library: it speaks DLPack and nothing else."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack__(self, **kwargs):
+        return self.tensor.__dlpack__(**kwargs)
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+    def __array_namespace__(self, api_version=None):
+        return Foreign
+
+    @staticmethod
+    def from_dlpack(array):
+        return Foreign(torch.from_dlpack(array))
+
+
+def test_each_kind_of_array_comes_back_as_it_came():
+    distances, *labels = problem(8, 12, 40, 3)
+    expected = evaluate_ranking(distances, *labels)
+    assert isinstance(expected.cmc, torch.Tensor)
+    from_numpy = evaluate_ranking(distances.numpy(), *labels)
+    assert isinstance(from_numpy.cmc, np.ndarray)
+    from_foreign = evaluate_ranking(Foreign(distances), *(Foreign(torch.from_numpy(label)) for label in labels))
+    assert isinstance(from_foreign.cmc, Foreign)
+    np.testing.assert_array_equal(from_numpy.cmc, expected.cmc)
+    np.testing.assert_array_equal(from_foreign.cmc.tensor, expected.cmc)
+    small = [label.astype(np.int16) for label in labels]
+    read_only = distances.numpy().copy()
+    read_only.flags.writeable = False
+    assert evaluate_ranking(read_only, *small).mAP == expected.mAP
+    assert evaluate_ranking(distances, *(label.tolist() for label in labels)).mAP == expected.mAP
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("column", [0, 77, 1029])
+def test_nan_and_inf_are_refused_by_row(bad, column, dtype):
+    distances, *labels = problem(9, 6, 1030, 4, dtype=dtype)
+    distances[4, column] = bad
+    with pytest.raises(ValueError, match=rf"distances: row 4 .*column {column}"):
+        evaluate_ranking(distances, *labels)
+    with pytest.raises(ValueError, match="distances: row 4 "):
+        evaluate_ranking(lambda begin, end: distances[begin:end], *labels, block_rows=3)
+
+
+def test_the_largest_finite_distances_are_allowed():
+    for dtype in DTYPES:
+        distances = torch.full((1, 70), torch.finfo(dtype).max, dtype=dtype)
+        distances[0, 40] = torch.finfo(dtype).min
+        identity = np.arange(70)
+        assert evaluate_ranking(distances, [40], identity).mAP == 1.0
+        assert evaluate_ranking(distances, [69], identity).mAP == pytest.approx(1 / 70)
+
+
+D34 = torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "error", "message"),
+    [
+        ((D34, [1, 1], [1] * 4), {}, ValueError, "query_identity: length 2"),
+        ((D34, [1] * 3, [1] * 5), {}, ValueError, "gallery_identity: length 5"),
+        ((D34, [1] * 3, [1] * 4, [0] * 3), {}, ValueError, "gallery_camera: is missing"),
+        ((D34, [1] * 3, [1] * 4, None, [0] * 4), {}, ValueError, "query_camera: is missing"),
+        ((D34, [1] * 3, [1] * 4, [0] * 2, [0] * 4), {}, ValueError, "query_camera: length 2"),
+        ((D34, [1] * 3, [1] * 4, [0] * 3, [0] * 5), {}, ValueError, "gallery_camera: length 5"),
+        ((D34[:0], [], [1] * 4), {}, ValueError, "query set is empty"),
+        ((D34[:, :0], [1] * 3, []), {}, ValueError, "gallery is empty"),
+        ((D34[0], [1] * 3, [1] * 4), {}, ValueError, "distances: shape"),
+        ((D34.long(), [1] * 3, [1] * 4), {}, TypeError, "distances: dtype"),
+        ((3.0, [1] * 3, [1] * 4), {}, TypeError, "distances: float"),
+        ((D34, [1.0] * 3, [1] * 4), {}, TypeError, "query_identity: dtype"),
+        ((D34, [1] * 3, torch.ones(4)), {}, TypeError, "gallery_identity: dtype"),
+        ((D34, [1] * 3, [[1] * 4]), {}, ValueError, "gallery_identity: shape"),
+        ((D34, ["a", "b", "c"], [1] * 4), {}, TypeError, "query_identity"),
+        ((D34, [1] * 3, [2] * 4), {}, ValueError, "none of the 3 queries"),
+        ((D34, [1] * 3, [1] * 4), {"max_rank": 0}, ValueError, "max_rank"),
+        ((D34, [1] * 3, [1] * 4), {"max_rank": 2.5}, ValueError, "max_rank"),
+        ((D34, [1] * 3, [1] * 4), {"block_rows": 0}, ValueError, "block_rows"),
+        ((lambda b, e: D34[: e - b - 1], [1] * 3, [1] * 4), {}, ValueError, "the function gave 2 rows"),
+        (([D34, D34], [1] * 3, [1] * 4), {}, ValueError, "distances has 6 rows"),
+        (([D34], [1] * 4, [1] * 4), {}, ValueError, "distances has 3 rows"),
+        (([], [1] * 4, [1] * 4), {}, ValueError, "distances has 0 rows"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, keywords, error, message):
+    with pytest.raises(error, match=message):
+        evaluate_ranking(*arguments, **keywords)
+
+
+def test_opcheck_and_compile():
+    distances, *labels = problem(10, 5, 40, 3)
+    tensors = [torch.from_numpy(label) for label in labels]
+    torch.library.opcheck(ranking_forward, (distances, *tensors, -1))
+    torch.library.opcheck(ranking_forward, (distances, *tensors[:2], None, None, None))
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def mean_ap(d):
+        return ranking_forward(d, *tensors, -1)[0].mean()
+
+    assert mean_ap(distances) == ranking_forward(distances, *tensors, -1)[0].mean()
+
+
+def test_native_and_reference_agree():
+    distances, *labels = problem(11, 60, 500, 12, levels=200)
+    native = rank_queries(distances, *labels)
+    with vareid_ext.reference_backend():
+        plain = rank_queries(distances, *labels)
+    torch.testing.assert_close(native.average_precision, plain.average_precision, rtol=0, atol=1e-14)
+    torch.testing.assert_close(native.inverse_negative_penalty, plain.inverse_negative_penalty, rtol=0, atol=1e-15)
+    assert torch.equal(native.first_match_rank, plain.first_match_rank)
+    assert torch.equal(native.num_matches, plain.num_matches)

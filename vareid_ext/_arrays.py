@@ -1,0 +1,58 @@
+"""NumPy, PyTorch, CuPy or anything else that speaks DLPack: in as a tensor that shares the memory, out as it came."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def to_tensor(value: Any, name: str) -> torch.Tensor:
+    """A tensor over the same memory as an array.
+
+    Args:
+        value: a ``torch.Tensor``, a ``numpy.ndarray`` (a read-only one and a memory map too) or any object with
+            ``__dlpack__``.
+        name: how errors call the argument.
+
+    Raises:
+        TypeError: ``value`` is none of these, or holds a type that PyTorch does not know.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, np.ndarray):
+        if not value.dtype.isnative or any(stride < 0 for stride in value.strides):
+            value = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
+        with warnings.catch_warnings():  # the package writes to no input, so a read-only array is fine
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            try:
+                return torch.from_numpy(value)
+            except TypeError:
+                raise TypeError(f"{name}: dtype {value.dtype} was given, which PyTorch does not know") from None
+    if hasattr(value, "__dlpack__"):
+        return torch.from_dlpack(value)
+    raise TypeError(
+        f"{name}: {type(value).__name__} was given; allowed are NumPy arrays, PyTorch tensors and objects with __dlpack__"
+    )
+
+
+def returner(value: Any) -> Callable[[torch.Tensor], Any]:
+    """The function that turns a result into the kind of array that ``value`` is.
+
+    An object that came through DLPack gets its own library's array back: that library's ``from_dlpack`` is called. A
+    kind without one gets a tensor.
+    """
+    if isinstance(value, torch.Tensor):
+        return lambda tensor: tensor
+    if isinstance(value, np.ndarray):
+        return lambda tensor: tensor.cpu().numpy()
+    if hasattr(value, "__array_namespace__"):
+        namespace: Any = value.__array_namespace__()
+    else:
+        namespace = sys.modules.get(type(value).__module__.partition(".")[0])
+    from_dlpack = getattr(namespace, "from_dlpack", None)
+    return from_dlpack if callable(from_dlpack) else lambda tensor: tensor

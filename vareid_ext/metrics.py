@@ -1,0 +1,337 @@
+"""Ranking metrics: CMC, mAP and mINP, from distances (whole, by blocks, or computed on demand)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vareid_ext import _arrays
+from vareid_ext.ops.ranking import ranking_forward
+
+_DISTANCE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_BLOCK_ELEMENTS = 1 << 24  # distances asked of a function at a time, unless block_rows says otherwise
+
+
+@dataclass(frozen=True)
+class RankingMetrics:
+    """Results over a set of queries, all as fractions in [0, 1].
+
+    Attributes:
+        cmc: ``[max_rank]`` float64; ``cmc[r - 1]`` is the share of the counted queries with a match among the nearest
+            ``r``. Its kind (NumPy, PyTorch, CuPy) is that of the distances.
+        mAP: mean average precision over the counted queries.
+        mINP: mean inverse negative penalty over the counted queries.
+        num_valid_queries: the counted queries: those with at least one match in the gallery.
+        num_queries: all queries.
+    """
+
+    cmc: Any
+    mAP: float
+    mINP: float
+    num_valid_queries: int
+    num_queries: int
+
+    def _rank(self, r: int) -> float:
+        if r > len(self.cmc):
+            raise IndexError(f"rank{r} needs max_rank >= {r}; the metrics were made with max_rank={len(self.cmc)}")
+        return float(self.cmc[r - 1])
+
+    @property
+    def rank1(self) -> float:
+        """The share of the counted queries whose nearest image is a match."""
+        return self._rank(1)
+
+    @property
+    def rank5(self) -> float:
+        """The share of the counted queries with a match among the nearest 5; IndexError if ``max_rank`` is smaller."""
+        return self._rank(5)
+
+    @property
+    def rank10(self) -> float:
+        """The share of the counted queries with a match among the nearest 10; IndexError if ``max_rank`` is smaller."""
+        return self._rank(10)
+
+    def as_dict(self) -> dict[str, float]:
+        """``{"mAP", "mINP", "rank1", "rank5", "rank10"}``, the ranks as far as ``max_rank`` goes."""
+        ranks = {f"rank{r}": self._rank(r) for r in (1, 5, 10) if r <= len(self.cmc)}
+        return {"mAP": self.mAP, "mINP": self.mINP, **ranks}
+
+
+@dataclass(frozen=True)
+class QueryRanking:
+    """Results of each query. A query without a match in the gallery has 0 in all four arrays.
+
+    Attributes:
+        average_precision: ``[Q]`` float64 in [0, 1].
+        inverse_negative_penalty: ``[Q]`` float64 in [0, 1].
+        first_match_rank: ``[Q]`` int64, the rank of the nearest match, counted from 1.
+        num_matches: ``[Q]`` int64, the matches in the gallery.
+    """
+
+    average_precision: Any
+    inverse_negative_penalty: Any
+    first_match_rank: Any
+    num_matches: Any
+
+    def metrics(self, max_rank: int = 50, *, subset: Any = None) -> RankingMetrics:
+        """The means over the queries that have a match.
+
+        Args:
+            max_rank: length of the CMC curve, >= 1.
+            subset: a boolean ``[Q]`` array or query indices, to count these queries only (those of one viewpoint, say).
+
+        Raises:
+            ValueError: ``max_rank`` below 1, a ``subset`` of wrong length, or no query with a match.
+        """
+        _check_max_rank(max_rank)
+        back = _arrays.returner(self.num_matches)
+        ap, inp, first, matches = (
+            _arrays.to_tensor(value, "QueryRanking")
+            for value in (
+                self.average_precision,
+                self.inverse_negative_penalty,
+                self.first_match_rank,
+                self.num_matches,
+            )
+        )
+        if subset is not None:
+            chosen = _arrays.to_tensor(np.asarray(subset) if isinstance(subset, list | tuple) else subset, "subset")
+            if chosen.dtype == torch.bool and chosen.shape != matches.shape:
+                raise ValueError(f"subset: shape {tuple(chosen.shape)} was given, expected {tuple(matches.shape)}")
+            chosen = chosen.to(matches.device)
+            ap, inp, first, matches = ap[chosen], inp[chosen], first[chosen], matches[chosen]
+        counted = matches > 0
+        num_valid = int(counted.sum())
+        if num_valid == 0:
+            raise ValueError(
+                f"query_identity: none of the {len(matches)} queries has a match in the gallery (an image of its "
+                "identity, by another camera where cameras are given)"
+            )
+        first = first[counted].clamp(max=max_rank + 1)
+        hits = torch.bincount(first, minlength=max_rank + 2)[1 : max_rank + 1]
+        return RankingMetrics(
+            cmc=back(hits.cumsum(0).double() / num_valid),
+            mAP=float(ap[counted].mean()),
+            mINP=float(inp[counted].mean()),
+            num_valid_queries=num_valid,
+            num_queries=len(matches),
+        )
+
+
+def _check_max_rank(max_rank: int) -> None:
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int | np.integer) or max_rank < 1:
+        raise ValueError(f"max_rank: {max_rank!r} was given; allowed are whole numbers >= 1")
+
+
+def _labels(value: Any, name: str, device: torch.device | None = None) -> Tensor:
+    """Identities or cameras as an int64 vector."""
+    if isinstance(value, list | tuple | range):
+        value = np.asarray(value, dtype=np.int64 if len(value) == 0 else None)
+    tensor = _arrays.to_tensor(value, name)
+    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{name}: dtype {tensor.dtype} was given; allowed are whole-number types")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)} was given, expected one dimension")
+    if isinstance(value, Tensor) and device is not None and tensor.device != device:
+        raise ValueError(f"{name}: is on {tensor.device}, the distances are on {device}")
+    return tensor.to(device=device, dtype=torch.int64).contiguous()
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """The checked identities and cameras of one evaluation, moved to the distances' device on first use."""
+
+    query_identity: Any
+    gallery_identity: Any
+    query_camera: Any
+    gallery_camera: Any
+
+    def check(self) -> tuple[int, int]:
+        """(Q, G), or an error that names the argument."""
+        lengths = {name: len(_labels(value, name)) for name, value in vars(self).items() if value is not None}
+        Q, G = lengths["query_identity"], lengths["gallery_identity"]
+        if Q == 0:
+            raise ValueError("query_identity: the query set is empty")
+        if G == 0:
+            raise ValueError("gallery_identity: the gallery is empty")
+        if (self.query_camera is None) != (self.gallery_camera is None):
+            given, missing = (
+                ("gallery_camera", "query_camera") if self.query_camera is None else ("query_camera", "gallery_camera")
+            )
+            raise ValueError(f"{missing}: is missing, but {given} is given; give both or neither")
+        for name, expected in (("query_camera", Q), ("gallery_camera", G)):
+            if lengths.get(name, expected) != expected:
+                partner = name.replace("camera", "identity")
+                raise ValueError(f"{name}: length {lengths[name]} was given, expected {expected} (as {partner})")
+        return Q, G
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        query_identity, gallery_identity, query_camera, gallery_camera = (
+            None if value is None else _labels(value, name, device) for name, value in vars(self).items()
+        )
+        assert query_identity is not None
+        assert gallery_identity is not None
+        return query_identity, gallery_identity, query_camera, gallery_camera
+
+
+def _check_block(tensor: Tensor, num_gallery: int) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"distances: shape {tuple(tensor.shape)} was given, expected [queries, gallery]")
+    if tensor.dtype not in _DISTANCE_DTYPES:
+        raise TypeError(
+            f"distances: dtype {tensor.dtype} was given; allowed are float32, float64, float16 and bfloat16"
+        )
+    if tensor.shape[1] != num_gallery:
+        raise ValueError(
+            f"gallery_identity: length {num_gallery} was given, but distances has {tensor.shape[1]} columns"
+        )
+
+
+def _blocks(distances: Any, num_queries: int, num_gallery: int, block_rows: int | None) -> Iterator[Any]:
+    """The rows of the distances in order, in blocks, whichever way they were given."""
+    if callable(distances) and not hasattr(distances, "__dlpack__"):
+        step = block_rows or max(1, _BLOCK_ELEMENTS // num_gallery)
+        for begin in range(0, num_queries, step):
+            end = min(num_queries, begin + step)
+            block = distances(begin, end)
+            if block.shape[0] != end - begin:
+                raise ValueError(
+                    f"distances: the function gave {block.shape[0]} rows for queries {begin} to {end}, "
+                    f"expected {end - begin}"
+                )
+            yield block
+    elif isinstance(distances, Tensor | np.ndarray) or hasattr(distances, "__dlpack__"):
+        yield distances
+    elif isinstance(distances, Iterable):
+        yield from distances
+    else:
+        raise TypeError(
+            f"distances: {type(distances).__name__} was given; allowed are a [Q, G] array, an iterable of row blocks "
+            "and a function of (begin, end)"
+        )
+
+
+def rank_queries(
+    distances: Any,
+    query_identity: Any,
+    gallery_identity: Any,
+    query_camera: Any = None,
+    gallery_camera: Any = None,
+    *,
+    junk_identity: int | None = -1,
+    block_rows: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> QueryRanking:
+    """The ranking results of each query; the arguments are those of :func:`evaluate_ranking`.
+
+    Args:
+        block_rows: rows asked of a function at a time (default: as many as make 2^24 distances); needs ``distances``
+            to be a function.
+        progress: called with the number of further queries done after each block.
+
+    Returns:
+        A :class:`QueryRanking` of the kind of array that the distances are.
+
+    Raises:
+        ValueError: as :func:`evaluate_ranking`, but for queries without a match, which have ``num_matches`` 0.
+    """
+    if block_rows is not None and block_rows < 1:
+        raise ValueError(f"block_rows: {block_rows} was given; allowed are whole numbers >= 1")
+    labels = _Labels(query_identity, gallery_identity, query_camera, gallery_camera)
+    num_queries, num_gallery = labels.check()
+    parts: list[tuple[Tensor, ...]] = []
+    back: Callable[[Tensor], Any] | None = None
+    device: torch.device | None = None
+    begin = 0
+    for block in _blocks(distances, num_queries, num_gallery, block_rows):
+        tensor = _arrays.to_tensor(block, "distances")
+        _check_block(tensor, num_gallery)
+        end = begin + tensor.shape[0]
+        if end > num_queries:
+            raise ValueError(f"query_identity: length {num_queries} was given, but distances has {end} rows or more")
+        if back is None or tensor.device != device:
+            back, device = back or _arrays.returner(block), tensor.device
+            query_id, gallery_id, query_cam, gallery_cam = labels.on(device)
+        result = ranking_forward(
+            tensor,
+            query_id[begin:end],
+            gallery_id,
+            None if query_cam is None else query_cam[begin:end],
+            gallery_cam,
+            junk_identity,
+        )
+        refused = torch.nonzero(result[3] < 0)
+        if len(refused):
+            row = int(refused[0])
+            column = int(torch.nonzero(~torch.isfinite(tensor[row]))[0])
+            raise ValueError(
+                f"distances: row {begin + row} holds {float(tensor[row, column])} (column {column}); NaN and Inf are "
+                f"not allowed ({len(refused)} such rows among {begin} to {end - 1})"
+            )
+        parts.append(result)
+        if progress is not None:
+            progress(end - begin)
+        begin = end
+    if begin != num_queries or back is None:
+        raise ValueError(f"query_identity: length {num_queries} was given, but distances has {begin} rows")
+    return QueryRanking(*(back(torch.cat([part[i].to(parts[0][i].device) for part in parts])) for i in range(4)))
+
+
+def evaluate_ranking(
+    distances: Any,
+    query_identity: Any,
+    gallery_identity: Any,
+    query_camera: Any = None,
+    gallery_camera: Any = None,
+    *,
+    max_rank: int = 50,
+    junk_identity: int | None = -1,
+    block_rows: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> RankingMetrics:
+    """CMC, mAP and mINP of a retrieval.
+
+    For each query, gallery images with its identity AND its camera are left out (when cameras are given), and so are
+    those of ``junk_identity``; the rest is ordered by distance, ties by gallery index. Queries without a match are not
+    counted. The definition stands in :mod:`vareid_ext.reference.ranking`; nothing is sorted to compute it.
+
+    Args:
+        distances: smaller is nearer. A ``[Q, G]`` array (NumPy, PyTorch or DLPack; float32, float64, float16 or
+            bfloat16), an iterable of its row blocks in order, or a function of ``(begin, end)`` that returns the rows
+            of these queries: neither of the latter two ever needs the whole matrix to exist.
+        query_identity: ``[Q]`` whole numbers.
+        gallery_identity: ``[G]`` whole numbers.
+        query_camera: ``[Q]`` whole numbers, or None if cameras are not known; -1: this one is not known.
+        gallery_camera: ``[G]`` whole numbers; given if and only if ``query_camera`` is.
+        max_rank: length of the CMC curve, >= 1; a gallery shorter than that repeats its last value.
+        junk_identity: the identity of gallery images to leave out; None for none.
+        block_rows: rows asked of a function at a time (default: as many as make 2^24 distances).
+        progress: called with the number of further queries done after each block.
+
+    Returns:
+        :class:`RankingMetrics`; sums in float64.
+
+    Raises:
+        ValueError: shapes or lengths that do not fit, arrays on different devices, an empty query set or gallery, one
+            camera argument without the other, NaN or Inf in ``distances`` (named by row), no query with a match.
+        TypeError: an array of a wrong kind or dtype.
+
+    Source: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015; Ye et al., "Deep Learning for
+    Person Re-identification: A Survey and Outlook", TPAMI 2022, equation 8 (INP).
+    """
+    _check_max_rank(max_rank)
+    return rank_queries(
+        distances,
+        query_identity,
+        gallery_identity,
+        query_camera,
+        gallery_camera,
+        junk_identity=junk_identity,
+        block_rows=block_rows,
+        progress=progress,
+    ).metrics(max_rank)
