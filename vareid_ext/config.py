@@ -116,6 +116,8 @@ class ModelConfig:
     """1: the last stage keeps the resolution (its strides are set to 1); 2: the backbone as it is"""
     pooling: Literal["avg", "gem"] = "avg"
     """global average pooling, or generalised mean pooling with a learned exponent"""
+    input_norm: bool = False
+    """standardise every colour channel of every image by itself first, against colour casts and exposure"""
     local: bool = False
     """add the stripe branch: 1 + 2 + 3 horizontal stripes with an identity head each, and the triplet term"""
     stripe_dim: int = 256

@@ -85,6 +85,8 @@ class ReidModel(nn.Module):
         last_stride: 1 sets the strides of the last stage to 1, so that the feature map has twice the resolution; no
             dilation is added. 2 leaves the backbone alone.
         pooling: "avg", or "gem" for generalised mean pooling.
+        input_norm: standardise every colour channel of every image by itself before the backbone, which takes a
+            camera's colour cast and exposure away (and the absolute colours with them).
         num_identities: number of training identities K, needed with `local` only.
         local: add the stripe branch.
         stripe_dim: length of a stripe's feature.
@@ -104,6 +106,7 @@ class ReidModel(nn.Module):
         weights: str | None = None,
         last_stride: int = 1,
         pooling: str = "avg",
+        input_norm: bool = False,
         num_identities: int | None = None,
         local: bool = False,
         stripe_dim: int = 256,
@@ -119,6 +122,7 @@ class ReidModel(nn.Module):
         channels, stages = _probe(self.backbone, backbone)
         if last_stride == 1:
             _keep_resolution(backbone, stages)
+        self.input_norm: nn.Module = nn.InstanceNorm2d(3, eps=1e-3) if input_norm else nn.Identity()
         self.pool = GeneralizedMeanPooling() if pooling == "gem" else _GlobalAveragePooling()
         self.neck = nn.BatchNorm1d(channels)
         self.neck.bias.requires_grad_(False)
@@ -132,7 +136,7 @@ class ReidModel(nn.Module):
 
     def forward(self, images: Tensor) -> ModelOutput:
         """Images [N, 3, H, W], normalised as the backbone expects -> :class:`ModelOutput`."""
-        feature_map = self.backbone(images)
+        feature_map = self.backbone(self.input_norm(images))
         pooled = self.pool(feature_map)
         # Half precision stops here: the neck's statistics and everything behind it are float32.
         with torch.autocast(images.device.type, enabled=False):
