@@ -98,7 +98,7 @@ def extract_features(
                     progress(len(parts[-1]))
     finally:
         model.train(was_training)
-    return Features(torch.cat(parts).clone(), images.identity, images.camera, images.viewpoint)
+    return Features(torch.cat(parts), images.identity, images.camera, images.viewpoint)
 
 
 def _channels_like(model: ReidModel, image: Tensor) -> Tensor:
