@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from vareid_ext.data.random_stream import Stream
 from vareid_ext.data.synthetic_person import ONE, TURN, Person, Pose, draw_person, paint_person
-from vareid_ext.data.synthetic_random import Stream
 from vareid_ext.data.synthetic_scene import (
     SUPERSAMPLE,
     Camera,
@@ -71,7 +71,7 @@ class SyntheticSettings:
 
 @dataclass(frozen=True)
 class _Shot:
-    """One picture: of whom, by which camera, the how manieth."""
+    """One picture: of whom, by which camera, and its number among those of the person by that camera."""
 
     person: int
     camera: int
@@ -176,7 +176,7 @@ def synthetic_data(settings: SyntheticSettings | None = None, *, progress: bool 
         lists[split].append((path, identity))
 
     def cameras_of(person: int, count: int) -> list[tuple[int, int]]:
-        """(camera, how manieth picture by it) of each of a person's pictures."""
+        """(camera, number) of each of a person's pictures."""
         order = Stream(settings.seed, _SPLIT, person).shuffled(range(1, settings.cameras + 1))
         return [(order[index % settings.cameras], index // settings.cameras) for index in range(count)]
 

@@ -1,11 +1,11 @@
 """The people of the synthetic set: what they look like, and how one is drawn from any side.
 
-A body is a stack of tubes with an upright axis. Every tube knows, for each pixel, which side of the body it shows, so that
-a logo is seen from the front, a print or a backpack from the back and a shoulder bag from its side. Everything is integer
-arithmetic: the pixels are the same on every machine.
+A body is a stack of tubes with an upright axis. Every tube knows, for each pixel, which side of the body it shows, so
+that a logo is seen from the front, a print or a backpack from the back and a shoulder bag from its side. Everything is
+integer arithmetic: the pixels are the same on every machine.
 
-Units: lengths in 1/256 pixel, fractions in 1/1024, angles in 1/4096 turn. `facing` 0 looks into the camera, 1024 shows the
-person's left turned to the right of the picture, 2048 is seen from behind.
+Units: lengths in 1/256 pixel, fractions in 1/1024, angles in 1/4096 turn. `facing` 0 looks into the camera, 1024 shows
+the person's left turned to the right of the picture, 2048 is seen from behind.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vareid_ext.data.synthetic_random import Stream
+from vareid_ext.data.random_stream import Stream
 
 PIXEL = 256
 ONE = 1024
@@ -104,7 +104,7 @@ def draw_person(stream: Stream) -> Person:
     top = TOPS[stream.weighted((26, 22, 18, 12, 14, 8))]
     return Person(
         height=stream.integer(920, 1100),
-        build=stream.integer(860, 1220),
+        build=stream.integer(920, 1300),
         skin=SKIN[stream.weighted((26, 26, 20, 16, 12))],
         haircut=HAIRCUTS[stream.weighted((32, 8, 16, 20, 10, 14))],
         hair=HAIR[stream.weighted((28, 24, 18, 14, 10, 6))],
@@ -141,7 +141,7 @@ def _around(angle: np.ndarray, centre: int = 0) -> np.ndarray:
 
 
 def _profile(points: Sequence[tuple[int, int, int]], top: int, bottom: int) -> tuple[np.ndarray, np.ndarray]:
-    """Centre and half width, [n, 1] each, on the pixel rows top..bottom-1, linear between (y, centre, half width) points."""
+    """Centre and half width, [n, 1] each, on the rows top..bottom-1, linear between (y, centre, half width) points."""
     rows = np.arange(top, bottom, dtype=np.int64) * PIXEL + PIXEL // 2
     centre = np.full(rows.shape, points[-1][1], dtype=np.int64)
     width = np.full(rows.shape, points[-1][2], dtype=np.int64)
@@ -426,7 +426,7 @@ def paint_person(canvas: np.ndarray, person: Person, pose: Pose) -> None:
         x = across(0, 6)
         tube(
             canvas,
-            [(row(0), x, girth(48, 56)), (row(130), x, girth(48, 56))],
+            [(row(0), x, girth(50, 60)), (row(134), x, girth(50, 60))],
             [person.skin, person.hair, (dark[0], dark[1], dark[2]), person.bag_colour, lips],
             facing=facing,
             texture=face,
