@@ -251,9 +251,16 @@ def _as_text(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
 
 
+class _Dumper(yaml.SafeDumper):
+    """Sections line by line, lists within a line."""
+
+
+_Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True))
+
+
 def to_yaml(config: Config) -> str:
     """A configuration as the YAML text that ``--config`` and ``--resume`` read."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, default_flow_style=None, width=120)
+    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def _plain(value: Any) -> Any:

@@ -42,7 +42,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         if resume and not self.last.is_file():
             raise FileNotFoundError(f"resume: {str(path)!r} holds no checkpoint to go on from (there is no last.pt)")
-        if not resume and self.config.exists():
+        if not resume and (self.last.exists() or self.log.exists()):
             raise FileExistsError(
                 f"output: {str(path)!r} holds a run already; go on with it by --resume {path}, or choose another folder"
             )
