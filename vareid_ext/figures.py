@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from PIL import Image
 
@@ -18,7 +20,7 @@ from vareid_ext.checkpoint import atomic_file
 from vareid_ext.data import VIEWPOINTS, ImageList
 
 _INK, _GREY, _GRID = "#22262b", "#7a828c", "#e4e7eb"
-_RIGHT, _WRONG, _QUERY = "#2a9d55", "#d1393d", "#22262b"
+_RIGHT, _WRONG = "#2a9d55", "#d1393d"
 _COLOURS = {"total": "#22262b", "identity": "#2f6fb7", "viewpoint": "#d98a1f", "regularizer": "#3b9c6d"}
 _COLOURS.update(triplet="#8b5fbf", stripes="#b5485d")
 _NAMES = {
@@ -29,6 +31,7 @@ _NAMES = {
     "triplet": "triplet",
     "stripes": "stripes",
 }
+_DASHES = ((0, (6, 2)), (0, (2, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 _TOP = 10
 
 
@@ -60,48 +63,52 @@ def draw_curves(
 
     Args:
         path: the file.
-        steps: one mapping per logged step: "epoch" (a fraction), "lr" and "loss", a mapping of part to value.
+        steps: one mapping per logged step: "epoch" (a fraction), "lr" and "loss", a mapping of part to its contribution
+            to the total, weights included.
         evaluations: one mapping per evaluation: "epoch", "mAP" and "rank1", fractions.
-        references: mAP of what the run is compared with, by name; drawn as horizontal lines.
+        references: mAP of what the run is compared with, by name; drawn as level lines.
         title: of the whole figure.
     """
-    figure = Figure(figsize=(13, 4.2), dpi=110, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(13, 4.6), dpi=110, facecolor="white", layout="constrained")
     figure.suptitle(title, x=0.008, ha="left", fontsize=10, color=_GREY)
     loss_axes, rate_axes, accuracy_axes = figure.subplots(1, 3)
 
-    _style(loss_axes, "Loss", "epoch")
-    epochs = np.array([step["epoch"] for step in steps])
+    _style(loss_axes, "Loss, as its parts add up", "epoch")
+    epochs = [step["epoch"] for step in steps]
     for name, colour in _COLOURS.items():
-        values = np.array([step["loss"].get(name, math.nan) for step in steps], dtype=float)
-        if len(values) and np.isfinite(values).any() and np.nanmax(np.abs(values)) > 0:
+        values = [step["loss"].get(name, math.nan) for step in steps]
+        if any(math.isfinite(value) and value != 0 for value in values):
             width = 2.0 if name == "total" else 1.3
             loss_axes.plot(epochs, values, color=colour, linewidth=width, label=_NAMES[name])
     if loss_axes.lines:
         loss_axes.set_ylim(bottom=0)
-        loss_axes.legend(fontsize=9, frameon=False, labelcolor=_INK)
+    _legend(loss_axes)
 
-    _style(rate_axes, "Learning rate", "epoch")
-    rate_axes.plot(epochs, [step["lr"] for step in steps], color=_INK, linewidth=1.6)
-    if len(steps):
-        rate_axes.set_ylim(bottom=0)
-        rate_axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
-        rate_axes.yaxis.get_offset_text().set(size=9, color=_GREY)
+    rates = np.array([step["lr"] for step in steps])
+    exponent = math.floor(math.log10(rates.max())) if len(rates) and rates.max() > 0 else 0
+    _style(rate_axes, f"Learning rate, $10^{{{exponent}}}$", "epoch")
+    rate_axes.plot(epochs, rates / 10.0**exponent, color=_INK, linewidth=1.6)
+    rate_axes.set_ylim(bottom=0)
 
     _style(accuracy_axes, "Accuracy on query and gallery, %", "epoch")
     points = [e["epoch"] for e in evaluations]
-    for key, label, colour in (("rank1", "rank-1", "#9db4cf"), ("mAP", "mAP", "#2f6fb7")):
-        values = np.array([100 * e[key] for e in evaluations])
-        accuracy_axes.plot(points, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=label)
-        if len(values):
-            accuracy_axes.annotate(
-                f"{values[-1]:.1f}", (points[-1], values[-1]), textcoords="offset points", xytext=(6, -3), fontsize=9, color=_INK
-            )
-    styles = ((0, (6, 2)), (0, (2, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)))
-    for (name, value), style in zip(references.items(), styles, strict=False):
-        accuracy_axes.axhline(100 * value, color=_GREY, linewidth=1.1, linestyle=style, label=f"{name}, mAP {100 * value:.1f}")
+    for key, text, colour in (("rank1", "rank-1", "#9db4cf"), ("mAP", "mAP", "#2f6fb7")):
+        values = [100 * e[key] for e in evaluations]
+        shown = f"{text} {values[-1]:.1f}" if values else text
+        accuracy_axes.plot(points, values, color=colour, linewidth=1.8, marker="o", markersize=4, label=shown)
+    for (name, value), style in zip(references.items(), itertools.cycle(_DASHES)):
+        shown = f"{name} {100 * value:.1f}"
+        accuracy_axes.axhline(100 * value, color=_GREY, linewidth=1.1, linestyle=style, label=shown)
     accuracy_axes.set_ylim(0, 100)
-    accuracy_axes.legend(fontsize=9, frameon=False, labelcolor=_INK)
+    _legend(accuracy_axes)
     _save(figure, path)
+
+
+def _legend(axes: Axes) -> None:
+    if axes.lines:
+        axes.legend(
+            fontsize=9, frameon=False, labelcolor=_INK, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14)
+        )
 
 
 def choose_queries(viewpoint: np.ndarray, average_precision: np.ndarray, countable: np.ndarray, count: int) -> list[int]:
@@ -141,9 +148,9 @@ def _viewpoint_text(images: ImageList, index: int) -> str:
 def _draw_image(axes: Axes, picture: Image.Image, colour: str, caption: str) -> None:
     axes.imshow(np.asarray(picture), aspect="auto", interpolation="lanczos")
     axes.add_patch(
-        Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=colour, linewidth=3.2, clip_on=False)
+        Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor=colour, linewidth=2.6, clip_on=False)
     )
-    axes.set_xlabel(caption, fontsize=7.5, color=colour, labelpad=4)
+    axes.set_xlabel(caption, fontsize=6.5, color=colour, labelpad=3)
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
@@ -164,45 +171,42 @@ def draw_ranking(
         path: the file.
         query: the query images.
         gallery: the gallery images.
-        rows: per query its index and its rankings: (name, gallery indices nearest first without those the protocol
-            leaves out, average precision in [0, 1]). The first 10 are shown.
+        rows: per query its index and its rankings, the same ones for every query: (name, gallery indices nearest first
+            without those the protocol leaves out, average precision in [0, 1]). The first 10 are shown.
         title: of the whole figure.
     """
     first = query.load(rows[0][0]) if rows else Image.new("RGB", (1, 2))
-    aspect = min(max(first.height / first.width, 0.75), 3.0)
-    lines = [(q, name, order, ap, i == 0) for q, rankings in rows for i, (name, order, ap) in enumerate(rankings)]
-    width, cell = 13.2, 0.93
-    height = cell * aspect + 0.27
-    figure = Figure(figsize=(width, max(len(lines), 1) * height + 0.75), dpi=100, facecolor="white")
-    total = figure.get_figheight()
-    figure.text(0.012, 1 - 0.28 / total, title, fontsize=11, color=_INK, fontweight="bold", va="center")
-    legend = ((_RIGHT, "same identity"), (_WRONG, "another identity"))
-    for i, (colour, text) in enumerate(legend):
-        figure.text(0.74 + 0.12 * i, 1 - 0.28 / total, f"\u25a0 {text}", fontsize=9, color=colour, va="center")
-    step = (width - 2.75) / _TOP
-    for line, (q, name, order, ap, is_first) in enumerate(lines):
-        top = 0.55 + line * height
-        bottom = (total - top - cell * aspect) / total
+    cell_width = 0.6
+    cell_height = cell_width * min(max(first.height / first.width, 0.75), 3.0)
+    names = [name for name, _, _ in rows[0][1]] if rows else []
+    # Inches: margins, the query's column, and a block of ten columns for each ranking.
+    step, block_gap, top, row_height = cell_width + 0.09, 0.34, 0.86, cell_height + 0.45
+    block_lefts = [0.2 + cell_width + block_gap + i * (_TOP * step - 0.09 + block_gap) for i in range(len(names))]
+    width = max([left + _TOP * step for left in block_lefts], default=6.0) + 0.12
+    height = top + len(rows) * row_height + 0.05
+    figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
 
-        def place(left: float, bottom: float = bottom) -> Axes:
-            return figure.add_axes((left / width, bottom, cell / width, cell * aspect / total))
+    def write(x: float, y: float, text: str, **style: Any) -> None:
+        figure.text(x / width, 1 - y / height, text, va="center", **{"fontsize": 8.5, "color": _INK, **style})
 
-        if is_first:
-            _draw_image(place(0.15), query.load(q), _QUERY, f"query, {_viewpoint_text(query, q)}")
-            if line:
-                y = 1 - (top - 0.03) / total
-                figure.add_artist(_rule(y))
-        figure.text(1.25 / width, bottom + cell * aspect / total / 2, f"{name}\nAP {100 * ap:.0f} %", fontsize=9, va="center",
-                    color=_INK, linespacing=1.5)  # fmt: skip
-        for rank, index in enumerate(order[:_TOP]):
-            right = gallery.identity[index] == query.identity[q]
-            colour = _RIGHT if right else _WRONG
-            left = 2.5 + rank * step
-            _draw_image(place(left), gallery.load(int(index)), colour, f"{rank + 1} \u00b7 {_viewpoint_text(gallery, int(index))}")
+    def place(x: float, y: float) -> Axes:
+        return figure.add_axes((x / width, 1 - (y + cell_height) / height, cell_width / width, cell_height / height))
+
+    write(0.2, 0.24, title, fontsize=11, fontweight="bold")
+    write(width - 2.75, 0.24, "\u25a0 same identity", color=_RIGHT)
+    write(width - 1.45, 0.24, "\u25a0 another identity", color=_WRONG)
+    write(0.2, 0.6, "query", fontweight="bold")
+    for left, name in zip(block_lefts, names, strict=True):
+        write(left, 0.6, name, fontweight="bold")
+    for line, (q, rankings) in enumerate(rows):
+        y = top + line * row_height
+        figure.add_artist(Line2D([0.2 / width, 1 - 0.2 / width], [1 - (y - 0.08) / height] * 2, color=_GRID, linewidth=1))
+        image_y = y + 0.18
+        _draw_image(place(0.2, image_y), query.load(q), _INK, _viewpoint_text(query, q))
+        for left, (_, order, precision) in zip(block_lefts, rankings, strict=True):
+            write(left, y + 0.05, f"AP {100 * precision:.0f} %", fontsize=7.5, color=_GREY)
+            for rank, index in enumerate(order[:_TOP].tolist()):
+                colour = _RIGHT if gallery.identity[index] == query.identity[q] else _WRONG
+                axes = place(left + rank * step, image_y)
+                _draw_image(axes, gallery.load(index), colour, _viewpoint_text(gallery, index))
     _save(figure, path)
-
-
-def _rule(y: float) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([0.012, 0.988], [y, y], color=_GRID, linewidth=1)

@@ -183,9 +183,10 @@ def train(
     # `forward` may be compiled; `model` owns the weights.
     forward: nn.Module = torch.compile(model) if config.run.compile else model  # type: ignore[assignment]
     steps_per_epoch, epochs = sampler.batches_per_epoch, config.optimizer.epochs
+    total_steps = epochs * steps_per_epoch
     loader = training_loader(config, data, sampler, device)
     writer = tensorboard_writer(config, folder, progress.step)
-    bar = TrainingBar(epochs * steps_per_epoch, progress.step)
+    bar = TrainingBar(total_steps, progress.step)
 
     with contextlib.closing(bar), contextlib.closing(writer):
         # A run that ended within an epoch, or between an epoch and its evaluation, goes on right there.
@@ -219,7 +220,7 @@ def train(
                     state.average.update_parameters(model)
                 progress.step += 1
                 bar.update(len(batch), values, rate)
-                if progress.step % config.run.log_every == 0 or progress.step == epochs * steps_per_epoch:
+                if progress.step == 1 or progress.step % config.run.log_every == 0 or progress.step == total_steps:
                     entry = {"step": progress.step, "epoch": progress.step / steps_per_epoch, "lr": rate, "loss": values}
                     folder.append_log({**entry, "images_per_second": round(bar.images_per_second, 1)})
                     writer.add_scalars(values, rate, progress.step)
@@ -299,7 +300,7 @@ def conclude(
     log = folder.read_log()
     draw_curves(
         folder.curves,
-        [entry for entry in log if "loss" in entry],
+        [{**entry, "loss": contributions(config, entry)} for entry in log if "loss" in entry],
         [{"epoch": 0, **baselines["untrained"]}, *state.progress.evaluations],
         {
             _LABELS["reranked"]: main_results["reranked"]["mAP"],
@@ -445,6 +446,18 @@ def ranking_rows(
             orders.append((name, order[~left_out[order]], float(precision[name][q])))
         rows.append((q, orders))
     return rows
+
+
+def contributions(config: Config, entry: Mapping[str, Any]) -> dict[str, float]:
+    """The parts of a logged loss times their weights at the time: what the total is the sum of."""
+    # A step logged at the end of an epoch belongs to that epoch, whose number its own fraction has just passed.
+    weights = {
+        "viewpoint": view_weight(config.loss, math.ceil(entry["epoch"]) - 1),
+        "regularizer": config.loss.beta,
+        "stripes": config.loss.stripe_weight,
+        "triplet": config.loss.triplet_weight,
+    }
+    return {name: weights.get(name, 1.0) * value for name, value in entry["loss"].items()}
 
 
 def save_batch(folder: RunFolder, data: ReidData, batch: Batch, step: int, values: Mapping[str, float]) -> None:
