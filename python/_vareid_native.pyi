@@ -16,3 +16,9 @@ def angular_center_backward(
     upstream: Any, W: Any, U: Any, mask: Any | None, cosine: Any, identity_norm: Any, viewpoint_norm: Any,
     grad_W: Any | None, grad_U: Any | None, threads: int, stream: int, /,
 ) -> None: ...
+def ranking_workspace_bytes(G: int, max_group: int, threads: int, /) -> int: ...
+def ranking_forward(
+    distances: Any, gallery_order: Any, group_begin: Any, group_end: Any, junk_range: Any,
+    query_camera: Any | None, gallery_camera: Any | None, average_precision: Any, inverse_negative_penalty: Any,
+    first_match_rank: Any, num_matches: Any, workspace: Any | None, max_group: int, threads: int, stream: int, /,
+) -> None: ...

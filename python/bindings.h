@@ -6,5 +6,6 @@
 namespace vareid {
 
 void bind_angular_center(pybind11::module_& m);
+void bind_ranking(pybind11::module_& m);
 
 }  // namespace vareid
