@@ -237,7 +237,6 @@ def parse(arguments: Sequence[str]) -> Request:
         name = recipe or Path(file).stem
     parser = _parser(defaults)
     try:
-        # jsonargparse announces deprecations of its own to whoever calls it; nothing here depends on them.
         namespace = parser.parse_args([*overrides, *options])
         config = parser.instantiate(namespace)
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
@@ -248,7 +247,7 @@ def parse(arguments: Sequence[str]) -> Request:
 
 
 def _as_text(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
 
 
 class _Dumper(yaml.SafeDumper):

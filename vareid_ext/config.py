@@ -253,8 +253,8 @@ class RunConfig:
     """auto (cuda where there is one, else cpu), cpu, cuda or cuda:N"""
     threads: int = 0
     """CPU threads; 0: PyTorch's choice"""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """automatic mixed precision; fp16 uses a gradient scaler and needs cuda"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the backbone; bf16 and fp16 are automatic mixed precision, fp16 with a gradient scaler and on cuda only"""
     channels_last: bool = True
     """store images with the channels innermost (faster convolutions)"""
     compile: bool = False

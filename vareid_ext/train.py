@@ -37,7 +37,7 @@ from vareid_ext.terminal import METRIC_NAMES, TrainingBar, closing_tables, tell
 from vareid_ext.training_state import TrainingState, build
 from vareid_ext.triplet import batch_hard_triplet
 
-_AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LABELS = {
     "raw_pixels": "raw pixels",
     "colour_histogram": "colour histogram",
@@ -244,7 +244,7 @@ def train(
 def training_loss(config: Config, forward: nn.Module, loss: ViewpointAwareLoss, batch: Batch) -> dict[str, Tensor]:
     """The loss of a batch: "total", the one to differentiate, and its parts by name, not weighted."""
     layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
-    dtype = _AUTOCAST[config.run.amp]
+    dtype = _AUTOCAST[config.run.precision]
     with torch.autocast(batch.image.device.type, dtype, enabled=dtype is not None):
         output: ModelOutput = forward(batch.image.contiguous(memory_format=layout))
     parts = loss(output.feature, batch.identity, batch.viewpoint)
@@ -337,8 +337,8 @@ def choose_device(config: Config) -> torch.device:
         raise ValueError(f"run.device: {wanted!r} was given; allowed are auto, cpu, cuda and cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"run.device: {wanted!r} was given; PyTorch finds {torch.cuda.device_count()} CUDA devices here")
-    if config.run.amp == "fp16" and device.type != "cuda":
-        raise ValueError("run.amp: fp16 needs a CUDA device; use bf16 or off")
+    if config.run.precision == "fp16" and device.type != "cuda":
+        raise ValueError("run.precision: fp16 needs a CUDA device; use bf16 or fp32")
     return device
 
 
@@ -389,7 +389,7 @@ def extract(
                 batch_size=config.evaluation.batch_size,
                 device=device,
                 workers=config.data.workers,
-                autocast=_AUTOCAST[config.run.amp],
+                autocast=_AUTOCAST[config.run.precision],
                 progress=bar.update,
             )
             for images in (data.query, data.gallery)

@@ -143,7 +143,7 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights:
             model, multi_avg_fn=get_ema_multi_avg_fn(config.optimizer.ema_decay), use_buffers=True
         ).eval()
     parameters = [p for p in (*model.parameters(), *loss.parameters()) if p.requires_grad]
-    scaler = torch.amp.GradScaler(device.type, enabled=config.run.amp == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=config.run.precision == "fp16")
     optimizer = build_optimizer(config.optimizer, parameters)
     return TrainingState(config, data.identity_names, model, loss, optimizer, scaler, average, Progress())
 
