@@ -71,6 +71,12 @@ def test_open_image_converts_and_names_bad_files(tmp_path):
     assert image.size == (3, 5)
     assert np.asarray(image).tolist() == [[[7, 7, 7]] * 3] * 5
 
+    turned = Image.new("RGB", (3, 5))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # the orientation tag: a quarter turn
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(str(tmp_path / "turned.jpg")).size == (5, 3)
+
     Image.effect_noise((64, 64), 60).save(tmp_path / "cut.jpg")
     data = (tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
