@@ -93,7 +93,9 @@ def extract_features(
     try:
         with torch.inference_mode(), torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
             for batch in loader:
-                parts.append(model.test_feature(_channels_like(model, batch.to(device, non_blocking=True).image)).float())
+                parts.append(
+                    model.test_feature(_channels_like(model, batch.to(device, non_blocking=True).image)).float()
+                )
                 if progress is not None:
                     progress(len(parts[-1]))
     finally:
@@ -130,7 +132,9 @@ def colour_histogram_features(images: ImageList) -> Features:
     def describe(image: Tensor) -> Tensor:
         bins = (image.long() * _HISTOGRAM_BINS) // 256
         joint = (bins[0] * _HISTOGRAM_BINS + bins[1]) * _HISTOGRAM_BINS + bins[2]
-        counts = [torch.bincount(part.flatten(), minlength=_HISTOGRAM_BINS**3) for part in joint.chunk(_HISTOGRAM_STRIPES)]
+        counts = [
+            torch.bincount(part.flatten(), minlength=_HISTOGRAM_BINS**3) for part in joint.chunk(_HISTOGRAM_STRIPES)
+        ]
         return torch.cat(counts).float().sqrt()
 
     return _baseline(images, describe)
