@@ -53,7 +53,7 @@ class Signals:
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """A block, such as an evaluation, in which everything is saved already: a signal raises RunInterruptedError at once."""
+        """A block, such as an evaluation, before which all was saved: a signal raises RunInterruptedError at once."""
         if self.received:
             raise RunInterruptedError(self.received, "everything was saved")
         self._immediate = True
