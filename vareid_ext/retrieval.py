@@ -14,9 +14,10 @@ from torch import Tensor
 from vareid_ext._arrays import returner, to_tensor
 from vareid_ext.ops import nearest_neighbors as _nearest
 from vareid_ext.ops import pairwise_distance as _pairwise
-from vareid_ext.ops._features import check_features, check_rows, check_same_features
+from vareid_ext.ops import k_reciprocal as _stages
+from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
+from vareid_ext.ops._filter import BLOCK_ROWS, common_scale
 from vareid_ext.reference import k_reciprocal as reference
-from vareid_ext.reference import nearest_neighbors as neighbor_reference
 
 
 def _tensor(value: Any, name: str) -> Tensor:
@@ -102,17 +103,21 @@ def k_reciprocal_rerank(query: Any, gallery: Any, *, k1: int = 20, k2: int = 6, 
     check_features("query", query)
     check_same_features("gallery", gallery, "query", query)
     _check_parameters(k1, k2, lambda_value)
+    largest = 0.0
     for name, part in (("query", query), ("gallery", gallery)):
         if part.shape[0] == 0:
             raise ValueError(f"{name}: no rows were given; at least one is needed")
-        check_rows(name, part)
-    Q, M = query.shape[0], query.shape[0] + gallery.shape[0]
-    neighbor, row_max = neighbor_reference.joint_neighbors(query, gallery, min(M, max(k1 + 1, k2)))
-    indptr, index = reference.reciprocal_sets(neighbor, k1)
-    distance = neighbor_reference.pair_distance(query, gallery, indptr, index)
-    encoding = reference.expand_query(neighbor, k2, indptr, index, reference.encode(indptr, distance, row_max))
-    original = _pairwise.pairwise_distance(query, gallery, "sqeuclidean").float()
-    return back(reference.blend(original, row_max[:Q], *encoding, lambda_value))
+        largest = max(largest, float(row_magnitudes(name, part).max()))
+    (Q, G), scale = (query.shape[0], gallery.shape[0]), common_scale(largest)
+    result = query.new_empty((Q, G), dtype=torch.float32)
+    k = min(Q + G, max(k1 + 1, k2))
+    neighbor, near, row_max = _nearest.joint_neighbors(query, gallery, scale, k, result, BLOCK_ROWS)
+    indptr, index = _stages.k_reciprocal_sets(neighbor, k1)
+    distance = _stages.listed_distance(query, gallery, scale, neighbor, near, indptr, index)
+    value = _stages.k_reciprocal_encode(indptr, distance, row_max)
+    encoding = _stages.k_reciprocal_expand(neighbor, k2, indptr, index, value)
+    _stages.k_reciprocal_blend(result, row_max, *encoding, lambda_value)
+    return back(result)
 
 
 def _check_matrix(name: str, value: Tensor, shape: tuple[int, int]) -> None:
