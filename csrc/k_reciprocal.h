@@ -45,4 +45,18 @@ void blend_cpu(float* distance, int64_t ld, int64_t queries, int64_t gallery, co
                const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
                const int32_t* owner, const float* weight, double lambda_value, void* workspace, int threads);
 
+// The k nearest rows and the row maxima of the symmetric matrix [[q_q, q_g], [q_g^T, g_g]] (dense, row-major), ties by
+// the lower index. workspace: 128 Q + 32 k + 1024 bytes for each thread.
+void matrix_neighbors_cpu(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q, int64_t G,
+                          int64_t k, int32_t* neighbor, double* row_max, void* workspace, int threads);
+
+// The k smallest final distances of each query without its whole row, ties by the lower index. nearest [Q, listed] are
+// the gallery rows of smallest original distance, in order, with `original` [Q, listed] their squared distances; listed
+// is at least min(k, G). Squared distances of others are summed in float64. workspace: 24 bytes times G for each thread.
+void blend_topk_cpu(const Features& query, const Features& gallery, DType dtype, int64_t D, const int32_t* nearest,
+                    const float* original, int64_t listed, const float* row_max, const int64_t* indptr,
+                    const int32_t* index, const float* value, const int64_t* start, const int32_t* owner,
+                    const float* weight, double lambda_value, int64_t k, float* distance, int64_t* gallery_index,
+                    void* workspace, int threads);
+
 }  // namespace vareid

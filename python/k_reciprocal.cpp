@@ -86,6 +86,45 @@ void blend(const TensorView& distance, const TensorView& row_max, const TensorVi
             scratch(workspace, 4 * gallery * threads), threads);
 }
 
+void matrix_neighbors(const TensorView& q_g, const TensorView& q_q, const TensorView& g_g, int64_t k,
+                      const TensorView& neighbor, const TensorView& row_max, const TensorView& workspace, int threads,
+                      uintptr_t) {
+  if (q_g.ndim != 2) refuse("q_g_dist", "shape " + shape_text(q_g) + ", expected [Q, G]");
+  const int64_t Q = q_g.shape[0], G = q_g.shape[1];
+  check_shape(q_q, "q_q_dist", {Q, Q});
+  check_shape(g_g, "g_g_dist", {G, G});
+  const TensorView* const views[] = {&q_g, &q_q, &g_g};
+  for (const TensorView* const view : views) {
+    check_float(*view, "distances");
+    check_contiguous(*view, "distances");
+    check_same_dtype(*view, "distances", q_g, "q_g_dist");
+  }
+  if (k < 1 || k > Q + G) refuse("k", "is out of range");
+  matrix_neighbors_cpu(q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k,
+                       array<int32_t>(neighbor, "neighbor", (Q + G) * k), array<double>(row_max, "row_max", Q + G),
+                       scratch(workspace, (128 * Q + 32 * k + 1024) * threads), threads);
+}
+
+void blend_topk(const TensorView& query, const OptionalView& query_factor, const TensorView& gallery,
+                const OptionalView& gallery_factor, const TensorView& nearest, const TensorView& original,
+                const TensorView& row_max, const TensorView& indptr, const TensorView& index, const TensorView& value,
+                const TensorView& start, const TensorView& owner, const TensorView& weight, double lambda_value,
+                const TensorView& distance, const TensorView& gallery_index, const TensorView& workspace, int threads,
+                uintptr_t) {
+  const Features left = make_features(query, query_factor, "query");
+  const Features right = make_features(gallery, gallery_factor, "gallery");
+  const int64_t Q = left.rows, G = right.rows, listed = width_of(nearest), k = width_of(distance);
+  check_shape(gallery, "gallery", {G, query.shape[1]});
+  if (k < 1 || k > listed || listed > G) refuse("nearest", "must list between k and G rows");
+  blend_topk_cpu(left, right, query.dtype(), query.shape[1], array<int32_t>(nearest, "nearest", Q * listed),
+                 array<float>(original, "original", Q * listed), listed, array<float>(row_max, "row_max", Q),
+                 array<int64_t>(indptr, "indptr", Q + 1), array<int32_t>(index, "index", 0),
+                 array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1),
+                 array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()), lambda_value, k,
+                 array<float>(distance, "distance", Q * k), array<int64_t>(gallery_index, "gallery_index", Q * k),
+                 scratch(workspace, 24 * G * threads), threads);
+}
+
 }  // namespace
 
 void bind_k_reciprocal(pybind11::module_& m) {
@@ -97,6 +136,8 @@ void bind_k_reciprocal(pybind11::module_& m) {
   m.def("expand_query", &expand, release());
   m.def("invert", &invert, release());
   m.def("blend", &blend, release());
+  m.def("blend_topk", &blend_topk, release());
+  m.def("matrix_neighbors", &matrix_neighbors, release());
 }
 
 }  // namespace vareid

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "cpu/exact_distance.h"
 #include "cpu/parallel.h"
@@ -60,6 +61,86 @@ VAREID_MULTIVERSION void blend_row(float* __restrict__ distance, float* __restri
     distance[g] = (1.0f - lambda_value) * (1.0f - m / (2.0f - m)) + std::min(distance[g] * scale, lambda_value);
     shared[g] = 0;
   }
+}
+
+struct Scored {
+  double distance;
+  int32_t index;
+
+  bool operator<(const Scored& other) const {
+    return distance < other.distance || (distance == other.distance && index < other.index);
+  }
+};
+
+// The k smallest values that were shown, ties by the lower index; indices come in ascending order.
+template <typename T>
+struct Smallest {
+  Scored* kept;
+  int64_t k, capacity, count = 0;
+  double threshold = std::numeric_limits<double>::infinity();
+  double largest = 0;
+
+  void compact() {
+    std::nth_element(kept, kept + k - 1, kept + count);
+    count = k;
+    threshold = kept[k - 1].distance;
+  }
+  void show(const T* values, int64_t n, int64_t first) {
+    constexpr int64_t kChunk = 32;
+    for (int64_t c0 = 0; c0 < n; c0 += kChunk) {
+      const int64_t size = std::min(kChunk, n - c0);
+      using Acc = typename Accumulator<T>::type;
+      const Acc limit = static_cast<Acc>(threshold);  // exact: it was such a value, or Inf
+      Acc top = 0;
+      int any = 0;
+#pragma omp simd reduction(max : top) reduction(| : any)
+      for (int64_t c = 0; c < size; ++c) {
+        const Acc value = load(values + c0 + c);
+        top = std::max(top, value);
+        any |= value < limit;
+      }
+      largest = std::max(largest, static_cast<double>(top));
+      if (!any) continue;
+      for (int64_t c = 0; c < size; ++c) {
+        const double value = load(values + c0 + c);
+        if (!(value < threshold)) continue;
+        kept[count++] = {value, static_cast<int32_t>(first + c0 + c)};
+        if (count == capacity) compact();
+      }
+    }
+  }
+  void write(int32_t* out) {
+    if (count > k) compact();
+    std::sort(kept, kept + k);
+    for (int64_t c = 0; c < k; ++c) out[c] = kept[c].index;
+  }
+};
+
+template <typename T>
+void matrix_neighbors(const T* q_g, const T* q_q, const T* g_g, int64_t Q, int64_t G, int64_t k, int32_t* neighbor,
+                      double* row_max, void* workspace, int threads) {
+  constexpr int64_t kTile = 16;  // gallery rows whose columns of q_g are gathered together
+  const int64_t bytes = 128 * Q + 32 * k + 1024;
+  const auto rows_of = [&](int thread, int64_t row, const T* first, const T* second) {
+    auto* const kept = reinterpret_cast<Scored*>(static_cast<unsigned char*>(workspace) + thread * bytes + 128 * Q);
+    Smallest<T> smallest{kept, k, 2 * k + 64};
+    smallest.show(first, Q, 0);
+    smallest.show(second, G, Q);
+    smallest.write(neighbor + row * k);
+    row_max[row] = smallest.largest;
+  };
+  parallel_for(Q, threads, [&](int64_t begin, int64_t end, int thread) {
+    for (int64_t q = begin; q < end; ++q) rows_of(thread, q, q_q + q * Q, q_g + q * G);
+  });
+  parallel_for((G + kTile - 1) / kTile, threads, [&](int64_t begin, int64_t end, int thread) {
+    auto* const columns = reinterpret_cast<T*>(static_cast<unsigned char*>(workspace) + thread * bytes);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t g0 = tile * kTile, n = std::min(kTile, G - g0);
+      for (int64_t q = 0; q < Q; ++q)
+        for (int64_t c = 0; c < n; ++c) columns[c * Q + q] = q_g[q * G + g0 + c];
+      for (int64_t c = 0; c < n; ++c) rows_of(thread, Q + g0 + c, columns + c * Q, g_g + (g0 + c) * G);
+    }
+  });
 }
 
 }  // namespace
@@ -206,6 +287,66 @@ void blend_cpu(float* distance, int64_t ld, int64_t queries, int64_t gallery, co
       }
       const double scale = row_max[q] > 0 ? lambda_value / row_max[q] : 0.0;
       blend_row(distance + q * ld, shared, gallery, static_cast<float>(scale), static_cast<float>(lambda_value));
+    }
+  });
+}
+
+void matrix_neighbors_cpu(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q, int64_t G,
+                          int64_t k, int32_t* neighbor, double* row_max, void* workspace, int threads) {
+  dispatch_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    matrix_neighbors(static_cast<const T*>(q_g), static_cast<const T*>(q_q), static_cast<const T*>(g_g), Q, G, k,
+                     neighbor, row_max, workspace, threads);
+  });
+}
+
+void blend_topk_cpu(const Features& query, const Features& gallery, DType dtype, int64_t D, const int32_t* nearest,
+                    const float* original, int64_t listed, const float* row_max, const int64_t* indptr,
+                    const int32_t* index, const float* value, const int64_t* start, const int32_t* owner,
+                    const float* weight, double lambda_value, int64_t k, float* distance, int64_t* gallery_index,
+                    void* workspace, int threads) {
+  const ExactDistance exact = exact_distance_function(dtype, query.factor != nullptr);
+  const int64_t G = gallery.rows;
+  parallel_for(query.rows, threads, [&](int64_t begin, int64_t end, int thread) {
+    auto* const scored = reinterpret_cast<Scored*>(static_cast<unsigned char*>(workspace) + thread * 24 * G);
+    auto* const touched = reinterpret_cast<int32_t*>(scored + G);
+    auto* const shared = reinterpret_cast<float*>(touched + G);
+    std::fill(shared, shared + G, 0.0f);
+    for (int64_t q = begin; q < end; ++q) {
+      int64_t sharing = 0;
+      for (int64_t e = indptr[q]; e < indptr[q + 1]; ++e)
+        for (int64_t at = start[index[e]]; at < start[index[e] + 1]; ++at) {
+          const int32_t g = owner[at];
+          if (shared[g] == 0) touched[sharing++] = g;
+          shared[g] += std::min(value[e], weight[at]);
+        }
+      const double scale = row_max[q] > 0 ? lambda_value / row_max[q] : 0.0;
+      const auto final_distance = [&](double squared, int32_t g) {
+        const double m = std::min(shared[g], 1.0f);
+        return (1 - lambda_value) * (1 - m / (2 - m)) + std::min(squared * scale, lambda_value);
+      };
+      // Those that share nothing are ordered by their original distance or, where that weighs nothing, by index.
+      const bool by_index = !(scale > 0);
+      int64_t count = 0;
+      for (int64_t c = 0; c < (by_index ? k : listed); ++c) {
+        const int32_t g = by_index ? static_cast<int32_t>(c) : nearest[q * listed + c];
+        scored[count++] = {final_distance(by_index ? 0.0 : original[q * listed + c], g), g};
+        shared[g] = -shared[g];  // done
+      }
+      for (int64_t c = 0; c < sharing; ++c) {
+        const int32_t g = touched[c];
+        if (shared[g] > 0) {
+          const double squared = by_index ? 0.0 : static_cast<float>(exact(query, q, gallery, g, D));
+          scored[count++] = {final_distance(squared, g), g};
+        }
+        shared[g] = 0;
+      }
+      std::nth_element(scored, scored + k - 1, scored + count);
+      std::sort(scored, scored + k);
+      for (int64_t c = 0; c < k; ++c) {
+        distance[q * k + c] = static_cast<float>(scored[c].distance);
+        gallery_index[q * k + c] = scored[c].index;
+      }
     }
   });
 }

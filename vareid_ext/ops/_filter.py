@@ -113,14 +113,16 @@ class Filter:
         return out
 
     def _find_center(self) -> Tensor | None:
-        total, squares, count = 0, 0.0, 0
+        total = torch.zeros(self.parts[0].shape[1], dtype=torch.float64, device=self.parts[0].device)
+        squares, count = 0.0, 0
         for part, factor in zip(self.parts, self.factors, strict=True):
             step = max(1, -(-part.shape[0] * len(self.parts) // _SAMPLE))
             for begin in range(0, part.shape[0], 64 * step):
                 rows = part[begin : begin + 64 * step : step].double()
                 if factor is not None:
                     rows = rows * factor[begin : begin + 64 * step : step, None]
-                total, squares, count = total + rows.sum(0), squares + float(rows.square().sum()), count + rows.shape[0]
+                total += rows.sum(0)
+                squares, count = squares + float(rows.square().sum()), count + rows.shape[0]
         if count == 0:
             return None
         mean = total / count
@@ -161,6 +163,10 @@ class Filter:
         factor = None if factor is None else factor[rows]
         norm = torch.empty(rows.numel(), dtype=torch.float32, device=part.device)
         return self._prepare(part, factor, torch.empty(part.shape, dtype=torch.float32, device=part.device), norm)
+
+    def drop_buffers(self) -> None:
+        """Gives the memory of converted blocks back."""
+        self._buffers.clear()
 
     def bounds(self, which: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Norms and windows of one part or of all, in order."""

@@ -16,7 +16,8 @@ _found: list[tuple[Any, str]] = []
 
 
 def _settings() -> tuple[Any, ...]:
-    return torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    mkldnn: Any = torch.backends.mkldnn
+    return torch.backends.cuda.matmul, mkldnn.matmul
 
 
 @contextlib.contextmanager

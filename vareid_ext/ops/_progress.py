@@ -6,7 +6,8 @@ import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
 
-_listener: contextvars.ContextVar[Callable[[int], object] | None] = contextvars.ContextVar("vareid_progress", default=None)
+_Listener = Callable[[int], object]
+_listener: contextvars.ContextVar[_Listener | None] = contextvars.ContextVar("vareid_progress", default=None)
 
 
 @contextlib.contextmanager

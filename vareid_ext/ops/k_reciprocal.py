@@ -6,6 +6,8 @@ query expansion, and the blend of Jaccard and original distance.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,11 +15,11 @@ from vareid_ext import _native
 from vareid_ext.ops._filter import contiguous_rows, stream_of
 from vareid_ext.reference import k_reciprocal as reference
 from vareid_ext.reference import nearest_neighbors as neighbor_reference
+from vareid_ext.reference.pairwise_distance import exact_distance
 
 
-def _pattern_sizes(like: Tensor, rows: int) -> tuple[Tensor, int]:
-    entries = torch.library.get_ctx().new_dynamic_size()
-    return like.new_empty((rows + 1,), dtype=torch.int64), entries
+def _pattern_sizes(like: Tensor, rows: int) -> tuple[Tensor, Any]:
+    return like.new_empty((rows + 1,), dtype=torch.int64), torch.library.get_ctx().new_dynamic_size()
 
 
 @torch.library.custom_op("vareid::k_reciprocal_sets", mutates_args=())
@@ -99,6 +101,71 @@ def _(
     return None
 
 
+@torch.library.custom_op("vareid::matrix_neighbors", mutates_args=())
+def matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Neighbour lists from three matrices; see :func:`vareid_ext.reference.k_reciprocal.matrix_neighbors`."""
+    return reference.matrix_neighbors(q_g, q_q, g_g, k)
+
+
+@matrix_neighbors.register_fake
+def _(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    M = q_g.shape[0] + q_g.shape[1]
+    return q_g.new_empty((M, k), dtype=torch.int32), q_g.new_empty((M,), dtype=torch.float64)
+
+
+@torch.library.custom_op("vareid::k_reciprocal_topk", mutates_args=())
+def k_reciprocal_topk(
+    query: Tensor,
+    gallery: Tensor,
+    scale: float,
+    nearest: Tensor,
+    original: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+) -> tuple[Tensor, Tensor]:
+    """The smallest final distances of each query, without whole rows.
+
+    Args:
+        query: [Q, D].
+        gallery: [G, D].
+        scale: what the features are multiplied by.
+        nearest: int32 [Q, k], each query's nearest gallery rows by original distance, in order.
+        original: float32 [Q, k], their squared distances.
+        row_max: float32 [Q+G].
+        indptr: [Q+G+1], with index and value the encodings after query expansion.
+        index: [nnz].
+        value: [nnz].
+        lambda_value: in [0, 1].
+
+    Returns:
+        distance float32 [Q, k], ascending, ties by the lower index; index int64 [Q, k]. What shares nothing with a
+        query has Jaccard distance 1, so it is among the k smallest only if its original distance is.
+    """
+    every = exact_distance(query.double() * scale, gallery.double() * scale, "sqeuclidean").to(torch.float32)
+    final = reference.blend(every, row_max, indptr, index, value, lambda_value)
+    ordered, order = torch.sort(final, dim=1, stable=True)
+    return ordered[:, : nearest.shape[1]].clone(), order[:, : nearest.shape[1]].clone()
+
+
+@k_reciprocal_topk.register_fake
+def _(
+    query: Tensor,
+    gallery: Tensor,
+    scale: float,
+    nearest: Tensor,
+    original: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(original), torch.empty_like(nearest, dtype=torch.int64)
+
+
 def _scratch(like: Tensor, size: int) -> Tensor:
     return like.new_empty((size,), dtype=torch.uint8)
 
@@ -122,6 +189,15 @@ def _native_sets(neighbor: Tensor, k1: int) -> tuple[Tensor, Tensor]:
     return indptr, index
 
 
+def _scaled(query: Tensor, gallery: Tensor, scale: float) -> list[Any]:
+    """Query, its factors, gallery, its factors, as the compiled module takes them."""
+    views = []
+    for part in (contiguous_rows(query), contiguous_rows(gallery)):
+        factor = None if scale == 1 else part.new_full((part.shape[0],), scale, dtype=torch.float64)
+        views += [_native.view(part), _native.view(factor)]
+    return views
+
+
 def _native_listed_distance(
     query: Tensor,
     gallery: Tensor,
@@ -132,13 +208,10 @@ def _native_listed_distance(
     index: Tensor,
 ) -> Tensor:
     view = _native.view
-    parts = [contiguous_rows(query), contiguous_rows(gallery)]
-    factors = [None if scale == 1 else p.new_full((p.shape[0],), scale, dtype=torch.float64) for p in parts]
     out = query.new_empty(index.shape, dtype=torch.float32)
     _native.module().listed_distance(
-        view(parts[0]), view(factors[0]), view(parts[1]), view(factors[1]), view(neighbor.contiguous()),
-        view(neighbor_distance.contiguous()), view(indptr), view(index), view(out), torch.get_num_threads(),
-        stream_of(query),
+        *_scaled(query, gallery, scale), view(neighbor.contiguous()), view(neighbor_distance.contiguous()),
+        view(indptr), view(index), view(out), torch.get_num_threads(), stream_of(query),
     )  # fmt: skip
     return out
 
@@ -207,9 +280,51 @@ def _native_blend(
     )  # fmt: skip
 
 
+def _native_topk(
+    query: Tensor,
+    gallery: Tensor,
+    scale: float,
+    nearest: Tensor,
+    original: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+) -> tuple[Tensor, Tensor]:
+    view, threads = _native.view, torch.get_num_threads()
+    Q, G = query.shape[0], gallery.shape[0]
+    index, value = index.contiguous(), value.contiguous()
+    inverted = invert(indptr, index, value, Q, Q + G)
+    distance = torch.empty_like(original, memory_format=torch.contiguous_format)
+    gallery_index = torch.empty_like(distance, dtype=torch.int64)
+    workspace = _scratch(query, 24 * G * threads)
+    _native.module().blend_topk(
+        *_scaled(query, gallery, scale), view(nearest.contiguous()), view(original.contiguous()),
+        view(row_max.contiguous()), view(indptr), view(index), view(value), *map(view, inverted), lambda_value,
+        view(distance), view(gallery_index), view(workspace), threads, stream_of(query),
+    )  # fmt: skip
+    return distance, gallery_index
+
+
+def _native_matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    view, threads = _native.view, torch.get_num_threads()
+    Q, G = q_g.shape
+    neighbor = q_g.new_empty((Q + G, k), dtype=torch.int32)
+    row_max = q_g.new_empty((Q + G,), dtype=torch.float64)
+    workspace = _scratch(q_g, (128 * Q + 32 * k + 1024) * threads)
+    _native.module().matrix_neighbors(
+        view(q_g.contiguous()), view(q_q.contiguous()), view(g_g.contiguous()), k, view(neighbor), view(row_max),
+        view(workspace), threads, stream_of(q_g),
+    )  # fmt: skip
+    return neighbor, row_max
+
+
 for _device_type in ("cpu",):
     _native.register(k_reciprocal_sets, _device_type)(_native_sets)
     _native.register(listed_distance, _device_type)(_native_listed_distance)
     _native.register(k_reciprocal_encode, _device_type)(_native_encode)
     _native.register(k_reciprocal_expand, _device_type)(_native_expand)
     _native.register(k_reciprocal_blend, _device_type)(_native_blend)
+    _native.register(k_reciprocal_topk, _device_type)(_native_topk)
+    _native.register(matrix_neighbors, _device_type)(_native_matrix_neighbors)

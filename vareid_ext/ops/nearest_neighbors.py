@@ -125,23 +125,30 @@ class _Scan:
         return torch.where(equal, first, number).to(torch.int32)
 
 
-def _symmetric_scan(filtered: Filter, parts: Sequence[int], scan: _Scan, block_rows: int, out: Tensor | None) -> None:
-    """Every block on and above the diagonal; those of query against gallery go into ``out``."""
-    blocks = row_blocks(filtered, parts, block_rows)
+def _symmetric_scan(filtered: Filter, scans: Sequence[_Scan], block_rows: int, out: Tensor | None) -> None:
+    """Every block on and above the diagonal of all parts against themselves.
+
+    The first of ``scans`` looks at all of them, a second one at those of the first part against the second, which also
+    go into ``out``.
+    """
+    blocks = row_blocks(filtered, range(len(filtered.parts)), block_rows)
     side = max((last - first for _, first, last, _ in blocks), default=0)
     buffer = filtered.norm.new_empty(side * side)
     with full_float32(buffer.device.type):
         for at, (which, first, last, offset) in enumerate(blocks):
             rows = filtered.block(which, first, last, 0)
             for other, other_first, other_last, other_offset in blocks[at:]:
-                columns = rows if other_offset == offset else filtered.block(other, other_first, other_last, 1)
-                kept = out is not None and which != other
-                if out is not None and which != other:
+                same, crossed = other_offset == offset, which != other
+                columns = rows if same else filtered.block(other, other_first, other_last, 1)
+                if crossed and out is not None:
                     target = out[first:last, other_first:other_last]
                 else:
                     target = buffer[: rows.shape[0] * columns.shape[0]].view(rows.shape[0], columns.shape[0])
                 torch.mm(rows, columns.T, out=target)
-                scan.look(target, offset, other_offset, both=other_offset != offset, write=kept)
+                if crossed:
+                    for scan in scans[1:]:
+                        scan.look(target, first, other_first, both=False, write=False)
+                scans[0].look(target, offset, other_offset, both=not same, write=crossed and out is not None)
                 _progress.advance((last - first) * (other_last - other_first))
 
 
@@ -181,7 +188,7 @@ def _native_nearest_neighbors(
     if y is None:
         filtered = Filter([x], ["x"], metric)
         scan = _Scan(filtered, [0], [0], k, metric)
-        _symmetric_scan(filtered, [0], scan, block_rows, None)
+        _symmetric_scan(filtered, [scan], block_rows, None)
     else:
         filtered = Filter([x, y], ["x", "y"], metric)
         scan = _Scan(filtered, [0], [1], k, metric)
@@ -195,34 +202,44 @@ _native.register(_nearest_neighbors, "cpu")(_native_nearest_neighbors)
 
 @torch.library.custom_op("vareid::joint_neighbors", mutates_args=("out",))
 def joint_neighbors(
-    query: Tensor, gallery: Tensor, scale: float, k: int, out: Tensor | None, block_rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Neighbour lists of query and gallery together; see :func:`vareid_ext.reference.nearest_neighbors.joint_neighbors`.
+    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Neighbour lists of both; see :func:`vareid_ext.reference.nearest_neighbors.joint_neighbors`.
 
     ``scale`` must be what :func:`vareid_ext.ops._filter.common_scale` gives.
     """
-    return reference.joint_neighbors(query, gallery, scale, k, out)
+    return reference.joint_neighbors(query, gallery, scale, k, nearest, out)
 
 
 @joint_neighbors.register_fake
 def _(
-    query: Tensor, gallery: Tensor, scale: float, k: int, out: Tensor | None, block_rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    M = query.shape[0] + gallery.shape[0]
-    new = query.new_empty
-    return new((M, k), dtype=torch.int32), new((M, k), dtype=torch.float32), new((M,), dtype=torch.float32)
+    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (Q, G), new = (query.shape[0], gallery.shape[0]), query.new_empty
+    return (
+        new((Q + G, k), dtype=torch.int32), new((Q + G, k), dtype=torch.float32), new((Q + G,), dtype=torch.float32),
+        new((Q, nearest), dtype=torch.int32), new((Q, nearest), dtype=torch.float32),
+    )  # fmt: skip
 
 
 def _native_joint_neighbors(
-    query: Tensor, gallery: Tensor, scale: float, k: int, out: Tensor | None, block_rows: int
+    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
 ) -> Any:
-    if k > _CPU_K:
+    if max(k, nearest) > _CPU_K:
         return NotImplemented
     filtered = Filter([query, gallery], ["query", "gallery"], "sqeuclidean", scale=scale)
-    scan = _Scan(filtered, [0, 1], [0, 1], k, "sqeuclidean")
-    _symmetric_scan(filtered, [0, 1], scan, block_rows, out)
-    index, distance = scan.select(torch.float32)
-    return index, distance, scan.row_max
+    scans = [_Scan(filtered, [0, 1], [0, 1], k, "sqeuclidean")]
+    if nearest:
+        scans.append(_Scan(filtered, [0], [1], nearest, "sqeuclidean"))
+    _symmetric_scan(filtered, scans, block_rows, out)
+    filtered.drop_buffers()
+    row_max = scans[0].row_max
+    index, distance = scans[0].select(torch.float32)
+    if not nearest:
+        empty = query.new_empty((query.shape[0], 0), dtype=torch.float32)
+        return index, distance, row_max, empty.to(torch.int32), empty
+    del scans[0]
+    return index, distance, row_max, *scans[0].select(torch.float32)
 
 
 _native.register(joint_neighbors, "cpu")(_native_joint_neighbors)

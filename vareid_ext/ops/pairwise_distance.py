@@ -47,11 +47,16 @@ def _(upstream: Tensor, x: Tensor, y: Tensor | None, distance: Tensor, metric: s
 def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
     if x.dtype == torch.float64:
         return NotImplemented
-    symmetric = y is None
-    filtered = Filter([x] if symmetric else [x, y], ["x", "y"][: 1 if symmetric else 2], metric)
-    other = 0 if symmetric else 1
+    symmetric, parts = y is None, [x] if y is None else [x, y]
+    filtered = Filter(parts, ["x", "y"][: len(parts)], metric)
+    other = len(parts) - 1
     out = x.new_empty((x.shape[0], filtered.parts[other].shape[0]), dtype=torch.float32)
-    view, factors = _native.view, filtered.factors
+    view = _native.view
+
+    def features(which: int, at: slice) -> tuple[Any, Any]:
+        factor = filtered.factors[which]
+        return view(filtered.parts[which][at]), view(None if factor is None else factor[at])
+
     columns_of = row_blocks(filtered, [other], BLOCK_ROWS)
     with full_float32(x.device.type):
         for which, first, last, _ in row_blocks(filtered, [0], BLOCK_ROWS):
@@ -63,8 +68,7 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
                 block = out[at, to]
                 torch.mm(rows, columns.T, out=block)
                 _native.module().pairwise_distance_block(
-                    view(block), view(filtered.parts[0][at]), view(None if factors[0] is None else factors[0][at]),
-                    view(filtered.parts[other][to]), view(None if factors[other] is None else factors[other][to]),
+                    view(block), *features(0, at), *features(other, to),
                     view(filtered.norms[0][at]), view(filtered.norms[other][to]), reference.METRICS.index(metric),
                     filtered.unscale, view(out[to, at] if symmetric and other_first > first else None),
                     filtered.threads, stream_of(x),

@@ -36,8 +36,8 @@ def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple
 
 
 def joint_neighbors(
-    query: Tensor, gallery: Tensor, scale: float, k: int, out: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Neighbour lists and row maxima of query and gallery together, as k-reciprocal re-ranking needs them.
 
     Rows 0 to Q-1 are the query's, Q to Q+G-1 the gallery's. Distances are squared Euclidean, of the features times
@@ -48,17 +48,21 @@ def joint_neighbors(
         gallery: [G, D].
         scale: a power of two.
         k: 1 to Q + G.
+        nearest: 0 to G, how many of the gallery's rows to list for each query.
         out: float32 [Q, G] that is overwritten with the distances between queries and gallery; None for none.
 
     Returns:
         neighbor int32 [Q+G, k], the k nearest rows in order, ties by index; distance float32 [Q+G, k], theirs; row_max
-        float32 [Q+G], each row's largest distance.
+        float32 [Q+G], each row's largest distance; gallery_index int32 [Q, nearest] and gallery_distance float32
+        [Q, nearest], each query's nearest rows of the gallery, in order, ties by index.
     """
     query, gallery = query.to(torch.float64) * scale, gallery.to(torch.float64) * scale
     Q, M = query.shape[0], query.shape[0] + gallery.shape[0]
     neighbor = query.new_empty((M, k), dtype=torch.int32)
     distance = query.new_empty((M, k), dtype=torch.float32)
     row_max = query.new_empty((M,), dtype=torch.float32)
+    gallery_index = query.new_empty((Q, nearest), dtype=torch.int32)
+    gallery_distance = query.new_empty((Q, nearest), dtype=torch.float32)
     step = rows_per_block(M)
     for part, offset in ((query, 0), (gallery, Q)):
         for begin in range(0, part.shape[0], step):
@@ -67,9 +71,12 @@ def joint_neighbors(
             at = slice(offset + begin, offset + begin + rows.shape[0])
             ordered, order = torch.sort(block, dim=1, stable=True)
             neighbor[at], distance[at], row_max[at] = order[:, :k].to(torch.int32), ordered[:, :k], block.amax(1)
-            if out is not None and offset == 0:
-                out[at] = block[:, Q:]
-    return neighbor, distance, row_max
+            if offset == 0:
+                if out is not None:
+                    out[at] = block[:, Q:]
+                ordered, order = torch.sort(block[:, Q:], dim=1, stable=True)
+                gallery_index[at], gallery_distance[at] = order[:, :nearest].to(torch.int32), ordered[:, :nearest]
+    return neighbor, distance, row_max, gallery_index, gallery_distance
 
 
 def listed_distance(
