@@ -14,7 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from vareid_ext.data.random_stream import Stream
-from vareid_ext.data.synthetic_person import ONE, TURN, Person, Pose, draw_person, paint_person
+from vareid_ext.data.synthetic_drawing import ONE, TURN
+from vareid_ext.data.synthetic_figure import Pose, paint_person
+from vareid_ext.data.synthetic_person import Person, draw_person
 from vareid_ext.data.synthetic_scene import (
     SUPERSAMPLE,
     Camera,
@@ -133,7 +135,7 @@ class SyntheticRenderer:
             side = passer.choice((width // 10, width * 9 // 10))
             pose = Pose(passer.integer(0, TURN - 1), side, height * 88 // 100, height * 70 // 100, 0, camera.light)
             paint_person(canvas, draw_person(passer), pose)
-        size = height * camera.size // ONE * stream.integer(930, 1090) // ONE
+        size = height * camera.size // ONE * stream.integer(960, 1070) // ONE
         pose = Pose(
             facing=self.facing(shot),
             centre_x=width // 2 + stream.integer(-width // 11, width // 11),

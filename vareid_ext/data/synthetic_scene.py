@@ -1,6 +1,6 @@
 """The cameras of the synthetic set: what stands behind a person, and what the camera does to the picture.
 
-Integer arithmetic throughout, as in `synthetic_person`.
+Integer arithmetic throughout, as in `synthetic_drawing`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vareid_ext.data.random_stream import Stream
-
-ONE = 1024
+from vareid_ext.data.synthetic_drawing import ONE
 
 SUPERSAMPLE = 2
 """The canvas has this many pixels per picture pixel and side; averaging them smooths the edges."""
@@ -110,7 +109,7 @@ def draw_camera(stream: Stream, height: int, width: int) -> Camera:
         blur=stream.integer(0, 2),
         coarse=stream.chance(30),
         grain=stream.integer(2, 14),
-        size=stream.integer(900, 985),
+        size=stream.integer(885, 965),
         light=stream.integer(-900, 900),
         directions=directions,
     )
