@@ -2,16 +2,32 @@
 
 from vareid_ext._native import backends, reference_backend
 from vareid_ext._version import __version__
+from vareid_ext.losses import LossParts, ViewpointAwareLoss
 from vareid_ext.metrics import QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
 from vareid_ext.ops.angular_center import angular_center_regularizer
+from vareid_ext.ops.viewpoint_aware_cross_entropy import (
+    identity_cross_entropy,
+    viewpoint_aware_cross_entropy,
+    viewpoint_cross_entropy,
+)
+from vareid_ext.retrieval import k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
 
 __all__ = [
+    "LossParts",
     "QueryRanking",
     "RankingMetrics",
+    "ViewpointAwareLoss",
     "__version__",
     "angular_center_regularizer",
     "backends",
     "evaluate_ranking",
+    "identity_cross_entropy",
+    "k_reciprocal_rerank",
+    "nearest_neighbors",
+    "pairwise_distance",
     "rank_queries",
+    "re_ranking",
     "reference_backend",
+    "viewpoint_aware_cross_entropy",
+    "viewpoint_cross_entropy",
 ]

@@ -78,6 +78,11 @@ def reference_forced() -> bool:
     return _environment_reference or _forced_reference.get()
 
 
+def loaded() -> bool:
+    """Whether the compiled module is there, whatever backend is in force."""
+    return _module is not None
+
+
 def module() -> Any:
     """The compiled module; RuntimeError where it is missing."""
     if _module is None:

@@ -107,9 +107,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(
-    ctx: Any, upstream: Tensor, *_unused: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, None]:
+def _differentiate(ctx: Any, upstream: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
     grad_W, grad_U = _backward(upstream, *ctx.saved_tensors)
     return grad_W, grad_U, None
 

@@ -1,0 +1,147 @@
+"""Compiles the kernels with g++ into shared objects that run them on the CPU; cached under ``build/cuda_on_cpu``.
+
+Three flavours of the same sources: ``fast`` (plain -O2), ``checker`` (every access reported to runtime/checker.cpp) and
+``asan`` (address and undefined-behaviour sanitizers).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+KERNELS = ROOT / "csrc" / "cuda"
+FLAVOURS = ("fast", "checker", "asan")
+
+_COMMON = [
+    "-x", "c++", "-std=c++20", "-fPIC", "-g", "-fno-gnu-unique", "-fno-threadsafe-statics", "-ffp-contract=off",
+    "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-DVAREID_CUDA_ON_CPU",
+    "-I", str(HERE / "include"), "-I", str(HERE / "runtime"), "-I", str(ROOT / "csrc"), "-I", str(KERNELS),
+]  # fmt: skip
+_DEFINE = {"fast": [], "checker": ["-DCUDA_ON_CPU_CHECKER"], "asan": ["-DCUDA_ON_CPU_ASAN"]}
+_KERNEL_FLAGS = {
+    "fast": ["-O2"],
+    # Scalar replacement would split a float4 access in four and falsify the traffic.
+    "checker": ["-O1", "-fno-tree-sra", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
+    "asan": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fsanitize-recover=address,undefined"],
+}
+_LINK_FLAGS = {"fast": [], "checker": [], "asan": ["-fsanitize=address,undefined"]}
+_HINTS = (
+    (r"<<<", "the <<<...>>> launch: call vareid::launch (csrc/cuda/launch.h)"),
+    (r"extern\s+__shared__", "extern __shared__: write DYN_SHARED(T, name) (csrc/cuda/launch.h)"),
+    (r"\bnvcuda::|\bwmma::", "tensor-core fragments: write the plain multiply-add, guard the variant"),
+)
+
+
+class BuildError(RuntimeError):
+    """g++ refused a source; the text holds its messages."""
+
+
+@functools.cache
+def missing_reason() -> str:
+    """Why the kernels cannot be built here, or ""."""
+    for tool in ("g++", "nm", "addr2line"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed (the CUDA-on-CPU tests need g++ 12 or newer and binutils)"
+    version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True).stdout.strip()
+    if int(version.split(".")[0]) < 12:
+        return f"g++ {version} is too old (the CUDA-on-CPU tests need g++ 12 or newer)"
+    return ""
+
+
+def cache_folder() -> Path:
+    return ROOT / "build" / "cuda_on_cpu"
+
+
+@functools.cache
+def _compiler_identity() -> str:
+    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def _headers_digest(with_kernel_headers: bool) -> str:
+    digest = hashlib.sha256(_compiler_identity().encode())
+    patterns = ((HERE / "include", "**/*.h*"), (HERE / "include", "**/*.cuh"), (HERE / "runtime", "*.h"))
+    headers = [path for folder, pattern in patterns for path in folder.glob(pattern)]
+    headers.append(ROOT / "csrc" / "dtype.h")
+    if with_kernel_headers:
+        headers += [*(ROOT / "csrc").glob("*.h"), *KERNELS.glob("*.h"), *KERNELS.glob("*.cuh")]
+    for path in sorted(headers):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _compile(source: Path, flags: Sequence[str], folder: Path) -> Path:
+    """The object file of a source, compiled unless the cache has it."""
+    headers = _headers_digest(source.parent != HERE / "runtime")
+    key = hashlib.sha256("\0".join([headers, str(source), *flags]).encode() + source.read_bytes()).hexdigest()
+    target = folder / f"{source.stem}-{key[:20]}.o"
+    if target.exists():
+        return target
+    partial = target.with_suffix(f".{os.getpid()}.partial")
+    # A path relative to the repository keeps it readable in messages.
+    name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
+    command = ["g++", *_COMMON, *flags, "-c", name, "-o", str(partial)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode != 0:
+        text = source.read_text()
+        hints = [f"unsupported in the CUDA-on-CPU tests: {hint}" for pattern, hint in _HINTS if re.search(pattern, text)]
+        raise BuildError("\n".join([*hints, f"{name} does not compile:", done.stderr]))
+    if "warning:" in done.stderr:
+        raise BuildError(f"{name} compiles with warnings:\n{done.stderr}")
+    partial.replace(target)
+    return target
+
+
+def build(name: str, kernels: Sequence[Path], glue: Sequence[Path], flavour: str) -> Path:
+    """A shared object of the kernels, their glue and the runtime; BuildError where a source does not compile.
+
+    Args:
+        name: Base name of the shared object.
+        kernels: Sources that hold kernels; these are instrumented.
+        glue: Sources that are not.
+        flavour: One of ``FLAVOURS``.
+    """
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    runtime = [HERE / "runtime" / f"{part}.cpp" for part in ("scheduler", "memory", "export")]
+    runtime += [HERE / "runtime" / f"{part}.cpp" for part in (
+        ("checker", "traffic") if flavour == "checker" else ("no_checker", "asan_report") if flavour == "asan" else
+        ("no_checker",))]  # fmt: skip
+    plain = ["-O2", *_DEFINE[flavour]]
+    instrumented = [*_KERNEL_FLAGS[flavour], *_DEFINE[flavour]]
+    jobs = [(source, instrumented) for source in kernels] + [(source, plain) for source in [*glue, *runtime]]
+    with open(folder / "lock", "w") as lock:  # two test sessions must not compile the same thing twice
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            objects = list(pool.map(lambda job: _compile(job[0], job[1], folder), jobs))
+        key = hashlib.sha256("\0".join([flavour, *map(str, objects)]).encode()).hexdigest()
+        target = folder / f"{name}-{flavour}-{key[:20]}.so"
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}.partial")
+            command = ["g++", "-shared", "-Wl,-Bsymbolic", *_LINK_FLAGS[flavour], *map(str, objects), "-o", str(partial)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise BuildError(f"{name} does not link:\n{done.stderr}")
+            partial.replace(target)
+    return target
+
+
+def build_package(flavour: str) -> Path:
+    """All kernels of the package with the glue of ``launchers/``."""
+    kernels = sorted(KERNELS.glob("*.cu"))
+    return build("kernels", kernels, sorted((HERE / "launchers").glob("*.cpp")), flavour)
+
+
+def build_planted(flavour: str) -> Path:
+    """The harness's own example kernels, right ones and defective ones."""
+    return build("planted", sorted((HERE / "planted").glob("*.cu")), [], flavour)

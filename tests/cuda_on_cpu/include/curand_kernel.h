@@ -1,0 +1,1 @@
+#error "CUDA-on-CPU: cuRAND is not supported: pass random numbers in"

@@ -1,0 +1,126 @@
+// The machine's own state, shared by scheduler.cpp, memory.cpp, checker.cpp and traffic.cpp.
+//
+// One OS thread runs everything. A launch runs the grid block after block; a block's threads are fibers that run until
+// they wait (barrier, warp operation) or end. The first defect stops the launch: its text is thrown to the launcher's
+// caller. A text may hold "@0x<offset>" tokens, code addresses relative to the shared object, which Python turns into
+// file and line.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_on_cpu/machine.h"
+
+// The first and the last byte of this shared object (the linker defines them).
+extern "C" {
+extern const char __ehdr_start __attribute__((visibility("hidden")));
+extern const char _end __attribute__((visibility("hidden")));
+}
+
+namespace cuda_on_cpu {
+
+#ifdef CUDA_ON_CPU_CHECKER
+constexpr bool kChecker = true;
+#else
+constexpr bool kChecker = false;
+#endif
+constexpr unsigned kWarp = 32, kMaxThreads = 1024;
+constexpr size_t kMaxShared = 99 * 1024;  // the least that cudaFuncSetAttribute may ask for on sm_86, sm_89, sm_120
+
+struct Defect : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// What a thread that fenced and then did an atomic has made visible: everything its block did before `epoch`, and its
+// own accesses of that epoch up to `clock`.
+struct Release {
+  uint32_t block, epoch, thread, clock;
+};
+
+struct LogEntry {
+  uintptr_t pc, address;
+  uint32_t size : 30, write : 1, shared : 1;
+};
+
+enum class State : uint8_t { kReady, kAtBarrier, kAtWarp, kDone };
+
+struct Thread {
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  uint3 index{};
+  State state = State::kDone;
+  Site site{};  // where it waits
+  bool predicate = false;
+  WarpOp op{};
+  unsigned mask = 0, source = 0;
+  uint64_t value = 0;
+  // checker
+  bool fenced = false;
+  uint32_t fence_epoch = 0, fence_clock = 0;
+  std::vector<Release> observed, acquired;  // seen at an atomic; in force since the fence after it
+  std::vector<LogEntry> log;
+};
+
+struct Machine {
+  bool running = false;
+  const void* kernel = nullptr;
+  uint32_t block = 0, launch_first_block = 1, next_block = 1;  // blocks are numbered across launches
+  unsigned threads = 0, current = 0;
+  uint32_t epoch = 0;  // block barriers passed in this block
+  Thread thread[kMaxThreads];
+  uintptr_t host_frame = 0;
+  size_t dynamic_bytes = 0;
+  std::string defect;
+  // set from Python
+  int order = 0;  // 0 forward, 1 reverse, 2 random
+  uint64_t seed = 0;
+  bool measure = false;
+  int device = 0, expected_device = 0;
+  void* expected_stream = nullptr;
+  Site disabled{};  // this barrier does nothing (mutation tests)
+};
+extern Machine machine;
+
+// Ends the running kernel, or the host call, with a defect.
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string thread_name(uint32_t thread);
+std::string block_name(uint32_t block);
+std::string place(Site site);
+std::string place(uintptr_t pc);
+
+// memory.cpp
+void begin_block_memory();
+void fill_static_shared();
+
+// A stretch of memory that kernels may touch, with one state byte for each of its bytes and (checker) one race cell for
+// each four.
+enum : uint8_t { kAllocated = 1, kInitialised = 2, kForeign = 4, kRead = 8, kWritten = 16 };
+struct Cell;
+struct Region {
+  uintptr_t base = 0;
+  size_t size = 0;
+  uint8_t* state = nullptr;
+  Cell* cells = nullptr;
+  bool contains(uintptr_t address) const { return address - base < size; }
+};
+extern Region global_region, static_region, dynamic_region;
+void map_shadow(Region& region);
+void* reserve(size_t bytes);
+void set_state(Region& region, uintptr_t address, size_t bytes, uint8_t state);
+// "variable 'tile' + 12 bytes" or "argument 2 of f + 4 bytes".
+std::string describe(uintptr_t address);
+void mark_dirty(uintptr_t static_shared_address);
+
+// checker.cpp; nothing in the other builds
+void checker_begin_launch();
+void checker_begin_block();
+void checker_block_barrier();
+void checker_warp_sync(unsigned warp, unsigned lanes);
+
+// traffic.cpp
+void traffic_begin_launch();
+void traffic_flush(unsigned first_thread, unsigned threads);
+
+}  // namespace cuda_on_cpu

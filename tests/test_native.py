@@ -1,0 +1,135 @@
+"""The compiled module: which one is taken, which is refused, and what runs in its place."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vareid_ext import _native, _version, angular_center_regularizer, backends, reference_backend
+
+ROOT = Path(__file__).resolve().parents[1]
+LOSS = """
+import torch, vareid_ext
+print(vareid_ext.backends()["cpu"])
+print(vareid_ext.angular_center_regularizer(torch.ones(2, 3), torch.ones(2, 2, 3)).item())
+"""
+
+
+def run(code, tmp_path=None, **environment):
+    """Run code in a fresh interpreter, with tmp_path (if any) before every other place for modules."""
+    paths = [str(tmp_path)] if tmp_path else []
+    paths += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines(), result.stderr
+
+
+def shadow(tmp_path, text):
+    (tmp_path / "_vareid_native.py").write_text(text)
+    return tmp_path
+
+
+def test_a_stale_module_is_refused_in_one_sentence(tmp_path):
+    text = f"version = {_version.__version__!r}\ninterface = {_version.NATIVE_INTERFACE + 1}\n"
+    out, err = run(LOSS, shadow(tmp_path, text))
+    assert "stale" in out[0]
+    assert f"interface {_version.NATIVE_INTERFACE + 1}" in out[0]
+    assert float(out[1]) == 0.0
+    assert err.count("RuntimeWarning") == 1
+
+
+def test_a_module_that_does_not_load_says_why(tmp_path):
+    out, err = run(LOSS, shadow(tmp_path, "raise ImportError('libmissing.so: cannot open')"))
+    assert "libmissing.so" in out[0]
+    assert float(out[1]) == 0.0
+    assert err.count("RuntimeWarning") == 1
+
+
+def test_a_missing_module_leaves_everything_working_with_one_notice(tmp_path):
+    text = "raise ModuleNotFoundError('No module named _vareid_native', name='_vareid_native')"
+    out, err = run(
+        LOSS + "vareid_ext.angular_center_regularizer(torch.ones(2, 3), torch.ones(2, 2, 3))", shadow(tmp_path, text)
+    )
+    assert "pip install" in out[0]
+    assert float(out[1]) == 0.0
+    assert err.count("RuntimeWarning") == 1
+
+
+def test_the_environment_forces_the_reference_quietly():
+    out, err = run(LOSS, VAREID_BACKEND="reference")
+    assert "asked for" in out[0]
+    assert "Warning" not in err
+
+
+def test_an_unknown_choice_is_an_error():
+    environment = {**os.environ, "VAREID_BACKEND": "fast"}
+    result = subprocess.run(
+        [sys.executable, "-c", "import vareid_ext"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "VAREID_BACKEND: 'fast' was given; allowed are 'auto' and 'reference'" in result.stderr
+
+
+def test_reference_backend_covers_its_block_only():
+    before = backends()["cpu"]
+    with reference_backend():
+        assert "asked for" in backends()["cpu"]
+        with reference_backend():
+            pass
+        assert _native.reference_forced()
+    assert backends()["cpu"] == before
+
+
+@pytest.mark.skipif(_native.backends()["cpu"] != "native", reason="needs the compiled module")
+def test_the_module_says_what_it_is():
+    module = _native.module()
+    assert (module.version, module.interface) == (_version.__version__, _version.NATIVE_INTERFACE)
+    assert isinstance(module.with_cuda, bool)
+    if module.with_cuda and not torch.cuda.is_available():
+        assert "CUDA" in module.cuda_unusable_reason()
+
+
+@pytest.mark.skipif(_native.backends()["cpu"] != "native", reason="needs the compiled module")
+def test_the_binding_checks_what_it_is_given():
+    view, module = _native.view, _native.module()
+    W, U = torch.ones(2, 3), torch.ones(2, 2, 3)
+    outputs = [torch.empty(()), torch.empty(2, 2), torch.empty(2), torch.empty(2, 2)]
+    with pytest.raises(ValueError, match="viewpoint_centers: must have the dtype of identity_centers"):
+        module.angular_center_forward(view(W), view(U.double()), None, *map(view, outputs), 1, 0)
+    outputs[1] = torch.empty(3, 2)
+    with pytest.raises(ValueError, match=r"cosine: shape \[3, 2\], expected \[2, 2\]"):
+        module.angular_center_forward(view(W), view(U), None, *map(view, outputs), 1, 0)
+    with pytest.raises(TypeError):
+        module.angular_center_forward(W, U, None, *map(view, outputs), 1, 0)
+
+
+def test_works_on_a_meta_device_without_running():
+    loss = angular_center_regularizer(torch.empty(2, 3, device="meta"), torch.empty(2, 2, 3, device="meta"))
+    assert loss.shape == ()
+    assert loss.device.type == "meta"
+
+
+@pytest.mark.skipif(not _native.loaded(), reason="needs the compiled module")
+def test_the_type_stub_names_what_the_module_has():
+    stub = ast.parse((ROOT / "python" / "_vareid_native.pyi").read_text())
+    functions = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    values = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    module = _native.module()
+    public = {name for name in dir(module) if not name.startswith("_")}
+    if not module.with_cuda:
+        functions.discard("cuda_unusable_reason")
+    assert public == functions | values

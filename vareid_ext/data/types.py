@@ -1,0 +1,194 @@
+"""What every reader returns: lists of labelled images, and the three of them that make a re-identification data set."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from PIL import Image
+
+VIEWPOINTS = ("front", "side", "back")
+"""The viewpoint classes in label order: front 0, side 1, back 2."""
+
+UNKNOWN = -1
+"""Label of a viewpoint or camera that is not known."""
+
+
+def open_image(path: str) -> Image.Image:
+    """Read the image file at `path` completely and return it as RGB (8 bits per channel).
+
+    Raises OSError, naming the file, when it is missing, cut short, damaged or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise OSError(f"cannot read the image {path}: {error}") from error
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array = np.ascontiguousarray(array)
+    if array.flags.writeable:
+        array = array.copy()
+        array.flags.writeable = False
+    return array
+
+
+@dataclass(frozen=True, eq=False)
+class ImageList:
+    """The labelled images of one split, N of them. All arrays are read-only.
+
+    Attributes:
+        paths: one string per image: a file path, or a stable name when the image is rendered.
+        identity: int64 [N]. In the training split 0..K-1 without gaps; in query and gallery the data set's own numbers
+            (distractors, where a data set has them, are 0).
+        camera: int64 [N], the data set's own camera numbers, -1 where unknown.
+        viewpoint: int64 [N], 0..V-1 (see `VIEWPOINTS`), -1 where unknown.
+        viewpoint_name: one string per image: the annotators' name (front, front_side, ...), "" where unknown.
+        viewpoint_weight: float32 [N, V] with soft labels, else None. Every row is a distribution over the viewpoints;
+            where the viewpoint is unknown it is uniform over those that occur for the identity.
+        loader: how a path becomes an RGB image.
+    """
+
+    paths: tuple[str, ...]
+    identity: np.ndarray
+    camera: np.ndarray
+    viewpoint: np.ndarray
+    viewpoint_name: tuple[str, ...]
+    viewpoint_weight: np.ndarray | None = None
+    loader: Callable[[str], Image.Image] = field(default=open_image, repr=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.paths)
+        for name in ("identity", "camera", "viewpoint"):
+            array = np.asarray(getattr(self, name), dtype=np.int64)
+            if array.shape != (count,):
+                raise ValueError(f"{name} must have shape ({count},), one entry per path, got {array.shape}")
+            object.__setattr__(self, name, _frozen(array))
+        if len(self.viewpoint_name) != count:
+            raise ValueError(f"viewpoint_name must have {count} entries, one per path, got {len(self.viewpoint_name)}")
+        if self.viewpoint_weight is not None:
+            weight = np.asarray(self.viewpoint_weight, dtype=np.float32)
+            if weight.ndim != 2 or weight.shape[0] != count:
+                raise ValueError(f"viewpoint_weight must have shape ({count}, V), got {weight.shape}")
+            object.__setattr__(self, "viewpoint_weight", _frozen(weight))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, index: int) -> Image.Image:
+        """The image at `index` as RGB. Raises IndexError outside 0..N-1, OSError when the file cannot be read."""
+        if not 0 <= index < len(self.paths):
+            raise IndexError(f"index must be in [0, {len(self.paths)}), got {index}")
+        return self.loader(self.paths[index])
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> ImageList:
+        """The images at `indices` (integers or a boolean mask [N]), in that order, labels unchanged."""
+        chosen = np.asarray(indices)
+        if chosen.dtype == bool:
+            if chosen.shape != (len(self),):
+                raise ValueError(f"a boolean mask must have shape ({len(self)},), got {chosen.shape}")
+            chosen = np.flatnonzero(chosen)
+        chosen = chosen.astype(np.int64).reshape(-1)
+        if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"indices must be in [0, {len(self)}), got {chosen.min()}..{chosen.max()}")
+        return replace(
+            self,
+            paths=tuple(self.paths[i] for i in chosen),
+            identity=self.identity[chosen],
+            camera=self.camera[chosen],
+            viewpoint=self.viewpoint[chosen],
+            viewpoint_name=tuple(self.viewpoint_name[i] for i in chosen),
+            viewpoint_weight=None if self.viewpoint_weight is None else self.viewpoint_weight[chosen],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ReidData:
+    """A data set: training images, query images and the gallery they are searched in.
+
+    Attributes:
+        name: what it is called in logs.
+        train, query, gallery: the splits. Junk is gone before this object exists; distractors are in the gallery.
+        identity_names: training identity index -> the data set's own name for it.
+        num_viewpoints: V, 3 unless a reader says otherwise.
+        skipped: paths of unreadable images that were left out.
+    """
+
+    name: str
+    train: ImageList
+    query: ImageList
+    gallery: ImageList
+    identity_names: tuple[str, ...]
+    num_viewpoints: int = len(VIEWPOINTS)
+    skipped: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        found = np.unique(self.train.identity)
+        if not np.array_equal(found, np.arange(len(self.identity_names))):
+            raise ValueError(
+                f"training identities must be 0..{len(self.identity_names) - 1} without gaps, one per entry of "
+                f"identity_names, got {found.size} different ones"
+            )
+
+    @property
+    def num_identities(self) -> int:
+        """K, the number of training identities."""
+        return len(self.identity_names)
+
+    @property
+    def num_train_viewpoints_known(self) -> int:
+        """How many training images have a viewpoint label."""
+        return int((self.train.viewpoint >= 0).sum())
+
+    def subclass_mask(self) -> np.ndarray:
+        """bool [K, V]: the (identity, viewpoint) pairs that occur in the training split.
+
+        With soft labels a pair occurs when some image of the identity gives that viewpoint a weight above 0. An image
+        whose viewpoint is unknown adds nothing; an identity that has only such images gets all V viewpoints, since
+        its samples are spread over the existing viewpoints and there must be one.
+        """
+        mask = np.zeros((self.num_identities, self.num_viewpoints), dtype=bool)
+        if self.train.viewpoint_weight is not None:
+            rows, views = np.nonzero(self.train.viewpoint_weight > 0)
+            mask[self.train.identity[rows], views] = True
+        else:
+            known = self.train.viewpoint >= 0
+            mask[self.train.identity[known], self.train.viewpoint[known]] = True
+        mask[~mask.any(axis=1)] = True
+        return mask
+
+    def summary(self) -> str:
+        """A table of images, identities, cameras and viewpoints per split; how many training images are labelled."""
+        names = VIEWPOINTS if self.num_viewpoints == len(VIEWPOINTS) else range(self.num_viewpoints)
+        header = ("split", "images", "identities", "cameras", *(str(name) for name in names), "unknown")
+        rows = [header]
+        for split in ("train", "query", "gallery"):
+            images: ImageList = getattr(self, split)
+            cameras = np.unique(images.camera[images.camera >= 0]).size
+            views = [int((images.viewpoint == view).sum()) for view in (*range(self.num_viewpoints), UNKNOWN)]
+            counts = (len(images), np.unique(images.identity).size, cameras, *views)
+            rows.append((split, *(f"{count:,}" for count in counts)))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        lines = []
+        for row in rows:
+            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+            lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+        known, total = self.num_train_viewpoints_known, len(self.train)
+        kind = "soft " if self.train.viewpoint_weight is not None else ""
+        lines.append(f"{self.name}: {known:,} of {total:,} training images have {kind}viewpoint labels")
+        if self.skipped:
+            named = ", ".join(self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
+            lines.append(f"{self.name}: {len(self.skipped):,} unreadable images left out: {named}")
+        return "\n".join(lines)

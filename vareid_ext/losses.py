@@ -1,0 +1,165 @@
+"""The losses as a module that owns the identity and viewpoint centres."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vareid_ext.ops._checks import check_dtype, check_floating, check_shape
+from vareid_ext.ops._labels import check_scalars, warn_of_alpha
+from vareid_ext.ops.angular_center import angular_center_regularizer
+from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy, viewpoint_aware_cross_entropy
+
+_INITIAL_STD = 0.001  # of the centres: small, so that training starts from a uniform prediction
+
+
+class LossParts(NamedTuple):
+    """The scalar losses of a batch; a part that is switched off is 0."""
+
+    total: Tensor
+    """identity + view_weight * viewpoint + beta * regularizer; the one to differentiate."""
+    identity: Tensor
+    """L_y (or LSR, or plain cross-entropy), not weighted."""
+    viewpoint: Tensor
+    """L_v, not weighted."""
+    regularizer: Tensor
+    """L_R, sum form, not weighted."""
+
+
+class ViewpointAwareLoss(nn.Module):
+    """The VA-reID loss ``L_y + view_weight * L_v + beta * L_R`` on features, with its centres as parameters.
+
+    The two heads are bias-free: identity logits are ``feature @ W.T``, viewpoint logits ``feature @ U.T``. The switches
+    give the ablations of the paper: Xent (smoothing="none", neither viewpoint nor regularizer), LSR
+    (smoothing="uniform"), L_y (smoothing="adaptive"), L_y + L_v, L_y + L_R, and all.
+
+    Args:
+        num_identities: K, at least 1.
+        feature_dim: D, at least 1.
+        num_viewpoints: V, at least 2.
+        alpha: coefficient of the adaptive labels, in [0, 0.5).
+        beta: weight of the regularizer.
+        view_weight: weight of L_v; may be changed between steps (``loss.view_weight = 0.3``).
+        mask: bool [K, V], the (identity, viewpoint) pairs that occur in the training set; None for all. Every identity
+            needs one. Kept as a buffer.
+        smoothing: of the identity loss: "adaptive", "uniform" or "none".
+        epsilon: constant of the uniform mode, in [0, 1).
+        use_viewpoint: whether L_v is part of the loss.
+        use_regularizer: whether L_R is part of the loss.
+
+    Attributes:
+        identity_centers: W [K, D].
+        viewpoint_centers: U [K, V, D], or None where neither L_v nor L_R is used.
+
+    Raises:
+        ValueError, TypeError: a size, a scalar or the mask does not fit.
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        num_identities: int,
+        feature_dim: int,
+        *,
+        num_viewpoints: int = 3,
+        alpha: float = 0.2,
+        beta: float = 0.1,
+        view_weight: float = 1.0,
+        mask: Tensor | None = None,
+        smoothing: str = "adaptive",
+        epsilon: float = 0.1,
+        use_viewpoint: bool = True,
+        use_regularizer: bool = True,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("num_identities", num_identities, 1),
+            ("feature_dim", feature_dim, 1),
+            ("num_viewpoints", num_viewpoints, 2),
+        ):
+            if value < least:
+                raise ValueError(f"{name}: {value} was given; it must be at least {least}")
+        for name, weight in (("beta", beta), ("view_weight", view_weight)):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name}: {weight} was given; it must be finite and at least 0")
+        check_scalars(smoothing, alpha, epsilon, "mean")
+        if use_viewpoint:
+            warn_of_alpha(alpha, num_viewpoints)
+        if mask is not None:
+            check_shape("mask", mask, (num_identities, num_viewpoints))
+            check_dtype("mask", mask, torch.bool)
+            empty = ~mask.any(1)
+            if bool(empty.any()):
+                raise ValueError(f"mask: identity {int(empty.nonzero()[0, 0])} has no existing viewpoint")
+            mask = mask.clone()
+        self.num_identities, self.feature_dim, self.num_viewpoints = num_identities, feature_dim, num_viewpoints
+        self.alpha, self.beta, self.view_weight = alpha, beta, view_weight
+        self.smoothing, self.epsilon = smoothing, epsilon
+        self.use_viewpoint, self.use_regularizer = use_viewpoint, use_regularizer
+        self.register_buffer("mask", mask)
+        self.identity_centers = nn.Parameter(torch.empty(num_identities, feature_dim))
+        self.viewpoint_centers = (
+            nn.Parameter(torch.empty(num_identities, num_viewpoints, feature_dim))
+            if use_viewpoint or use_regularizer
+            else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all centres anew from a normal distribution of mean 0 and standard deviation 0.001."""
+        nn.init.normal_(self.identity_centers, std=_INITIAL_STD)
+        if self.viewpoint_centers is not None:
+            nn.init.normal_(self.viewpoint_centers, std=_INITIAL_STD)
+
+    def extra_repr(self) -> str:
+        """The sizes and switches, for ``print(module)``."""
+        return (
+            f"{self.num_identities}, {self.feature_dim}, num_viewpoints={self.num_viewpoints}, alpha={self.alpha}, "
+            f"beta={self.beta}, view_weight={self.view_weight}, smoothing={self.smoothing!r}, epsilon={self.epsilon}, "
+            f"use_viewpoint={self.use_viewpoint}, use_regularizer={self.use_regularizer}"
+        )
+
+    def forward(self, feature: Tensor, identity: Tensor, viewpoint: Tensor | None = None) -> LossParts:
+        """The losses of a batch, averaged over it (L_R: summed over the centres).
+
+        Args:
+            feature: [N, D], the post-BN feature; N at least 1.
+            identity: integer [N] in [0, K).
+            viewpoint: integer [N] in [0, V), -1 for unknown; or a distribution over the views, floating [N, V].
+                Needed where L_v is used, else ignored.
+
+        Returns:
+            The total and its parts, scalars.
+
+        Raises:
+            TypeError, ValueError, IndexError: as :func:`vareid_ext.viewpoint_aware_cross_entropy`.
+        """
+        check_floating("feature", feature)
+        check_shape("feature", feature, ("N", self.feature_dim))
+        identity_logits = nn.functional.linear(feature, self.identity_centers)
+        zero = torch.zeros((), device=feature.device)
+        viewpoint_loss = regularizer = zero
+        if self.use_viewpoint:
+            if viewpoint is None:
+                raise ValueError("viewpoint: None was given; use_viewpoint=True needs a label for each sample")
+            assert self.viewpoint_centers is not None
+            viewpoint_logits = nn.functional.linear(feature, self.viewpoint_centers.flatten(0, 1))
+            identity_loss, viewpoint_loss = viewpoint_aware_cross_entropy(
+                identity_logits, viewpoint_logits.unflatten(1, (self.num_identities, self.num_viewpoints)),
+                identity, viewpoint, smoothing=self.smoothing, alpha=self.alpha, epsilon=self.epsilon, mask=self.mask,
+            )  # fmt: skip
+        else:
+            identity_loss = identity_cross_entropy(
+                identity_logits, identity, smoothing=self.smoothing, alpha=self.alpha, epsilon=self.epsilon
+            )
+        total = identity_loss
+        if self.use_viewpoint:
+            total = total + self.view_weight * viewpoint_loss
+        if self.use_regularizer:
+            assert self.viewpoint_centers is not None
+            regularizer = angular_center_regularizer(self.identity_centers, self.viewpoint_centers, mask=self.mask)
+            total = total + self.beta * regularizer
+        return LossParts(total, identity_loss, viewpoint_loss, regularizer)

@@ -1,0 +1,52 @@
+"""Checks of features: shapes and types without reading them, and the rows that no distance is defined for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape
+
+_MAX_DIM = 16384
+_MAX_ROWS = (1 << 31) - 1
+_CHUNK = 1 << 21  # elements read at once
+
+
+def check_features(name: str, value: Tensor) -> None:
+    """TypeError or ValueError unless ``value`` is a floating [rows, D] with 1 <= D <= 16,384 and rows < 2^31."""
+    check_floating(name, value)
+    check_shape(name, value, ("rows", "D"))
+    if not 1 <= value.shape[1] <= _MAX_DIM:
+        raise ValueError(f"{name}: features of {value.shape[1]} elements were given; 1 to {_MAX_DIM} are allowed")
+    if value.shape[0] > _MAX_ROWS:
+        raise ValueError(f"{name}: {value.shape[0]} rows were given; at most {_MAX_ROWS} are allowed")
+
+
+def check_same_features(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """:func:`check_features`, and the same D, dtype and device as another set of features."""
+    check_features(name, value)
+    if value.shape[1] != other.shape[1]:
+        raise ValueError(
+            f"{name}: features of {value.shape[1]} elements were given, but {other_name}'s have {other.shape[1]}"
+        )
+    check_dtype(name, value, other.dtype)
+    check_same_device(name, value, other_name, other)
+
+
+def refuse_row(name: str, row: int, what: str) -> None:
+    """The ValueError that names a row."""
+    raise ValueError(f"{name}: row {row} {what}")
+
+
+def check_rows(name: str, value: Tensor, *, nonzero: bool = False) -> None:
+    """ValueError that names the first row holding NaN or Inf, or (``nonzero``) nothing but zeros."""
+    step = max(1, _CHUNK // max(1, value.shape[1]))
+    for begin in range(0, value.shape[0], step):
+        part = value[begin : begin + step]
+        finite = part.isfinite().all(1)
+        if not bool(finite.all()):
+            refuse_row(name, begin + int((~finite).nonzero()[0]), "holds NaN or Inf")
+        if nonzero:
+            zero = (part == 0).all(1)
+            if bool(zero.any()):
+                refuse_row(name, begin + int(zero.nonzero()[0]), "is all zeros, which has no cosine")

@@ -1,0 +1,93 @@
+"""Exact nearest neighbours: the k smallest of a row's distances, ties by the lower index.
+
+The order is that of the distances in float64, as :func:`vareid_ext.reference.pairwise_distance.exact_distance` sums
+them; the distances that are returned are those, rounded to the result's dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vareid_ext.reference.pairwise_distance import exact_distance, result_dtype, rows_per_block
+
+
+def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple[Tensor, Tensor]:
+    """The k nearest rows of y for each row of x.
+
+    Args:
+        x: [M, D], floating point.
+        y: [N, D] of x's dtype and device; None for x itself (every row is then among its own neighbours, at 0).
+        k: 1 to N.
+        metric: "sqeuclidean", "euclidean" or "cosine".
+
+    Returns:
+        distance [M, k], ascending, float64 for float64 features, else float32; index int64 [M, k].
+    """
+    other = x if y is None else y
+    distance = x.new_empty((x.shape[0], k), dtype=result_dtype(x.dtype))
+    index = x.new_empty((x.shape[0], k), dtype=torch.int64)
+    step = rows_per_block(other.shape[0])
+    for begin in range(0, x.shape[0], step):
+        block = exact_distance(x[begin : begin + step], other, metric)
+        ordered, order = torch.sort(block, dim=1, stable=True)
+        distance[begin : begin + step], index[begin : begin + step] = ordered[:, :k], order[:, :k]
+    return distance, index
+
+
+def joint_neighbors(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Neighbour lists and row maxima of query and gallery together, as k-reciprocal re-ranking needs them.
+
+    Rows 0 to Q-1 are the query's, Q to Q+G-1 the gallery's; distances are squared Euclidean.
+
+    Args:
+        query: [Q, D], floating point.
+        gallery: [G, D].
+        k: 1 to Q + G.
+
+    Returns:
+        neighbor int32 [Q+G, k], the k nearest rows in order, ties by index; row_max float32 [Q+G], each row's largest
+        squared distance.
+    """
+    Q, M = query.shape[0], query.shape[0] + gallery.shape[0]
+    neighbor = query.new_empty((M, k), dtype=torch.int32)
+    row_max = query.new_empty((M,), dtype=torch.float32)
+    step = rows_per_block(M)
+    for part, offset in ((query, 0), (gallery, Q)):
+        for begin in range(0, part.shape[0], step):
+            rows = part[begin : begin + step]
+            block = torch.cat([exact_distance(rows, side, "sqeuclidean") for side in (query, gallery)], dim=1)
+            at = slice(offset + begin, offset + begin + rows.shape[0])
+            neighbor[at] = torch.sort(block, dim=1, stable=True).indices[:, :k].to(torch.int32)
+            row_max[at] = block.amax(1).to(torch.float32)
+    return neighbor, row_max
+
+
+def pair_distance(query: Tensor, gallery: Tensor, indptr: Tensor, index: Tensor) -> Tensor:
+    """Squared Euclidean distances of the pairs (row, index) of a CSR pattern over query and gallery together.
+
+    Args:
+        query: [Q, D], floating point.
+        gallery: [G, D].
+        indptr: int64 [R+1], R up to Q + G: the pattern of rows 0 to R-1.
+        index: int32 [nnz], in [0, Q + G).
+
+    Returns:
+        float32 [nnz], summed in float64.
+    """
+    Q, D = query.shape
+    rows = torch.repeat_interleave(torch.arange(indptr.shape[0] - 1, device=index.device), indptr.diff())
+    out = query.new_empty(index.shape, dtype=torch.float32)
+
+    def gather(which: Tensor) -> Tensor:
+        part = query.new_empty((which.shape[0], D))
+        in_query = which < Q
+        part[in_query] = query[which[in_query]]
+        part[~in_query] = gallery[which[~in_query] - Q]
+        return part.to(torch.float64)
+
+    step = rows_per_block(D)
+    for begin in range(0, index.shape[0], step):
+        at = slice(begin, begin + step)
+        out[at] = (gather(rows[at]) - gather(index[at].long())).square().sum(1)
+    return out
