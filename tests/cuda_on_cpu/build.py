@@ -119,7 +119,8 @@ def build(name: str, kernels: Sequence[Path], glue: Sequence[Path], flavour: str
         ("no_checker",))]  # fmt: skip
     plain = ["-O2", *_DEFINE[flavour]]
     instrumented = [*_KERNEL_FLAGS[flavour], *_DEFINE[flavour]]
-    jobs = [(source, instrumented) for source in kernels] + [(source, plain) for source in [*glue, *runtime]]
+    # The linker keeps the first copy of an inline function: the runtime's, which is not instrumented.
+    jobs = [(source, plain) for source in [*runtime, *glue]] + [(source, instrumented) for source in kernels]
     with open(folder / "lock", "w") as lock:  # two test sessions must not compile the same thing twice
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
