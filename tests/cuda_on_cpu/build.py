@@ -32,7 +32,8 @@ _KERNEL_FLAGS = {
     "fast": ["-O2"],
     # Scalar replacement would split a float4 access in four and falsify the traffic.
     "checker": ["-O1", "-fno-tree-sra", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
-    "asan": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fsanitize-recover=address,undefined"],
+    "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr",
+             "-fsanitize-recover=address,undefined"],
 }
 _LINK_FLAGS = {"fast": [], "checker": [], "asan": ["-fsanitize=address,undefined"]}
 _HINTS = (

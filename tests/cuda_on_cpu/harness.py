@@ -168,13 +168,14 @@ class Library:
         else:
             self._lib.cuda_on_cpu_disable(site[0].encode(), site[1])
 
-    def barrier_sites(self) -> set[tuple[str, int, str]]:
-        """(file, line, kernel) of every barrier that has run since the object was loaded."""
+    def take_barrier_sites(self) -> set[tuple[str, int, str]]:
+        """(file, line, kernel) of every barrier that has run since the last call of this function."""
         sites = set()
         for i in range(self._lib.cuda_on_cpu_sites()):
             line, kernel = ctypes.c_int(), ctypes.c_void_p()
             file = self._lib.cuda_on_cpu_site(i, ctypes.byref(line), ctypes.byref(kernel)).decode()
             sites.add((file, line.value, self.kernel_name(kernel.value or 0)))
+        self._lib.cuda_on_cpu_forget_sites()
         return sites
 
     @contextmanager

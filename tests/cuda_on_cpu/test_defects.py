@@ -53,8 +53,8 @@ DEFECTS = {
 }
 # found by the sanitizers only
 SANITIZED = {
-    "signed_overflow": r"signed integer overflow",
-    "local_array_overflow": r"(stack-buffer-overflow|index 8 out of bounds)",
+    "signed_overflow": r"[Ss]igned integer overflow",
+    "local_array_overflow": r"(stack-buffer-overflow|[Ii]ndex 8 out of bounds)",
 }
 HOST_SIDE = {"wrong_device", "wrong_stream", "too_much_shared", "empty_grid", "memset_past_end", "unwritten_output"}
 

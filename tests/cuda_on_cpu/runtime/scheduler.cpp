@@ -70,6 +70,8 @@ void (*body)(void*) = nullptr;
 void* body_context = nullptr;
 std::map<const void*, size_t> allowed_dynamic;
 std::set<std::tuple<std::string, int, const void*>> sites;  // every barrier that ran: file, line, kernel
+Site last_site{};
+const void* last_kernel = nullptr;
 uint64_t random_state = 0;
 uint64_t resumes = 0;
 uint32_t arrived[kMaxThreads / kWarp];  // for each warp: the lanes that wait at a warp operation or have ended
@@ -193,10 +195,8 @@ bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std:
 bool is_disabled(Site site) { return machine.disabled.file && same(site, machine.disabled); }
 
 void record_site(Site site) {
-  static Site last{};
-  static const void* last_kernel = nullptr;
-  if (last.file && last_kernel == machine.kernel && same(site, last)) return;
-  last = site;
+  if (last_site.file && last_kernel == machine.kernel && same(site, last_site)) return;
+  last_site = site;
   last_kernel = machine.kernel;
   sites.emplace(site.file, site.line, machine.kernel);
 }
@@ -464,6 +464,10 @@ const char* cuda_on_cpu_site(int i, int* line, const void** kernel) {
   *line = std::get<1>(*site);
   *kernel = std::get<2>(*site);
   return std::get<0>(*site).c_str();
+}
+void cuda_on_cpu_forget_sites() {
+  cuda_on_cpu::sites.clear();
+  cuda_on_cpu::last_site = {};
 }
 void cuda_on_cpu_disable(const char* file, int line) {
   static std::string held;
