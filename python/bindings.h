@@ -6,5 +6,7 @@
 namespace vareid {
 
 void bind_angular_center(pybind11::module_& m);
+void bind_viewpoint_aware_cross_entropy(pybind11::module_& m);
+void bind_ranking(pybind11::module_& m);
 
 }  // namespace vareid

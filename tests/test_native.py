@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -120,3 +121,15 @@ def test_works_on_a_meta_device_without_running():
     loss = angular_center_regularizer(torch.empty(2, 3, device="meta"), torch.empty(2, 2, 3, device="meta"))
     assert loss.shape == ()
     assert loss.device.type == "meta"
+
+
+@pytest.mark.skipif(not _native.loaded(), reason="needs the compiled module")
+def test_the_type_stub_names_what_the_module_has():
+    stub = ast.parse((ROOT / "python" / "_vareid_native.pyi").read_text())
+    functions = {node.name for node in stub.body if isinstance(node, ast.FunctionDef)}
+    values = {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
+    module = _native.module()
+    public = {name for name in dir(module) if not name.startswith("_")}
+    if not module.with_cuda:
+        functions.discard("cuda_unusable_reason")
+    assert public == functions | values

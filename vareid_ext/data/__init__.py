@@ -1,6 +1,36 @@
 """Data: readers, viewpoint labels, the synthetic set, sampling and augmentation."""
 
+from vareid_ext.data.dataset import Batch, ReidDataset, collate, worker_init
+from vareid_ext.data.load import KINDS, check_readable, load_data
+from vareid_ext.data.manifest import read_manifest
+from vareid_ext.data.sampler import Draw, PKSampler
 from vareid_ext.data.synthetic import SyntheticSettings, synthetic_data
+from vareid_ext.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform
 from vareid_ext.data.types import UNKNOWN, VIEWPOINTS, ImageList, ReidData
+from vareid_ext.data.viewpoint_labels import ViewpointLabels, label_images, read_viewpoint_labels, with_soft_labels
 
-__all__ = ["UNKNOWN", "VIEWPOINTS", "ImageList", "ReidData", "SyntheticSettings", "synthetic_data"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "KINDS",
+    "UNKNOWN",
+    "VIEWPOINTS",
+    "Batch",
+    "Draw",
+    "ImageList",
+    "PKSampler",
+    "ReidData",
+    "ReidDataset",
+    "SyntheticSettings",
+    "ViewpointLabels",
+    "build_transform",
+    "check_readable",
+    "collate",
+    "label_images",
+    "load_data",
+    "read_manifest",
+    "read_viewpoint_labels",
+    "synthetic_data",
+    "with_soft_labels",
+    "worker_init",
+]

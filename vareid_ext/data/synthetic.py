@@ -13,8 +13,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vareid_ext.data.synthetic_person import ONE, TURN, Person, Pose, draw_person, paint_person
-from vareid_ext.data.synthetic_random import Stream
+from vareid_ext.data.random_stream import Stream
+from vareid_ext.data.synthetic_drawing import ONE, TURN
+from vareid_ext.data.synthetic_figure import Pose, paint_person
+from vareid_ext.data.synthetic_person import Person, draw_person
 from vareid_ext.data.synthetic_scene import (
     SUPERSAMPLE,
     Camera,
@@ -71,7 +73,7 @@ class SyntheticSettings:
 
 @dataclass(frozen=True)
 class _Shot:
-    """One picture: of whom, by which camera, the how manieth."""
+    """One picture: of whom, by which camera, and its number among those of the person by that camera."""
 
     person: int
     camera: int
@@ -133,7 +135,7 @@ class SyntheticRenderer:
             side = passer.choice((width // 10, width * 9 // 10))
             pose = Pose(passer.integer(0, TURN - 1), side, height * 88 // 100, height * 70 // 100, 0, camera.light)
             paint_person(canvas, draw_person(passer), pose)
-        size = height * camera.size // ONE * stream.integer(930, 1090) // ONE
+        size = height * camera.size // ONE * stream.integer(960, 1070) // ONE
         pose = Pose(
             facing=self.facing(shot),
             centre_x=width // 2 + stream.integer(-width // 11, width // 11),
@@ -176,7 +178,7 @@ def synthetic_data(settings: SyntheticSettings | None = None, *, progress: bool 
         lists[split].append((path, identity))
 
     def cameras_of(person: int, count: int) -> list[tuple[int, int]]:
-        """(camera, how manieth picture by it) of each of a person's pictures."""
+        """(camera, number) of each of a person's pictures."""
         order = Stream(settings.seed, _SPLIT, person).shuffled(range(1, settings.cameras + 1))
         return [(order[index % settings.cameras], index // settings.cameras) for index in range(count)]
 

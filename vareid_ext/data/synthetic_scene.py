@@ -1,6 +1,6 @@
 """The cameras of the synthetic set: what stands behind a person, and what the camera does to the picture.
 
-Integer arithmetic throughout, as in `synthetic_person`.
+Integer arithmetic throughout, as in `synthetic_drawing`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vareid_ext.data.synthetic_random import Stream
+from vareid_ext.data.random_stream import Stream
+from vareid_ext.data.synthetic_drawing import ONE
 
 SUPERSAMPLE = 2
 """The canvas has this many pixels per picture pixel and side; averaging them smooths the edges."""
@@ -92,8 +93,8 @@ def _paint_panorama(stream: Stream, height: int, width: int) -> np.ndarray:
 
 def draw_camera(stream: Stream, height: int, width: int) -> Camera:
     """A random camera for pictures of `height` x `width`."""
-    gains = [stream.integer(680, 1300) for _ in range(3)]
-    saturation = stream.integer(560, 1180)
+    gains = [stream.integer(840, 1200) for _ in range(3)]
+    saturation = stream.integer(720, 1120)
     matrix = np.empty((3, 3), dtype=np.int64)
     for channel in range(3):
         for source, luma in enumerate((306, 601, 117)):
@@ -103,18 +104,15 @@ def draw_camera(stream: Stream, height: int, width: int) -> Camera:
     return Camera(
         panorama=_paint_panorama(stream, height * SUPERSAMPLE * 3 // 2, width * SUPERSAMPLE * 6),
         matrix=matrix,
-        bend=stream.integer(-330, 330),
+        bend=stream.integer(-260, 300),
         lift=stream.integer(0, 36),
         blur=stream.integer(0, 2),
         coarse=stream.chance(30),
         grain=stream.integer(2, 14),
-        size=stream.integer(830, 930),
+        size=stream.integer(885, 965),
         light=stream.integer(-900, 900),
         directions=directions,
     )
-
-
-ONE = 1024
 
 
 def background(camera: Camera, stream: Stream, height: int, width: int) -> np.ndarray:
@@ -160,24 +158,23 @@ def occlude(canvas: np.ndarray, stream: Stream) -> None:
 def expose(canvas: np.ndarray, camera: Camera, stream: Stream) -> np.ndarray:
     """uint8 [H, W, 3]: the picture that the camera makes of a canvas int16 [2H, 2W, 3]."""
     rows, columns = canvas.shape[0] // SUPERSAMPLE, canvas.shape[1] // SUPERSAMPLE
-    wide = canvas.astype(np.int32).reshape(rows, SUPERSAMPLE, columns, SUPERSAMPLE, 3)
-    picture = wide.sum(axis=(1, 3)) * (16 // (SUPERSAMPLE * SUPERSAMPLE))  # 16 times the value from here on
+    wide = canvas[0::2] + canvas[1::2]
+    picture = (wide[:, 0::2] + wide[:, 1::2]).astype(np.int32) * 4  # 16 times the value from here on
     if camera.coarse and rows % 2 == 0 and columns % 2 == 0:
-        half = picture.reshape(rows // 2, 2, columns // 2, 2, 3).sum(axis=(1, 3)) // 4
+        half = (picture[0::2, 0::2] + picture[1::2, 0::2] + picture[0::2, 1::2] + picture[1::2, 1::2]) >> 2
         picture = half.repeat(2, axis=0).repeat(2, axis=1)
     for _ in range(camera.blur + camera.coarse):
         padded = np.pad(picture, ((1, 1), (0, 0), (0, 0)), mode="edge")
         picture = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) >> 2
         padded = np.pad(picture, ((0, 0), (1, 1), (0, 0)), mode="edge")
         picture = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) >> 2
-    matrix = camera.matrix * stream.integer(800, 1240) // ONE
+    matrix = camera.matrix * stream.integer(860, 1190) // ONE
     for channel in range(3):
-        matrix[channel] = matrix[channel] * stream.integer(950, 1076) // ONE
+        matrix[channel] = matrix[channel] * stream.integer(975, 1050) // ONE
     matrix = matrix.astype(np.int32)
-    flat = [
-        sum(picture[:, :, source] * matrix[channel, source] for source in range(3)) >> 10 for channel in range(3)
-    ]
-    picture = np.clip(np.stack(flat, axis=2), 0, 4080)
+    red, green, blue = picture[:, :, 0], picture[:, :, 1], picture[:, :, 2]
+    picture = np.stack([(red * row[0] + green * row[1] + blue * row[2]) >> 10 for row in matrix], axis=2)
+    picture = np.clip(picture, 0, 4080)
     # A parabola through black and white: no powers, whose last digit differs between machines.
     picture += picture * (4080 - picture) // 4080 * camera.bend // ONE
     # Light falls off to one side.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -16,9 +18,23 @@ UNKNOWN = -1
 
 
 def open_image(path: str) -> Image.Image:
-    """Read the image file at `path` completely and return it as RGB (8 bits per channel)."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    """Read the image file at `path` completely and return it as RGB (8 bits per channel).
+
+    Raises OSError, naming the file, when it is missing, cut short, damaged or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise OSError(f"cannot read the image {path}: {error}") from error
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
@@ -107,6 +123,7 @@ class ReidData:
         train, query, gallery: the splits. Junk is gone before this object exists; distractors are in the gallery.
         identity_names: training identity index -> the data set's own name for it.
         num_viewpoints: V, 3 unless a reader says otherwise.
+        skipped: paths of unreadable images that were left out.
     """
 
     name: str
@@ -115,6 +132,7 @@ class ReidData:
     gallery: ImageList
     identity_names: tuple[str, ...]
     num_viewpoints: int = len(VIEWPOINTS)
+    skipped: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         found = np.unique(self.train.identity)
@@ -152,7 +170,7 @@ class ReidData:
         return mask
 
     def summary(self) -> str:
-        """A table of images, identities, cameras and viewpoints per split, and how many training images are labelled."""
+        """A table of images, identities, cameras and viewpoints per split; how many training images are labelled."""
         names = VIEWPOINTS if self.num_viewpoints == len(VIEWPOINTS) else range(self.num_viewpoints)
         header = ("split", "images", "identities", "cameras", *(str(name) for name in names), "unknown")
         rows = [header]
@@ -170,4 +188,7 @@ class ReidData:
         known, total = self.num_train_viewpoints_known, len(self.train)
         kind = "soft " if self.train.viewpoint_weight is not None else ""
         lines.append(f"{self.name}: {known:,} of {total:,} training images have {kind}viewpoint labels")
+        if self.skipped:
+            named = ", ".join(self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
+            lines.append(f"{self.name}: {len(self.skipped):,} unreadable images left out: {named}")
         return "\n".join(lines)

@@ -1,10 +1,11 @@
-"""The ranking op: every query's average precision, inverse negative penalty, first hit and number of matches."""
+"""Ranking metrics of each query as an operator; the definition is in :mod:`vareid_ext.reference.ranking`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from vareid_ext import _native
 from vareid_ext.reference import ranking as reference
 
 
@@ -17,7 +18,7 @@ def ranking_forward(
     gallery_camera: Tensor | None,
     junk_identity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per-query results; see :func:`vareid_ext.reference.ranking.ranking_forward`."""
+    """Per-query results; arguments and results are those of :func:`vareid_ext.reference.ranking.ranking_forward`."""
     return reference.ranking_forward(
         distances, query_identity, gallery_identity, query_camera, gallery_camera, junk_identity
     )
@@ -32,6 +33,10 @@ def _(
     gallery_camera: Tensor | None,
     junk_identity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_results(distances)
+
+
+def _empty_results(distances: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Q = distances.shape[0]
     return (
         distances.new_empty(Q, dtype=torch.float64),
@@ -39,3 +44,43 @@ def _(
         distances.new_empty(Q, dtype=torch.int64),
         distances.new_empty(Q, dtype=torch.int64),
     )
+
+
+def _native_forward(
+    distances: Tensor,
+    query_identity: Tensor,
+    gallery_identity: Tensor,
+    query_camera: Tensor | None,
+    gallery_camera: Tensor | None,
+    junk_identity: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if distances.shape[1] > 1 and distances.stride(1) != 1:
+        distances = distances.contiguous()
+    # The gallery grouped by identity, so that a query's matches are found without reading all identities again.
+    identity, order = torch.sort(gallery_identity, stable=True)
+    group_begin = torch.searchsorted(identity, query_identity.contiguous())
+    group_end = torch.searchsorted(identity, query_identity.contiguous(), right=True)
+    junk_range = torch.zeros(2, dtype=torch.int64, device=distances.device)
+    if junk_identity is not None:
+        junk_range = torch.stack(
+            [(gallery_identity < junk_identity).sum(), (gallery_identity <= junk_identity).sum()]
+        )
+        group_end = torch.where(query_identity == junk_identity, group_begin, group_end)
+    results = _empty_results(distances)
+    workspace, max_group, threads = None, 0, torch.get_num_threads()
+    if not distances.is_cuda:
+        max_group = int((group_end - group_begin).max()) if len(query_identity) else 0
+        needed = _native.module().ranking_workspace_bytes(len(order), max_group, threads)
+        workspace = torch.empty(needed, dtype=torch.uint8)
+    view = _native.view
+    _native.module().ranking_forward(
+        view(distances), view(order), view(group_begin), view(group_end), view(junk_range),
+        view(None if query_camera is None else query_camera.contiguous()),
+        view(None if gallery_camera is None else gallery_camera.contiguous()),
+        *map(view, results), view(workspace), max_group, threads,
+        _native.stream(distances) if distances.is_cuda else 0,
+    )  # fmt: skip
+    return results
+
+
+_native.register(ranking_forward, "cpu")(_native_forward)

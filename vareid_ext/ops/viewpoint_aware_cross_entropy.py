@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vareid_ext import _native
 from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape
 from vareid_ext.ops._labels import (
+    REDUCTION,
     check_batch,
     check_identity,
     check_label_values,
@@ -133,6 +135,84 @@ def _(
         some.new_empty((0,) if identity_logits is None else identity_logits.shape),
         some.new_empty((0,) if viewpoint_logits is None else viewpoint_logits.shape),
     )
+
+
+def _dense_rows(logits: Tensor | None) -> Tensor | None:
+    """The logits themselves where each row is dense, else a dense copy."""
+    if logits is None or logits.shape[0] == 0 or logits[0].is_contiguous():
+        return logits
+    return logits.contiguous()
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _native_forward(
+    identity_logits: Tensor | None,
+    viewpoint_logits: Tensor | None,
+    identity: Tensor,
+    viewpoint: Tensor | None,
+    mask: Tensor | None,
+    smoothing: str,
+    alpha: float,
+    epsilon: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    some = _anchor(identity_logits, viewpoint_logits)
+    N, K = some.shape[:2]
+    V = 1 if viewpoint_logits is None else viewpoint_logits.shape[2]
+    check_label_values(identity, viewpoint, K, V, mask)
+    module, view, threads = _native.module(), _native.view, torch.get_num_threads()
+    wide, shape = accumulator_dtype(some.dtype), (N,) if reduction == "none" else ()
+    identity_loss = some.new_empty((0,) if identity_logits is None else shape, dtype=wide)
+    viewpoint_loss = some.new_empty((0,) if viewpoint_logits is None else shape, dtype=wide)
+    statistics = some.new_empty((2, N, reference.STATISTICS), dtype=torch.float64)
+    workspace = some.new_empty(
+        module.viewpoint_aware_cross_entropy_workspace_bytes(
+            N, K, V, identity_logits is not None, viewpoint_logits is not None, some.is_cuda, threads
+        ),
+        dtype=torch.uint8,
+    )
+    module.viewpoint_aware_cross_entropy_forward(
+        view(_dense_rows(identity_logits)), view(_dense_rows(viewpoint_logits)), view(identity.contiguous()),
+        view(_contiguous(viewpoint)), view(_contiguous(mask)), view(identity_loss), view(viewpoint_loss),
+        view(statistics), smoothing == "adaptive", alpha, epsilon if smoothing == "uniform" else 0.0,
+        REDUCTION.index(reduction), view(workspace), threads, _stream(some),
+    )  # fmt: skip
+    return identity_loss, viewpoint_loss, statistics
+
+
+def _native_backward(
+    identity_upstream: Tensor | None,
+    viewpoint_upstream: Tensor | None,
+    identity_logits: Tensor | None,
+    viewpoint_logits: Tensor | None,
+    identity: Tensor,
+    viewpoint: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    some, view = _anchor(identity_logits, viewpoint_logits), _native.view
+    identity_grad = some.new_empty((0,) if identity_logits is None else identity_logits.shape)
+    viewpoint_grad = some.new_empty((0,) if viewpoint_logits is None else viewpoint_logits.shape)
+    _native.module().viewpoint_aware_cross_entropy_backward(
+        view(_contiguous(identity_upstream)), view(_contiguous(viewpoint_upstream)),
+        view(_dense_rows(identity_logits)), view(_dense_rows(viewpoint_logits)), view(identity.contiguous()),
+        view(_contiguous(viewpoint)), view(_contiguous(mask)), view(statistics.contiguous()),
+        view(identity_grad), view(viewpoint_grad), REDUCTION.index(reduction), torch.get_num_threads(), _stream(some),
+    )  # fmt: skip
+    return identity_grad, viewpoint_grad
+
+
+def _stream(tensor: Tensor) -> int:
+    return _native.stream(tensor) if tensor.is_cuda else 0
+
+
+for _device_type in ("cpu", "cuda"):
+    _native.register(_forward, _device_type)(_native_forward)
+    _native.register(_backward, _device_type)(_native_backward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

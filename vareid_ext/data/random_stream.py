@@ -1,7 +1,7 @@
-"""Random numbers for the synthetic set that are the same on every machine and with every NumPy version.
+"""Random numbers that are a pure function of a few keys, the same on every machine and with every NumPy version.
 
-SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) in plain integers. NumPy
-promises its bit streams but not what its distributions make of them, so the few draws needed are written out here.
+SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) in plain integers.
+NumPy promises its bit streams but not what its distributions make of them, so the few draws needed stand here.
 """
 
 from __future__ import annotations

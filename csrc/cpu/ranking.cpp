@@ -1,0 +1,394 @@
+#include "ranking.h"
+
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace vareid {
+namespace {
+
+constexpr int64_t kChunk = 2048;    // distances turned into keys at once; the keys stay in the first-level cache
+constexpr int kHitsAtOnce = 8;      // matches whose counts are kept in registers
+constexpr int64_t kManyHits = 40;   // from here on, one look-up per distance beats one comparison per match
+constexpr int32_t kBuckets = 2048;  // of that look-up
+
+// A match: its distance's key, its gallery index, and how many images come before it.
+struct Hit {
+  int64_t key, index, before;
+};
+
+// Keys are integers that order as the distances do, so that "<= key" is "< key + 1"; -0 has the key of 0.
+template <typename T>
+struct KeyOf {
+  using type = int32_t;
+};
+template <>
+struct KeyOf<double> {
+  using type = int64_t;
+};
+template <typename T>
+using Key = typename KeyOf<T>::type;
+
+template <typename K>
+constexpr K kLast = std::numeric_limits<K>::max();  // after the key of every number: an image that is left out
+
+template <typename T>
+constexpr Key<T> kInfinity = 0x7f800000;
+template <>
+constexpr int64_t kInfinity<double> = 0x7ff0000000000000;
+template <>
+constexpr int32_t kInfinity<float16> = 0x7c00;
+template <>
+constexpr int32_t kInfinity<bfloat16> = 0x7f80;
+
+template <typename T>
+constexpr Key<T> kMagnitude = std::is_same_v<T, float> ? 0x7fffffff : 0x7fff;
+template <>
+constexpr int64_t kMagnitude<double> = 0x7fffffffffffffff;
+
+VAREID_INLINE int32_t signed_bits(const float* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bits;
+}
+VAREID_INLINE int64_t signed_bits(const double* p) {
+  int64_t bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bits;
+}
+VAREID_INLINE int32_t signed_bits(const float16* p) { return static_cast<int16_t>(p->bits); }
+VAREID_INLINE int32_t signed_bits(const bfloat16* p) { return static_cast<int16_t>(p->bits); }
+
+template <typename T>
+VAREID_INLINE Key<T> key_from_bits(Key<T> bits) {
+  const Key<T> key = bits ^ ((bits >> (8 * sizeof(bits) - 1)) & kMagnitude<T>);
+  return key == -1 ? 0 : key;
+}
+
+// The number that has this key; anything for keys that no number has.
+template <typename T>
+VAREID_INLINE typename Accumulator<T>::type value_from_key(Key<T> key) {
+  const Key<T> bits = key ^ ((key >> (8 * sizeof(key) - 1)) & kMagnitude<T>);
+  if constexpr (sizeof(T) == 2) {
+    T value;
+    value.bits = static_cast<uint16_t>(bits);
+    return load(&value);
+  } else {
+    T value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+}
+
+// The keys of n distances; junk ones get kLast. False if a distance is NaN or Inf.
+template <typename T>
+VAREID_INLINE bool keys_from(const T* x, const uint8_t* junk, int64_t n, Key<T>* key) {
+  using K = Key<T>;
+  K largest = 0;
+  if (junk) {
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < n; ++j) {
+      const K bits = signed_bits(x + j);
+      const K magnitude = bits & kMagnitude<T>;
+      largest = magnitude > largest ? magnitude : largest;
+      key[j] = junk[j] ? kLast<K> : key_from_bits<T>(bits);
+    }
+  } else {
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < n; ++j) {
+      const K bits = signed_bits(x + j);
+      const K magnitude = bits & kMagnitude<T>;
+      largest = magnitude > largest ? magnitude : largest;
+      key[j] = key_from_bits<T>(bits);
+    }
+  }
+  return largest < kInfinity<T>;
+}
+
+template <typename T>
+VAREID_INLINE bool all_finite(const T* x, int64_t n) {
+  Key<T> largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t j = 0; j < n; ++j) {
+    const Key<T> magnitude = signed_bits(x + j) & kMagnitude<T>;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return largest < kInfinity<T>;
+}
+
+// count[h] += the number of keys below limit[h]. Functions of their own, so that every loop is vectorised by itself.
+template <int N, typename K>
+VAREID_INLINE void count_below_body(const K* key, int64_t n, const K* limit, K* count) {
+  K sum[N], bound[N];
+  for (int h = 0; h < N; ++h) {
+    sum[h] = 0;
+    bound[h] = limit[h];
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    const K value = key[j];
+    for (int h = 0; h < N; ++h) sum[h] += value < bound[h] ? 1 : 0;
+  }
+  for (int h = 0; h < N; ++h) count[h] += sum[h];
+}
+
+template <int N>
+struct Matches {};
+
+#define VAREID_COUNT_BELOW(N, K)                                                                                     \
+  VAREID_MULTIVERSION_AVX2 void count_below(Matches<N>, const K* key, int64_t n, const K* limit, K* count) {         \
+    count_below_body<N>(key, n, limit, count);                                                                       \
+  }
+#define VAREID_COUNT_BELOW_ALL(K)                                                                                    \
+  VAREID_COUNT_BELOW(1, K)                                                                                           \
+  VAREID_COUNT_BELOW(2, K)                                                                                           \
+  VAREID_COUNT_BELOW(3, K)                                                                                           \
+  VAREID_COUNT_BELOW(4, K)                                                                                           \
+  VAREID_COUNT_BELOW(5, K)                                                                                           \
+  VAREID_COUNT_BELOW(6, K)                                                                                           \
+  VAREID_COUNT_BELOW(7, K)                                                                                           \
+  VAREID_COUNT_BELOW(8, K)
+VAREID_COUNT_BELOW_ALL(int32_t)
+VAREID_COUNT_BELOW_ALL(int64_t)
+#undef VAREID_COUNT_BELOW_ALL
+#undef VAREID_COUNT_BELOW
+
+// Adds to N matches, in order of index, the images among [begin, begin + n) that come before them.
+template <int N, typename K>
+void count_before(const K* key, int64_t begin, int64_t n, Hit* hits) {
+  K limit[N], count[N];
+  for (int h = 0; h < N; ++h) {
+    limit[h] = static_cast<K>(hits[h].key) + 1;  // before a match's index, equal distances come before it
+    count[h] = 0;
+  }
+  int64_t from = 0;
+  for (int h = 0; h < N; ++h) {
+    const int64_t at = std::clamp<int64_t>(hits[h].index - begin, from, n);
+    if (at > from) count_below(Matches<N>{}, key + from, at - from, limit, count);
+    from = at;
+    if (hits[h].index < begin + n) limit[h] -= 1;
+  }
+  if (n > from) count_below(Matches<N>{}, key + from, n - from, limit, count);
+  for (int h = 0; h < N; ++h) hits[h].before += count[h];
+}
+
+// The same for any number of matches.
+template <typename K>
+void count_chunk(const K* key, int64_t begin, int64_t n, Hit* hits, int64_t num_hits) {
+  const int64_t groups = (num_hits + kHitsAtOnce - 1) / kHitsAtOnce;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = num_hits * g / groups;
+    Hit* const group = hits + first;
+    switch (num_hits * (g + 1) / groups - first) {
+      case 1:
+        count_before<1>(key, begin, n, group);
+        break;
+      case 2:
+        count_before<2>(key, begin, n, group);
+        break;
+      case 3:
+        count_before<3>(key, begin, n, group);
+        break;
+      case 4:
+        count_before<4>(key, begin, n, group);
+        break;
+      case 5:
+        count_before<5>(key, begin, n, group);
+        break;
+      case 6:
+        count_before<6>(key, begin, n, group);
+        break;
+      case 7:
+        count_before<7>(key, begin, n, group);
+        break;
+      default:
+        count_before<kHitsAtOnce>(key, begin, n, group);
+    }
+  }
+}
+
+// The images of a query's identity, in order of index, of which those by its own camera are left out.
+struct Group {
+  const int64_t* index;
+  int64_t size;
+  const int64_t* gallery_camera;  // null: none is left out
+  int64_t camera;
+
+  VAREID_INLINE bool left_out(int64_t i) const { return gallery_camera && gallery_camera[index[i]] == camera; }
+};
+
+// Gives kLast to the group's images that are left out in [begin, end); `next` walks through the group.
+template <typename K>
+VAREID_INLINE void leave_out(const Group& group, int64_t begin, int64_t end, K* key, int64_t* next) {
+  for (; *next < group.size && group.index[*next] < end; ++*next)
+    if (group.left_out(*next)) key[group.index[*next] - begin] = kLast<K>;
+}
+
+// A few matches: every distance is compared with every match.
+template <typename T>
+VAREID_INLINE bool compare_all(const T* row, const uint8_t* junk, int64_t G, const Group& group, Hit* hits, int64_t n) {
+  using K = Key<T>;
+  alignas(64) K key[kChunk];
+  int64_t next = 0;
+  for (int64_t begin = 0; begin < G; begin += kChunk) {
+    const int64_t size = std::min(kChunk, G - begin);
+    if (!keys_from(row + begin, junk ? junk + begin : nullptr, size, key)) return false;
+    leave_out(group, begin, begin + size, key, &next);
+    count_chunk(key, begin, size, hits, n);
+  }
+  std::sort(hits, hits + n, [](const Hit& a, const Hit& b) { return a.before < b.before; });
+  return true;
+}
+
+// Many matches: distances are counted by bucket (an increasing function of the distance), and only those that share a
+// bucket with a match are looked up among the sorted matches.
+template <typename T>
+VAREID_INLINE bool count_buckets(const T* row, const uint8_t* junk, int64_t G, const Group& group, Hit* hits,
+                                 int64_t n) {
+  using K = Key<T>;
+  using Value = typename Accumulator<T>::type;
+  const auto earlier = [](const Hit& a, const Hit& b) {
+    return a.key < b.key || (a.key == b.key && a.index < b.index);
+  };
+  std::sort(hits, hits + n, earlier);
+  const K smallest = static_cast<K>(hits[0].key);
+  const K largest = static_cast<K>(hits[n - 1].key);
+  const Value low = value_from_key<T>(smallest);
+  const Value span = value_from_key<T>(largest) - low;
+  const Value scale = span > 0 && span <= std::numeric_limits<Value>::max() && kBuckets / span <= std::numeric_limits<Value>::max()
+                          ? kBuckets / span
+                          : Value(0);  // then all share one bucket
+  const auto bucket_of = [&](K key) {
+    const Value place = (value_from_key<T>(key) - low) * scale;
+    const Value bounded = place > 0 ? (place < kBuckets - 1 ? place : Value(kBuckets - 1)) : Value(0);
+    const int32_t inside = static_cast<int32_t>(bounded) + 1;
+    return key < smallest ? 0 : key > largest ? kBuckets + 1 : inside;
+  };
+  int32_t shared[kBuckets + 2] = {};  // 1 for a bucket with a match
+  int64_t counts[kBuckets + 2] = {};
+  for (int64_t h = 0; h < n; ++h) shared[bucket_of(static_cast<K>(hits[h].key))] = 1;
+  alignas(64) K key[kChunk];
+  alignas(64) int32_t bucket[kChunk];
+  int32_t candidates[kChunk];
+  int64_t next = 0;
+  for (int64_t begin = 0; begin < G; begin += kChunk) {
+    const int64_t size = std::min(kChunk, G - begin);
+    if (!keys_from(row + begin, junk ? junk + begin : nullptr, size, key)) return false;
+    leave_out(group, begin, begin + size, key, &next);
+    for (int64_t j = 0; j < size; ++j) bucket[j] = bucket_of(key[j]);
+    int64_t found = 0;
+    for (int64_t j = 0; j < size; ++j) {
+      ++counts[bucket[j]];
+      candidates[found] = static_cast<int32_t>(j);
+      found += shared[bucket[j]];
+    }
+    for (int64_t c = 0; c < found; ++c) {
+      const Hit image{key[candidates[c]], begin + candidates[c], 0};
+      Hit* const later = std::upper_bound(hits, hits + n, image, earlier);
+      if (later != hits + n) ++later->before;
+    }
+  }
+  int64_t looked_up = 0, counted = 0;
+  int32_t bucket_end = 0;
+  for (int64_t h = 0; h < n; ++h) {
+    looked_up += hits[h].before;
+    for (const int32_t end = bucket_of(static_cast<K>(hits[h].key)); bucket_end < end; ++bucket_end)
+      if (!shared[bucket_end]) counted += counts[bucket_end];
+    hits[h].before = looked_up + counted;
+  }
+  return true;
+}
+
+struct Outputs {
+  double* average_precision;
+  double* inverse_negative_penalty;
+  int64_t* first_match_rank;
+  int64_t* num_matches;
+};
+
+template <typename T>
+VAREID_INLINE void rank_query(const T* row, const uint8_t* junk, int64_t G, const Group& group, Hit* hits, int64_t q,
+                              const Outputs& out) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < group.size; ++i)
+    if (!group.left_out(i)) {
+      const int64_t index = group.index[i];
+      hits[n++] = {key_from_bits<T>(signed_bits(row + index)), index, 0};
+    }
+  const bool finite = n == 0           ? all_finite(row, G)
+                      : n >= kManyHits ? count_buckets(row, junk, G, group, hits, n)
+                                       : compare_all(row, junk, G, group, hits, n);
+  out.num_matches[q] = finite ? n : -1;
+  if (!finite || n == 0) {
+    out.average_precision[q] = out.inverse_negative_penalty[q] = 0;
+    out.first_match_rank[q] = 0;
+    return;
+  }
+  double precision = 0;
+  for (int64_t h = 0; h < n; ++h) precision += static_cast<double>(h + 1) / static_cast<double>(hits[h].before + 1);
+  out.average_precision[q] = precision / static_cast<double>(n);
+  out.inverse_negative_penalty[q] = static_cast<double>(n) / static_cast<double>(hits[n - 1].before + 1);
+  out.first_match_rank[q] = hits[0].before + 1;
+}
+
+struct Queries {
+  const int64_t* gallery_order;
+  const int64_t* group_begin;
+  const int64_t* group_end;
+  const int64_t* query_camera;
+  const int64_t* gallery_camera;
+};
+
+// target_clones does not reach templates: one plain function for each element type.
+#define VAREID_RANKING(T)                                                                                             \
+  VAREID_MULTIVERSION void rank_rows(const T* distances, int64_t row_stride, const uint8_t* junk, int64_t G,          \
+                                     const Queries& queries, Hit* hits, const Outputs& out, int64_t begin,            \
+                                     int64_t end) {                                                                   \
+    for (int64_t q = begin; q < end; ++q) {                                                                           \
+      const int64_t camera = queries.query_camera ? queries.query_camera[q] : -1;                                     \
+      const Group group{queries.gallery_order + queries.group_begin[q], queries.group_end[q] - queries.group_begin[q], \
+                        camera == -1 ? nullptr : queries.gallery_camera, camera};                                     \
+      rank_query<T>(distances + q * row_stride, junk, G, group, hits, q, out);                                        \
+    }                                                                                                                 \
+  }
+
+VAREID_RANKING(float)
+VAREID_RANKING(double)
+VAREID_RANKING(float16)
+VAREID_RANKING(bfloat16)
+#undef VAREID_RANKING
+
+int64_t hit_bytes(int64_t max_group) { return (max_group * static_cast<int64_t>(sizeof(Hit)) + 63) / 64 * 64; }
+
+}  // namespace
+
+int64_t ranking_workspace_bytes_cpu(int64_t G, int64_t max_group, int threads) {
+  return hit_bytes(max_group) * std::max(threads, 1) + G;
+}
+
+void ranking_forward_cpu(const void* distances, int64_t row_stride, const int64_t* gallery_order,
+                         const int64_t* group_begin, const int64_t* group_end, const int64_t* junk_range,
+                         const int64_t* query_camera, const int64_t* gallery_camera, double* average_precision,
+                         double* inverse_negative_penalty, int64_t* first_match_rank, int64_t* num_matches,
+                         void* workspace, DType dtype, int64_t Q, int64_t G, int64_t max_group, int threads) {
+  char* const hits = static_cast<char*>(workspace);
+  uint8_t* junk = nullptr;
+  if (junk_range[1] > junk_range[0]) {
+    junk = reinterpret_cast<uint8_t*>(hits + hit_bytes(max_group) * std::max(threads, 1));
+    std::memset(junk, 0, static_cast<size_t>(G));
+    for (int64_t i = junk_range[0]; i < junk_range[1]; ++i) junk[gallery_order[i]] = 1;
+  }
+  const Queries queries{gallery_order, group_begin, group_end, query_camera, gallery_camera};
+  const Outputs out{average_precision, inverse_negative_penalty, first_match_rank, num_matches};
+  dispatch_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    parallel_for(Q, threads, [&](int64_t begin, int64_t end, int thread) {
+      rank_rows(static_cast<const T*>(distances), row_stride, junk, G, queries,
+                reinterpret_cast<Hit*>(hits + hit_bytes(max_group) * thread), out, begin, end);
+    });
+  });
+}
+
+}  // namespace vareid

@@ -1,0 +1,154 @@
+#include "viewpoint_aware_cross_entropy.h"
+
+#include <algorithm>
+
+#include "cpu/cross_entropy_rows.h"
+#include "cpu/pages.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace vareid {
+namespace {
+
+// Rows are cut into parts when there are too few to keep the threads busy evenly.
+constexpr int64_t kRowsPerThread = 8;
+constexpr int64_t kSmallestPart = 4096;
+
+int64_t parts_of_row(int64_t N, int64_t K, const int64_t views[2], int threads) {
+  if (N >= kRowsPerThread * threads) return 1;
+  const int64_t wanted = (kRowsPerThread * threads + N - 1) / std::max<int64_t>(N, 1);
+  return std::max<int64_t>(1, std::min(wanted, K * (views[0] + views[1]) / kSmallestPart));
+}
+
+// Calls body(begin, end) on what is left of part `part` of a row's `size` subclasses without the V own ones.
+template <typename Body>
+void visit_others(int64_t size, int64_t own_begin, int64_t own_end, int64_t part, int64_t parts, const Body& body) {
+  const int64_t begin = size / parts * part + std::min(part, size % parts);
+  const int64_t end = begin + size / parts + (part < size % parts ? 1 : 0);
+  if (begin < std::min(end, own_begin)) body(begin, std::min(end, own_begin));
+  if (std::max(begin, own_end) < end) body(std::max(begin, own_end), end);
+}
+
+SampleViews views_of(const CrossEntropyHead& head, int64_t i, int64_t y) {
+  const int64_t V = head.views;
+  return SampleViews(V, head.mask ? head.mask + y * V : nullptr,
+                     head.distribution ? head.distribution + i * V : nullptr, head.viewpoint ? head.viewpoint[i] : -1);
+}
+
+template <typename T>
+const T* row_of(const CrossEntropyHead& head, int64_t i) {
+  return static_cast<const T*>(head.logits) + i * head.row_stride;
+}
+
+const uint8_t* from(const uint8_t* mask, int64_t begin) { return mask ? mask + begin : nullptr; }
+
+template <typename T>
+void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N, int64_t K, Reduction reduction,
+             void* workspace, int threads) {
+  using Acc = typename Accumulator<T>::type;
+  const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
+  const int64_t parts = parts_of_row(N, K, views, threads);
+  OthersSummary* const summaries = static_cast<OthersSummary*>(workspace);      // [N, parts, 2]
+  double* const losses = reinterpret_cast<double*>(summaries + N * parts * 2);  // [2, N]
+  const auto finish = [&](int64_t i) {
+    const int64_t y = identity[i];
+    for (int h = 0; h < 2; ++h) {
+      if (!heads[h].present) continue;
+      OthersSummary others = summaries[i * parts * 2 + h];
+      for (int64_t part = 1; part < parts; ++part) merge(others, summaries[(i * parts + part) * 2 + h]);
+      const T* const own = row_of<T>(heads[h], i) + y * heads[h].views;
+      RowStatistics row;
+      losses[h * N + i] = finish_row(
+          others, [&](int64_t k) { return static_cast<double>(load(own + k)); }, views_of(heads[h], i, y),
+          Smoothing{heads[h].adaptive, heads[h].alpha, heads[h].epsilon}, row);
+      double* const out = heads[h].statistics + i * kStatistics;
+      out[0] = row.largest;
+      out[1] = row.inverse;
+      out[2] = row.other;
+      out[3] = row.own;
+      out[4] = row.spread;
+    }
+  };
+  parallel_for(N * parts, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task / parts, part = task % parts;
+      for (int h = 0; h < 2; ++h) {
+        if (!heads[h].present) continue;
+        const int64_t V = heads[h].views, own = identity[i] * V;
+        const T* const row = row_of<T>(heads[h], i);
+        OthersSummary summary;
+        visit_others(K * V, own, own + V, part, parts, [&](int64_t first, int64_t last) {
+          summarise(row + first, from(heads[h].mask, first), nullptr, last - first, summary);
+        });
+        summaries[task * 2 + h] = summary;
+      }
+      if (parts == 1) finish(i);
+    }
+  });
+  if (parts > 1)
+    for (int64_t i = 0; i < N; ++i) finish(i);
+  for (int h = 0; h < 2; ++h) {
+    if (!heads[h].present) continue;
+    Acc* const out = static_cast<Acc*>(heads[h].loss);
+    double total = 0;  // in order, so that it does not depend on the number of threads
+    for (int64_t i = 0; i < N; ++i) {
+      if (reduction == Reduction::kNone) out[i] = static_cast<Acc>(losses[h * N + i]);
+      total += losses[h * N + i];
+    }
+    if (reduction != Reduction::kNone)
+      *out = static_cast<Acc>(reduction == Reduction::kMean ? total / static_cast<double>(N) : total);
+  }
+}
+
+template <typename T>
+void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N, int64_t K, Reduction reduction,
+              int threads) {
+  using Acc = typename Accumulator<T>::type;
+  const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
+  const int64_t parts = parts_of_row(N, K, views, threads);
+  for (int h = 0; h < 2; ++h)
+    if (heads[h].present) prefer_large_pages(heads[h].grad, N * K * heads[h].views * static_cast<int64_t>(sizeof(T)));
+  const double share = reduction == Reduction::kMean ? 1 / static_cast<double>(N) : 1.0;
+  parallel_for(N * parts, threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task / parts, part = task % parts, y = identity[i];
+      for (int h = 0; h < 2; ++h) {
+        if (!heads[h].present) continue;
+        const int64_t V = heads[h].views, own = y * V;
+        const double* const s = heads[h].statistics + i * kStatistics;
+        const RowStatistics row{s[0], s[1], s[2], s[3], s[4]};
+        const Acc* const upstream = static_cast<const Acc*>(heads[h].upstream);
+        const double factor = static_cast<double>(upstream[reduction == Reduction::kNone ? i : 0]) * share;
+        const T* const logits = row_of<T>(heads[h], i);
+        T* const grad = static_cast<T*>(heads[h].grad) + i * K * V;
+        visit_others(K * V, own, own + V, part, parts, [&](int64_t first, int64_t last) {
+          others_gradient(logits + first, from(heads[h].mask, first), nullptr, grad + first, last - first, row, factor);
+        });
+        if (part == 0) own_gradient<T>(logits + own, nullptr, grad + own, views_of(heads[h], i, y), row, factor);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+int64_t viewpoint_aware_cross_entropy_workspace_bytes_cpu(int64_t N, int64_t K, const int64_t views[2], int threads) {
+  const int64_t parts = parts_of_row(N, K, views, threads);
+  return N * parts * 2 * static_cast<int64_t>(sizeof(OthersSummary)) + 2 * N * static_cast<int64_t>(sizeof(double));
+}
+
+void viewpoint_aware_cross_entropy_forward_cpu(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
+                                               int64_t N, int64_t K, Reduction reduction, void* workspace,
+                                               int threads) {
+  dispatch_float(dtype, [&](auto type) {
+    forward<typename decltype(type)::type>(heads, identity, N, K, reduction, workspace, threads);
+  });
+}
+
+void viewpoint_aware_cross_entropy_backward_cpu(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
+                                                int64_t N, int64_t K, Reduction reduction, int threads) {
+  dispatch_float(
+      dtype, [&](auto type) { backward<typename decltype(type)::type>(heads, identity, N, K, reduction, threads); });
+}
+
+}  // namespace vareid

@@ -1,0 +1,192 @@
+#include "viewpoint_aware_cross_entropy.h"
+
+#include "bindings.h"
+#include "tensor_view.h"
+
+namespace vareid {
+namespace {
+
+using Optional = std::optional<TensorView>;
+
+constexpr int64_t kStatisticsColumns = 5;
+
+struct Batch {
+  int64_t N = 0, K = 0;
+  DType dtype = DType::kFloat32;
+  int32_t device_type = kDeviceCpu, device_id = 0;
+  CrossEntropyHead heads[2];
+};
+
+bool rows_are_dense(const TensorView& view) {
+  int64_t expected = 1;
+  for (int d = view.ndim - 1; d >= 1; --d) {
+    if (view.shape[d] != 1 && view.strides[d] != expected) return false;
+    expected *= view.shape[d];
+  }
+  return true;
+}
+
+void check_double(const TensorView& view, const char* name) {
+  if (!(view.type_code == 2 && view.type_bits == 64)) refuse(name, "must be float64");
+}
+
+// Sizes, logits, labels and statistics: what both passes need.
+Batch check(const Optional& identity_logits, const Optional& viewpoint_logits, const TensorView& identity,
+            const Optional& viewpoint, const Optional& mask, const TensorView& statistics) {
+  if (!identity_logits && !viewpoint_logits) refuse("identity_logits", "no logits were given");
+  const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
+  Batch batch;
+  batch.N = some.shape[0];
+  batch.K = some.shape[1];
+  batch.dtype = some.dtype();
+  batch.device_type = some.device_type;
+  batch.device_id = some.device_id;
+  const auto check_here = [&](const TensorView& view, const char* name) {
+    check_device(view, name, some.device_type, some.device_id);
+  };
+  check_shape(identity, "identity", {batch.N});
+  check_int64(identity, "identity");
+  check_contiguous(identity, "identity");
+  check_here(identity, "identity");
+  check_shape(statistics, "statistics", {2, batch.N, kStatisticsColumns});
+  check_double(statistics, "statistics");
+  check_contiguous(statistics, "statistics");
+  check_here(statistics, "statistics");
+  const Optional* const logits[2] = {&identity_logits, &viewpoint_logits};
+  const char* const names[2] = {"identity_logits", "viewpoint_logits"};
+  for (int h = 0; h < 2; ++h) {
+    if (!*logits[h]) continue;
+    const TensorView& view = **logits[h];
+    CrossEntropyHead& head = batch.heads[h];
+    if (view.ndim != 2 + h)
+      refuse(names[h], "shape " + shape_text(view) + (h ? ", expected [N, K, V]" : ", expected [N, K]"));
+    head.views = h ? view.shape[2] : 1;
+    if (view.shape[0] != batch.N || view.shape[1] != batch.K)
+      refuse(names[h], "shape " + shape_text(view) + " does not fit");
+    check_float(view, names[h]);
+    check_same_dtype(view, names[h], some, names[0]);
+    check_here(view, names[h]);
+    if (!rows_are_dense(view)) refuse(names[h], "must have dense rows");
+    head.present = true;
+    head.logits = view.data;
+    head.row_stride = batch.N > 1 ? view.strides[0] : batch.K * head.views;
+    head.statistics = statistics.as<double>() + h * batch.N * kStatisticsColumns;
+  }
+  CrossEntropyHead& head = batch.heads[1];
+  if (viewpoint && viewpoint->ndim == 2) {
+    check_shape(*viewpoint, "viewpoint", {batch.N, head.views});
+    check_double(*viewpoint, "viewpoint");
+    head.distribution = viewpoint->as<double>();
+  } else if (viewpoint) {
+    check_shape(*viewpoint, "viewpoint", {batch.N});
+    check_int64(*viewpoint, "viewpoint");
+    head.viewpoint = viewpoint->as<int64_t>();
+  } else if (head.present && head.views != 1) {
+    refuse("viewpoint", "None was given, but there are several views");
+  }
+  if (viewpoint) {
+    check_contiguous(*viewpoint, "viewpoint");
+    check_here(*viewpoint, "viewpoint");
+  }
+  if (mask) {
+    check_shape(*mask, "mask", {batch.K, head.views});
+    if (!mask->is_bool()) refuse("mask", "must be bool");
+    check_contiguous(*mask, "mask");
+    check_here(*mask, "mask");
+    head.mask = mask->as<uint8_t>();
+  }
+  return batch;
+}
+
+Reduction check_reduction(int reduction) {
+  if (reduction < 0 || reduction > 2) refuse("reduction", "must be 0 (mean), 1 (sum) or 2 (none)");
+  return static_cast<Reduction>(reduction);
+}
+
+// A loss or an upstream gradient: a scalar, or one for each sample.
+void* check_losses(const TensorView& view, const char* name, const Batch& batch, const TensorView& some,
+                   Reduction reduction) {
+  if (reduction == Reduction::kNone)
+    check_shape(view, name, {batch.N});
+  else
+    check_shape(view, name, {});
+  check_accumulator(view, name, some);
+  check_contiguous(view, name);
+  check_device(view, name, batch.device_type, batch.device_id);
+  return view.data;
+}
+
+int64_t workspace_bytes(int64_t N, int64_t K, int64_t V, bool has_identity, bool has_viewpoint, bool cuda,
+                        int threads) {
+  const int64_t views[2] = {has_identity ? 1 : 0, has_viewpoint ? V : 0};
+  if (!cuda) return viewpoint_aware_cross_entropy_workspace_bytes_cpu(N, K, views, threads);
+  return 0;
+}
+
+void forward(const Optional& identity_logits, const Optional& viewpoint_logits, const TensorView& identity,
+             const Optional& viewpoint, const Optional& mask, const TensorView& identity_loss,
+             const TensorView& viewpoint_loss, const TensorView& statistics, bool adaptive, double alpha,
+             double epsilon, int reduction_code, const TensorView& workspace, int threads, uintptr_t stream) {
+  Batch batch = check(identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics);
+  const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
+  const Reduction reduction = check_reduction(reduction_code);
+  if (identity_logits) batch.heads[0].loss = check_losses(identity_loss, "identity_loss", batch, some, reduction);
+  if (viewpoint_logits) batch.heads[1].loss = check_losses(viewpoint_loss, "viewpoint_loss", batch, some, reduction);
+  batch.heads[0].adaptive = adaptive;
+  batch.heads[0].epsilon = epsilon;
+  batch.heads[0].alpha = batch.heads[1].alpha = alpha;
+  const bool cuda = batch.device_type == kDeviceCuda;
+  const int64_t needed = workspace_bytes(batch.N, batch.K, batch.heads[1].views, identity_logits.has_value(),
+                                         viewpoint_logits.has_value(), cuda, threads);
+  if (!workspace.is_byte() || workspace.numel() < needed) refuse("workspace", "is too small");
+  check_contiguous(workspace, "workspace");
+  check_device(workspace, "workspace", batch.device_type, batch.device_id);
+  if (!cuda) {
+    viewpoint_aware_cross_entropy_forward_cpu(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
+                                              reduction, workspace.data, threads);
+    return;
+  }
+  (void)stream;
+  refuse("identity_logits", "is on a GPU, but this build has no CUDA kernels");
+}
+
+void backward(const Optional& identity_upstream, const Optional& viewpoint_upstream, const Optional& identity_logits,
+              const Optional& viewpoint_logits, const TensorView& identity, const Optional& viewpoint,
+              const Optional& mask, const TensorView& statistics, const Optional& identity_grad,
+              const Optional& viewpoint_grad, int reduction_code, int threads, uintptr_t stream) {
+  Batch batch = check(identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics);
+  const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
+  const Reduction reduction = check_reduction(reduction_code);
+  const Optional* const upstreams[2] = {&identity_upstream, &viewpoint_upstream};
+  const Optional* const grads[2] = {&identity_grad, &viewpoint_grad};
+  for (int h = 0; h < 2; ++h) {
+    CrossEntropyHead& head = batch.heads[h];
+    if (!head.present) continue;
+    if (!*upstreams[h] || !*grads[h]) refuse("upstream", "is needed for each head with logits, and its gradient too");
+    const TensorView& grad = **grads[h];
+    head.upstream = check_losses(**upstreams[h], "upstream", batch, some, reduction);
+    check_same_dtype(grad, "grad", some, "logits");
+    check_contiguous(grad, "grad");
+    check_device(grad, "grad", batch.device_type, batch.device_id);
+    if (grad.numel() != batch.N * batch.K * head.views) refuse("grad", "shape " + shape_text(grad) + " does not fit");
+    head.grad = grad.data;
+  }
+  if (batch.device_type == kDeviceCpu) {
+    viewpoint_aware_cross_entropy_backward_cpu(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
+                                               reduction, threads);
+    return;
+  }
+  (void)stream;
+  refuse("identity_logits", "is on a GPU, but this build has no CUDA kernels");
+}
+
+}  // namespace
+
+void bind_viewpoint_aware_cross_entropy(pybind11::module_& m) {
+  using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("viewpoint_aware_cross_entropy_workspace_bytes", &workspace_bytes);
+  m.def("viewpoint_aware_cross_entropy_forward", &forward, release());
+  m.def("viewpoint_aware_cross_entropy_backward", &backward, release());
+}
+
+}  // namespace vareid

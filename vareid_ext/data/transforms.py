@@ -1,0 +1,58 @@
+"""What happens to an image on its way into the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torchvision.transforms import InterpolationMode, v2
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def build_transform(
+    height: int,
+    width: int,
+    train: bool,
+    *,
+    flip: float = 0.5,
+    pad: int = 10,
+    erasing: float = 0.5,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> v2.Compose:
+    """RGB image (PIL, any size) -> float32 [3, height, width], normalised.
+
+    In training, also: horizontal flip, zero padding and a random crop back to size, random erasing (Zhong et al., AAAI
+    2020) with the mean colour. All randomness comes from torch's default generator.
+
+    Args:
+        height, width: in pixels, at least 1.
+        train: whether to augment.
+        flip, erasing: probabilities in [0, 1].
+        pad: pixels added on each side before cropping, at least 0.
+        mean, std: per channel, of values in [0, 1].
+    """
+    for name, size in (("height", height), ("width", width)):
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    for name, chance in (("flip", flip), ("erasing", erasing)):
+        if not 0 <= chance <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {chance}")
+    if pad < 0:
+        raise ValueError(f"pad must be at least 0, got {pad}")
+    steps: list[torch.nn.Module] = [v2.Resize((height, width), interpolation=InterpolationMode.BICUBIC, antialias=True)]
+    if train and flip > 0:
+        steps.append(v2.RandomHorizontalFlip(flip))
+    if train and pad > 0:
+        steps += [v2.Pad(pad), v2.RandomCrop((height, width))]
+    steps += [
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(list(mean), list(std)),
+        v2.ToPureTensor(),
+    ]
+    if train and erasing > 0:
+        steps.append(v2.RandomErasing(erasing, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=0))
+    return v2.Compose(steps)
