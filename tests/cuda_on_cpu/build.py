@@ -32,7 +32,8 @@ _KERNEL_FLAGS = {
     "fast": ["-O2"],
     # Scalar replacement would split a float4 access in four and falsify the traffic.
     "checker": ["-O1", "-fno-tree-sra", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
-    "asan": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fsanitize-recover=address,undefined"],
+    "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=null,object-size,vptr",
+             "-fsanitize-recover=address,undefined"],
 }
 _LINK_FLAGS = {"fast": [], "checker": [], "asan": ["-fsanitize=address,undefined"]}
 _HINTS = (
@@ -119,7 +120,8 @@ def build(name: str, kernels: Sequence[Path], glue: Sequence[Path], flavour: str
         ("no_checker",))]  # fmt: skip
     plain = ["-O2", *_DEFINE[flavour]]
     instrumented = [*_KERNEL_FLAGS[flavour], *_DEFINE[flavour]]
-    jobs = [(source, instrumented) for source in kernels] + [(source, plain) for source in [*glue, *runtime]]
+    # The linker keeps the first copy of an inline function: the runtime's, which is not instrumented.
+    jobs = [(source, plain) for source in [*runtime, *glue]] + [(source, instrumented) for source in kernels]
     with open(folder / "lock", "w") as lock:  # two test sessions must not compile the same thing twice
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:

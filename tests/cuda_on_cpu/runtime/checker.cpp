@@ -140,8 +140,7 @@ bool is_private(uintptr_t address) {
   return address >= machine.host_frame && address < machine.host_frame + 64 * 1024;
 }
 
-void access(uintptr_t address, size_t size, bool write, bool atomic, const void* return_address) {
-  if (!machine.running) return;
+void check(uintptr_t address, size_t size, bool write, bool atomic, const void* return_address) {
   bool shared;
   Region* region = find_region(address, shared);
   const uintptr_t pc = reinterpret_cast<uintptr_t>(return_address) - module_base;
@@ -164,10 +163,14 @@ void access(uintptr_t address, size_t size, bool write, bool atomic, const void*
     fail("misaligned %s of %zu bytes at %s by thread %s of block %s at %s", verb, size, describe(address).c_str(),
          thread_name(machine.current).c_str(), block_name(machine.block).c_str(), place(pc).c_str());
   for (size_t i = 0; i < size && (!write || atomic); ++i)
-    if (!(state[i] & kInitialised))
-      fail("uninitialised %s of %zu bytes at %s by thread %s of block %s at %s", atomic ? "atomic access" : "read", size,
-           describe(address).c_str(), thread_name(machine.current).c_str(), block_name(machine.block).c_str(),
-           place(pc).c_str());
+    if (!(state[i] & kInitialised)) {
+      if (!machine.deferred.empty()) break;
+      machine.deferred = std::string("uninitialised ") + verb + " of " + std::to_string(size) + " bytes at " +
+                         describe(address) + " by thread " + thread_name(machine.current) + " of block " +
+                         block_name(machine.block) + " at " + place(pc);
+      if (!shared) fail("%s", "");
+      break;
+    }
   if (write) {
     if (region == &static_region) mark_dirty(address), mark_dirty(address + size - 1);
     for (size_t i = 0; i < size; ++i) state[i] |= kInitialised;
@@ -183,6 +186,14 @@ void access(uintptr_t address, size_t size, bool write, bool atomic, const void*
   if (machine.measure) {
     machine.thread[machine.current].log.push_back({pc, address, static_cast<uint32_t>(size), write, shared});
   }
+}
+
+// Code that the checker itself runs may be instrumented too (inline functions that it shares with a kernel).
+void access(uintptr_t address, size_t size, bool write, bool atomic, const void* return_address) {
+  if (!machine.running || machine.checking) return;
+  machine.checking = true;
+  check(address, size, write, atomic, return_address);
+  machine.checking = false;
 }
 
 void join(std::vector<Release>& to, const std::vector<Release>& from) { to.insert(to.end(), from.begin(), from.end()); }
@@ -249,6 +260,8 @@ void checker_warp_sync(unsigned w, unsigned lanes) {
     machine.thread[w * kWarp + lane].acquired = acquired;
   }
 }
+
+std::string take_sanitizer_report() { return ""; }
 
 void fence() {
   Thread& self = machine.thread[machine.current];
