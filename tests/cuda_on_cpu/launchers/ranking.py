@@ -16,8 +16,11 @@ def ranking_forward(
     gallery_camera: Any, average_precision: Any, inverse_negative_penalty: Any, first_match_rank: Any,
     num_matches: Any, workspace: Any, max_group: int, threads: int, stream: int,
 ) -> None:  # fmt: skip
+    Q, G = distances.shape
+    row_stride = distances.stride(0)
+    memory = distances.as_strided(((Q - 1) * row_stride + G,), (1,))  # all that the strided rows span
     launch(
-        "ranking_forward_cuda", distances, distances.stride(0), gallery_order, group_begin, group_end, junk,
+        "ranking_forward_cuda", memory, row_stride, gallery_order, group_begin, group_end, junk,
         query_camera, gallery_camera, average_precision, inverse_negative_penalty, first_match_rank, num_matches,
-        dtype_code(distances), *distances.shape,
+        dtype_code(distances), Q, G,
     )  # fmt: skip
