@@ -1,14 +1,14 @@
 // Ranking metrics of each query: the definition is in vareid_ext/reference/ranking.py. Nothing is sorted: the rank of a
 // match is one more than the number of gallery images before it.
 //
-// distances is [Q, G] of `dtype` with unit column stride; row q starts at element q * row_stride. gallery_order [G] holds
-// the gallery indices ordered by identity, ties by index; the images of query q's identity are gallery_order[group_begin[q]]
-// to gallery_order[group_end[q] - 1] (an empty range for a query of the junk identity), the junk images are those from
-// junk_range[0] to junk_range[1] - 1. query_camera [Q] and gallery_camera [G] are both null if cameras are not known; -1
-// equals no camera. All index arrays are int64 and live where the distances do.
+// distances is [Q, G] of `dtype` with unit column stride; row q starts at element q * row_stride. gallery_order [G]
+// holds the gallery indices ordered by identity, ties by index; the images of query q's identity are
+// gallery_order[group_begin[q]] to gallery_order[group_end[q] - 1] (an empty range for a query of the junk identity),
+// the junk images are those from junk_range[0] to junk_range[1] - 1. query_camera [Q] and gallery_camera [G] are both
+// null if cameras are not known; -1 equals no camera. All index arrays are int64 and live where the distances do.
 //
-// Written for each query: average_precision, inverse_negative_penalty (float64), first_match_rank and num_matches (int64).
-// A row with NaN or Inf gets num_matches -1 and 0 elsewhere.
+// Written for each query: average_precision, inverse_negative_penalty (float64), first_match_rank and num_matches
+// (int64). A row with NaN or Inf gets num_matches -1 and 0 elsewhere.
 #pragma once
 
 #include <cstdint>
