@@ -62,7 +62,14 @@ def compiler_version() -> str:
 
 def compile_log(source: Path) -> str:
     """What nvcc and ptxas say about a source, for every architecture; kept in build/kernel_budget."""
-    flags = ["-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v"]
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "--expt-relaxed-constexpr",
+        f"-I{ROOT / 'csrc'}",
+        "-Xcompiler=-Wall,-Wextra",
+        "-Xptxas=-v",
+    ]
     for a in ARCHITECTURES:
         flags += ["-gencode", f"arch=compute_{a},code=sm_{a}"]
     digest = hashlib.sha256("\0".join([compiler_version(), *flags]).encode() + source.read_bytes())
@@ -159,7 +166,9 @@ def main() -> None:
         print("\n".join(differences(usage(), read_budget()[1])) or "all kernels are within the budget")
         return
     kernels = {
-        kernel: {a: {k: v for k, v in asdict(u).items() if k in ("registers", "shared")} for a, u in sorted(found.items())}
+        kernel: {
+            a: {k: v for k, v in asdict(u).items() if k in ("registers", "shared")} for a, u in sorted(found.items())
+        }
         for kernel, found in sorted(usage().items())
     }
     lines = ",\n".join(f"    {json.dumps(kernel)}: {json.dumps(found)}" for kernel, found in kernels.items())

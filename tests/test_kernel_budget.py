@@ -19,16 +19,22 @@ ptxas info    : Function properties for _ZN6vareid12_GLOBAL__N_110sum_kernelIfEE
 ptxas info    : Used 32 registers, used 1 barriers
 """
 
-needs_nvcc = pytest.mark.skipif(bool(kernel_budget.missing_reason()), reason=kernel_budget.missing_reason() or "nvcc is here")
+needs_nvcc = pytest.mark.skipif(
+    bool(kernel_budget.missing_reason()), reason=kernel_budget.missing_reason() or "nvcc is here"
+)
 
 
 def test_the_report_of_the_compiler_is_understood() -> None:
-    assert kernel_budget.parse(LOG) == {"sum_kernel<float>": {"sm_80": Usage(40, 1024, 8, 16), "sm_90": Usage(32, 0, 0, 0)}}
+    assert kernel_budget.parse(LOG) == {
+        "sum_kernel<float>": {"sm_80": Usage(40, 1024, 8, 16), "sm_90": Usage(32, 0, 0, 0)}
+    }
 
 
 def test_what_exceeds_the_budget_is_named() -> None:
     found = kernel_budget.parse(LOG)
-    fitting = {"sum_kernel<float>": {"sm_80": {"registers": 40, "shared": 1024}, "sm_90": {"registers": 64, "shared": 0}}}
+    fitting = {
+        "sum_kernel<float>": {"sm_80": {"registers": 40, "shared": 1024}, "sm_90": {"registers": 64, "shared": 0}}
+    }
     assert kernel_budget.differences(found, fitting) == []
     tight = {"sum_kernel<float>": {"sm_80": {"registers": 39, "shared": 1023}, "sm_90": {"registers": 32, "shared": 0}}}
     assert kernel_budget.differences(found, tight) == [
