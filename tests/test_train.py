@@ -182,12 +182,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path, m
         interrupt_at(patch, 2, signal.SIGTERM)
         assert start(output, "--optimizer.name=sgd") == 128 + signal.SIGTERM
     before = (output / "last.pt").read_bytes()
-    assert (
-        train.main(
-            ["--resume", str(output), "--lr=1e30", "--schedule=multistep", "--warmup-epochs=0", "--clip-norm=null"]
-        )
-        == 3
-    )
+    assert train.main(["--resume", str(output), "--lr=1e30", "--schedule=multistep", "--warmup-epochs=0", "--clip-norm=null"]) == 3
     assert "non_finite_batch.pt" in capsys.readouterr().err
     assert (output / "last.pt").read_bytes() == before
     batch = load_checkpoint(output / "non_finite_batch.pt")
@@ -223,9 +218,7 @@ def test_every_switch_of_the_loss_trains(tmp_path, arguments, parts, views_move)
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize(
-    "arguments", [["--precision=bf16", "--channels-last=false"], ["--optimizer.name=adam", "--pooling=gem"]]
-)
+@pytest.mark.parametrize("arguments", [["--precision=bf16", "--channels-last=false"], ["--optimizer.name=adam", "--pooling=gem"]])
 def test_other_ways_to_run(tmp_path, arguments):
     output = tmp_path / "run"
     assert start(output, "--epochs=1", "--batches-per-epoch=2", "--baselines=false", *arguments) == 0
@@ -293,9 +286,7 @@ def test_baselines_on_plain_colours():
 
 def test_ranking_rows_leave_out_what_the_protocol_leaves_out():
     query = extraction.Features(torch.zeros(1, 2), np.array([7]), np.array([1]), np.array([0]))
-    gallery = extraction.Features(
-        torch.zeros(5, 2), np.array([7, 7, 3, 7, 3]), np.array([1, 2, 1, -1, 2]), np.zeros(5, int)
-    )
+    gallery = extraction.Features(torch.zeros(5, 2), np.array([7, 7, 3, 7, 3]), np.array([1, 2, 1, -1, 2]), np.zeros(5, int))
     distances = torch.tensor([[0.1, 0.4, 0.2, 0.4, 0.3]])
     scores = extraction.score(distances, query, gallery)
     (row,) = train.ranking_rows({"a": (distances, scores)}, query, gallery, scores, 3)
