@@ -31,7 +31,7 @@ _DTYPES = {
 _SAME_BYTES = {"bool": {"uint8"}, "uint8": {"bool", "int8"}, "int32": {"uint32"}, "int64": {"uint64"}}
 
 
-class KernelDefect(AssertionError):
+class KernelDefect(AssertionError):  # noqa: N818 (it is no fault of the harness)
     """What the checker or a sanitizer found, with file and line."""
 
 
@@ -84,7 +84,12 @@ class Library:
         self._lib.cuda_on_cpu_disable.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self._lib.cuda_on_cpu_expect.argtypes = [ctypes.c_int, ctypes.c_void_p]
         self._lib.cuda_on_cpu_shared_region.argtypes = [ctypes.c_size_t, ctypes.c_size_t]
-        self._lib.cuda_on_cpu_shared_variable.argtypes = [ctypes.c_size_t, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_int]
+        self._lib.cuda_on_cpu_shared_variable.argtypes = [
+            ctypes.c_size_t,
+            ctypes.c_size_t,
+            ctypes.c_char_p,
+            ctypes.c_int,
+        ]
         self.base = self._load_base()
         self.launchers: dict[str, tuple[int, list[str], str]] = {}
         for i in range(self._lib.cuda_on_cpu_exports()):
@@ -101,7 +106,9 @@ class Library:
 
     @functools.cached_property
     def _symbols(self) -> list[_Symbol]:
-        text = subprocess.run(["nm", "-S", "-C", "--defined-only", str(self.path)], capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            ["nm", "-S", "-C", "--defined-only", str(self.path)], capture_output=True, text=True, check=True
+        )
         found = []
         for line in text.stdout.splitlines():
             match = re.fullmatch(r"([0-9a-f]+) ([0-9a-f]+) (\w) (.*)", line)
@@ -263,6 +270,9 @@ class Launcher:
         self._lib = library._lib
         self._workspaces: dict[int, tuple[Workspace, int]] = {}
 
+    def __str__(self) -> str:
+        return f"the {self.library.flavour} build in {self.order} order"
+
     def __call__(self, function: str, *arguments: Any) -> int | None:
         if function not in self.library.launchers:
             known = ", ".join(sorted(self.library.launchers)) or "none"
@@ -306,7 +316,9 @@ class Launcher:
             return self._workspaces[id(argument)][1]
         tensor = argument.tensor if isinstance(argument, InOut | Partial) else argument
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{label}: a tensor, None, InOut, Partial or Workspace is needed, not {type(argument).__name__}")
+            raise TypeError(
+                f"{label}: a tensor, None, InOut, Partial or Workspace is needed, not {type(argument).__name__}"
+            )
         if tensor.device.type != "cpu" or not tensor.is_contiguous():
             raise ValueError(f"{label}: the tensor must lie on the CPU and be contiguous")
         element = parameter.removeprefix("const ").removesuffix("*")
@@ -396,10 +408,7 @@ class Everywhere:
             _, outputs = self._run(launcher, function, arguments)
             for i, (a, b) in enumerate(zip(expected, outputs, strict=True)):
                 if a is not None and not torch.equal(_bits(a), _bits(b)):
-                    raise KernelDefect(
-                        f"{function}: argument {i + 1} differs between the {first.library.flavour} build in {first.order} "
-                        f"order and the {launcher.library.flavour} build in {launcher.order} order"
-                    )
+                    raise KernelDefect(f"{function}: argument {i + 1} differs between {first} and {launcher}")
         for argument, output in zip(arguments, expected, strict=True):
             if output is not None and not torch.equal(_bits(_tensor(argument)), _bits(output)):
                 _tensor(argument).copy_(output)

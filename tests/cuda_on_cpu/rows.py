@@ -86,7 +86,10 @@ def _parameter_sets(test: Callable[..., Any]) -> Iterator[dict[str, Any]]:
             return
         if mark.name == "parametrize":
             names = mark.args[0].replace(" ", "").split(",") if isinstance(mark.args[0], str) else list(mark.args[0])
-            values = [v.values if isinstance(v, type(pytest.param(0))) else (v,) if len(names) == 1 else v for v in mark.args[1]]
+            values = [
+                v.values if isinstance(v, type(pytest.param(0))) else (v,) if len(names) == 1 else v
+                for v in mark.args[1]
+            ]
             axes.append([dict(zip(names, v, strict=True)) for v in values])
     known = {name for axis in axes for case in axis[:1] for name in case} | {"backend"}
     if set(inspect.signature(test).parameters) != known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,9 @@ def test_defect_is_reported_in_every_order(name: str, order: str) -> None:
     text = str(caught.value)
     expected = DEFECTS[name]
     if order != "forward":  # other threads are the first to be noticed
-        expected = re.sub(r"\\\(\d+,0,0\\\)|lane \d+|\\\+ \d+ bytes", lambda m: re.sub(r"\d+,0,0|\d+", r"[\\d,]+", m[0]), expected)
+        expected = re.sub(
+            r"\\\(\d+,0,0\\\)|lane \d+|\\\+ \d+ bytes", lambda m: re.sub(r"\d+,0,0|\d+", r"[\\d,]+", m[0]), expected
+        )
     if not (order != "forward" and name in ("uninitialised_shared_read",)):
         assert re.search(expected, text), text
     if name not in HOST_SIDE:
@@ -149,21 +152,25 @@ def test_warps_exchange_through_shared_memory_and_vote() -> None:
     assert odd.tolist() == [16, 16]
 
 
-@pytest.mark.parametrize(("function", "line_of"), [("softmax_cuda", "__syncthreads();"), ("warp_reverse_cuda", "__syncwarp();")])
-def test_a_disabled_barrier_is_noticed(function: str, line_of: str) -> None:
+@pytest.mark.parametrize("barrier", ["__syncthreads();", "__syncwarp();"])
+def test_a_disabled_barrier_is_noticed(barrier: str) -> None:
     source = "tests/cuda_on_cpu/planted/correct.cu"
     text = (build.ROOT / source).read_text().splitlines()
-    line = next(i for i, t in enumerate(text) if t.strip() == line_of) + 1
+    line = next(i for i, t in enumerate(text) if t.strip() == barrier) + 1
+    if barrier == "__syncthreads();":
+        call: tuple[Any, ...] = ("softmax_cuda", torch.ones(1, 128), torch.empty(1, 128), 1, 128)
+    else:
+        x = torch.ones(64, dtype=torch.int32)
+        call = ("warp_reverse_cuda", x, torch.empty_like(x), torch.empty(2, dtype=torch.int32))
     library = planted("checker")
     library.disable_barrier((source, line))
     try:
         with Launcher(library) as launch, pytest.raises(KernelDefect, match="data race"):
-            if function == "softmax_cuda":
-                launch(function, torch.ones(1, 128), torch.empty(1, 128), 1, 128)
-            else:
-                launch(function, torch.ones(64, dtype=torch.int32), torch.empty(64, dtype=torch.int32), torch.empty(2, dtype=torch.int32))
+            launch(*call)
     finally:
         library.disable_barrier(None)
+    with Launcher(library) as launch:
+        launch(*call)
 
 
 def test_traffic_of_known_kernels() -> None:
@@ -177,7 +184,11 @@ def test_traffic_of_known_kernels() -> None:
         assert (t.bytes_loaded, t.bytes_stored) == (4 * n * n, 4 * n * n), name
         assert t.moved_ratio == 1
         assert t.launches == 1
-    naive, padded, plain = traffic["naive_transpose_kernel"], traffic["transpose_kernel<1>"], traffic["transpose_kernel<0>"]
+    naive, padded, plain = (
+        traffic["naive_transpose_kernel"],
+        traffic["transpose_kernel<1>"],
+        traffic["transpose_kernel<0>"],
+    )
     # 128 loads of 4 sectors and 128 stores of 32
     assert (naive.requests, naive.sectors, naive.ideal_sectors) == (256, 128 * 4 + 128 * 32, 256 * 4)
     assert padded.coalescing == 1

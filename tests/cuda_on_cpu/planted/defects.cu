@@ -45,7 +45,8 @@ __global__ void inter_block_race(const float* __restrict__ x, float* __restrict_
 }
 
 // The second block reads what the first has written; the atomic lacks its fences.
-__global__ void missing_fence(const float* __restrict__ x, float* __restrict__ y, unsigned* __restrict__ ticket, int n) {
+__global__ void missing_fence(const float* __restrict__ x, float* __restrict__ y, unsigned* __restrict__ ticket,
+                              int n) {
   if (threadIdx.x != 0) return;
   y[blockIdx.x] = x[blockIdx.x];
   if (atomicAdd(ticket, 1u) == gridDim.x - 1) y[n - 1] = y[0] + y[1];
@@ -166,10 +167,10 @@ __global__ void local_array_overflow(const float* __restrict__ x, float* __restr
 
 }  // namespace
 
-#define DEFECT(name, blocks, shared_bytes)                                                                 \
-  void name##_cuda(const float* x, float* y, int n, int device, void* stream) {                            \
-    const DeviceGuard guard(device);                                                                       \
-    launch(name, dim3(blocks), dim3(kThreads), shared_bytes, static_cast<cudaStream_t>(stream), x, y, n);  \
+#define DEFECT(name, blocks, shared_bytes)                                                                \
+  void name##_cuda(const float* x, float* y, int n, int device, void* stream) {                           \
+    const DeviceGuard guard(device);                                                                      \
+    launch(name, dim3(blocks), dim3(kThreads), shared_bytes, static_cast<cudaStream_t>(stream), x, y, n); \
   }
 DEFECT(missing_syncthreads, 1, 0)
 DEFECT(missing_second_syncthreads, 1, 0)
@@ -217,12 +218,13 @@ void too_much_shared_cuda(const float* x, float* y, int n, int device, void* str
 }
 void empty_grid_cuda(const float* x, float* y, int n, int device, void* stream) {
   const DeviceGuard guard(device);
-  launch(harmless, dim3(static_cast<unsigned>(n) - kThreads), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), x, y,
-         n);
+  launch(harmless, dim3(static_cast<unsigned>(n) - kThreads), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), x,
+         y, n);
 }
 void memset_past_end_cuda(const float* x, float* y, int n, int device, void* stream) {
   const DeviceGuard guard(device);
-  check_cuda(cudaMemsetAsync(y, 0, sizeof(float) * static_cast<size_t>(n + 1), static_cast<cudaStream_t>(stream)), "memset");
+  check_cuda(cudaMemsetAsync(y, 0, sizeof(float) * static_cast<size_t>(n + 1), static_cast<cudaStream_t>(stream)),
+             "memset");
   launch(harmless, dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), x, y, n);
 }
 

@@ -19,8 +19,8 @@ struct Record {
   uint16_t clock;
 };
 
-// Writers: one for each byte (a 2-byte write uses its first byte's, a 4-byte write the first). Readers: the last one, the
-// last other lane of its warp, the last of another warp.
+// Writers: one for each byte (a 2-byte write uses its first byte's, a 4-byte write the first). Readers: the last one,
+// the last other lane of its warp, the last of another warp.
 struct Cell {
   Record writer[4], reader[3];
 };
@@ -155,9 +155,8 @@ void check(uintptr_t address, size_t size, bool write, bool atomic, const void* 
   for (size_t i = 0; i < size; ++i) {
     if (state[i] & kForeign) return;
     if (!(state[i] & kAllocated))
-      fail("out-of-bounds %s of %zu bytes at %s by thread %s of block %s at %s", verb, size,
-           describe(address).c_str(), thread_name(machine.current).c_str(), block_name(machine.block).c_str(),
-           place(pc).c_str());
+      fail("out-of-bounds %s of %zu bytes at %s by thread %s of block %s at %s", verb, size, describe(address).c_str(),
+           thread_name(machine.current).c_str(), block_name(machine.block).c_str(), place(pc).c_str());
   }
   if (size <= 16 && (size & (size - 1)) == 0 && address % size != 0)
     fail("misaligned %s of %zu bytes at %s by thread %s of block %s at %s", verb, size, describe(address).c_str(),
@@ -294,15 +293,22 @@ void atomic_access(const void* address, size_t bytes, void* pc) {
 
 }  // namespace cuda_on_cpu
 
-// ---- what the compiler calls -------------------------------------------------------------------------------------------
+// ---- what the compiler calls
+// -------------------------------------------------------------------------------------------
 using cuda_on_cpu::access;
 #define CALLED_FROM __builtin_return_address(0)
-#define ACCESS_OF(size)                                                                                                \
-  void __tsan_read##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM); }         \
-  void __tsan_write##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM); }         \
-  void __tsan_unaligned_read##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM); } \
-  void __tsan_unaligned_write##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM); } \
-  void __tsan_volatile_read##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM); } \
+#define ACCESS_OF(size)                                                                                        \
+  void __tsan_read##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM); } \
+  void __tsan_write##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM); } \
+  void __tsan_unaligned_read##size(void* a) {                                                                  \
+    access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM);                                   \
+  }                                                                                                            \
+  void __tsan_unaligned_write##size(void* a) {                                                                 \
+    access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM);                                    \
+  }                                                                                                            \
+  void __tsan_volatile_read##size(void* a) {                                                                   \
+    access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM);                                   \
+  }                                                                                                            \
   void __tsan_volatile_write##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM); }
 extern "C" {
 ACCESS_OF(1)

@@ -172,7 +172,8 @@ cudaError_t allow_dynamic_shared(const void* kernel, cudaFuncAttribute attribute
 
 void clear_seen() {
   for (const auto& [base, allocation] : allocations)
-    for (size_t i = 0; i < allocation.bytes; ++i) global_region.state[base - global_region.base + i] &= ~(kRead | kWritten);
+    for (size_t i = 0; i < allocation.bytes; ++i)
+      global_region.state[base - global_region.base + i] &= ~(kRead | kWritten);
 }
 
 }  // namespace cuda_on_cpu
@@ -228,9 +229,7 @@ cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   *pointer = allocate(bytes, "cudaMalloc'ed memory");
   return *pointer ? cudaSuccess : cudaErrorMemoryAllocation;
 }
-cudaError_t cudaFree(void* pointer) {
-  return !pointer || release(pointer) ? cudaSuccess : cudaErrorInvalidValue;
-}
+cudaError_t cudaFree(void* pointer) { return !pointer || release(pointer) ? cudaSuccess : cudaErrorInvalidValue; }
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   check_host_range(address, bytes, "cudaMemset");

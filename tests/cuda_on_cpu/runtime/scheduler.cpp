@@ -22,7 +22,8 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// ---- context switch ----------------------------------------------------------------------------------------------------
+// ---- context switch
+// ----------------------------------------------------------------------------------------------------
 #if defined(__x86_64__)
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
 __asm__(R"(
@@ -94,8 +95,8 @@ void arrange(std::vector<T>& order) {
 void allocate_stacks() {
   if (machine.thread[0].stack) return;
   const size_t each = kStack + kGuard;
-  void* memory = mmap(nullptr, each * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                      -1, 0);
+  void* memory =
+      mmap(nullptr, each * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw Defect("the harness cannot reserve memory for the fibers' stacks");
   for (unsigned t = 0; t < kMaxThreads; ++t) {
     char* base = static_cast<char*>(memory) + t * each;
@@ -104,7 +105,8 @@ void allocate_stacks() {
   }
 }
 
-// ---- fibers ------------------------------------------------------------------------------------------------------------
+// ---- fibers
+// ------------------------------------------------------------------------------------------------------------
 #ifdef CUDA_ON_CPU_WITH_ASAN
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
@@ -151,8 +153,8 @@ void make_fiber(unsigned t) {
 #endif
 #if defined(__x86_64__)
   auto** top = reinterpret_cast<void**>(thread.stack + kStack);
-  *--top = nullptr;                                // a caller's frame that does not exist
-  *--top = reinterpret_cast<void*>(&fiber_main);   // where the first switch returns to
+  *--top = nullptr;                               // a caller's frame that does not exist
+  *--top = reinterpret_cast<void*>(&fiber_main);  // where the first switch returns to
   for (int r = 0; r < 6; ++r) *--top = nullptr;
   thread.stack_pointer = top;
 #else
@@ -189,7 +191,8 @@ void resume(unsigned t) {
   }
 }
 
-// ---- waiting -----------------------------------------------------------------------------------------------------------
+// ---- waiting
+// -----------------------------------------------------------------------------------------------------------
 bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
 bool is_disabled(Site site) { return machine.disabled.file && same(site, machine.disabled); }
@@ -257,9 +260,9 @@ bool complete_warp(unsigned t) {
         fail("shuffle from an absent lane: thread %s of block %s reads lane %u at %s, which %s",
              thread_name(first + lane).c_str(), block_name(machine.block).c_str(), other.source,
              place(self.site).c_str(),
-             other.source >= lanes                ? "does not exist"
-             : !(self.mask >> other.source & 1)   ? "is not in the mask"
-                                                  : "has ended");
+             other.source >= lanes              ? "does not exist"
+             : !(self.mask >> other.source & 1) ? "is not in the mask"
+                                                : "has ended");
       other.value = value[other.source];
     } else if (self.op == WarpOp::kVote) {
       other.value = ballot;
@@ -283,9 +286,8 @@ bool complete_warp(unsigned t) {
   for (unsigned t = first; t < std::min(first + kWarp, machine.threads); ++t)
     if (t != waiting && (machine.thread[waiting].mask >> (t - first) & 1) &&
         (machine.thread[t].state == State::kAtBarrier ||
-         (machine.thread[t].state == State::kAtWarp &&
-          (machine.thread[t].mask != machine.thread[waiting].mask ||
-           !same(machine.thread[t].site, machine.thread[waiting].site)))))
+         (machine.thread[t].state == State::kAtWarp && (machine.thread[t].mask != machine.thread[waiting].mask ||
+                                                        !same(machine.thread[t].site, machine.thread[waiting].site)))))
       other = t;
   if (other == kMaxThreads)
     fail("barrier divergence in block %s: thread %s waits at %s for ever", block_name(machine.block).c_str(),
@@ -330,7 +332,8 @@ void run_block(std::vector<unsigned>& order) {
 
 }  // namespace
 
-// ---- what kernels call -------------------------------------------------------------------------------------------------
+// ---- what kernels call
+// -------------------------------------------------------------------------------------------------
 int block_barrier(bool predicate, Site site) {
   record_site(site);
   if (is_disabled(site)) return 0;
