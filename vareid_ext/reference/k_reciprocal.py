@@ -170,3 +170,46 @@ def blend(
         jaccard = 1 - shared / (2 - shared)
         out[begin:end] = (1 - lambda_value) * jaccard + lambda_value * scale * distance[begin:end].double()
     return out
+
+
+def matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Neighbour lists and row maxima of the symmetric matrix [[q_q, q_g], [q_g^T, g_g]].
+
+    Args:
+        q_g: [Q, G], floating point, not negative.
+        q_q: [Q, Q].
+        g_g: [G, G].
+        k: 1 to Q + G.
+
+    Returns:
+        neighbor int32 [Q+G, k], ties by the lower index; row_max float64 [Q+G].
+    """
+    Q, G = q_g.shape
+    neighbor = q_g.new_empty((Q + G, k), dtype=torch.int32)
+    row_max = q_g.new_empty((Q + G,), dtype=torch.float64)
+    step = max(1, _CHUNK // (Q + G))
+    for first, second, offset in ((q_q, q_g, 0), (q_g.T, g_g, Q)):
+        for begin in range(0, first.shape[0], step):
+            block = torch.cat([first[begin : begin + step], second[begin : begin + step]], dim=1)
+            at = slice(offset + begin, offset + begin + block.shape[0])
+            neighbor[at] = torch.sort(block, dim=1, stable=True).indices[:, :k].to(torch.int32)
+            row_max[at] = block.amax(1)
+    return neighbor, row_max
+
+
+def matrix_distance(q_g: Tensor, q_q: Tensor, g_g: Tensor, scale: float, indptr: Tensor, index: Tensor) -> Tensor:
+    """(scale d)^2 of the pairs of a CSR pattern over the matrix of :func:`matrix_neighbors`.
+
+    Returns:
+        float32 [nnz].
+    """
+    Q = q_g.shape[0]
+    rows, columns = _row_of_entry(indptr), index.long()
+    out = index.new_empty(index.shape, dtype=torch.float64)
+    for matrix, row_in_query, column_in_query in ((q_q, True, True), (q_g, True, False), (g_g, False, False)):
+        at = ((rows < Q) == row_in_query) & ((columns < Q) == column_in_query)
+        r, c = rows[at] - (0 if row_in_query else Q), columns[at] - (0 if column_in_query else Q)
+        out[at] = matrix[r, c].to(torch.float64)
+    crossed = (rows >= Q) & (columns < Q)
+    out[crossed] = q_g[columns[crossed], rows[crossed] - Q].to(torch.float64)
+    return (out * scale).square().to(torch.float32)
