@@ -6,6 +6,7 @@ from vareid_ext.losses import LossParts, ViewpointAwareLoss
 from vareid_ext.metrics import QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
 from vareid_ext.ops._labels import raise_label_errors
 from vareid_ext.ops.angular_center import angular_center_regularizer
+from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
 from vareid_ext.ops.viewpoint_aware_cross_entropy import (
     identity_cross_entropy,
     viewpoint_aware_cross_entropy,
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate_ranking",
     "identity_cross_entropy",
     "k_reciprocal_rerank",
+    "linear_viewpoint_aware_cross_entropy",
     "nearest_neighbors",
     "pairwise_distance",
     "raise_label_errors",
