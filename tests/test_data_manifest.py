@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vareid_ext.data import load_data, read_manifest
+from vareid_ext.data import SyntheticSettings, load_data, read_manifest, synthetic_data, write_manifest
 
 GOOD = """path,identity,camera,viewpoint,split
 images/a.png,anna,north,front,train
@@ -111,3 +111,37 @@ def test_a_missing_manifest(tmp_path):
 def test_missing_images_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"(?s)6 unreadable images.*images/a\.png.*images/f\.png"):
         load_data("manifest", write(tmp_path, GOOD), progress=False)
+
+
+def partition(images):
+    """Which images show the same person, whatever the numbers."""
+    return (images.identity[:, None] == images.identity[None, :]).tolist()
+
+
+def test_a_written_data_set_reads_back(tmp_path):
+    data = synthetic_data(SyntheticSettings(3, 2, 5, 2, 2, 48, 24))
+    path = write_manifest(data, tmp_path / "new" / "set")
+    assert path == tmp_path / "new" / "set" / "manifest.csv"
+    back = load_data("manifest", path, progress=False)
+    assert back.identity_names == ("train-0000", "train-0001", "train-0002")
+    for split in ("train", "query", "gallery"):
+        old, new = getattr(data, split), getattr(back, split)
+        assert partition(new) == partition(old)
+        assert new.camera.tolist() == old.camera.tolist()
+        assert new.viewpoint_name == old.viewpoint_name
+        assert new.viewpoint.tolist() == old.viewpoint.tolist()
+        for index in range(len(old)):
+            assert np.array_equal(np.asarray(new.load(index)), np.asarray(old.load(index)))
+    across = back.query.identity[:, None] == back.gallery.identity[None, :]
+    assert np.array_equal(across, data.query.identity[:, None] == data.gallery.identity[None, :])
+    with pytest.raises(FileExistsError, match="must not exist"):
+        write_manifest(data, tmp_path / "new" / "set")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (3, 6)).save(tmp_path / "images" / "a.png")
+    data = load_data("manifest", write(tmp_path, GOOD), check_images=False)
+    with pytest.raises(OSError, match=r"b\.png"):
+        write_manifest(data, tmp_path / "out")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "list.csv"]

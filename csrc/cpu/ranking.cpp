@@ -429,22 +429,16 @@ int64_t hit_bytes(int64_t max_group) { return (max_group * static_cast<int64_t>(
 
 }  // namespace
 
-int64_t ranking_workspace_bytes_cpu(int64_t G, int64_t max_group, int threads) {
-  return hit_bytes(max_group) * std::max(threads, 1) + G;
+int64_t ranking_workspace_bytes_cpu(int64_t max_group, int threads) {
+  return hit_bytes(max_group) * std::max(threads, 1);
 }
 
 void ranking_forward_cpu(const void* distances, int64_t row_stride, const int64_t* gallery_order,
-                         const int64_t* group_begin, const int64_t* group_end, const int64_t* junk_range,
+                         const int64_t* group_begin, const int64_t* group_end, const uint8_t* junk,
                          const int64_t* query_camera, const int64_t* gallery_camera, double* average_precision,
                          double* inverse_negative_penalty, int64_t* first_match_rank, int64_t* num_matches,
                          void* workspace, DType dtype, int64_t Q, int64_t G, int64_t max_group, int threads) {
   char* const hits = static_cast<char*>(workspace);
-  uint8_t* junk = nullptr;
-  if (junk_range[1] > junk_range[0]) {
-    junk = reinterpret_cast<uint8_t*>(hits + hit_bytes(max_group) * std::max(threads, 1));
-    std::memset(junk, 0, static_cast<size_t>(G));
-    for (int64_t i = junk_range[0]; i < junk_range[1]; ++i) junk[gallery_order[i]] = 1;
-  }
   const Queries queries{gallery_order, group_begin, group_end, query_camera, gallery_camera};
   const Outputs out{average_precision, inverse_negative_penalty, first_match_rank, num_matches};
   dispatch_float(dtype, [&](auto type) {
