@@ -4,6 +4,7 @@ from vareid_ext._native import backends, reference_backend
 from vareid_ext._version import __version__
 from vareid_ext.losses import LossParts, ViewpointAwareLoss
 from vareid_ext.metrics import QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
+from vareid_ext.ops._labels import raise_label_errors
 from vareid_ext.ops.angular_center import angular_center_regularizer
 from vareid_ext.ops.viewpoint_aware_cross_entropy import (
     identity_cross_entropy,
@@ -25,6 +26,7 @@ __all__ = [
     "k_reciprocal_rerank",
     "nearest_neighbors",
     "pairwise_distance",
+    "raise_label_errors",
     "rank_queries",
     "re_ranking",
     "reference_backend",
