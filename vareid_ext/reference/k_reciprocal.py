@@ -131,7 +131,13 @@ def expand_query(
 
 
 def blend(
-    distance: Tensor, row_max: Tensor, indptr: Tensor, index: Tensor, value: Tensor, lambda_value: float
+    distance: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+    columns: int | None = None,
 ) -> Tensor:
     """The final distance: Jaccard through an inverted index of the gallery's encodings, blended with the original.
 
@@ -142,17 +148,19 @@ def blend(
         index: [nnz].
         value: [nnz], encodings after query expansion.
         lambda_value: in [0, 1].
+        columns: of the encodings, Q + G if None; more where the rows are those of some queries only.
 
     Returns:
         float32 [Q, G].
     """
     Q, G = distance.shape
+    columns = Q + G if columns is None else columns
     rows = _row_of_entry(indptr)
     in_gallery = rows >= Q
     order = torch.sort(index[in_gallery], stable=True).indices
     owner, weight = (rows[in_gallery] - Q)[order], value[in_gallery][order].double()
-    start = torch.zeros(Q + G + 1, dtype=torch.int64, device=index.device)
-    start[1:] = torch.bincount(index[in_gallery], minlength=Q + G).cumsum(0)
+    start = torch.zeros(columns + 1, dtype=torch.int64, device=index.device)
+    start[1:] = torch.bincount(index[in_gallery], minlength=columns).cumsum(0)
     out = torch.empty_like(distance)
     for begin in range(0, Q, 64):
         end = min(begin + 64, Q)
