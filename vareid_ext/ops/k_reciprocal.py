@@ -88,15 +88,27 @@ def _(neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor) -
 
 @torch.library.custom_op("vareid::k_reciprocal_blend", mutates_args=("distance",))
 def k_reciprocal_blend(
-    distance: Tensor, row_max: Tensor, indptr: Tensor, index: Tensor, value: Tensor, lambda_value: float
+    distance: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+    columns: int | None = None,
 ) -> None:
     """Overwrites the original distances with the final; see :func:`vareid_ext.reference.k_reciprocal.blend`."""
-    distance.copy_(reference.blend(distance, row_max, indptr, index, value, lambda_value))
+    distance.copy_(reference.blend(distance, row_max, indptr, index, value, lambda_value, columns))
 
 
 @k_reciprocal_blend.register_fake
 def _(
-    distance: Tensor, row_max: Tensor, indptr: Tensor, index: Tensor, value: Tensor, lambda_value: float
+    distance: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+    columns: int | None = None,
 ) -> None:
     return None
 
@@ -144,7 +156,7 @@ def k_reciprocal_topk(
         distance float32 [Q, k], ascending, ties by the lower index; index int64 [Q, k]. What shares nothing with a
         query has Jaccard distance 1, so it is among the k smallest only if its original distance is.
     """
-    k, inverted = nearest.shape[1], reference.invert(indptr, index, value, query.shape[0])
+    k, inverted = nearest.shape[1], reference.invert(indptr, index, value, query.shape[0], indptr.shape[0] - 1)
     distance, order = torch.empty_like(original), torch.empty_like(nearest, dtype=torch.int64)
     gallery = gallery.double() * scale
     step = rows_per_block(gallery.shape[0])
@@ -272,14 +284,20 @@ def invert(indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: in
 
 
 def _native_blend(
-    distance: Tensor, row_max: Tensor, indptr: Tensor, index: Tensor, value: Tensor, lambda_value: float
+    distance: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+    columns: int | None = None,
 ) -> None:
     view, threads = _native.view, torch.get_num_threads()
     Q, G = distance.shape
     if distance.stride(1) != 1 and G > 1:
         return NotImplemented
     index, value = index.contiguous(), value.contiguous()
-    inverted = invert(indptr, index, value, Q, Q + G)
+    inverted = invert(indptr, index, value, Q, Q + G if columns is None else columns)
     workspace = _scratch(distance, 4 * G * threads)
     _native.module().k_reciprocal_blend(
         view(distance), view(row_max.contiguous()), view(indptr), view(index), view(value), *map(view, inverted),

@@ -131,7 +131,13 @@ def expand_query(
 
 
 def blend(
-    distance: Tensor, row_max: Tensor, indptr: Tensor, index: Tensor, value: Tensor, lambda_value: float
+    distance: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+    columns: int | None = None,
 ) -> Tensor:
     """The final distance: Jaccard through an inverted index of the gallery's encodings, blended with the original.
 
@@ -142,26 +148,27 @@ def blend(
         index: [nnz].
         value: [nnz], encodings after query expansion.
         lambda_value: in [0, 1].
+        columns: of the encodings, Q + G if None; more where the rows are those of some queries only.
 
     Returns:
         float32 [Q, G].
     """
-    inverted = invert(indptr, index, value, distance.shape[0])
+    Q, G = distance.shape
+    inverted = invert(indptr, index, value, Q, Q + G if columns is None else columns)
     return blend_rows(distance, row_max, 0, indptr, index, value, inverted, lambda_value)
 
 
-def invert(indptr: Tensor, index: Tensor, value: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverted index of the rows from ``first`` on of a square CSR matrix.
+def invert(indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverted index of the rows from ``first`` on of a CSR matrix with so many columns.
 
     Returns:
-        start int64 [M+1], owner int64 (row - first, ascending within a column), weight float32.
+        start int64 [columns+1], owner int64 (row - first, ascending within a column), weight float32.
     """
-    M = indptr.shape[0] - 1
     rows = _row_of_entry(indptr)
     inside = rows >= first
     order = torch.sort(index[inside], stable=True).indices
-    start = torch.zeros(M + 1, dtype=torch.int64, device=index.device)
-    start[1:] = torch.bincount(index[inside], minlength=M).cumsum(0)
+    start = torch.zeros(columns + 1, dtype=torch.int64, device=index.device)
+    start[1:] = torch.bincount(index[inside], minlength=columns).cumsum(0)
     return start, (rows[inside] - first)[order], value[inside][order]
 
 
