@@ -25,7 +25,7 @@ struct CrossEntropyHead {
   double alpha = 0;
   double epsilon = 0;
   void* loss = nullptr;            // out of forward: [1], or [N] for Reduction::kNone
-  double* statistics = nullptr;    // out of forward, into backward: [N, 5]
+  double* statistics = nullptr;    // out of forward, into backward: [5, N]
   const void* upstream = nullptr;  // into backward: [1], or [N] for Reduction::kNone
   void* grad = nullptr;            // out of backward: [N, K, V], dense; may be the logits
 };
@@ -37,5 +37,16 @@ void viewpoint_aware_cross_entropy_forward_cpu(const CrossEntropyHead heads[2], 
 
 void viewpoint_aware_cross_entropy_backward_cpu(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
                                                 int64_t N, int64_t K, Reduction reduction, int threads);
+
+// On the device a label out of range cannot be refused without waiting for it: its row's loss and gradient are NaN, and
+// label_error (memory that the device can write, or null) gets 8 * row + code for the first such row of either head.
+int64_t viewpoint_aware_cross_entropy_workspace_bytes_cuda(int64_t N, int64_t K, const int64_t views[2]);
+
+void viewpoint_aware_cross_entropy_forward_cuda(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
+                                                int64_t N, int64_t K, Reduction reduction, int64_t* label_error,
+                                                void* workspace, int device, void* stream);
+
+void viewpoint_aware_cross_entropy_backward_cuda(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
+                                                 int64_t N, int64_t K, Reduction reduction, int device, void* stream);
 
 }  // namespace vareid

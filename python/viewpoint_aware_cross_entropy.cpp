@@ -1,14 +1,13 @@
 #include "viewpoint_aware_cross_entropy.h"
 
 #include "bindings.h"
+#include "soft_target.h"
 #include "tensor_view.h"
 
 namespace vareid {
 namespace {
 
 using Optional = std::optional<TensorView>;
-
-constexpr int64_t kStatisticsColumns = 5;
 
 struct Batch {
   int64_t N = 0, K = 0;
@@ -48,7 +47,7 @@ Batch check(const Optional& identity_logits, const Optional& viewpoint_logits, c
   check_int64(identity, "identity");
   check_contiguous(identity, "identity");
   check_here(identity, "identity");
-  check_shape(statistics, "statistics", {2, batch.N, kStatisticsColumns});
+  check_shape(statistics, "statistics", {2, kStatistics, batch.N});
   check_double(statistics, "statistics");
   check_contiguous(statistics, "statistics");
   check_here(statistics, "statistics");
@@ -70,7 +69,7 @@ Batch check(const Optional& identity_logits, const Optional& viewpoint_logits, c
     head.present = true;
     head.logits = view.data;
     head.row_stride = batch.N > 1 ? view.strides[0] : batch.K * head.views;
-    head.statistics = statistics.as<double>() + h * batch.N * kStatisticsColumns;
+    head.statistics = statistics.as<double>() + h * batch.N * kStatistics;
   }
   CrossEntropyHead& head = batch.heads[1];
   if (viewpoint && viewpoint->ndim == 2) {
@@ -120,13 +119,18 @@ int64_t workspace_bytes(int64_t N, int64_t K, int64_t V, bool has_identity, bool
                         int threads) {
   const int64_t views[2] = {has_identity ? 1 : 0, has_viewpoint ? V : 0};
   if (!cuda) return viewpoint_aware_cross_entropy_workspace_bytes_cpu(N, K, views, threads);
+#ifdef VAREID_WITH_CUDA
+  return viewpoint_aware_cross_entropy_workspace_bytes_cuda(N, K, views);
+#else
   return 0;
+#endif
 }
 
 void forward(const Optional& identity_logits, const Optional& viewpoint_logits, const TensorView& identity,
              const Optional& viewpoint, const Optional& mask, const TensorView& identity_loss,
              const TensorView& viewpoint_loss, const TensorView& statistics, bool adaptive, double alpha,
-             double epsilon, int reduction_code, const TensorView& workspace, int threads, uintptr_t stream) {
+             double epsilon, int reduction_code, const Optional& label_error, const TensorView& workspace, int threads,
+             uintptr_t stream) {
   Batch batch = check(identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics);
   const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
   const Reduction reduction = check_reduction(reduction_code);
@@ -146,8 +150,19 @@ void forward(const Optional& identity_logits, const Optional& viewpoint_logits, 
                                               reduction, workspace.data, threads);
     return;
   }
+  if (label_error) {
+    check_shape(*label_error, "label_error", {2});
+    check_int64(*label_error, "label_error");
+    check_contiguous(*label_error, "label_error");
+  }
+#ifdef VAREID_WITH_CUDA
+  viewpoint_aware_cross_entropy_forward_cuda(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
+                                             reduction, label_error ? label_error->as<int64_t>() : nullptr,
+                                             workspace.data, batch.device_id, reinterpret_cast<void*>(stream));
+#else
   (void)stream;
   refuse("identity_logits", "is on a GPU, but this build has no CUDA kernels");
+#endif
 }
 
 void backward(const Optional& identity_upstream, const Optional& viewpoint_upstream, const Optional& identity_logits,
@@ -176,8 +191,13 @@ void backward(const Optional& identity_upstream, const Optional& viewpoint_upstr
                                                reduction, threads);
     return;
   }
+#ifdef VAREID_WITH_CUDA
+  viewpoint_aware_cross_entropy_backward_cuda(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
+                                              reduction, batch.device_id, reinterpret_cast<void*>(stream));
+#else
   (void)stream;
   refuse("identity_logits", "is on a GPU, but this build has no CUDA kernels");
+#endif
 }
 
 }  // namespace

@@ -14,7 +14,9 @@ from vareid_ext.metrics import (
     rank_features,
     rank_queries,
 )
+from vareid_ext.ops._labels import raise_label_errors
 from vareid_ext.ops.angular_center import angular_center_regularizer
+from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
 from vareid_ext.ops.viewpoint_aware_cross_entropy import (
     identity_cross_entropy,
     viewpoint_aware_cross_entropy,
@@ -37,8 +39,10 @@ __all__ = [
     "evaluate_single_viewpoint",
     "identity_cross_entropy",
     "k_reciprocal_rerank",
+    "linear_viewpoint_aware_cross_entropy",
     "nearest_neighbors",
     "pairwise_distance",
+    "raise_label_errors",
     "rank_features",
     "rank_queries",
     "re_ranking",

@@ -1,5 +1,7 @@
 #include "cpu/cross_entropy_rows.h"
 
+#include <algorithm>
+
 #include "cpu/exponential.h"
 
 namespace vareid {
@@ -87,7 +89,7 @@ VAREID_INLINE void summarise_part(const T* logits, const uint8_t* mask, const Ac
     summary.sum += static_cast<double>(sums.sum) + sums.count * reference;
     summary.count += sums.count;
   }
-  summary.total = reference == largest ? total : total * std::exp(reference - largest);
+  summary.total = reference == largest ? total : total * exp(reference - largest);
   summary.largest = largest;
 }
 

@@ -20,15 +20,6 @@ int64_t parts_of_row(int64_t N, int64_t K, const int64_t views[2], int threads) 
   return std::max<int64_t>(1, std::min(wanted, K * (views[0] + views[1]) / kSmallestPart));
 }
 
-// Calls body(begin, end) on what is left of part `part` of a row's `size` subclasses without the V own ones.
-template <typename Body>
-void visit_others(int64_t size, int64_t own_begin, int64_t own_end, int64_t part, int64_t parts, const Body& body) {
-  const int64_t begin = size / parts * part + std::min(part, size % parts);
-  const int64_t end = begin + size / parts + (part < size % parts ? 1 : 0);
-  if (begin < std::min(end, own_begin)) body(begin, std::min(end, own_begin));
-  if (std::max(begin, own_end) < end) body(std::max(begin, own_end), end);
-}
-
 SampleViews views_of(const CrossEntropyHead& head, int64_t i, int64_t y) {
   const int64_t V = head.views;
   return SampleViews(V, head.mask ? head.mask + y * V : nullptr,
@@ -61,12 +52,7 @@ void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N
       losses[h * N + i] = finish_row(
           others, [&](int64_t k) { return static_cast<double>(load(own + k)); }, views_of(heads[h], i, y),
           Smoothing{heads[h].adaptive, heads[h].alpha, heads[h].epsilon}, row);
-      double* const out = heads[h].statistics + i * kStatistics;
-      out[0] = row.largest;
-      out[1] = row.inverse;
-      out[2] = row.other;
-      out[3] = row.own;
-      out[4] = row.spread;
+      store_statistics(heads[h].statistics, N, i, row);
     }
   };
   parallel_for(N * parts, threads, [&](int64_t begin, int64_t end, int) {
@@ -115,8 +101,7 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
       for (int h = 0; h < 2; ++h) {
         if (!heads[h].present) continue;
         const int64_t V = heads[h].views, own = y * V;
-        const double* const s = heads[h].statistics + i * kStatistics;
-        const RowStatistics row{s[0], s[1], s[2], s[3], s[4]};
+        const RowStatistics row = load_statistics(heads[h].statistics, N, i);
         const Acc* const upstream = static_cast<const Acc*>(heads[h].upstream);
         const double factor = static_cast<double>(upstream[reduction == Reduction::kNone ? i : 0]) * share;
         const T* const logits = row_of<T>(heads[h], i);

@@ -12,7 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vareid_ext.data.synthetic_drawing import ONE, PIXEL, TURN, Colour, Texture, around, mark, pattern, sine, tube
+from vareid_ext.data.synthetic_drawing import (
+    ONE,
+    PIXEL,
+    TURN,
+    Colour,
+    Texture,
+    around,
+    mark,
+    pattern,
+    sine,
+    tube,
+    turned,
+)
 from vareid_ext.data.synthetic_person import Person
 
 
@@ -90,7 +102,7 @@ class _Figure:
         widths = (50, 34, 22) if bare or person.bottom in ("slim", "shorts") else (54, 45, 36)
 
         def cloth(angle: np.ndarray, v: np.ndarray) -> np.ndarray:
-            index = np.zeros(angle.shape, dtype=np.int64)
+            index = np.zeros(angle.shape, dtype=np.int32)
             if person.side_stripe is not None:
                 index[np.abs(around(angle) - TURN // 4) < 190] = 1
             if bare:
@@ -124,7 +136,7 @@ class _Figure:
         bare_from = 380 if person.top in ("t-shirt", "dress") else 900
 
         def sleeve(angle: np.ndarray, v: np.ndarray) -> np.ndarray:
-            index = np.zeros(angle.shape, dtype=np.int64)
+            index = np.zeros(angle.shape, dtype=np.int32)
             if person.pattern == "hoops" and person.sleeve_colour == person.top_colour:
                 index[np.broadcast_to(v % 256 < 112, angle.shape)] = 1
             index[np.broadcast_to(v > bare_from, angle.shape)] = 2
@@ -164,8 +176,8 @@ class _Figure:
             index[(np.abs(ahead - 430) < 110) & (v < 620)] = 4
         if person.bag == "shoulder":
             # The strap runs from the other shoulder down to the bag, on the chest and mirrored on the back.
-            turned = (angle + TURN // 2) % TURN - TURN // 2
-            lean = np.where(ahead < TURN // 4, turned, np.sign(turned) * (TURN // 2) - turned)
+            way = turned(angle)
+            lean = np.where(ahead < TURN // 4, way, np.sign(way) * (TURN // 2) - way)
             index[np.abs(lean * person.bag_side - (v - 420) * 2) < 130] = 4
         return index
 
@@ -207,7 +219,7 @@ class _Figure:
     def _face(self, angle: np.ndarray, v: np.ndarray) -> np.ndarray:
         haircut, ahead = self.person.haircut, around(angle)
         v = np.broadcast_to(v, angle.shape)
-        index = np.zeros(angle.shape, dtype=np.int64)
+        index = np.zeros(angle.shape, dtype=np.int32)
         if haircut != "bald":
             index[v < np.where(ahead < 640, 250, 760 if haircut == "cap" else 620)] = 1
         if haircut == "cap":

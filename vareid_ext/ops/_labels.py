@@ -21,6 +21,16 @@ SMOOTHING = ("adaptive", "uniform", "none")
 REDUCTION = ("mean", "sum", "none")
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _told_alpha: set[tuple[float, int]] = set()
+_label_errors: dict[torch.device, Tensor] = {}
+# The codes of csrc/cuda/cross_entropy_rows.cuh.
+_LABEL_ERRORS = (
+    "",
+    "identity: out of range",
+    "viewpoint: out of range",
+    "viewpoint: one that the mask excludes",
+    "viewpoint: not a distribution (non-negative, summing to 1 within 1e-4)",
+    "mask: no existing viewpoint for the identity",
+)
 
 
 def check_scalars(smoothing: str, alpha: float, epsilon: float, reduction: str) -> None:
@@ -69,6 +79,11 @@ def check_viewpoint(viewpoint: Tensor, samples: int, views: int, anchor_name: st
             f"viewpoint: dtype {dtype_name(viewpoint.dtype)} was given; an integer or floating type is needed"
         )
     check_same_device("viewpoint", viewpoint, anchor_name, anchor)
+
+
+def plain_viewpoint(viewpoint: Tensor) -> Tensor:
+    """int64 labels or a float64 distribution: the two kinds the operators take; a target, so without gradient."""
+    return viewpoint.detach().to(torch.float64 if viewpoint.is_floating_point() else torch.int64)
 
 
 def check_mask(mask: Tensor | None, identities: int, views: int, anchor_name: str, anchor: Tensor) -> None:
@@ -141,3 +156,48 @@ def check_label_values(
             raise ValueError(
                 f"mask: excludes viewpoint {int(viewpoint[row])} of identity {int(identity[row])}, which row {row} has"
             )
+
+
+def label_error_slot(device: torch.device) -> Tensor | None:
+    """Where the kernels on a GPU note a bad label: int64 [2], one for each head, in memory that host and device share.
+
+    None on the CPU. Raises what earlier calls on this device have noted by now, without waiting for it.
+    """
+    if device.type != "cuda":
+        return None
+    if device not in _label_errors:
+        _label_errors[device] = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+    _raise_noted(_label_errors[device])
+    return _label_errors[device]
+
+
+def _raise_noted(slot: Tensor) -> None:
+    noted = [code for code in slot.tolist() if code]
+    if noted:
+        slot.zero_()
+        row, code = divmod(noted[0], 8)
+        error = IndexError if code <= 2 else ValueError
+        raise error(f"{_LABEL_ERRORS[code]}, at row {row} of an earlier batch on the GPU, whose loss was NaN")
+
+
+def raise_label_errors(device: torch.device | str | int | None = None) -> None:
+    """Raise the error of a bad label in an earlier loss call on a GPU, if there was one.
+
+    The losses do not wait for the GPU to look at labels: there, a label out of range makes its row's loss and gradient
+    NaN, and the error is raised by the next loss call that finds it noted, or here. Call it where the loop waits for
+    the device anyway (when it reads the loss, say). On the CPU bad labels are refused at once.
+
+    Args:
+        device: the GPU; None for all that were used. It is waited for.
+
+    Raises:
+        IndexError: an identity or a viewpoint was out of range.
+        ValueError: a viewpoint was excluded by the mask, or no distribution.
+    """
+    wanted = (
+        None if device is None else torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    )
+    for used, slot in _label_errors.items():
+        if wanted is None or wanted == used or (wanted.type == used.type and wanted.index is None):
+            torch.cuda.synchronize(used)
+            _raise_noted(slot)

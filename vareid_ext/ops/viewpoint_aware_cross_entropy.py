@@ -17,6 +17,8 @@ from vareid_ext.ops._labels import (
     check_mask,
     check_scalars,
     check_viewpoint,
+    label_error_slot,
+    plain_viewpoint,
     warn_of_alpha,
 )
 from vareid_ext.reference import viewpoint_aware_cross_entropy as reference
@@ -51,7 +53,7 @@ def _forward(
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     some = _anchor(identity_logits, viewpoint_logits)
-    statistics = some.new_zeros((2, identity.shape[0], reference.STATISTICS), dtype=torch.float64)
+    statistics = some.new_zeros((2, reference.STATISTICS, identity.shape[0]), dtype=torch.float64)
     identity_loss, viewpoint_loss = (some.new_empty((0,), dtype=accumulator_dtype(some.dtype)) for _ in range(2))
     if identity_logits is not None:
         check_label_values(identity, None, identity_logits.shape[1], 1, None)
@@ -114,7 +116,7 @@ def _(
     return (
         some.new_empty((0,) if identity_logits is None else present, dtype=wide),
         some.new_empty((0,) if viewpoint_logits is None else present, dtype=wide),
-        some.new_empty((2, N, reference.STATISTICS), dtype=torch.float64),
+        some.new_empty((2, reference.STATISTICS, N), dtype=torch.float64),
     )
 
 
@@ -167,7 +169,7 @@ def _native_forward(
     wide, shape = accumulator_dtype(some.dtype), (N,) if reduction == "none" else ()
     identity_loss = some.new_empty((0,) if identity_logits is None else shape, dtype=wide)
     viewpoint_loss = some.new_empty((0,) if viewpoint_logits is None else shape, dtype=wide)
-    statistics = some.new_empty((2, N, reference.STATISTICS), dtype=torch.float64)
+    statistics = some.new_empty((2, reference.STATISTICS, N), dtype=torch.float64)
     workspace = some.new_empty(
         module.viewpoint_aware_cross_entropy_workspace_bytes(
             N, K, V, identity_logits is not None, viewpoint_logits is not None, some.is_cuda, threads
@@ -178,7 +180,7 @@ def _native_forward(
         view(_dense_rows(identity_logits)), view(_dense_rows(viewpoint_logits)), view(identity.contiguous()),
         view(_contiguous(viewpoint)), view(_contiguous(mask)), view(identity_loss), view(viewpoint_loss),
         view(statistics), smoothing == "adaptive", alpha, epsilon if smoothing == "uniform" else 0.0,
-        REDUCTION.index(reduction), view(workspace), threads, _stream(some),
+        REDUCTION.index(reduction), view(label_error_slot(some.device)), view(workspace), threads, _stream(some),
     )  # fmt: skip
     return identity_loss, viewpoint_loss, statistics
 
@@ -335,13 +337,8 @@ def viewpoint_cross_entropy(
     check_scalars("adaptive", alpha, 0.0, reduction)
     check_batch(N, K * V, reduction, "logits")
     warn_of_alpha(alpha, V)
-    identity, viewpoint = identity.to(torch.int64), _plain_viewpoint(viewpoint)
+    identity, viewpoint = identity.to(torch.int64), plain_viewpoint(viewpoint)
     return _forward(None, logits, identity, viewpoint, mask, "adaptive", alpha, 0.0, reduction)[1]
-
-
-def _plain_viewpoint(viewpoint: Tensor) -> Tensor:
-    """int64 labels or a float64 distribution: the two kinds the operators take; a target, so without gradient."""
-    return viewpoint.detach().to(torch.float64 if viewpoint.is_floating_point() else torch.int64)
 
 
 def viewpoint_aware_cross_entropy(
@@ -393,7 +390,7 @@ def viewpoint_aware_cross_entropy(
     check_batch(N, K * V, reduction, "identity_logits")
     warn_of_alpha(alpha, V)
     identity_loss, viewpoint_loss, _ = _forward(
-        identity_logits, viewpoint_logits, identity.to(torch.int64), _plain_viewpoint(viewpoint), mask,
+        identity_logits, viewpoint_logits, identity.to(torch.int64), plain_viewpoint(viewpoint), mask,
         smoothing, alpha, epsilon, reduction,
     )  # fmt: skip
     return identity_loss, viewpoint_loss

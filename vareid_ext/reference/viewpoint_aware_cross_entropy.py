@@ -16,7 +16,7 @@ number of existing subclasses and ``E_y`` that of identity y::
 The targets are constants in the gradient. A subclass that does not exist has probability, target and gradient 0, and
 one whose target is 0 contributes 0 even where its log-probability is -inf. Half types are computed in float32.
 
-A row is summarised by five numbers, ``statistics [N, 5]`` in float64: the largest logit m, 1 / sum exp(x - m),
+A row is summarised by five numbers, ``statistics [5, N]`` in float64: the largest logit m, 1 / sum exp(x - m),
 eps1 / (E - E_y), 1 - eps1 - eps2, and eps2 / (E_y - 1).
 """
 
@@ -73,7 +73,7 @@ def _existing_views(identity: Tensor, views: int, mask: Tensor | None) -> Tensor
 
 def _own_target(w: Tensor, statistics: Tensor, exists: Tensor) -> Tensor:
     """t[y, k] [N, V]."""
-    own, spread = statistics[:, 3:4].to(w.dtype), statistics[:, 4:5].to(w.dtype)
+    own, spread = statistics[3, :, None].to(w.dtype), statistics[4, :, None].to(w.dtype)
     return torch.where(exists, own * w + spread * (1 - w), 0)
 
 
@@ -98,7 +98,7 @@ def cross_entropy_forward(
         epsilon: eps1 where it is not adaptive.
 
     Returns:
-        loss [N] (float64 for float64 logits, else float32) and statistics [N, 5] (float64).
+        loss [N] (float64 for float64 logits, else float32) and statistics [5, N] (float64).
     """
     N, K, V = logits.shape
     x = _wide(logits, mask)
@@ -121,7 +121,7 @@ def cross_entropy_forward(
     eps2 = torch.where(existing_of_identity > 1, alpha * view_error, 0)
     other = eps1 / existing_of_others.clamp(min=1)
     spread = eps2 / (existing_of_identity - 1).clamp(min=1)
-    statistics = torch.stack([largest, 1 / total, other, 1 - eps1 - eps2, spread], 1).to(torch.float64)
+    statistics = torch.stack([largest, 1 / total, other, 1 - eps1 - eps2, spread]).to(torch.float64)
 
     is_other = torch.ones(N, K, 1, dtype=torch.bool, device=x.device)
     is_other[rows, identity] = False
@@ -148,14 +148,14 @@ def cross_entropy_backward(
     Args:
         upstream: gradient of each row's loss, [N], or [] for one that all rows share.
         logits: x [N, K, V]; identity, viewpoint and mask as in :func:`cross_entropy_forward`.
-        statistics: float64 [N, 5] of :func:`cross_entropy_forward`.
+        statistics: float64 [5, N] of :func:`cross_entropy_forward`.
     """
     N, _, V = logits.shape
     x = _wide(logits, mask)
     exists = _existing_views(identity, V, mask)
     w = view_distribution(identity, viewpoint, V, mask, x.dtype)
     rows = torch.arange(N, device=x.device)
-    largest, inverse, other = (statistics[:, column, None, None].to(x.dtype) for column in range(3))
+    largest, inverse, other = (statistics[column, :, None, None].to(x.dtype) for column in range(3))
 
     probability = (x - largest).exp() * inverse
     gradient = probability - other
@@ -181,7 +181,7 @@ def soft_target(
     N, K, V = logits.shape
     _, statistics = cross_entropy_forward(logits.detach(), identity, viewpoint, mask, adaptive, alpha, epsilon)
     wide = accumulator_dtype(logits.dtype)
-    target = statistics[:, 2].to(wide)[:, None, None].repeat(1, K, V)
+    target = statistics[2].to(wide)[:, None, None].repeat(1, K, V)
     w = view_distribution(identity, viewpoint, V, mask, wide)
     target[torch.arange(N, device=logits.device), identity] = _own_target(
         w, statistics, _existing_views(identity, V, mask)

@@ -1,0 +1,186 @@
+#include "viewpoint_aware_cross_entropy.h"
+
+#include <stdexcept>
+
+#include "cuda/cross_entropy_rows.cuh"
+#include "cuda/launch.h"
+
+namespace vareid {
+namespace {
+
+template <typename T>
+struct LogitsOfRow {
+  const T* logits;
+  int64_t row_stride, views;
+  __device__ __forceinline__ double operator()(int64_t i, int64_t y, int64_t k) const {
+    return static_cast<double>(widen(logits[i * row_stride + y * views + k]));
+  }
+};
+
+// Blocks of both heads: those of the first, row by row, then those of the second.
+struct Task {
+  bool second;
+  int64_t i, part;
+  __device__ __forceinline__ Task(int64_t N, int64_t parts0, int64_t parts1) : second(blockIdx.x >= N * parts0) {
+    const int64_t index = second ? blockIdx.x - N * parts0 : blockIdx.x;
+    const int64_t parts = second ? parts1 : parts0;
+    i = index / parts;
+    part = index - i * parts;
+  }
+};
+
+__device__ __forceinline__ int64_t identity_or_none(const int64_t* __restrict__ identity, int64_t i, int64_t K) {
+  const int64_t y = identity[i];
+  return y >= 0 && y < K ? y : -1;
+}
+
+template <typename T, int kWidth>
+__global__ void viewpoint_aware_cross_entropy_forward_kernel(DeviceRows<T> head0, DeviceRows<T> head1,
+                                                             const int64_t* __restrict__ identity, int64_t N, int64_t K,
+                                                             OthersSummary* __restrict__ summaries) {
+  const Task task(N, head0.parts, head1.parts);
+  const DeviceRows<T> rows = task.second ? head1 : head0;
+  summarise_part<T, kWidth>(rows, task.i, task.part, identity_or_none(identity, task.i, K), summaries + blockIdx.x);
+}
+
+// One block for each head.
+template <typename T>
+__global__ void viewpoint_aware_cross_entropy_finish_kernel(DeviceFinish<T, LogitsOfRow<T>> head0,
+                                                            DeviceFinish<T, LogitsOfRow<T>> head1, int64_t N) {
+  const DeviceFinish<T, LogitsOfRow<T>> head = blockIdx.x == 0 ? head0 : head1;
+  if (head.statistics) finish_rows(head, N);
+}
+
+template <typename T, int kWidth>
+__global__ void viewpoint_aware_cross_entropy_backward_kernel(DeviceRows<T> head0, DeviceRows<T> head1,
+                                                              DeviceLabels labels0, DeviceLabels labels1, int64_t N,
+                                                              int64_t K) {
+  const Task task(N, head0.parts, head1.parts);
+  const DeviceRows<T> rows = task.second ? head1 : head0;
+  const DeviceLabels labels = task.second ? labels1 : labels0;
+  differentiate_part<T, kWidth>(rows, N, task.i, task.part, identity_or_none(labels.identity, task.i, K),
+                                labels.views_of(task.i));
+}
+
+template <typename T>
+DeviceRows<T> rows_of(const CrossEntropyHead& head, int64_t N, int64_t K, Reduction reduction) {
+  using Acc = typename DeviceAccumulator<T>::type;
+  DeviceRows<T> rows = {};
+  if (!head.present) return rows;
+  rows.logits = static_cast<const T*>(head.logits);
+  rows.grad = static_cast<T*>(head.grad);
+  rows.mask = head.mask;
+  rows.statistics = head.statistics;
+  rows.upstream = static_cast<const Acc*>(head.upstream);
+  rows.row_stride = head.row_stride;
+  rows.grad_stride = rows.columns = K * head.views;
+  rows.views = head.views;
+  rows.share = reduction == Reduction::kMean ? 1 / static_cast<double>(N) : 1.0;
+  rows.upstream_stride = reduction == Reduction::kNone ? 1 : 0;
+  cut_rows(rows, N);
+  return rows;
+}
+
+DeviceLabels labels_of(const CrossEntropyHead& head, const int64_t* identity, int64_t K) {
+  return {identity, head.viewpoint, head.distribution, head.mask, K, head.views};
+}
+
+// Whether logits and gradient meet 16-byte boundaries together in every row.
+template <typename T>
+bool aligned_alike(const DeviceRows<T>& rows) {
+  const auto offset = [](const T* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) / sizeof(T) % (16 / sizeof(T));
+  };
+  return offset(rows.logits) == offset(rows.grad) &&
+         (rows.row_stride - rows.grad_stride) % static_cast<int64_t>(16 / sizeof(T)) == 0;
+}
+
+// Enough warps for the longer row.
+unsigned row_threads(int64_t columns, int64_t width) {
+  const int64_t warps = (columns + width * kWarp - 1) / (width * kWarp);
+  return static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(warps, 1), kRowWarps) * kWarp);
+}
+
+template <typename T>
+void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N, int64_t K, Reduction reduction,
+             int64_t* label_error, void* workspace, cudaStream_t stream) {
+  using Acc = typename DeviceAccumulator<T>::type;
+  constexpr int kWidth = 16 / sizeof(T);
+  const DeviceRows<T> rows[2] = {rows_of<T>(heads[0], N, K, reduction), rows_of<T>(heads[1], N, K, reduction)};
+  OthersSummary* const summaries = static_cast<OthersSummary*>(workspace);
+  DeviceFinish<T, LogitsOfRow<T>> finish[2] = {};
+  for (int h = 0; h < 2; ++h) {
+    if (!heads[h].present) continue;
+    finish[h] = {summaries + (h == 0 ? 0 : N * rows[0].parts),
+                 rows[h].parts,
+                 {rows[h].logits, rows[h].row_stride, rows[h].views},
+                 labels_of(heads[h], identity, K),
+                 {heads[h].adaptive, heads[h].alpha, heads[h].epsilon},
+                 heads[h].statistics,
+                 static_cast<Acc*>(heads[h].loss),
+                 reduction == Reduction::kNone,
+                 rows[h].share,
+                 label_error ? label_error + h : nullptr};
+  }
+  const int64_t blocks = N * (rows[0].parts + rows[1].parts);
+  if (blocks > 0)
+    launch(viewpoint_aware_cross_entropy_forward_kernel<T, kWidth>, dim3(grid_size(blocks)),
+           dim3(row_threads(std::max(rows[0].columns, rows[1].columns), kWidth)), 0, stream, rows[0], rows[1], identity,
+           N, K, summaries);
+  launch(viewpoint_aware_cross_entropy_finish_kernel<T>, dim3(2), dim3(kRowThreads), 0, stream, finish[0], finish[1],
+         N);
+}
+
+template <typename T, int kWidth>
+void backward(const DeviceRows<T> (&rows)[2], const CrossEntropyHead heads[2], const int64_t* identity, int64_t N,
+              int64_t K, cudaStream_t stream) {
+  launch(viewpoint_aware_cross_entropy_backward_kernel<T, kWidth>, dim3(grid_size(N * (rows[0].parts + rows[1].parts))),
+         dim3(row_threads(std::max(rows[0].columns, rows[1].columns), kWidth)), 0, stream, rows[0], rows[1],
+         labels_of(heads[0], identity, K), labels_of(heads[1], identity, K), N, K);
+}
+
+void check_rows(int64_t N) {
+  if (N > int64_t{1} << 29) throw std::invalid_argument("identity: at most 2^29 samples on a GPU");
+}
+
+}  // namespace
+
+int64_t viewpoint_aware_cross_entropy_workspace_bytes_cuda(int64_t N, int64_t K, const int64_t views[2]) {
+  int64_t parts = 0;
+  for (int h = 0; h < 2; ++h) {
+    DeviceRows<float> rows = {};
+    rows.columns = K * views[h];
+    if (views[h] > 0) cut_rows(rows, N);
+    parts += rows.parts;
+  }
+  return N * parts * static_cast<int64_t>(sizeof(OthersSummary));
+}
+
+void viewpoint_aware_cross_entropy_forward_cuda(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
+                                                int64_t N, int64_t K, Reduction reduction, int64_t* label_error,
+                                                void* workspace, int device, void* stream) {
+  check_rows(N);
+  const DeviceGuard guard(device);
+  dispatch_device_float(dtype, [&](auto type) {
+    forward<typename decltype(type)::type>(heads, identity, N, K, reduction, label_error, workspace,
+                                           static_cast<cudaStream_t>(stream));
+  });
+}
+
+void viewpoint_aware_cross_entropy_backward_cuda(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
+                                                 int64_t N, int64_t K, Reduction reduction, int device, void* stream) {
+  check_rows(N);
+  if (N == 0) return;
+  const DeviceGuard guard(device);
+  const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+  dispatch_device_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const DeviceRows<T> rows[2] = {rows_of<T>(heads[0], N, K, reduction), rows_of<T>(heads[1], N, K, reduction)};
+    if (aligned_alike(rows[0]) && aligned_alike(rows[1]))
+      backward<T, 16 / sizeof(T)>(rows, heads, identity, N, K, queue);
+    else
+      backward<T, 1>(rows, heads, identity, N, K, queue);
+  });
+}
+
+}  // namespace vareid
