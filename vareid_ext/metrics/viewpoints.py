@@ -48,8 +48,8 @@ class _Images:
 
     def evaluate(self, query: Tensor, gallery: Tensor, **options: Any) -> RankingMetrics:
         cameras = (None, None) if self.camera is None else (self.camera[query], self.camera[gallery])
-        rows = (index.to(self.feature.device) for index in (query, gallery))
-        features = (self.feature[index] for index in rows)
+        device = self.feature.device
+        features = self.feature[query.to(device)], self.feature[gallery.to(device)]
         return evaluate_features(*features, self.identity[query], self.identity[gallery], *cameras, **options)
 
 
