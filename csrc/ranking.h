@@ -1,14 +1,15 @@
 // Ranking metrics of each query: the definition is in vareid_ext/reference/ranking.py. Nothing is sorted: the rank of a
 // match is one more than the number of gallery images before it.
 //
-// distances is [Q, G] of `dtype` with unit column stride; row q starts at element q * row_stride. gallery_order [G] holds
-// the gallery indices ordered by identity, ties by index; the images of query q's identity are gallery_order[group_begin[q]]
-// to gallery_order[group_end[q] - 1] (an empty range for a query of the junk identity), the junk images are those from
-// junk_range[0] to junk_range[1] - 1. query_camera [Q] and gallery_camera [G] are both null if cameras are not known; -1
-// equals no camera. All index arrays are int64 and live where the distances do.
+// distances is [Q, G] of `dtype` with unit column stride; row q starts at element q * row_stride; G < 2^31.
+// gallery_order [G] holds the gallery indices ordered by identity, ties by index; the images of query q's identity are
+// gallery_order[group_begin[q]] to gallery_order[group_end[q] - 1] (an empty range for a query of the junk identity).
+// junk [G] bytes: not 0 for the images that are left out for every query; null if there are none. query_camera [Q] and
+// gallery_camera [G] are both null if cameras are not known; -1 equals no camera. Index arrays are int64; all arrays
+// live where the distances do.
 //
-// Written for each query: average_precision, inverse_negative_penalty (float64), first_match_rank and num_matches (int64).
-// A row with NaN or Inf gets num_matches -1 and 0 elsewhere.
+// Written for each query: average_precision, inverse_negative_penalty (float64), first_match_rank and num_matches
+// (int64). A row with NaN or Inf gets num_matches -1 and 0 elsewhere.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +19,19 @@
 namespace vareid {
 
 // Bytes that ranking_forward_cpu needs when no group is longer than max_group.
-int64_t ranking_workspace_bytes_cpu(int64_t G, int64_t max_group, int threads);
+int64_t ranking_workspace_bytes_cpu(int64_t max_group, int threads);
 
 void ranking_forward_cpu(const void* distances, int64_t row_stride, const int64_t* gallery_order,
-                         const int64_t* group_begin, const int64_t* group_end, const int64_t* junk_range,
+                         const int64_t* group_begin, const int64_t* group_end, const uint8_t* junk,
                          const int64_t* query_camera, const int64_t* gallery_camera, double* average_precision,
                          double* inverse_negative_penalty, int64_t* first_match_rank, int64_t* num_matches,
                          void* workspace, DType dtype, int64_t Q, int64_t G, int64_t max_group, int threads);
+
+// Reads a row once for every 256 images of the query's identity.
+void ranking_forward_cuda(const void* distances, int64_t row_stride, const int64_t* gallery_order,
+                          const int64_t* group_begin, const int64_t* group_end, const uint8_t* junk,
+                          const int64_t* query_camera, const int64_t* gallery_camera, double* average_precision,
+                          double* inverse_negative_penalty, int64_t* first_match_rank, int64_t* num_matches,
+                          DType dtype, int64_t Q, int64_t G, int device, void* stream);
 
 }  // namespace vareid

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -126,6 +127,8 @@ void backward(const void* upstream, const void* W, const void* U, const uint8_t*
               const void* identity_norm, const void* viewpoint_norm, void* grad_W, void* grad_U, int64_t K, int64_t V,
               int64_t D, int threads) {
   using Acc = typename Accumulator<T>::type;
+  if (grad_W) prefer_large_pages(grad_W, K * D * static_cast<int64_t>(sizeof(T)));
+  if (grad_U) prefer_large_pages(grad_U, K * V * D * static_cast<int64_t>(sizeof(T)));
   parallel_for(K, threads, [&](int64_t begin, int64_t end, int) {
     backward_rows(*static_cast<const Acc*>(upstream), static_cast<const T*>(W), static_cast<const T*>(U), mask,
                   static_cast<const Acc*>(cosine), static_cast<const Acc*>(identity_norm),

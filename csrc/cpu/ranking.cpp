@@ -10,10 +10,12 @@
 namespace vareid {
 namespace {
 
-constexpr int64_t kChunk = 2048;    // distances turned into keys at once; the keys stay in the first-level cache
-constexpr int kHitsAtOnce = 8;      // matches whose counts are kept in registers
-constexpr int64_t kManyHits = 40;   // from here on, one look-up per distance beats one comparison per match
-constexpr int32_t kBuckets = 2048;  // of that look-up
+constexpr int64_t kChunk = 2048;  // distances handled at once; they and their keys stay in the first-level cache
+constexpr int64_t kThreadDistances = 1 << 16;  // a thread with fewer is not worth starting
+constexpr int kHitsAtOnce = 8;                 // matches whose counts are kept in registers
+constexpr int64_t kFewLeftOut = 64;            // images left out one by one, without a copy of the row
+constexpr int64_t kManyHits = 64;              // from here on, one look-up per distance beats one comparison per match
+constexpr int32_t kBuckets = 4096;             // of that look-up
 
 // A match: its distance's key, its gallery index, and how many images come before it.
 struct Hit {
@@ -29,8 +31,22 @@ template <>
 struct KeyOf<double> {
   using type = int64_t;
 };
+template <>
+struct KeyOf<float16> {
+  using type = int16_t;
+};
+template <>
+struct KeyOf<bfloat16> {
+  using type = int16_t;
+};
 template <typename T>
 using Key = typename KeyOf<T>::type;
+
+// Bits of the distances read in place.
+template <typename K>
+struct Alias {
+  typedef K type __attribute__((may_alias));
+};
 
 template <typename K>
 constexpr K kLast = std::numeric_limits<K>::max();  // after the key of every number: an image that is left out
@@ -40,14 +56,12 @@ constexpr Key<T> kInfinity = 0x7f800000;
 template <>
 constexpr int64_t kInfinity<double> = 0x7ff0000000000000;
 template <>
-constexpr int32_t kInfinity<float16> = 0x7c00;
+constexpr int16_t kInfinity<float16> = 0x7c00;
 template <>
-constexpr int32_t kInfinity<bfloat16> = 0x7f80;
+constexpr int16_t kInfinity<bfloat16> = 0x7f80;
 
-template <typename T>
-constexpr Key<T> kMagnitude = std::is_same_v<T, float> ? 0x7fffffff : 0x7fff;
-template <>
-constexpr int64_t kMagnitude<double> = 0x7fffffffffffffff;
+template <typename K>
+constexpr K kMagnitude = std::numeric_limits<K>::max();  // all bits but the sign
 
 VAREID_INLINE int32_t signed_bits(const float* p) {
   int32_t bits;
@@ -59,19 +73,20 @@ VAREID_INLINE int64_t signed_bits(const double* p) {
   std::memcpy(&bits, p, sizeof(bits));
   return bits;
 }
-VAREID_INLINE int32_t signed_bits(const float16* p) { return static_cast<int16_t>(p->bits); }
-VAREID_INLINE int32_t signed_bits(const bfloat16* p) { return static_cast<int16_t>(p->bits); }
+VAREID_INLINE int16_t signed_bits(const float16* p) { return static_cast<int16_t>(p->bits); }
+VAREID_INLINE int16_t signed_bits(const bfloat16* p) { return static_cast<int16_t>(p->bits); }
 
-template <typename T>
-VAREID_INLINE Key<T> key_from_bits(Key<T> bits) {
-  const Key<T> key = bits ^ ((bits >> (8 * sizeof(bits) - 1)) & kMagnitude<T>);
-  return key == -1 ? 0 : key;
+template <typename K>
+VAREID_INLINE K key_from_bits(K bits) {
+  const K key = static_cast<K>(bits ^ ((bits >> (8 * sizeof(K) - 1)) & kMagnitude<K>));
+  return key == -1 ? K(0) : key;
 }
 
 // The number that has this key; anything for keys that no number has.
 template <typename T>
 VAREID_INLINE typename Accumulator<T>::type value_from_key(Key<T> key) {
-  const Key<T> bits = key ^ ((key >> (8 * sizeof(key) - 1)) & kMagnitude<T>);
+  using K = Key<T>;
+  const K bits = static_cast<K>(key ^ ((key >> (8 * sizeof(K) - 1)) & kMagnitude<K>));
   if constexpr (sizeof(T) == 2) {
     T value;
     value.bits = static_cast<uint16_t>(bits);
@@ -92,28 +107,49 @@ VAREID_INLINE bool keys_from(const T* x, const uint8_t* junk, int64_t n, Key<T>*
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < n; ++j) {
       const K bits = signed_bits(x + j);
-      const K magnitude = bits & kMagnitude<T>;
+      const K magnitude = bits & kMagnitude<K>;
       largest = magnitude > largest ? magnitude : largest;
-      key[j] = junk[j] ? kLast<K> : key_from_bits<T>(bits);
+      key[j] = junk[j] ? kLast<K> : key_from_bits(bits);
     }
   } else {
 #pragma omp simd reduction(max : largest)
     for (int64_t j = 0; j < n; ++j) {
       const K bits = signed_bits(x + j);
-      const K magnitude = bits & kMagnitude<T>;
+      const K magnitude = bits & kMagnitude<K>;
       largest = magnitude > largest ? magnitude : largest;
-      key[j] = key_from_bits<T>(bits);
+      key[j] = key_from_bits(bits);
     }
   }
   return largest < kInfinity<T>;
 }
 
+// Whether n distances are finite and have no sign: then their bits are their keys.
+template <typename T>
+VAREID_INLINE bool bits_are_keys(const T* x, int64_t n) {
+  using K = Key<T>;
+  K signs = 0;
+#pragma omp simd reduction(| : signs)
+  for (int64_t j = 0; j < n; ++j) {
+    const K bits = signed_bits(x + j);
+    signs |= static_cast<K>(bits | (kInfinity<T> - 1 - bits));
+  }
+  return signs >= 0;
+}
+
+// Asks for the next distances while the present ones are counted.
+template <typename T>
+VAREID_INLINE void prefetch(const T* x, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(x + j);
+}
+
 template <typename T>
 VAREID_INLINE bool all_finite(const T* x, int64_t n) {
-  Key<T> largest = 0;
+  using K = Key<T>;
+  K largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t j = 0; j < n; ++j) {
-    const Key<T> magnitude = signed_bits(x + j) & kMagnitude<T>;
+    const K magnitude = signed_bits(x + j) & kMagnitude<K>;
     largest = magnitude > largest ? magnitude : largest;
   }
   return largest < kInfinity<T>;
@@ -121,7 +157,7 @@ VAREID_INLINE bool all_finite(const T* x, int64_t n) {
 
 // count[h] += the number of keys below limit[h]. Functions of their own, so that every loop is vectorised by itself.
 template <int N, typename K>
-VAREID_INLINE void count_below_body(const K* key, int64_t n, const K* limit, K* count) {
+VAREID_INLINE void count_below_body(const typename Alias<K>::type* key, int64_t n, const K* limit, K* count) {
   K sum[N], bound[N];
   for (int h = 0; h < N; ++h) {
     sum[h] = 0;
@@ -129,7 +165,7 @@ VAREID_INLINE void count_below_body(const K* key, int64_t n, const K* limit, K* 
   }
   for (int64_t j = 0; j < n; ++j) {
     const K value = key[j];
-    for (int h = 0; h < N; ++h) sum[h] += value < bound[h] ? 1 : 0;
+    for (int h = 0; h < N; ++h) sum[h] += value < bound[h] ? K(1) : K(0);
   }
   for (int h = 0; h < N; ++h) count[h] += sum[h];
 }
@@ -137,19 +173,21 @@ VAREID_INLINE void count_below_body(const K* key, int64_t n, const K* limit, K* 
 template <int N>
 struct Matches {};
 
-#define VAREID_COUNT_BELOW(N, K)                                                                                     \
-  VAREID_MULTIVERSION_AVX2 void count_below(Matches<N>, const K* key, int64_t n, const K* limit, K* count) {         \
-    count_below_body<N>(key, n, limit, count);                                                                       \
+#define VAREID_COUNT_BELOW(N, K)                                                                              \
+  VAREID_MULTIVERSION_AVX2 void count_below(Matches<N>, const Alias<K>::type* key, int64_t n, const K* limit, \
+                                            K* count) {                                                       \
+    count_below_body<N, K>(key, n, limit, count);                                                             \
   }
-#define VAREID_COUNT_BELOW_ALL(K)                                                                                    \
-  VAREID_COUNT_BELOW(1, K)                                                                                           \
-  VAREID_COUNT_BELOW(2, K)                                                                                           \
-  VAREID_COUNT_BELOW(3, K)                                                                                           \
-  VAREID_COUNT_BELOW(4, K)                                                                                           \
-  VAREID_COUNT_BELOW(5, K)                                                                                           \
-  VAREID_COUNT_BELOW(6, K)                                                                                           \
-  VAREID_COUNT_BELOW(7, K)                                                                                           \
+#define VAREID_COUNT_BELOW_ALL(K) \
+  VAREID_COUNT_BELOW(1, K)        \
+  VAREID_COUNT_BELOW(2, K)        \
+  VAREID_COUNT_BELOW(3, K)        \
+  VAREID_COUNT_BELOW(4, K)        \
+  VAREID_COUNT_BELOW(5, K)        \
+  VAREID_COUNT_BELOW(6, K)        \
+  VAREID_COUNT_BELOW(7, K)        \
   VAREID_COUNT_BELOW(8, K)
+VAREID_COUNT_BELOW_ALL(int16_t)
 VAREID_COUNT_BELOW_ALL(int32_t)
 VAREID_COUNT_BELOW_ALL(int64_t)
 #undef VAREID_COUNT_BELOW_ALL
@@ -157,10 +195,10 @@ VAREID_COUNT_BELOW_ALL(int64_t)
 
 // Adds to N matches, in order of index, the images among [begin, begin + n) that come before them.
 template <int N, typename K>
-void count_before(const K* key, int64_t begin, int64_t n, Hit* hits) {
+void count_before(const typename Alias<K>::type* key, int64_t begin, int64_t n, Hit* hits) {
   K limit[N], count[N];
   for (int h = 0; h < N; ++h) {
-    limit[h] = static_cast<K>(hits[h].key) + 1;  // before a match's index, equal distances come before it
+    limit[h] = static_cast<K>(hits[h].key + 1);  // before a match's index, equal distances come before it
     count[h] = 0;
   }
   int64_t from = 0;
@@ -176,35 +214,35 @@ void count_before(const K* key, int64_t begin, int64_t n, Hit* hits) {
 
 // The same for any number of matches.
 template <typename K>
-void count_chunk(const K* key, int64_t begin, int64_t n, Hit* hits, int64_t num_hits) {
+void count_chunk(const typename Alias<K>::type* key, int64_t begin, int64_t n, Hit* hits, int64_t num_hits) {
   const int64_t groups = (num_hits + kHitsAtOnce - 1) / kHitsAtOnce;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t first = num_hits * g / groups;
     Hit* const group = hits + first;
     switch (num_hits * (g + 1) / groups - first) {
       case 1:
-        count_before<1>(key, begin, n, group);
+        count_before<1, K>(key, begin, n, group);
         break;
       case 2:
-        count_before<2>(key, begin, n, group);
+        count_before<2, K>(key, begin, n, group);
         break;
       case 3:
-        count_before<3>(key, begin, n, group);
+        count_before<3, K>(key, begin, n, group);
         break;
       case 4:
-        count_before<4>(key, begin, n, group);
+        count_before<4, K>(key, begin, n, group);
         break;
       case 5:
-        count_before<5>(key, begin, n, group);
+        count_before<5, K>(key, begin, n, group);
         break;
       case 6:
-        count_before<6>(key, begin, n, group);
+        count_before<6, K>(key, begin, n, group);
         break;
       case 7:
-        count_before<7>(key, begin, n, group);
+        count_before<7, K>(key, begin, n, group);
         break;
       default:
-        count_before<kHitsAtOnce>(key, begin, n, group);
+        count_before<kHitsAtOnce, K>(key, begin, n, group);
     }
   }
 }
@@ -226,17 +264,33 @@ VAREID_INLINE void leave_out(const Group& group, int64_t begin, int64_t end, K* 
     if (group.left_out(*next)) key[group.index[*next] - begin] = kLast<K>;
 }
 
+// Takes one image out of the counts.
+VAREID_INLINE void discount(int64_t key, int64_t index, Hit* hits, int64_t n) {
+  for (int64_t h = 0; h < n; ++h)
+    hits[h].before -= key < hits[h].key || (key == hits[h].key && index < hits[h].index) ? 1 : 0;
+}
+
 // A few matches: every distance is compared with every match.
 template <typename T>
 VAREID_INLINE bool compare_all(const T* row, const uint8_t* junk, int64_t G, const Group& group, Hit* hits, int64_t n) {
   using K = Key<T>;
   alignas(64) K key[kChunk];
+  const bool in_place = !junk && group.size - n <= kFewLeftOut;
   int64_t next = 0;
   for (int64_t begin = 0; begin < G; begin += kChunk) {
+    const T* const x = row + begin;
     const int64_t size = std::min(kChunk, G - begin);
-    if (!keys_from(row + begin, junk ? junk + begin : nullptr, size, key)) return false;
-    leave_out(group, begin, begin + size, key, &next);
-    count_chunk(key, begin, size, hits, n);
+    if (in_place && bits_are_keys(x, size)) {
+      prefetch(x + size, std::min(kChunk, G - begin - size));
+      count_chunk<K>(reinterpret_cast<const typename Alias<K>::type*>(x), begin, size, hits, n);
+      for (; next < group.size && group.index[next] < begin + size; ++next)
+        if (group.left_out(next)) discount(signed_bits(row + group.index[next]), group.index[next], hits, n);
+    } else {
+      if (!keys_from(x, junk ? junk + begin : nullptr, size, key)) return false;
+      prefetch(x + size, std::min(kChunk, G - begin - size));
+      leave_out(group, begin, begin + size, key, &next);
+      count_chunk<K>(key, begin, size, hits, n);
+    }
   }
   std::sort(hits, hits + n, [](const Hit& a, const Hit& b) { return a.before < b.before; });
   return true;
@@ -257,37 +311,49 @@ VAREID_INLINE bool count_buckets(const T* row, const uint8_t* junk, int64_t G, c
   const K largest = static_cast<K>(hits[n - 1].key);
   const Value low = value_from_key<T>(smallest);
   const Value span = value_from_key<T>(largest) - low;
-  const Value scale = span > 0 && span <= std::numeric_limits<Value>::max() && kBuckets / span <= std::numeric_limits<Value>::max()
-                          ? kBuckets / span
-                          : Value(0);  // then all share one bucket
+  const Value scale =
+      span > 0 && span <= std::numeric_limits<Value>::max() && kBuckets / span <= std::numeric_limits<Value>::max()
+          ? kBuckets / span
+          : Value(0);  // then all share one bucket
   const auto bucket_of = [&](K key) {
     const Value place = (value_from_key<T>(key) - low) * scale;
     const Value bounded = place > 0 ? (place < kBuckets - 1 ? place : Value(kBuckets - 1)) : Value(0);
     const int32_t inside = static_cast<int32_t>(bounded) + 1;
     return key < smallest ? 0 : key > largest ? kBuckets + 1 : inside;
   };
-  int32_t shared[kBuckets + 2] = {};  // 1 for a bucket with a match
-  int64_t counts[kBuckets + 2] = {};
-  for (int64_t h = 0; h < n; ++h) shared[bucket_of(static_cast<K>(hits[h].key))] = 1;
+  struct Bucket {
+    uint32_t count;  // twice the images in it, plus 1 if a match is among them
+    int32_t first;   // its first match
+  };
+  Bucket buckets[kBuckets + 2] = {};
+  for (int64_t h = n - 1; h >= 0; --h) buckets[bucket_of(static_cast<K>(hits[h].key))] = {1, static_cast<int32_t>(h)};
   alignas(64) K key[kChunk];
-  alignas(64) int32_t bucket[kChunk];
+  alignas(64) int32_t place[kChunk];
   int32_t candidates[kChunk];
   int64_t next = 0;
   for (int64_t begin = 0; begin < G; begin += kChunk) {
     const int64_t size = std::min(kChunk, G - begin);
     if (!keys_from(row + begin, junk ? junk + begin : nullptr, size, key)) return false;
+    prefetch(row + begin + size, std::min(kChunk, G - begin - size));
     leave_out(group, begin, begin + size, key, &next);
-    for (int64_t j = 0; j < size; ++j) bucket[j] = bucket_of(key[j]);
+#pragma omp simd
+    for (int64_t j = 0; j < size; ++j) place[j] = bucket_of(key[j]);
     int64_t found = 0;
     for (int64_t j = 0; j < size; ++j) {
-      ++counts[bucket[j]];
+      uint32_t& count = buckets[place[j]].count;
       candidates[found] = static_cast<int32_t>(j);
-      found += shared[bucket[j]];
+      found += count & 1;
+      count += 2;
     }
     for (int64_t c = 0; c < found; ++c) {
-      const Hit image{key[candidates[c]], begin + candidates[c], 0};
-      Hit* const later = std::upper_bound(hits, hits + n, image, earlier);
-      if (later != hits + n) ++later->before;
+      const int64_t j = candidates[c];
+      const Hit image{key[j], begin + j, 0};
+      Hit* later = hits + buckets[place[j]].first;
+      if (later + 8 < hits + n && !earlier(image, later[8]))
+        later = std::upper_bound(later + 8, hits + n, image, earlier);
+      else
+        while (later < hits + n && !earlier(image, *later)) ++later;
+      if (later < hits + n) ++later->before;
     }
   }
   int64_t looked_up = 0, counted = 0;
@@ -295,7 +361,7 @@ VAREID_INLINE bool count_buckets(const T* row, const uint8_t* junk, int64_t G, c
   for (int64_t h = 0; h < n; ++h) {
     looked_up += hits[h].before;
     for (const int32_t end = bucket_of(static_cast<K>(hits[h].key)); bucket_end < end; ++bucket_end)
-      if (!shared[bucket_end]) counted += counts[bucket_end];
+      if (!(buckets[bucket_end].count & 1)) counted += buckets[bucket_end].count / 2;
     hits[h].before = looked_up + counted;
   }
   return true;
@@ -315,7 +381,7 @@ VAREID_INLINE void rank_query(const T* row, const uint8_t* junk, int64_t G, cons
   for (int64_t i = 0; i < group.size; ++i)
     if (!group.left_out(i)) {
       const int64_t index = group.index[i];
-      hits[n++] = {key_from_bits<T>(signed_bits(row + index)), index, 0};
+      hits[n++] = {key_from_bits(signed_bits(row + index)), index, 0};
     }
   const bool finite = n == 0           ? all_finite(row, G)
                       : n >= kManyHits ? count_buckets(row, junk, G, group, hits, n)
@@ -342,16 +408,16 @@ struct Queries {
 };
 
 // target_clones does not reach templates: one plain function for each element type.
-#define VAREID_RANKING(T)                                                                                             \
-  VAREID_MULTIVERSION void rank_rows(const T* distances, int64_t row_stride, const uint8_t* junk, int64_t G,          \
-                                     const Queries& queries, Hit* hits, const Outputs& out, int64_t begin,            \
-                                     int64_t end) {                                                                   \
-    for (int64_t q = begin; q < end; ++q) {                                                                           \
-      const int64_t camera = queries.query_camera ? queries.query_camera[q] : -1;                                     \
+#define VAREID_RANKING(T)                                                                                              \
+  VAREID_MULTIVERSION void rank_rows(const T* distances, int64_t row_stride, const uint8_t* junk, int64_t G,           \
+                                     const Queries& queries, Hit* hits, const Outputs& out, int64_t begin,             \
+                                     int64_t end) {                                                                    \
+    for (int64_t q = begin; q < end; ++q) {                                                                            \
+      const int64_t camera = queries.query_camera ? queries.query_camera[q] : -1;                                      \
       const Group group{queries.gallery_order + queries.group_begin[q], queries.group_end[q] - queries.group_begin[q], \
-                        camera == -1 ? nullptr : queries.gallery_camera, camera};                                     \
-      rank_query<T>(distances + q * row_stride, junk, G, group, hits, q, out);                                        \
-    }                                                                                                                 \
+                        camera == -1 ? nullptr : queries.gallery_camera, camera};                                      \
+      rank_query<T>(distances + q * row_stride, junk, G, group, hits, q, out);                                         \
+    }                                                                                                                  \
   }
 
 VAREID_RANKING(float)
@@ -364,27 +430,22 @@ int64_t hit_bytes(int64_t max_group) { return (max_group * static_cast<int64_t>(
 
 }  // namespace
 
-int64_t ranking_workspace_bytes_cpu(int64_t G, int64_t max_group, int threads) {
-  return hit_bytes(max_group) * std::max(threads, 1) + G;
+int64_t ranking_workspace_bytes_cpu(int64_t max_group, int threads) {
+  return hit_bytes(max_group) * std::max(threads, 1);
 }
 
 void ranking_forward_cpu(const void* distances, int64_t row_stride, const int64_t* gallery_order,
-                         const int64_t* group_begin, const int64_t* group_end, const int64_t* junk_range,
+                         const int64_t* group_begin, const int64_t* group_end, const uint8_t* junk,
                          const int64_t* query_camera, const int64_t* gallery_camera, double* average_precision,
                          double* inverse_negative_penalty, int64_t* first_match_rank, int64_t* num_matches,
                          void* workspace, DType dtype, int64_t Q, int64_t G, int64_t max_group, int threads) {
   char* const hits = static_cast<char*>(workspace);
-  uint8_t* junk = nullptr;
-  if (junk_range[1] > junk_range[0]) {
-    junk = reinterpret_cast<uint8_t*>(hits + hit_bytes(max_group) * std::max(threads, 1));
-    std::memset(junk, 0, static_cast<size_t>(G));
-    for (int64_t i = junk_range[0]; i < junk_range[1]; ++i) junk[gallery_order[i]] = 1;
-  }
   const Queries queries{gallery_order, group_begin, group_end, query_camera, gallery_camera};
   const Outputs out{average_precision, inverse_negative_penalty, first_match_rank, num_matches};
+  const int useful = static_cast<int>(std::min<int64_t>(threads, Q * G / kThreadDistances + 1));
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(Q, threads, [&](int64_t begin, int64_t end, int thread) {
+    parallel_for(Q, useful, [&](int64_t begin, int64_t end, int thread) {
       rank_rows(static_cast<const T*>(distances), row_stride, junk, G, queries,
                 reinterpret_cast<Hit*>(hits + hit_bytes(max_group) * thread), out, begin, end);
     });

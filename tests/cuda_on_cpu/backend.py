@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from tests.cuda_on_cpu.harness import Everywhere, Launcher
 from vareid_ext import _native
 
 
@@ -30,7 +29,7 @@ def adapters() -> dict[str, Callable[..., Any]]:
 class CompiledModule:
     """Stands for ``_vareid_native``: each function calls its adapter with a launcher."""
 
-    def __init__(self, launcher: Launcher | Everywhere) -> None:
+    def __init__(self, launcher: Callable[..., Any]) -> None:
         self._launcher = launcher
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -44,7 +43,7 @@ def _no_view(tensor: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @contextmanager
-def cuda_on_cpu(launcher: Launcher | Everywhere) -> Iterator[None]:
+def cuda_on_cpu(launcher: Callable[..., Any]) -> Iterator[None]:
     """Inside the block, operators on CPU tensors run the CUDA kernels through ``launcher``."""
     before = _native._module, _native._missing_reason, _native.view
     _native._module, _native._missing_reason, _native.view = CompiledModule(launcher), "", _no_view  # type: ignore[assignment]

@@ -32,7 +32,13 @@ _KERNEL_FLAGS = {
     "fast": ["-O2"],
     # Scalar replacement would split a float4 access in four and falsify the traffic.
     "checker": ["-O1", "-fno-tree-sra", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
-    "asan": ["-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fsanitize-recover=address,undefined"],
+    "asan": [
+        "-O1",
+        "-g1",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize=null,object-size,vptr",
+        "-fsanitize-recover=address,undefined",
+    ],
 }
 _LINK_FLAGS = {"fast": [], "checker": [], "asan": ["-fsanitize=address,undefined"]}
 _HINTS = (
@@ -94,7 +100,9 @@ def _compile(source: Path, flags: Sequence[str], folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode != 0:
         text = source.read_text()
-        hints = [f"unsupported in the CUDA-on-CPU tests: {hint}" for pattern, hint in _HINTS if re.search(pattern, text)]
+        hints = [
+            f"unsupported in the CUDA-on-CPU tests: {hint}" for pattern, hint in _HINTS if re.search(pattern, text)
+        ]
         raise BuildError("\n".join([*hints, f"{name} does not compile:", done.stderr]))
     if "warning:" in done.stderr:
         raise BuildError(f"{name} compiles with warnings:\n{done.stderr}")
@@ -119,7 +127,8 @@ def build(name: str, kernels: Sequence[Path], glue: Sequence[Path], flavour: str
         ("no_checker",))]  # fmt: skip
     plain = ["-O2", *_DEFINE[flavour]]
     instrumented = [*_KERNEL_FLAGS[flavour], *_DEFINE[flavour]]
-    jobs = [(source, instrumented) for source in kernels] + [(source, plain) for source in [*glue, *runtime]]
+    # The linker keeps the first copy of an inline function: the runtime's, which is not instrumented.
+    jobs = [(source, plain) for source in [*runtime, *glue]] + [(source, instrumented) for source in kernels]
     with open(folder / "lock", "w") as lock:  # two test sessions must not compile the same thing twice
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
@@ -128,7 +137,15 @@ def build(name: str, kernels: Sequence[Path], glue: Sequence[Path], flavour: str
         target = folder / f"{name}-{flavour}-{key[:20]}.so"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.partial")
-            command = ["g++", "-shared", "-Wl,-Bsymbolic", *_LINK_FLAGS[flavour], *map(str, objects), "-o", str(partial)]
+            command = [
+                "g++",
+                "-shared",
+                "-Wl,-Bsymbolic",
+                *_LINK_FLAGS[flavour],
+                *map(str, objects),
+                "-o",
+                str(partial),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise BuildError(f"{name} does not link:\n{done.stderr}")

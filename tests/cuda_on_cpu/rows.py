@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
+from tests.cuda_on_cpu import backend
+from tests.cuda_on_cpu.harness import Launcher, _copy_output, package
+
 _TESTS = Path(__file__).resolve().parent.parent
+# A call larger than this is not worth replaying once for each barrier.
+_REPLAYED_BYTES, _REPLAYED_SWITCHES = 1 << 20, 200_000
 
 
 def row_names() -> list[str]:
@@ -25,3 +35,64 @@ def backend_tests(row: str) -> dict[str, Callable[..., Any]]:
         for name, function in vars(module).items()
         if name.startswith("test_") and callable(function) and "backend" in inspect.signature(function).parameters
     }
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a launcher that a row's tests made."""
+
+    function: str
+    arguments: tuple[Any, ...]
+    work: int  # thread switches
+    sites: frozenset[tuple[str, int]]  # the barriers it ran
+
+    def replay(self, launcher: Launcher) -> None:
+        """Makes the call again; KernelDefect if anything is wrong with it."""
+        launcher(self.function, *map(_copy_output, self.arguments))
+
+
+def recorded_calls(row: str) -> list[Call]:
+    """The launcher calls that the row's tests make, smallest first; large ones are left out."""
+    calls: list[Call] = []
+    library = package("fast")
+    with Launcher(library) as launcher:
+
+        def record(function: str, *arguments: Any) -> Any:
+            kept = tuple(map(_copy_output, arguments))
+            library.take_work()
+            library.take_barrier_sites()
+            result = launcher(function, *arguments)
+            work = library.take_work()
+            size = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, torch.Tensor))
+            if work <= _REPLAYED_SWITCHES and size <= _REPLAYED_BYTES:
+                sites = frozenset((file, line) for file, line, _ in library.take_barrier_sites())
+                calls.append(Call(function, kept, work, sites))
+            return result
+
+        with backend.cuda_on_cpu(record):
+            for test in backend_tests(row).values():
+                for arguments in _parameter_sets(test):
+                    test(backend="cuda_on_cpu", **arguments)
+    return sorted(calls, key=lambda call: call.work)
+
+
+def _parameter_sets(test: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """The arguments of each case of a parametrised test; none for a test that takes other fixtures or compiles."""
+    if any(word in test.__name__ for word in ("opcheck", "compile", "gradcheck")):
+        return
+    axes = []
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name in ("skip", "skipif", "slow"):
+            return
+        if mark.name == "parametrize":
+            names = mark.args[0].replace(" ", "").split(",") if isinstance(mark.args[0], str) else list(mark.args[0])
+            values = [
+                v.values if isinstance(v, type(pytest.param(0))) else (v,) if len(names) == 1 else v
+                for v in mark.args[1]
+            ]
+            axes.append([dict(zip(names, v, strict=True)) for v in values])
+    known = {name for axis in axes for case in axis[:1] for name in case} | {"backend"}
+    if set(inspect.signature(test).parameters) != known:
+        return
+    for choice in itertools.product(*axes):
+        yield {name: value for case in choice for name, value in case.items()}

@@ -1,6 +1,7 @@
 """Data: readers, viewpoint labels, the synthetic set, sampling and augmentation."""
 
 from vareid_ext.data.dataset import Batch, ReidDataset, collate, worker_init
+from vareid_ext.data.export import write_manifest
 from vareid_ext.data.load import KINDS, check_readable, load_data
 from vareid_ext.data.manifest import read_manifest
 from vareid_ext.data.sampler import Draw, PKSampler
@@ -33,4 +34,5 @@ __all__ = [
     "synthetic_data",
     "with_soft_labels",
     "worker_init",
+    "write_manifest",
 ]

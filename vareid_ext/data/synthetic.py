@@ -14,7 +14,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from vareid_ext.data.random_stream import Stream
-from vareid_ext.data.synthetic_person import ONE, TURN, Person, Pose, draw_person, paint_person
+from vareid_ext.data.synthetic_drawing import ONE, TURN
+from vareid_ext.data.synthetic_figure import Pose, paint_person
+from vareid_ext.data.synthetic_person import Person, draw_person
 from vareid_ext.data.synthetic_scene import (
     SUPERSAMPLE,
     Camera,
@@ -133,7 +135,7 @@ class SyntheticRenderer:
             side = passer.choice((width // 10, width * 9 // 10))
             pose = Pose(passer.integer(0, TURN - 1), side, height * 88 // 100, height * 70 // 100, 0, camera.light)
             paint_person(canvas, draw_person(passer), pose)
-        size = height * camera.size // ONE * stream.integer(930, 1090) // ONE
+        size = height * camera.size // ONE * stream.integer(960, 1070) // ONE
         pose = Pose(
             facing=self.facing(shot),
             centre_x=width // 2 + stream.integer(-width // 11, width // 11),
@@ -162,8 +164,9 @@ def _camera(settings: SyntheticSettings, number: int) -> Camera:
 def synthetic_data(settings: SyntheticSettings | None = None, *, progress: bool = False) -> ReidData:
     """The synthetic data set of these settings (the default ones when None), rendered in memory.
 
-    As in Market-1501 the test people are not among the training ones, each of them has one query per camera, the rest
-    is gallery, and the gallery holds distractors of identity 0. `progress` shows a bar while rendering.
+    As in Market-1501 the test people are not among the training ones, each of them has one query per camera (when there
+    are more pictures than cameras), the rest is gallery, and the gallery holds distractors of identity 0. `progress`
+    shows a bar while rendering.
     """
     settings = SyntheticSettings() if settings is None else settings
     shots: dict[str, _Shot] = {}
@@ -185,10 +188,11 @@ def synthetic_data(settings: SyntheticSettings | None = None, *, progress: bool 
             add("train", "train", identity, _Shot(identity, camera, number))
     for index in range(settings.identities_test):
         person = _FIRST_TEST + index
-        for camera, number in cameras_of(person, settings.images_per_identity):
-            # The last picture by each camera asks, so that a query exists even with one picture per camera.
-            last = number == (settings.images_per_identity - 1) // settings.cameras
-            add("query" if last else "gallery", "test", index + 1, _Shot(person, camera, number))
+        for place, (camera, number) in enumerate(cameras_of(person, settings.images_per_identity)):
+            # The first picture by each camera asks; with no more than one by each, every other picture does.
+            few = settings.images_per_identity <= settings.cameras
+            asks = place % 2 == 0 if few else number == 0
+            add("query" if asks else "gallery", "test", index + 1, _Shot(person, camera, number))
     for index in range(settings.distractors):
         person = _FIRST_DISTRACTOR + index
         camera, number = cameras_of(person, 1)[0]

@@ -1,6 +1,6 @@
 """The cameras of the synthetic set: what stands behind a person, and what the camera does to the picture.
 
-Integer arithmetic throughout, as in `synthetic_person`.
+Integer arithmetic throughout, as in `synthetic_drawing`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vareid_ext.data.random_stream import Stream
-
-ONE = 1024
+from vareid_ext.data.synthetic_drawing import ONE
 
 SUPERSAMPLE = 2
 """The canvas has this many pixels per picture pixel and side; averaging them smooths the edges."""
@@ -110,7 +109,7 @@ def draw_camera(stream: Stream, height: int, width: int) -> Camera:
         blur=stream.integer(0, 2),
         coarse=stream.chance(30),
         grain=stream.integer(2, 14),
-        size=stream.integer(900, 985),
+        size=stream.integer(885, 965),
         light=stream.integer(-900, 900),
         directions=directions,
     )
@@ -156,33 +155,47 @@ def occlude(canvas: np.ndarray, stream: Stream) -> None:
         area[:] = np.clip(np.array((50, 92, 44)) + speckle[:, :, None] // 4 - 32, 0, 255)
 
 
+def _blurred(planes: np.ndarray) -> np.ndarray:
+    """int32 [3, h, w] filtered with 1-2-1 down and across, edges repeated."""
+    down = planes * 2
+    down[:, 1:] += planes[:, :-1]
+    down[:, 0] += planes[:, 0]
+    down[:, :-1] += planes[:, 1:]
+    down[:, -1] += planes[:, -1]
+    down >>= 2
+    across = down * 2
+    across[:, :, 1:] += down[:, :, :-1]
+    across[:, :, 0] += down[:, :, 0]
+    across[:, :, :-1] += down[:, :, 1:]
+    across[:, :, -1] += down[:, :, -1]
+    across >>= 2
+    return across
+
+
 def expose(canvas: np.ndarray, camera: Camera, stream: Stream) -> np.ndarray:
     """uint8 [H, W, 3]: the picture that the camera makes of a canvas int16 [2H, 2W, 3]."""
     rows, columns = canvas.shape[0] // SUPERSAMPLE, canvas.shape[1] // SUPERSAMPLE
     wide = canvas[0::2] + canvas[1::2]
-    picture = (wide[:, 0::2] + wide[:, 1::2]).astype(np.int32) * 4  # 16 times the value from here on
+    mean = wide[:, 0::2] + wide[:, 1::2]
+    planes = np.ascontiguousarray(mean.transpose(2, 0, 1), dtype=np.int32) * 4  # 16 times the value from here on
     if camera.coarse and rows % 2 == 0 and columns % 2 == 0:
-        half = (picture[0::2, 0::2] + picture[1::2, 0::2] + picture[0::2, 1::2] + picture[1::2, 1::2]) >> 2
-        picture = half.repeat(2, axis=0).repeat(2, axis=1)
+        half = planes[:, 0::2, 0::2] + planes[:, 1::2, 0::2] + planes[:, 0::2, 1::2] + planes[:, 1::2, 1::2]
+        planes = (half >> 2).repeat(2, axis=1).repeat(2, axis=2)
     for _ in range(camera.blur + camera.coarse):
-        padded = np.pad(picture, ((1, 1), (0, 0), (0, 0)), mode="edge")
-        picture = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) >> 2
-        padded = np.pad(picture, ((0, 0), (1, 1), (0, 0)), mode="edge")
-        picture = (padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]) >> 2
+        planes = _blurred(planes)
     matrix = camera.matrix * stream.integer(860, 1190) // ONE
     for channel in range(3):
         matrix[channel] = matrix[channel] * stream.integer(975, 1050) // ONE
-    matrix = matrix.astype(np.int32)
-    red, green, blue = picture[:, :, 0], picture[:, :, 1], picture[:, :, 2]
-    picture = np.stack([(red * row[0] + green * row[1] + blue * row[2]) >> 10 for row in matrix], axis=2)
-    picture = np.clip(picture, 0, 4080)
+    red, green, blue = planes
+    mixed = np.stack([(red * r + green * g + blue * b) >> 10 for r, g, b in matrix.astype(np.int32)])
+    mixed = np.minimum(np.maximum(mixed, 0), 4080)
     # A parabola through black and white: no powers, whose last digit differs between machines.
-    picture += picture * (4080 - picture) // 4080 * camera.bend // ONE
+    mixed += mixed * (4080 - mixed) // 4080 * camera.bend // ONE
     # Light falls off to one side.
     slope = stream.integer(-200, 200)
     fall = ONE + slope * (2 * np.arange(columns, dtype=np.int32) - columns) // columns
-    picture = picture * fall[None, :, None] >> 10
-    picture = camera.lift + picture * (255 - camera.lift) // 4080
+    mixed = mixed * fall >> 10
+    mixed = camera.lift + mixed * (255 - camera.lift) // 4080
     if camera.grain:
-        picture = picture + ((stream.array(rows, columns, 1) - 128) * camera.grain >> 7)
-    return np.clip(picture, 0, 255).astype(np.uint8)
+        mixed = mixed + ((stream.array(rows, columns) - 128) * camera.grain >> 7)
+    return np.ascontiguousarray(np.minimum(np.maximum(mixed, 0), 255).astype(np.uint8).transpose(1, 2, 0))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 VIEWPOINTS = ("front", "side", "back")
 """The viewpoint classes in label order: front 0, side 1, back 2."""
@@ -18,13 +18,14 @@ UNKNOWN = -1
 
 
 def open_image(path: str) -> Image.Image:
-    """Read the image file at `path` completely and return it as RGB (8 bits per channel).
+    """Read the image file at `path` completely and return it upright, as RGB (8 bits per channel).
 
     Raises OSError, naming the file, when it is missing, cut short, damaged or no image.
     """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            # Phones store pictures as the sensor saw them, with a note which way is up.
+            return ImageOps.exif_transpose(image).convert("RGB")
     except (
         OSError,
         ValueError,

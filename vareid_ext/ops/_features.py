@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vareid_ext import _native
 from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape
 
 _MAX_DIM = 16384
@@ -38,15 +39,24 @@ def refuse_row(name: str, row: int, what: str) -> None:
     raise ValueError(f"{name}: row {row} {what}")
 
 
-def check_rows(name: str, value: Tensor, *, nonzero: bool = False) -> None:
-    """ValueError that names the first row holding NaN or Inf, or (``nonzero``) nothing but zeros."""
-    step = max(1, _CHUNK // max(1, value.shape[1]))
-    for begin in range(0, value.shape[0], step):
-        part = value[begin : begin + step]
-        finite = part.isfinite().all(1)
-        if not bool(finite.all()):
-            refuse_row(name, begin + int((~finite).nonzero()[0]), "holds NaN or Inf")
-        if nonzero:
-            zero = (part == 0).all(1)
-            if bool(zero.any()):
-                refuse_row(name, begin + int(zero.nonzero()[0]), "is all zeros, which has no cosine")
+def row_magnitudes(name: str, value: Tensor, *, nonzero: bool = False) -> Tensor:
+    """float64 [rows], each row's largest absolute value.
+
+    Raises:
+        ValueError: naming the first row that holds NaN or Inf, or (``nonzero``) nothing but zeros.
+    """
+    out = torch.empty(value.shape[0], dtype=torch.float64, device=value.device)
+    contiguous = value.shape[1] <= 1 or value.stride(1) == 1
+    if value.device.type == "cpu" and contiguous and _native.available("cpu"):
+        _native.module().pairwise_distance_max_abs(_native.view(value), _native.view(out), torch.get_num_threads())
+    else:
+        step = max(1, _CHUNK // value.shape[1])
+        for begin in range(0, value.shape[0], step):
+            out[begin : begin + step] = value[begin : begin + step].abs().amax(1)  # amax keeps NaN
+        out[out.isinf()] = torch.nan
+    bad = out.isnan()
+    if bool(bad.any()):
+        refuse_row(name, int(bad.nonzero()[0]), "holds NaN or Inf")
+    if nonzero and bool((out == 0).any()):
+        refuse_row(name, int((out == 0).nonzero()[0]), "is all zeros, which has no cosine")
+    return out

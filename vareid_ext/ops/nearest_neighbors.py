@@ -1,28 +1,267 @@
-"""Exact nearest neighbours as operators; the definitions are in :mod:`vareid_ext.reference.nearest_neighbors`."""
+"""Exact nearest neighbours as operators; the definitions are in :mod:`vareid_ext.reference.nearest_neighbors`.
+
+The native kernels take blocks of float32 products from the vendor's library and scan each once, while it is in cache,
+for the entries that can still be among a row's nearest: those whose lower bound does not exceed the k-th smallest upper
+bound (:mod:`vareid_ext.ops._filter` has the bounds and their proof). What remains is measured in float64 and ordered. A
+set against itself is symmetric: only blocks on and above the diagonal are computed, and each serves its rows and its
+columns. Rows that had more near ties than places are done again, whole.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from vareid_ext import _native
+from vareid_ext.ops import _progress
 from vareid_ext.ops._checks import check_choice
-from vareid_ext.ops._features import check_features, check_rows, check_same_features
+from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
+from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks, stream_of
+from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import nearest_neighbors as reference
 from vareid_ext.reference.pairwise_distance import METRICS, result_dtype
 
+_CPU_K = 2048
+_EQUAL_CHUNK = 1 << 18  # elements compared at once
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
+def capacity(k: int) -> int:
+    """Candidates kept for each row: k and room for near ties and for those that come before the threshold is known."""
+    return (k + max(k // 2, 40) + 15) // 16 * 16
+
+
+class _Scan:
+    """Candidates of the rows of some parts of a filter, gathered block by block."""
+
+    def __init__(self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str) -> None:
+        self.filtered, self.k, self.metric = filtered, k, METRICS.index(metric)
+        self.left, self.right = filtered.sets(*left), filtered.sets(*right)
+        self.left_parts, self.right_parts = list(left), list(right)
+        self.left_bounds, self.right_bounds = ([_native.view(b) for b in filtered.bounds(w)] for w in (left, right))
+        self.rows = sum(filtered.parts[w].shape[0] for w in left)
+        self.columns = sum(filtered.parts[w].shape[0] for w in right)
+        new, places = filtered.norm.new_empty, capacity(k)
+        self.row_max = new(self.rows).zero_()
+        self._state = [
+            new((self.rows, places)), new((self.rows, places), dtype=torch.int32),
+            new(self.rows, dtype=torch.int32).zero_(), new(self.rows).fill_(torch.inf),
+            new(self.rows).fill_(torch.inf), self.row_max,
+        ]  # fmt: skip
+        self.candidates = [_native.view(array) for array in self._state]
+        self.stream = stream_of(filtered.norm)
+
+    def look(self, block: Tensor, row: int, column: int, *, both: bool, write: bool) -> None:
+        """Takes the candidates of a block of products; ``both``: for its columns too."""
+        _native.module().nearest_neighbors_scan(
+            _native.view(block), row, column, self.left_bounds, self.right_bounds, self.candidates,
+            self.candidates if both else None, self.k, write, self.filtered.threads, self.stream,
+        )  # fmt: skip
+
+    def select(self, distance_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """index int32 [rows, k] and distance [rows, k], exact."""
+        view, filtered = _native.view, self.filtered
+        index = filtered.norm.new_empty((self.rows, self.k), dtype=torch.int32)
+        distance = filtered.norm.new_empty((self.rows, self.k), dtype=distance_dtype)
+        unsure = filtered.norm.new_empty(self.rows, dtype=torch.bool)
+        reach = filtered.norm.new_empty(self.rows)
+        _native.module().nearest_neighbors_select(
+            self.left, self.right, self.metric, filtered.unscale, self.left_bounds, self.right_bounds, self.candidates,
+            self.k, view(index), view(distance), view(unsure), view(reach), filtered.threads, self.stream,
+        )  # fmt: skip
+        again = unsure.nonzero()[:, 0]
+        if again.numel():
+            del self.candidates, self._state
+            self._rescan(again, reach, index, distance)
+        return index, distance
+
+    def _rescan(self, again: Tensor, reach: Tensor, index: Tensor, distance: Tensor) -> None:
+        """Computes some rows' products whole and takes every entry that may be among the nearest."""
+        filtered, view = self.filtered, _native.view
+        same = self._equal_rows()
+        step = max(1, min(BLOCK_ROWS, (1 << 22) // self.columns))
+        block = filtered.norm.new_empty((step, self.columns))
+        places = self.columns + (self.columns + 1) // 2
+        workspace = filtered.norm.new_empty(filtered.threads * places * 16, dtype=torch.uint8)
+        for begin in range(0, again.numel(), step):
+            rows = again[begin : begin + step]
+            products = block[: rows.numel()]
+            with full_float32(block.device.type):
+                chosen = self._gather(rows)
+                for which, first, last, offset in row_blocks(filtered, self.right_parts, BLOCK_ROWS):
+                    columns = filtered.block(which, first, last, 1)
+                    torch.mm(chosen, columns.T, out=products[:, offset : offset + last - first])
+            _native.module().nearest_neighbors_rescan(
+                view(products), view(rows), self.left, self.right, self.metric, filtered.unscale, self.left_bounds,
+                self.right_bounds, view(reach), view(same), self.k, view(index), view(distance), view(workspace),
+                filtered.threads, self.stream,
+            )  # fmt: skip
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """The prepared float32 rows of these numbers."""
+        filtered, offset = self.filtered, 0
+        out = filtered.norm.new_empty((rows.numel(), filtered.parts[0].shape[1]))
+        for which in self.left_parts:
+            end = offset + filtered.parts[which].shape[0]
+            inside = (rows >= offset) & (rows < end)
+            out[inside] = filtered.gather(which, rows[inside] - offset)
+            offset = end
+        return out
+
+    def _equal_rows(self) -> Tensor:
+        """int32 [columns]: the first row of the right set that each one is equal to, bit for bit."""
+        parts = [self.filtered.parts[w] for w in self.right_parts]
+        bits = [part.view(_BITS[part.dtype]) for part in parts]
+        D, device = parts[0].shape[1], parts[0].device
+        odd = torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator().manual_seed(0)).to(device) * 2 + 1
+        step = max(1, _EQUAL_CHUNK // D)
+        code = torch.cat([(rows.to(torch.int64) * odd).sum(1) for part in bits for rows in part.split(step)])
+        _, group = torch.unique(code, return_inverse=True)
+        number = torch.arange(self.columns, device=device)
+        first = torch.full_like(number, self.columns).scatter_reduce_(0, group, number, "amin")[group]
+
+        def rows_of(numbers: Tensor) -> Tensor:
+            out, offset = bits[0].new_empty((numbers.numel(), D)), 0
+            for part in bits:
+                inside = (numbers >= offset) & (numbers < offset + part.shape[0])
+                out[inside] = part[numbers[inside] - offset]
+                offset += part.shape[0]
+            return out
+
+        same = number.clone()
+        candidates = (first != number).nonzero()[:, 0]
+        for some in candidates.split(step):  # equal codes are not yet equal rows
+            equal = (rows_of(some) == rows_of(first[some])).all(1)
+            same[some[equal]] = first[some[equal]]
+        return same.to(torch.int32)
+
+
+def _symmetric_scan(filtered: Filter, scans: Sequence[_Scan], block_rows: int, out: Tensor | None) -> None:
+    """Every block on and above the diagonal of all parts against themselves.
+
+    The first of ``scans`` looks at all of them, a second one at those of the first part against the second, which also
+    go into ``out``.
+    """
+    blocks = row_blocks(filtered, range(len(filtered.parts)), block_rows)
+    side = max((last - first for _, first, last, _ in blocks), default=0)
+    buffer = filtered.norm.new_empty(side * side)
+    with full_float32(buffer.device.type):
+        for at, (which, first, last, offset) in enumerate(blocks):
+            rows = filtered.block(which, first, last, 0)
+            for other, other_first, other_last, other_offset in blocks[at:]:
+                same, crossed = other_offset == offset, which != other
+                columns = rows if same else filtered.block(other, other_first, other_last, 1)
+                if crossed and out is not None:
+                    target = out[first:last, other_first:other_last]
+                else:
+                    target = buffer[: rows.shape[0] * columns.shape[0]].view(rows.shape[0], columns.shape[0])
+                torch.mm(rows, columns.T, out=target)
+                if crossed:
+                    for scan in scans[1:]:
+                        scan.look(target, first, other_first, both=False, write=False)
+                scans[0].look(target, offset, other_offset, both=not same, write=crossed and out is not None)
+                _progress.advance((last - first) * (other_last - other_first))
+
+
+def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
+    rows_of, columns_of = (row_blocks(filtered, [w], block_rows) for w in (0, 1))
+    sides = [max((last - first for _, first, last, _ in blocks), default=0) for blocks in (rows_of, columns_of)]
+    buffer = filtered.norm.new_empty(sides[0] * sides[1])
+    with full_float32(buffer.device.type):
+        for _, first, last, _ in rows_of:
+            rows = filtered.block(0, first, last, 0)
+            for _, other_first, other_last, _ in columns_of:
+                columns = filtered.block(1, other_first, other_last, 1)
+                target = buffer[: rows.shape[0] * columns.shape[0]].view(rows.shape[0], columns.shape[0])
+                torch.mm(rows, columns.T, out=target)
+                scan.look(target, first, other_first, both=False, write=False)
+
 
 @torch.library.custom_op("vareid::nearest_neighbors", mutates_args=())
-def _nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    check_rows("x", x, nonzero=metric == "cosine")
+def _nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int) -> tuple[Tensor, Tensor]:
+    row_magnitudes("x", x, nonzero=metric == "cosine")
     if y is not None:
-        check_rows("y", y, nonzero=metric == "cosine")
+        row_magnitudes("y", y, nonzero=metric == "cosine")
     return reference.nearest_neighbors(x, y, k, metric)
 
 
 @_nearest_neighbors.register_fake
-def _(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], k)
     return x.new_empty(shape, dtype=result_dtype(x.dtype)), x.new_empty(shape, dtype=torch.int64)
+
+
+def _native_nearest_neighbors(
+    x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int
+) -> tuple[Tensor, Tensor]:
+    if k > _CPU_K:
+        return NotImplemented
+    if y is None:
+        filtered = Filter([x], ["x"], metric)
+        scan = _Scan(filtered, [0], [0], k, metric)
+        _symmetric_scan(filtered, [scan], block_rows, None)
+    else:
+        filtered = Filter([x, y], ["x", "y"], metric)
+        scan = _Scan(filtered, [0], [1], k, metric)
+        _one_sided_scan(filtered, scan, block_rows)
+    index, distance = scan.select(result_dtype(x.dtype))
+    return distance, index.to(torch.int64)
+
+
+_native.register(_nearest_neighbors, "cpu")(_native_nearest_neighbors)
+
+
+@torch.library.custom_op("vareid::joint_neighbors", mutates_args=("out",))
+def joint_neighbors(
+    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Neighbour lists of both; see :func:`vareid_ext.reference.nearest_neighbors.joint_neighbors`.
+
+    ``scale`` must be what :func:`vareid_ext.ops._filter.common_scale` gives.
+    """
+    return reference.joint_neighbors(query, gallery, scale, k, nearest, out)
+
+
+@joint_neighbors.register_fake
+def _(
+    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (Q, G), new = (query.shape[0], gallery.shape[0]), query.new_empty
+    return (
+        new((Q + G, k), dtype=torch.int32), new((Q + G, k), dtype=torch.float32), new((Q + G,), dtype=torch.float32),
+        new((Q, nearest), dtype=torch.int32), new((Q, nearest), dtype=torch.float32),
+    )  # fmt: skip
+
+
+def _native_joint_neighbors(
+    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
+) -> Any:
+    if max(k, nearest) > _CPU_K:
+        return NotImplemented
+    filtered = Filter([query, gallery], ["query", "gallery"], "sqeuclidean", scale=scale)
+    scans = [_Scan(filtered, [0, 1], [0, 1], k, "sqeuclidean")]
+    if nearest:
+        scans.append(_Scan(filtered, [0], [1], nearest, "sqeuclidean"))
+    _symmetric_scan(filtered, scans, block_rows, out)
+    filtered.drop_buffers()
+    row_max = scans[0].row_max
+    index, distance = scans[0].select(torch.float32)
+    if not nearest:
+        empty = query.new_empty((query.shape[0], 0), dtype=torch.float32)
+        return index, distance, row_max, empty.to(torch.int32), empty
+    del scans[0]
+    return index, distance, row_max, *scans[0].select(torch.float32)
+
+
+_native.register(joint_neighbors, "cpu")(_native_joint_neighbors)
 
 
 def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -36,4 +275,4 @@ def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple
         raise TypeError(f"k: {type(k).__name__} was given; an int is needed")
     if not 1 <= k <= rows:
         raise ValueError(f"k: {k} was given; allowed are 1 to {rows}, the number of rows of {name}")
-    return _nearest_neighbors(x, y, k, metric)
+    return _nearest_neighbors(x, y, k, metric, BLOCK_ROWS)

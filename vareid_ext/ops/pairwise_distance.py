@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vareid_ext import _native
 from vareid_ext.ops._checks import check_choice
-from vareid_ext.ops._features import check_features, check_rows, check_same_features
+from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
+from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks, stream_of
+from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import pairwise_distance as reference
 
 
 def _check_rows(x: Tensor, y: Tensor | None, metric: str) -> None:
-    check_rows("x", x, nonzero=metric == "cosine")
+    row_magnitudes("x", x, nonzero=metric == "cosine")
     if y is not None:
-        check_rows("y", y, nonzero=metric == "cosine")
+        row_magnitudes("y", y, nonzero=metric == "cosine")
 
 
 @torch.library.custom_op("vareid::pairwise_distance_forward", mutates_args=())
@@ -26,7 +29,8 @@ def _forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
 
 @torch.library.custom_op("vareid::pairwise_distance_backward", mutates_args=())
 def _backward(upstream: Tensor, x: Tensor, y: Tensor | None, distance: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    return reference.pairwise_distance_backward(upstream, x, y, distance, metric)
+    with full_float32(x.device.type):
+        return reference.pairwise_distance_backward(upstream, x, y, distance, metric)
 
 
 @_forward.register_fake
@@ -38,6 +42,41 @@ def _(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
 @_backward.register_fake
 def _(upstream: Tensor, x: Tensor, y: Tensor | None, distance: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((x if y is None else y).shape)
+
+
+def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
+    if x.dtype == torch.float64:
+        return NotImplemented
+    symmetric, parts = y is None, [x] if y is None else [x, y]
+    filtered = Filter(parts, ["x", "y"][: len(parts)], metric)
+    other = len(parts) - 1
+    out = x.new_empty((x.shape[0], filtered.parts[other].shape[0]), dtype=torch.float32)
+    view = _native.view
+
+    def features(which: int, at: slice) -> tuple[Any, Any]:
+        factor = filtered.factors[which]
+        return view(filtered.parts[which][at]), view(None if factor is None else factor[at])
+
+    columns_of = row_blocks(filtered, [other], BLOCK_ROWS)
+    with full_float32(x.device.type):
+        for which, first, last, _ in row_blocks(filtered, [0], BLOCK_ROWS):
+            rows, at = filtered.block(which, first, last, 0), slice(first, last)
+            for _, other_first, other_last, _ in columns_of:
+                if symmetric and other_first < first:
+                    continue  # the mirror image of a block that was done
+                columns, to = filtered.block(other, other_first, other_last, 1), slice(other_first, other_last)
+                block = out[at, to]
+                torch.mm(rows, columns.T, out=block)
+                _native.module().pairwise_distance_block(
+                    view(block), *features(0, at), *features(other, to),
+                    view(filtered.norms[0][at]), view(filtered.norms[other][to]), reference.METRICS.index(metric),
+                    filtered.unscale, view(out[to, at] if symmetric and other_first > first else None),
+                    filtered.threads, stream_of(x),
+                )  # fmt: skip
+    return out
+
+
+_native.register(_forward, "cpu")(_native_forward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

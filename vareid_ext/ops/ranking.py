@@ -60,21 +60,20 @@ def _native_forward(
     identity, order = torch.sort(gallery_identity, stable=True)
     group_begin = torch.searchsorted(identity, query_identity.contiguous())
     group_end = torch.searchsorted(identity, query_identity.contiguous(), right=True)
-    junk_range = torch.zeros(2, dtype=torch.int64, device=distances.device)
+    junk = None
     if junk_identity is not None:
-        junk_range = torch.stack(
-            [(gallery_identity < junk_identity).sum(), (gallery_identity <= junk_identity).sum()]
-        )
+        junk = gallery_identity == junk_identity
+        junk = junk if bool(junk.any()) else None
         group_end = torch.where(query_identity == junk_identity, group_begin, group_end)
     results = _empty_results(distances)
     workspace, max_group, threads = None, 0, torch.get_num_threads()
     if not distances.is_cuda:
         max_group = int((group_end - group_begin).max()) if len(query_identity) else 0
-        needed = _native.module().ranking_workspace_bytes(len(order), max_group, threads)
+        needed = _native.module().ranking_workspace_bytes(max_group, threads)
         workspace = torch.empty(needed, dtype=torch.uint8)
     view = _native.view
     _native.module().ranking_forward(
-        view(distances), view(order), view(group_begin), view(group_end), view(junk_range),
+        view(distances), view(order), view(group_begin), view(group_end), view(junk),
         view(None if query_camera is None else query_camera.contiguous()),
         view(None if gallery_camera is None else gallery_camera.contiguous()),
         *map(view, results), view(workspace), max_group, threads,
@@ -83,4 +82,5 @@ def _native_forward(
     return results
 
 
-_native.register(ranking_forward, "cpu")(_native_forward)
+for _device_type in ("cpu", "cuda"):
+    _native.register(ranking_forward, _device_type)(_native_forward)

@@ -35,42 +35,69 @@ def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple
     return distance, index
 
 
-def joint_neighbors(query: Tensor, gallery: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def joint_neighbors(
+    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Neighbour lists and row maxima of query and gallery together, as k-reciprocal re-ranking needs them.
 
-    Rows 0 to Q-1 are the query's, Q to Q+G-1 the gallery's; distances are squared Euclidean.
+    Rows 0 to Q-1 are the query's, Q to Q+G-1 the gallery's. Distances are squared Euclidean, of the features times
+    ``scale`` (a power of two that keeps them within float32's range; re-ranking does not depend on it).
 
     Args:
         query: [Q, D], floating point.
         gallery: [G, D].
+        scale: a power of two.
         k: 1 to Q + G.
+        nearest: 0 to G, how many of the gallery's rows to list for each query.
+        out: float32 [Q, G] that is overwritten with the distances between queries and gallery; None for none.
 
     Returns:
-        neighbor int32 [Q+G, k], the k nearest rows in order, ties by index; row_max float32 [Q+G], each row's largest
-        squared distance.
+        neighbor int32 [Q+G, k], the k nearest rows in order, ties by index; distance float32 [Q+G, k], theirs; row_max
+        float32 [Q+G], each row's largest distance; gallery_index int32 [Q, nearest] and gallery_distance float32
+        [Q, nearest], each query's nearest rows of the gallery, in order, ties by index.
     """
+    query, gallery = query.to(torch.float64) * scale, gallery.to(torch.float64) * scale
     Q, M = query.shape[0], query.shape[0] + gallery.shape[0]
     neighbor = query.new_empty((M, k), dtype=torch.int32)
+    distance = query.new_empty((M, k), dtype=torch.float32)
     row_max = query.new_empty((M,), dtype=torch.float32)
+    gallery_index = query.new_empty((Q, nearest), dtype=torch.int32)
+    gallery_distance = query.new_empty((Q, nearest), dtype=torch.float32)
     step = rows_per_block(M)
     for part, offset in ((query, 0), (gallery, Q)):
         for begin in range(0, part.shape[0], step):
             rows = part[begin : begin + step]
             block = torch.cat([exact_distance(rows, side, "sqeuclidean") for side in (query, gallery)], dim=1)
             at = slice(offset + begin, offset + begin + rows.shape[0])
-            neighbor[at] = torch.sort(block, dim=1, stable=True).indices[:, :k].to(torch.int32)
-            row_max[at] = block.amax(1).to(torch.float32)
-    return neighbor, row_max
+            ordered, order = torch.sort(block, dim=1, stable=True)
+            neighbor[at], distance[at], row_max[at] = order[:, :k].to(torch.int32), ordered[:, :k], block.amax(1)
+            if offset == 0:
+                if out is not None:
+                    out[at] = block[:, Q:]
+                ordered, order = torch.sort(block[:, Q:], dim=1, stable=True)
+                gallery_index[at], gallery_distance[at] = order[:, :nearest].to(torch.int32), ordered[:, :nearest]
+    return neighbor, distance, row_max, gallery_index, gallery_distance
 
 
-def pair_distance(query: Tensor, gallery: Tensor, indptr: Tensor, index: Tensor) -> Tensor:
+def listed_distance(
+    query: Tensor,
+    gallery: Tensor,
+    scale: float,
+    neighbor: Tensor,
+    neighbor_distance: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+) -> Tensor:
     """Squared Euclidean distances of the pairs (row, index) of a CSR pattern over query and gallery together.
 
     Args:
         query: [Q, D], floating point.
         gallery: [G, D].
-        indptr: int64 [R+1], R up to Q + G: the pattern of rows 0 to R-1.
-        index: int32 [nnz], in [0, Q + G).
+        scale: what the features are multiplied by.
+        neighbor: int32 [Q+G, k], lists whose distances are known (a shortcut; the result does not depend on them).
+        neighbor_distance: float32 [Q+G, k].
+        indptr: int64 [Q+G+1].
+        index: int32 [nnz], in [0, Q+G).
 
     Returns:
         float32 [nnz], summed in float64.
@@ -84,7 +111,7 @@ def pair_distance(query: Tensor, gallery: Tensor, indptr: Tensor, index: Tensor)
         in_query = which < Q
         part[in_query] = query[which[in_query]]
         part[~in_query] = gallery[which[~in_query] - Q]
-        return part.to(torch.float64)
+        return part.to(torch.float64) * scale
 
     step = rows_per_block(D)
     for begin in range(0, index.shape[0], step):

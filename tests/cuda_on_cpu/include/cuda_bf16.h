@@ -1,8 +1,8 @@
 // __nv_bfloat16 for the CUDA-on-CPU build: the upper half of a float, rounded to nearest even.
 #pragma once
 
-#include "cuda_runtime.h"
 #include "cuda_on_cpu/small_float.h"
+#include "cuda_runtime.h"
 
 namespace cuda_on_cpu {
 inline unsigned short encode_bfloat16(float x) {

@@ -1,8 +1,8 @@
 // __half for the CUDA-on-CPU build, over the compiler's _Float16.
 #pragma once
 
-#include "cuda_runtime.h"
 #include "cuda_on_cpu/small_float.h"
+#include "cuda_runtime.h"
 
 namespace cuda_on_cpu {
 inline unsigned short encode_half(float x) { return __builtin_bit_cast(unsigned short, static_cast<_Float16>(x)); }
@@ -15,9 +15,7 @@ using half2 = __half2;
 
 inline __half __float2half(float x) { return __half(x); }
 inline __half __float2half_rn(float x) { return __half(x); }
-inline __half __double2half(double x) {
-  return __builtin_bit_cast(__half, static_cast<_Float16>(x));
-}
+inline __half __double2half(double x) { return __builtin_bit_cast(__half, static_cast<_Float16>(x)); }
 inline float __half2float(__half x) { return x; }
 inline __half2 __floats2half2_rn(float x, float y) { return __half2(__half(x), __half(y)); }
 inline __half2 __float22half2_rn(float2 v) { return __floats2half2_rn(v.x, v.y); }

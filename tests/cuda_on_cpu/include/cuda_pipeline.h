@@ -1,1 +1,1 @@
-#error "CUDA-on-CPU: asynchronous copies (cuda_pipeline.h) is not supported: load through registers"
+#error "CUDA-on-CPU: asynchronous copies (cuda_pipeline.h) are not supported: load through registers"

@@ -1,1 +1,1 @@
-#error "CUDA-on-CPU: tensor-core fragments (mma.h) is not supported: write the plain multiply-add and guard the tensor-core variant with #ifndef VAREID_CUDA_ON_CPU"
+#error "CUDA-on-CPU: tensor-core fragments (mma.h) are not supported: guard that variant"

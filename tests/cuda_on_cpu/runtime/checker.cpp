@@ -19,8 +19,8 @@ struct Record {
   uint16_t clock;
 };
 
-// Writers: one for each byte (a 2-byte write uses its first byte's, a 4-byte write the first). Readers: the last one, the
-// last other lane of its warp, the last of another warp.
+// Writers: one for each byte (a 2-byte write uses its first byte's, a 4-byte write the first). Readers: the last one,
+// the last other lane of its warp, the last of another warp.
 struct Cell {
   Record writer[4], reader[3];
 };
@@ -140,8 +140,7 @@ bool is_private(uintptr_t address) {
   return address >= machine.host_frame && address < machine.host_frame + 64 * 1024;
 }
 
-void access(uintptr_t address, size_t size, bool write, bool atomic, const void* return_address) {
-  if (!machine.running) return;
+void check(uintptr_t address, size_t size, bool write, bool atomic, const void* return_address) {
   bool shared;
   Region* region = find_region(address, shared);
   const uintptr_t pc = reinterpret_cast<uintptr_t>(return_address) - module_base;
@@ -156,18 +155,21 @@ void access(uintptr_t address, size_t size, bool write, bool atomic, const void*
   for (size_t i = 0; i < size; ++i) {
     if (state[i] & kForeign) return;
     if (!(state[i] & kAllocated))
-      fail("out-of-bounds %s of %zu bytes at %s by thread %s of block %s at %s", verb, size,
-           describe(address).c_str(), thread_name(machine.current).c_str(), block_name(machine.block).c_str(),
-           place(pc).c_str());
+      fail("out-of-bounds %s of %zu bytes at %s by thread %s of block %s at %s", verb, size, describe(address).c_str(),
+           thread_name(machine.current).c_str(), block_name(machine.block).c_str(), place(pc).c_str());
   }
   if (size <= 16 && (size & (size - 1)) == 0 && address % size != 0)
     fail("misaligned %s of %zu bytes at %s by thread %s of block %s at %s", verb, size, describe(address).c_str(),
          thread_name(machine.current).c_str(), block_name(machine.block).c_str(), place(pc).c_str());
   for (size_t i = 0; i < size && (!write || atomic); ++i)
-    if (!(state[i] & kInitialised))
-      fail("uninitialised %s of %zu bytes at %s by thread %s of block %s at %s", atomic ? "atomic access" : "read", size,
-           describe(address).c_str(), thread_name(machine.current).c_str(), block_name(machine.block).c_str(),
-           place(pc).c_str());
+    if (!(state[i] & kInitialised)) {
+      if (!machine.deferred.empty()) break;
+      machine.deferred = std::string("uninitialised ") + verb + " of " + std::to_string(size) + " bytes at " +
+                         describe(address) + " by thread " + thread_name(machine.current) + " of block " +
+                         block_name(machine.block) + " at " + place(pc);
+      if (!shared) fail("%s", "");
+      break;
+    }
   if (write) {
     if (region == &static_region) mark_dirty(address), mark_dirty(address + size - 1);
     for (size_t i = 0; i < size; ++i) state[i] |= kInitialised;
@@ -183,6 +185,14 @@ void access(uintptr_t address, size_t size, bool write, bool atomic, const void*
   if (machine.measure) {
     machine.thread[machine.current].log.push_back({pc, address, static_cast<uint32_t>(size), write, shared});
   }
+}
+
+// Code that the checker itself runs may be instrumented too (inline functions that it shares with a kernel).
+void access(uintptr_t address, size_t size, bool write, bool atomic, const void* return_address) {
+  if (!machine.running || machine.checking) return;
+  machine.checking = true;
+  check(address, size, write, atomic, return_address);
+  machine.checking = false;
 }
 
 void join(std::vector<Release>& to, const std::vector<Release>& from) { to.insert(to.end(), from.begin(), from.end()); }
@@ -250,6 +260,8 @@ void checker_warp_sync(unsigned w, unsigned lanes) {
   }
 }
 
+std::string take_sanitizer_report() { return ""; }
+
 void fence() {
   Thread& self = machine.thread[machine.current];
   Warp& warp = warps[machine.current / kWarp];
@@ -281,15 +293,22 @@ void atomic_access(const void* address, size_t bytes, void* pc) {
 
 }  // namespace cuda_on_cpu
 
-// ---- what the compiler calls -------------------------------------------------------------------------------------------
+// ---- what the compiler calls
+// -------------------------------------------------------------------------------------------
 using cuda_on_cpu::access;
 #define CALLED_FROM __builtin_return_address(0)
-#define ACCESS_OF(size)                                                                                                \
-  void __tsan_read##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM); }         \
-  void __tsan_write##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM); }         \
-  void __tsan_unaligned_read##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM); } \
-  void __tsan_unaligned_write##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM); } \
-  void __tsan_volatile_read##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM); } \
+#define ACCESS_OF(size)                                                                                        \
+  void __tsan_read##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM); } \
+  void __tsan_write##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM); } \
+  void __tsan_unaligned_read##size(void* a) {                                                                  \
+    access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM);                                   \
+  }                                                                                                            \
+  void __tsan_unaligned_write##size(void* a) {                                                                 \
+    access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM);                                    \
+  }                                                                                                            \
+  void __tsan_volatile_read##size(void* a) {                                                                   \
+    access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM);                                   \
+  }                                                                                                            \
   void __tsan_volatile_write##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM); }
 extern "C" {
 ACCESS_OF(1)

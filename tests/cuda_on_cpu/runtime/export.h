@@ -30,8 +30,10 @@ std::string type_text() {
   if constexpr (std::is_pointer_v<T>) {
     using Element = std::remove_pointer_t<T>;
     const std::string prefix = std::is_const_v<Element> ? "const " : "";
-    if constexpr (std::is_void_v<Element>) return prefix + "void*";
-    else return prefix + type_text<std::remove_const_t<Element>>() + "*";
+    if constexpr (std::is_void_v<Element>)
+      return prefix + "void*";
+    else
+      return prefix + type_text<std::remove_const_t<Element>>() + "*";
   } else if constexpr (std::is_void_v<T>) {
     return "void";
   } else if constexpr (std::is_enum_v<T>) {
@@ -49,9 +51,12 @@ std::string type_text() {
 
 template <typename T>
 T unpack(const Value& value) {
-  if constexpr (std::is_pointer_v<T>) return static_cast<T>(value.pointer);
-  else if constexpr (std::is_floating_point_v<T>) return static_cast<T>(value.real);
-  else return static_cast<T>(value.integer);
+  if constexpr (std::is_pointer_v<T>)
+    return static_cast<T>(value.pointer);
+  else if constexpr (std::is_floating_point_v<T>)
+    return static_cast<T>(value.real);
+  else
+    return static_cast<T>(value.integer);
 }
 
 template <auto kFunction, typename Signature>
@@ -72,7 +77,9 @@ struct Adapter<kFunction, Result (*)(Params...)> {
       *result = static_cast<int64_t>(kFunction(unpack<Params>(values[I])...));
     }
   }
-  static void call(const Value* values, int64_t* result) { apply(values, result, std::index_sequence_for<Params...>{}); }
+  static void call(const Value* values, int64_t* result) {
+    apply(values, result, std::index_sequence_for<Params...>{});
+  }
 };
 
 struct AddExport {
@@ -81,7 +88,7 @@ struct AddExport {
 
 }  // namespace cuda_on_cpu
 
-#define EXPORT(function)                                                                     \
-  static const ::cuda_on_cpu::AddExport export_##function({                                  \
-      #function, ::cuda_on_cpu::Adapter<&::vareid::function, decltype(&::vareid::function)>::signature(), \
-      &::cuda_on_cpu::Adapter<&::vareid::function, decltype(&::vareid::function)>::call});
+#define EXPORT(function)                                                                                   \
+  static const ::cuda_on_cpu::AddExport export_##function(                                                 \
+      {#function, ::cuda_on_cpu::Adapter<&::vareid::function, decltype(&::vareid::function)>::signature(), \
+       &::cuda_on_cpu::Adapter<&::vareid::function, decltype(&::vareid::function)>::call});

@@ -12,9 +12,6 @@
 
 #ifdef CUDA_ON_CPU_ASAN
 #include <sanitizer/asan_interface.h>
-#else
-#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
-#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
 #endif
 
 namespace cuda_on_cpu {
@@ -41,15 +38,26 @@ struct SharedVariable {
 std::vector<SharedVariable> shared_variables;
 std::vector<uint8_t> dirty;  // one for each slot of the static shared region
 
+void poison([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+#ifdef CUDA_ON_CPU_ASAN
+  __asan_poison_memory_region(address, bytes);
+#endif
+}
+void unpoison([[maybe_unused]] void* address, [[maybe_unused]] size_t bytes) {
+#ifdef CUDA_ON_CPU_ASAN
+  __asan_unpoison_memory_region(address, bytes);
+#endif
+}
+
 void set_up_arena() {
   if (global_region.base) return;
   global_region.size = kArena;
   global_region.base = reinterpret_cast<uintptr_t>(reserve(kArena));
-  ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(global_region.base), kArena);
+  poison(reinterpret_cast<void*>(global_region.base), kArena);
   if (kChecker) map_shadow(global_region);
   dynamic_region.size = kDynamicArena;
   dynamic_region.base = reinterpret_cast<uintptr_t>(reserve(kDynamicArena));
-  ASAN_POISON_MEMORY_REGION(reinterpret_cast<void*>(dynamic_region.base), kDynamicArena);
+  poison(reinterpret_cast<void*>(dynamic_region.base), kDynamicArena);
   if (kChecker) map_shadow(dynamic_region);
 }
 
@@ -111,8 +119,8 @@ void* dynamic_shared() { return reinterpret_cast<void*>(dynamic_region.base); }
 // Shared memory starts every block as garbage: NaN for the eyes, and not initialised for the checker.
 void begin_block_memory() {
   auto* base = reinterpret_cast<char*>(dynamic_region.base);
-  ASAN_POISON_MEMORY_REGION(base, kDynamicArena);
-  ASAN_UNPOISON_MEMORY_REGION(base, machine.dynamic_bytes);
+  poison(base, kDynamicArena);
+  unpoison(base, machine.dynamic_bytes);
   std::memset(base, 0xff, machine.dynamic_bytes);
   if (!kChecker) return;
   static size_t marked = 0;
@@ -139,7 +147,7 @@ void* allocate(size_t bytes, const char* label) {
   const uintptr_t address = global_region.base + arena_used;
   arena_used += taken;
   allocations[address] = {bytes, label};
-  ASAN_UNPOISON_MEMORY_REGION(reinterpret_cast<void*>(address), bytes);
+  unpoison(reinterpret_cast<void*>(address), bytes);
   std::memset(reinterpret_cast<void*>(address), 0xff, bytes);
   set_state(global_region, address, bytes, kAllocated);
   return reinterpret_cast<void*>(address);
@@ -149,7 +157,7 @@ bool release(void* pointer) {
   const auto found = allocations.find(reinterpret_cast<uintptr_t>(pointer));
   if (found == allocations.end()) return false;
   set_state(global_region, found->first, found->second.bytes, 0);
-  ASAN_POISON_MEMORY_REGION(pointer, found->second.bytes);
+  poison(pointer, found->second.bytes);
   allocations.erase(found);
   if (allocations.empty()) arena_used = kGap;
   return true;
@@ -164,7 +172,8 @@ cudaError_t allow_dynamic_shared(const void* kernel, cudaFuncAttribute attribute
 
 void clear_seen() {
   for (const auto& [base, allocation] : allocations)
-    for (size_t i = 0; i < allocation.bytes; ++i) global_region.state[base - global_region.base + i] &= ~(kRead | kWritten);
+    for (size_t i = 0; i < allocation.bytes; ++i)
+      global_region.state[base - global_region.base + i] &= ~(kRead | kWritten);
 }
 
 }  // namespace cuda_on_cpu
@@ -220,9 +229,7 @@ cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   *pointer = allocate(bytes, "cudaMalloc'ed memory");
   return *pointer ? cudaSuccess : cudaErrorMemoryAllocation;
 }
-cudaError_t cudaFree(void* pointer) {
-  return !pointer || release(pointer) ? cudaSuccess : cudaErrorInvalidValue;
-}
+cudaError_t cudaFree(void* pointer) { return !pointer || release(pointer) ? cudaSuccess : cudaErrorInvalidValue; }
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   check_host_range(address, bytes, "cudaMemset");

@@ -11,5 +11,8 @@ void checker_warp_sync(unsigned, unsigned) {}
 void traffic_begin_launch() {}
 void traffic_flush(unsigned, unsigned) {}
 void fence() {}
+#ifndef CUDA_ON_CPU_ASAN
+std::string take_sanitizer_report() { return ""; }
+#endif
 
 }  // namespace cuda_on_cpu

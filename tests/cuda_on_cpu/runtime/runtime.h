@@ -64,7 +64,7 @@ struct Thread {
 };
 
 struct Machine {
-  bool running = false;
+  bool running = false, checking = false;
   const void* kernel = nullptr;
   uint32_t block = 0, launch_first_block = 1, next_block = 1;  // blocks are numbered across launches
   unsigned threads = 0, current = 0;
@@ -73,6 +73,7 @@ struct Machine {
   uintptr_t host_frame = 0;
   size_t dynamic_bytes = 0;
   std::string defect;
+  std::string deferred;  // an uninitialised read of shared memory: a race that explains it may still show
   // set from Python
   int order = 0;  // 0 forward, 1 reverse, 2 random
   uint64_t seed = 0;
@@ -89,6 +90,9 @@ std::string thread_name(uint32_t thread);
 std::string block_name(uint32_t block);
 std::string place(Site site);
 std::string place(uintptr_t pc);
+
+// asan_report.cpp; "" in the other builds
+std::string take_sanitizer_report();
 
 // memory.cpp
 void begin_block_memory();

@@ -22,7 +22,8 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// ---- context switch ----------------------------------------------------------------------------------------------------
+// ---- context switch
+// ----------------------------------------------------------------------------------------------------
 #if defined(__x86_64__)
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
 __asm__(R"(
@@ -70,7 +71,11 @@ void (*body)(void*) = nullptr;
 void* body_context = nullptr;
 std::map<const void*, size_t> allowed_dynamic;
 std::set<std::tuple<std::string, int, const void*>> sites;  // every barrier that ran: file, line, kernel
+Site last_site{};
+const void* last_kernel = nullptr;
 uint64_t random_state = 0;
+uint64_t resumes = 0;
+uint32_t arrived[kMaxThreads / kWarp];  // for each warp: the lanes that wait at a warp operation or have ended
 
 uint64_t next_random() {
   random_state += 0x9e3779b97f4a7c15ull;
@@ -90,8 +95,8 @@ void arrange(std::vector<T>& order) {
 void allocate_stacks() {
   if (machine.thread[0].stack) return;
   const size_t each = kStack + kGuard;
-  void* memory = mmap(nullptr, each * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                      -1, 0);
+  void* memory =
+      mmap(nullptr, each * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw Defect("the harness cannot reserve memory for the fibers' stacks");
   for (unsigned t = 0; t < kMaxThreads; ++t) {
     char* base = static_cast<char*>(memory) + t * each;
@@ -100,7 +105,8 @@ void allocate_stacks() {
   }
 }
 
-// ---- fibers ------------------------------------------------------------------------------------------------------------
+// ---- fibers
+// ------------------------------------------------------------------------------------------------------------
 #ifdef CUDA_ON_CPU_WITH_ASAN
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
@@ -134,6 +140,7 @@ void fiber_main() {
 #endif
   body(body_context);
   machine.thread[machine.current].state = State::kDone;
+  arrived[machine.current / kWarp] |= 1u << machine.current % kWarp;
   switch_to_scheduler(true);
   __builtin_unreachable();
 }
@@ -146,8 +153,8 @@ void make_fiber(unsigned t) {
 #endif
 #if defined(__x86_64__)
   auto** top = reinterpret_cast<void**>(thread.stack + kStack);
-  *--top = nullptr;                                // a caller's frame that does not exist
-  *--top = reinterpret_cast<void*>(&fiber_main);   // where the first switch returns to
+  *--top = nullptr;                               // a caller's frame that does not exist
+  *--top = reinterpret_cast<void*>(&fiber_main);  // where the first switch returns to
   for (int r = 0; r < 6; ++r) *--top = nullptr;
   thread.stack_pointer = top;
 #else
@@ -159,9 +166,11 @@ void make_fiber(unsigned t) {
 }
 
 void resume(unsigned t) {
+  ++resumes;
   machine.current = t;
   threadIdx = machine.thread[t].index;
   machine.running = true;
+  machine.checking = false;
 #ifdef CUDA_ON_CPU_WITH_ASAN
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, machine.thread[t].stack, kStack);
 #endif
@@ -174,6 +183,7 @@ void resume(unsigned t) {
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 #endif
   machine.running = false;
+  if (machine.defect.empty()) machine.defect = take_sanitizer_report();
   if (!machine.defect.empty()) {
     const std::string text = std::move(machine.defect);
     machine.defect.clear();
@@ -181,17 +191,15 @@ void resume(unsigned t) {
   }
 }
 
-// ---- waiting -----------------------------------------------------------------------------------------------------------
-bool is_disabled(Site site) {
-  if (site.line != machine.disabled.line || !machine.disabled.file) return false;
-  return std::strcmp(site.file, machine.disabled.file) == 0;
-}
+// ---- waiting
+// -----------------------------------------------------------------------------------------------------------
+bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
+
+bool is_disabled(Site site) { return machine.disabled.file && same(site, machine.disabled); }
 
 void record_site(Site site) {
-  static Site last{};
-  static const void* last_kernel = nullptr;
-  if (site.file == last.file && site.line == last.line && last_kernel == machine.kernel) return;
-  last = site;
+  if (last_site.file && last_kernel == machine.kernel && same(site, last_site)) return;
+  last_site = site;
   last_kernel = machine.kernel;
   sites.emplace(site.file, site.line, machine.kernel);
 }
@@ -204,7 +212,7 @@ void open_barrier() {
     Thread& thread = machine.thread[t];
     if (thread.state == State::kDone) continue;
     if (!first) first = &thread;
-    if (thread.site.line != first->site.line || std::strcmp(thread.site.file, first->site.file) != 0)
+    if (!same(thread.site, first->site))
       fail("barrier divergence in block %s: thread %s waits at %s, thread %s at %s", block_name(machine.block).c_str(),
            thread_name(static_cast<unsigned>(first - machine.thread)).c_str(), place(first->site).c_str(),
            thread_name(t).c_str(), place(thread.site).c_str());
@@ -229,16 +237,17 @@ bool complete_warp(unsigned t) {
   const unsigned first = t / kWarp * kWarp, lanes = std::min(kWarp, machine.threads - first);
   const Thread& self = machine.thread[t];
   unsigned present = 0;
+  const unsigned existing = lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1;
+  if ((arrived[first / kWarp] & self.mask & existing) != (self.mask & existing)) return false;
   for (unsigned lane = 0; lane < lanes; ++lane) {
     const Thread& other = machine.thread[first + lane];
     if (!(self.mask >> lane & 1) || other.state == State::kDone) continue;
-    if (other.state != State::kAtWarp || other.op != self.op || other.mask != self.mask ||
-        other.site.line != self.site.line || std::strcmp(other.site.file, self.site.file) != 0)
-      return false;
+    if (other.op != self.op || other.mask != self.mask || !same(other.site, self.site)) return false;
     present |= 1u << lane;
   }
   uint64_t value[kWarp];
   unsigned ballot = 0;
+  arrived[first / kWarp] &= ~present;
   for (unsigned lane = 0; lane < lanes; ++lane) {
     value[lane] = machine.thread[first + lane].value;
     if ((present >> lane & 1) && value[lane]) ballot |= 1u << lane;
@@ -251,9 +260,9 @@ bool complete_warp(unsigned t) {
         fail("shuffle from an absent lane: thread %s of block %s reads lane %u at %s, which %s",
              thread_name(first + lane).c_str(), block_name(machine.block).c_str(), other.source,
              place(self.site).c_str(),
-             other.source >= lanes                ? "does not exist"
-             : !(self.mask >> other.source & 1)   ? "is not in the mask"
-                                                  : "has ended");
+             other.source >= lanes              ? "does not exist"
+             : !(self.mask >> other.source & 1) ? "is not in the mask"
+                                                : "has ended");
       other.value = value[other.source];
     } else if (self.op == WarpOp::kVote) {
       other.value = ballot;
@@ -265,7 +274,7 @@ bool complete_warp(unsigned t) {
     other.state = State::kReady;
   }
   if (self.op == WarpOp::kSync) checker_warp_sync(first / kWarp, present);
-  if (present == (lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1)) traffic_flush(first, lanes);
+  if (present == existing) traffic_flush(first, lanes);
   return true;
 }
 
@@ -277,8 +286,8 @@ bool complete_warp(unsigned t) {
   for (unsigned t = first; t < std::min(first + kWarp, machine.threads); ++t)
     if (t != waiting && (machine.thread[waiting].mask >> (t - first) & 1) &&
         (machine.thread[t].state == State::kAtBarrier ||
-         (machine.thread[t].state == State::kAtWarp && (machine.thread[t].site.line != machine.thread[waiting].site.line ||
-                                                        machine.thread[t].mask != machine.thread[waiting].mask))))
+         (machine.thread[t].state == State::kAtWarp && (machine.thread[t].mask != machine.thread[waiting].mask ||
+                                                        !same(machine.thread[t].site, machine.thread[waiting].site)))))
       other = t;
   if (other == kMaxThreads)
     fail("barrier divergence in block %s: thread %s waits at %s for ever", block_name(machine.block).c_str(),
@@ -292,6 +301,7 @@ void run_block(std::vector<unsigned>& order) {
   begin_block_memory();
   checker_begin_block();
   machine.epoch = 0;
+  std::fill(std::begin(arrived), std::end(arrived), 0u);
   for (unsigned t = 0; t < machine.threads; ++t) make_fiber(t);
   for (;;) {
     std::iota(order.begin(), order.end(), 0u);
@@ -316,12 +326,14 @@ void run_block(std::vector<unsigned>& order) {
       deadlock();
     }
   }
+  if (!machine.deferred.empty()) fail("%s", "");
   traffic_flush(0, machine.threads);
 }
 
 }  // namespace
 
-// ---- what kernels call -------------------------------------------------------------------------------------------------
+// ---- what kernels call
+// -------------------------------------------------------------------------------------------------
 int block_barrier(bool predicate, Site site) {
   record_site(site);
   if (is_disabled(site)) return 0;
@@ -344,6 +356,7 @@ uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, unsigned sourc
     fail("thread %s of block %s calls a warp operation at %s with a mask (0x%08x) that leaves itself out",
          thread_name(t).c_str(), block_name(machine.block).c_str(), place(site).c_str(), mask);
   self.state = State::kAtWarp;
+  arrived[t / kWarp] |= 1u << t % kWarp;
   self.op = op;
   self.mask = mask;
   self.value = value;
@@ -366,6 +379,10 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
+  // What went wrong first explains what goes wrong now, unless a race explains both.
+  if (!machine.deferred.empty() && std::strncmp(text, "data race", 9) != 0)
+    snprintf(text, sizeof text, "%s", machine.deferred.c_str());
+  machine.deferred.clear();
   if (!machine.running) throw Defect(text);
   machine.defect = text;
   switch_to_scheduler(true);
@@ -404,6 +421,7 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void
          machine.expected_device);
   if (stream != machine.expected_stream) fail("launch on another stream than the launcher was given");
   allocate_stacks();
+  machine.deferred.clear();
   machine.kernel = kernel;
   machine.threads = static_cast<unsigned>(threads);
   machine.dynamic_bytes = shared_bytes;
@@ -436,6 +454,12 @@ void allow_dynamic(const void* kernel, size_t bytes) { allowed_dynamic[kernel] =
 }  // namespace cuda_on_cpu
 
 extern "C" {
+// How often a thread was switched to since the last call.
+uint64_t cuda_on_cpu_resumes() {
+  const uint64_t n = cuda_on_cpu::resumes;
+  cuda_on_cpu::resumes = 0;
+  return n;
+}
 int cuda_on_cpu_sites() { return static_cast<int>(cuda_on_cpu::sites.size()); }
 // The i-th barrier that has run so far: its file, line and the kernel's address.
 const char* cuda_on_cpu_site(int i, int* line, const void** kernel) {
@@ -443,6 +467,10 @@ const char* cuda_on_cpu_site(int i, int* line, const void** kernel) {
   *line = std::get<1>(*site);
   *kernel = std::get<2>(*site);
   return std::get<0>(*site).c_str();
+}
+void cuda_on_cpu_forget_sites() {
+  cuda_on_cpu::sites.clear();
+  cuda_on_cpu::last_site = {};
 }
 void cuda_on_cpu_disable(const char* file, int line) {
   static std::string held;

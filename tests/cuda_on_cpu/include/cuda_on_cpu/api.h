@@ -1,7 +1,12 @@
 // The host side of the runtime: devices, memory, function attributes. Nothing is asynchronous.
 #pragma once
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidDevice = 101 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidDevice = 101
+};
 using cudaError = cudaError_t;
 using cudaStream_t = struct CUstream_st*;
 enum cudaMemcpyKind {

@@ -4,26 +4,26 @@
 
 #define CUDA_ON_CPU_ATOMIC inline __attribute__((noinline, no_sanitize("thread")))
 
-#define CUDA_ON_CPU_UPDATE(name, T, value)                               \
-  CUDA_ON_CPU_ATOMIC T name(T* address, T operand) {                     \
+#define CUDA_ON_CPU_UPDATE(name, T, value)                                         \
+  CUDA_ON_CPU_ATOMIC T name(T* address, T operand) {                               \
     ::cuda_on_cpu::atomic_access(address, sizeof(T), __builtin_return_address(0)); \
-    const T old = *address;                                              \
-    *address = (value);                                                  \
-    return old;                                                          \
+    const T old = *address;                                                        \
+    *address = (value);                                                            \
+    return old;                                                                    \
   }
-#define CUDA_ON_CPU_INTEGER(T)                                           \
-  CUDA_ON_CPU_UPDATE(atomicMin, T, old < operand ? old : operand)        \
-  CUDA_ON_CPU_UPDATE(atomicMax, T, old > operand ? old : operand)        \
-  CUDA_ON_CPU_UPDATE(atomicAnd, T, old & operand)                        \
-  CUDA_ON_CPU_UPDATE(atomicOr, T, old | operand)                         \
+#define CUDA_ON_CPU_INTEGER(T)                                    \
+  CUDA_ON_CPU_UPDATE(atomicMin, T, old < operand ? old : operand) \
+  CUDA_ON_CPU_UPDATE(atomicMax, T, old > operand ? old : operand) \
+  CUDA_ON_CPU_UPDATE(atomicAnd, T, old& operand)                  \
+  CUDA_ON_CPU_UPDATE(atomicOr, T, old | operand)                  \
   CUDA_ON_CPU_UPDATE(atomicXor, T, old ^ operand)
 #define CUDA_ON_CPU_EXCHANGE(T) CUDA_ON_CPU_UPDATE(atomicExch, T, operand)
-#define CUDA_ON_CPU_COMPARE(T)                                           \
-  CUDA_ON_CPU_ATOMIC T atomicCAS(T* address, T compare, T value) {       \
+#define CUDA_ON_CPU_COMPARE(T)                                                     \
+  CUDA_ON_CPU_ATOMIC T atomicCAS(T* address, T compare, T value) {                 \
     ::cuda_on_cpu::atomic_access(address, sizeof(T), __builtin_return_address(0)); \
-    const T old = *address;                                              \
-    if (old == compare) *address = value;                                \
-    return old;                                                          \
+    const T old = *address;                                                        \
+    if (old == compare) *address = value;                                          \
+    return old;                                                                    \
   }
 
 CUDA_ON_CPU_UPDATE(atomicAdd, int, static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(operand)))

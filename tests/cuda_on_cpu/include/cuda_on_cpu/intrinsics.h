@@ -3,7 +3,8 @@
 
 #define CUDA_ON_CPU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-// ---- barriers and fences ---------------------------------------------------------------------------------------------
+// ---- barriers and fences
+// ---------------------------------------------------------------------------------------------
 inline void __syncthreads(CUDA_ON_CPU_SITE) { cuda_on_cpu::block_barrier(false, {file, line}); }
 inline int __syncthreads_count(int predicate, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::block_barrier(predicate != 0, {file, line});
@@ -22,7 +23,8 @@ inline void __threadfence_block() { cuda_on_cpu::fence(); }
 inline void __threadfence_system() { cuda_on_cpu::fence(); }
 inline void __trap(CUDA_ON_CPU_SITE) { cuda_on_cpu::trap({file, line}); }
 
-// ---- warp operations -------------------------------------------------------------------------------------------------
+// ---- warp operations
+// -------------------------------------------------------------------------------------------------
 namespace cuda_on_cpu {
 template <typename T>
 __attribute__((no_sanitize("thread"))) T shuffle(unsigned mask, T value, unsigned source, Site site) {
@@ -78,7 +80,8 @@ unsigned __match_any_sync(unsigned mask, T value, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::match(mask, value, {file, line});
 }
 
-// ---- bits ------------------------------------------------------------------------------------------------------------
+// ---- bits
+// ------------------------------------------------------------------------------------------------------------
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
@@ -102,16 +105,17 @@ inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); 
 inline long long __double_as_longlong(double x) { return __builtin_bit_cast(long long, x); }
 inline double __longlong_as_double(long long x) { return __builtin_bit_cast(double, x); }
 
-// ---- loads and stores with a cache hint ------------------------------------------------------------------------------
-#define CUDA_ON_CPU_LOAD(name)   \
-  template <typename T>          \
-  T name(const T* address) {     \
-    return *address;             \
+// ---- loads and stores with a cache hint
+// ------------------------------------------------------------------------------
+#define CUDA_ON_CPU_LOAD(name) \
+  template <typename T>        \
+  T name(const T* address) {   \
+    return *address;           \
   }
-#define CUDA_ON_CPU_STORE(name)          \
-  template <typename T>                  \
-  void name(T* address, T value) {       \
-    *address = value;                    \
+#define CUDA_ON_CPU_STORE(name)    \
+  template <typename T>            \
+  void name(T* address, T value) { \
+    *address = value;              \
   }
 CUDA_ON_CPU_LOAD(__ldg)
 CUDA_ON_CPU_LOAD(__ldca)
@@ -126,7 +130,8 @@ CUDA_ON_CPU_STORE(__stwt)
 #undef CUDA_ON_CPU_LOAD
 #undef CUDA_ON_CPU_STORE
 
-// ---- floating point --------------------------------------------------------------------------------------------------
+// ---- floating point
+// --------------------------------------------------------------------------------------------------
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
 inline float rsqrt(float x) { return rsqrtf(x); }
@@ -159,8 +164,8 @@ inline int __float2int_rd(float x) { return static_cast<int>(floorf(x)); }
 inline int __float2int_rz(float x) { return static_cast<int>(x); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 
-#define CUDA_ON_CPU_MIN_MAX(T)                       \
-  inline T min(T a, T b) { return b < a ? b : a; }   \
+#define CUDA_ON_CPU_MIN_MAX(T)                     \
+  inline T min(T a, T b) { return b < a ? b : a; } \
   inline T max(T a, T b) { return a < b ? b : a; }
 CUDA_ON_CPU_MIN_MAX(int)
 CUDA_ON_CPU_MIN_MAX(unsigned)

@@ -6,11 +6,11 @@ template <typename...>
 inline constexpr bool kNever = false;
 }
 
-#define CUDA_ON_CPU_UNSUPPORTED(name, advice)                                                             \
-  template <typename... Args>                                                                             \
-  int name(Args...) {                                                                                     \
-    static_assert(cuda_on_cpu::kNever<Args...>, "CUDA-on-CPU: " #name " is not supported: " advice);       \
-    return 0;                                                                                             \
+#define CUDA_ON_CPU_UNSUPPORTED(name, advice)                                                        \
+  template <typename... Args>                                                                        \
+  int name(Args...) {                                                                                \
+    static_assert(cuda_on_cpu::kNever<Args...>, "CUDA-on-CPU: " #name " is not supported: " advice); \
+    return 0;                                                                                        \
   }
 CUDA_ON_CPU_UNSUPPORTED(__activemask, "state the mask of the lanes that take part")
 CUDA_ON_CPU_UNSUPPORTED(__shfl, "use the _sync form with a mask")
@@ -27,6 +27,5 @@ CUDA_ON_CPU_UNSUPPORTED(cudaLaunchCooperativeKernel, "split the work into two la
 CUDA_ON_CPU_UNSUPPORTED(tex2D, "read global memory")
 #undef CUDA_ON_CPU_UNSUPPORTED
 
-#define asm                                                                                               \
-  _Pragma("GCC error \"CUDA-on-CPU: inline PTX (asm) is not supported: use an intrinsic, or guard the "   \
-          "variant with #ifndef VAREID_CUDA_ON_CPU and test the plain one\"") __asm__
+// A pragma takes one string, so the text must fit into a line.
+#define asm _Pragma("GCC error \"CUDA-on-CPU: inline PTX (asm) is not supported: use an intrinsic\"") __asm__

@@ -1,0 +1,270 @@
+#include "nearest_neighbors.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/exact_distance.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace vareid {
+namespace {
+
+constexpr int64_t kMaxCapacity = 4096;
+constexpr int64_t kSegment = 1024;  // columns whose bounds stay in the first-level cache
+constexpr int64_t kChunk = 64;      // columns tested at once
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Drops what is beyond the k-th smallest upper bound, and what does not fit.
+void compact(const Candidates& state, int64_t row, float window, const float* other_window) {
+  float* const lower = state.lower + row * state.capacity;
+  int32_t* const index = state.index + row * state.capacity;
+  const int64_t count = state.count[row];
+  float scratch[kMaxCapacity];
+  for (int64_t c = 0; c < count; ++c) scratch[c] = lower[c] + 2 * (window + other_window[index[c]]);
+  std::nth_element(scratch, scratch + state.k - 1, scratch + count);
+  float threshold = scratch[state.k - 1];
+  int64_t kept = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    if (!(lower[c] <= threshold)) continue;
+    lower[kept] = lower[c];
+    index[kept++] = index[c];
+  }
+  const int64_t limit = state.capacity - (state.capacity - state.k) / 2;
+  if (kept > limit) {
+    std::copy(lower, lower + kept, scratch);
+    std::nth_element(scratch, scratch + limit, scratch + kept);
+    const float lost = scratch[limit];
+    state.cut[row] = std::min(state.cut[row], lost);
+    int64_t equal = limit;  // room for those at the value itself
+    for (int64_t c = 0; c < kept; ++c) equal -= lower[c] < lost;
+    int64_t left = 0;
+    for (int64_t c = 0; c < kept; ++c) {
+      if (!(lower[c] < lost) && (lower[c] > lost || equal-- <= 0)) continue;
+      lower[left] = lower[c];
+      index[left++] = index[c];
+    }
+    kept = left;
+    threshold = std::nextafter(lost, -kInfinity);
+  }
+  state.count[row] = static_cast<int32_t>(kept);
+  state.threshold[row] = std::min(state.threshold[row], threshold);
+}
+
+inline void push(const Candidates& state, int64_t row, float lower, int64_t index, float window,
+                 const float* other_window) {
+  const int64_t at = row * state.capacity + state.count[row]++;
+  state.lower[at] = lower;
+  state.index[at] = static_cast<int32_t>(index);
+  if (state.count[row] == state.capacity) compact(state, row, window, other_window);
+}
+
+// One rectangle of a block, at most kSegment columns wide.
+template <bool kTwoSided, bool kWrite>
+VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
+                                  int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                                  const Candidates& left, const Candidates* right) {
+  alignas(64) float shrunk[kSegment], norm[kSegment], limit[kSegment], largest[kSegment];
+  alignas(64) uint8_t hit[kChunk];
+  const int64_t padded = (columns + kChunk - 1) / kChunk * kChunk;
+  for (int64_t c = 0; c < padded; ++c) {
+    const int64_t j = column_begin + std::min(c, columns - 1);
+    norm[c] = right_bounds.norm[j];
+    shrunk[c] = norm[c] - right_bounds.window[j];
+    limit[c] = kTwoSided ? right->threshold[j] - shrunk[c] : 0.0f;
+    largest[c] = -kInfinity;
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t i = row_begin + r;
+    const float row_norm = left_bounds.norm[i], row_shrunk = row_norm - left_bounds.window[i];
+    float row_limit = left.threshold[i] - row_shrunk;
+    float row_largest = -kInfinity;
+    for (int64_t c0 = 0; c0 < columns; c0 += kChunk) {
+      const int64_t n = std::min(kChunk, columns - c0);
+      float* const part = block + r * ld + c0;
+      int any = 0;
+      alignas(64) float twice[kChunk];
+#pragma omp simd reduction(max : row_largest) reduction(| : any)
+      for (int64_t c = 0; c < n; ++c) {
+        const float product = -2 * part[c];
+        twice[c] = product;
+        const float from_row = product + norm[c0 + c], from_column = product + row_norm;
+        row_largest = std::max(row_largest, from_row);
+        if (kTwoSided) largest[c0 + c] = std::max(largest[c0 + c], from_column);
+        const uint8_t below = product + shrunk[c0 + c] <= row_limit;
+        const uint8_t below_column = kTwoSided && product + row_shrunk <= limit[c0 + c];
+        hit[c] = below | below_column;
+        any |= below | below_column;
+        if (kWrite) part[c] = std::max(from_row + row_norm, 0.0f);
+      }
+      if (!any) continue;
+      for (int64_t c = 0; c < n; ++c) {
+        if (!hit[c]) continue;
+        const int64_t j = column_begin + c0 + c;
+        const float lower = twice[c] + shrunk[c0 + c] + row_shrunk;
+        if (twice[c] + shrunk[c0 + c] <= row_limit) {
+          push(left, i, lower, j, left_bounds.window[i], right_bounds.window);
+          row_limit = left.threshold[i] - row_shrunk;
+        }
+        if (kTwoSided && twice[c] + row_shrunk <= limit[c0 + c]) {
+          push(*right, j, lower, i, right_bounds.window[j], left_bounds.window);
+          limit[c0 + c] = right->threshold[j] - shrunk[c0 + c];
+        }
+      }
+    }
+    left.row_max[i] = std::max(left.row_max[i], row_largest + row_norm);
+  }
+  if (kTwoSided)
+    for (int64_t c = 0; c < columns; ++c) {
+      float& value = right->row_max[column_begin + c];
+      value = std::max(value, largest[c] + norm[c]);
+    }
+}
+
+#define VAREID_SCAN(name, two_sided, write)                                                                      \
+  VAREID_MULTIVERSION void name(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,      \
+                                int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,     \
+                                const Candidates& left, const Candidates* right) {                               \
+    scan_rectangle<two_sided, write>(block, ld, rows, columns, row_begin, column_begin, left_bounds, right_bounds, \
+                                     left, right);                                                               \
+  }
+VAREID_SCAN(scan_left, false, false)
+VAREID_SCAN(scan_left_write, false, true)
+VAREID_SCAN(scan_both, true, false)
+VAREID_SCAN(scan_both_write, true, true)
+#undef VAREID_SCAN
+
+// Two sets of features whose rows are numbered together.
+struct Rows {
+  const Features& first;
+  const Features& second;
+
+  const Features& of(int64_t row) const { return row < first.rows ? first : second; }
+  int64_t local(int64_t row) const { return row < first.rows ? row : row - first.rows; }
+};
+
+double metric_value(double squared, Metric metric, double unscale) {
+  if (metric == Metric::kCosine) return squared / 2;
+  return metric == Metric::kEuclidean ? std::sqrt(squared) * std::sqrt(unscale) : squared * unscale;
+}
+
+struct Pair {
+  double distance;
+  int32_t index;
+
+  bool operator<(const Pair& other) const {
+    return distance < other.distance || (distance == other.distance && index < other.index);
+  }
+};
+
+struct Output {
+  int32_t* index;
+  void* distance;
+  DType dtype;
+  int64_t k;
+  Metric metric;
+  double unscale;
+
+  // The k first of `count` pairs.
+  void write(int64_t row, Pair* pairs, int64_t count) const {
+    if (k < count) std::nth_element(pairs, pairs + k, pairs + count);
+    std::sort(pairs, pairs + k);
+    for (int64_t c = 0; c < k; ++c) {
+      index[row * k + c] = pairs[c].index;
+      if (!distance) continue;
+      const double value = metric_value(pairs[c].distance, metric, unscale);
+      if (dtype == DType::kFloat64)
+        static_cast<double*>(distance)[row * k + c] = value;
+      else
+        static_cast<float*>(distance)[row * k + c] = static_cast<float>(value);
+    }
+  }
+};
+
+}  // namespace
+
+void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin, int64_t column_begin,
+                    const Bounds& left_bounds, const Bounds& right_bounds, const Candidates& left,
+                    const Candidates* right, bool write, int threads) {
+  const auto scan = right ? (write ? scan_both_write : scan_both) : (write ? scan_left_write : scan_left);
+  // With T threads, T rounds: in each, every thread has rows and columns of its own.
+  const int64_t parts = usable_threads(std::min(rows, columns), threads);
+  const auto split = [parts](int64_t size, int64_t part) { return size * part / parts; };
+  const int64_t rounds = right ? parts : 1;
+  for (int64_t round = 0; round < rounds; ++round)
+    parallel_for(parts, static_cast<int>(parts), [&](int64_t first, int64_t last, int) {
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t r0 = split(rows, part), r1 = split(rows, part + 1);
+        const int64_t other = (part + round) % parts;
+        const int64_t c0 = right ? split(columns, other) : 0, c1 = right ? split(columns, other + 1) : columns;
+        for (int64_t c = c0; c < c1; c += kSegment)
+          scan(block + r0 * ld + c, ld, r1 - r0, std::min(kSegment, c1 - c), row_begin + r0, column_begin + c,
+               left_bounds, right_bounds, left, right);
+      }
+    });
+}
+
+void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
+                          int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
+                          const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
+                          DType distance_dtype, uint8_t* unsure, float* reach, int threads) {
+  const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
+  const Rows rows{x, x2}, columns{y, y2};
+  const Output output{index, distance, distance_dtype, left.k, metric, unscale};
+  parallel_for(x.rows + x2.rows, threads, [&](int64_t begin, int64_t end, int) {
+    float upper[kMaxCapacity];
+    Pair pairs[kMaxCapacity];
+    for (int64_t i = begin; i < end; ++i) {
+      const float* const lower = left.lower + i * left.capacity;
+      const int32_t* const candidate = left.index + i * left.capacity;
+      const int64_t count = left.count[i];
+      for (int64_t c = 0; c < count; ++c)
+        upper[c] = lower[c] + 2 * (left_bounds.window[i] + right_bounds.window[candidate[c]]);
+      std::nth_element(upper, upper + left.k - 1, upper + count);
+      reach[i] = upper[left.k - 1];
+      unsure[i] = reach[i] >= left.cut[i];
+      if (unsure[i]) continue;
+      int64_t kept = 0;
+      for (int64_t c = 0; c < count; ++c) {
+        if (!(lower[c] <= reach[i])) continue;
+        const int64_t j = candidate[c];
+        pairs[kept].distance = exact(rows.of(i), rows.local(i), columns.of(j), columns.local(j), D);
+        pairs[kept++].index = candidate[c];
+      }
+      output.write(i, pairs, kept);
+    }
+  });
+}
+
+void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, int64_t columns,
+                     const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
+                     int64_t D, Metric metric, double unscale, const Bounds& left_bounds, const Bounds& right_bounds,
+                     const float* reach, const int32_t* same, int64_t k, int32_t* index, void* distance,
+                     DType distance_dtype, void* workspace, int threads) {
+  const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
+  const Rows left{x, x2}, right{y, y2};
+  const Output output{index, distance, distance_dtype, k, metric, unscale};
+  parallel_for(count, threads, [&](int64_t begin, int64_t end, int thread) {
+    Pair* const pairs = static_cast<Pair*>(workspace) + thread * (columns + (columns + 1) / 2);
+    double* const known = reinterpret_cast<double*>(pairs + columns);  // distances to rows that others are equal to
+    std::fill(known, known + columns, -1.0);
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t i = rows[r];
+      const float shrunk = left_bounds.norm[i] - left_bounds.window[i];
+      int64_t kept = 0;
+      for (int64_t j = 0; j < columns; ++j) {
+        const float lower = -2 * block[r * ld + j] + (right_bounds.norm[j] - right_bounds.window[j]) + shrunk;
+        if (!(lower <= reach[i])) continue;
+        const int64_t first = same ? same[j] : j;
+        if (known[first] < 0) known[first] = exact(left.of(i), left.local(i), right.of(j), right.local(j), D);
+        pairs[kept].distance = known[first];
+        pairs[kept++].index = static_cast<int32_t>(j);
+      }
+      for (int64_t c = 0; c < kept; ++c) known[same ? same[pairs[c].index] : pairs[c].index] = -1.0;
+      output.write(i, pairs, kept);
+    }
+  });
+}
+
+}  // namespace vareid

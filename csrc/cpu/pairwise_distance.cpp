@@ -1,0 +1,179 @@
+#include "pairwise_distance.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cpu/exact_distance.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace vareid {
+namespace {
+
+// A distance below this share of n_i + n_j is summed again: the product's error is then below 2e-4 of the distance.
+constexpr float kCancellation = 1.0f / 32;
+constexpr int64_t kChunk = 64;  // columns tested at once for such a distance
+
+template <typename T>
+VAREID_INLINE double max_abs_row(const T* x, int64_t D) {
+  using Acc = typename Accumulator<T>::type;
+  Acc largest = 0, poison = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : poison)
+  for (int64_t d = 0; d < D; ++d) {
+    const Acc value = load(x + d);
+    poison += value * 0;  // 0, or NaN for NaN and Inf
+    largest = std::max(largest, std::abs(value));
+  }
+  return poison == 0 ? static_cast<double>(largest) : std::numeric_limits<double>::quiet_NaN();
+}
+
+template <typename T>
+VAREID_INLINE double norm_row(const T* x, double factor, int64_t D) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < D; ++d) {
+    const double value = factor * load(x + d);
+    sum += value * value;
+  }
+  return sum;
+}
+
+template <typename T>
+VAREID_INLINE float prepare_row(const T* x, double factor, const double* center, float* out, int64_t D) {
+  double sum = 0;
+  if (center) {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < D; ++d) {
+      const float value = static_cast<float>(factor * load(x + d) - center[d]);
+      out[d] = value;
+      sum += static_cast<double>(value) * value;
+    }
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < D; ++d) {
+      const float value = static_cast<float>(factor * load(x + d));
+      out[d] = value;
+      sum += static_cast<double>(value) * value;
+    }
+  }
+  return static_cast<float>(sum);
+}
+
+VAREID_INLINE double factor_of(const Features& x, int64_t row) { return x.factor ? x.factor[row] : 1.0; }
+
+#define VAREID_FEATURE_ROWS(T)                                                                                     \
+  VAREID_MULTIVERSION void max_abs_rows(const T* data, const Features& x, int64_t D, double* out, int64_t begin,   \
+                                        int64_t end) {                                                             \
+    for (int64_t r = begin; r < end; ++r) out[r] = max_abs_row<T>(data + r * x.stride, D);                         \
+  }                                                                                                                \
+  VAREID_MULTIVERSION void norm_rows(const T* data, const Features& x, int64_t D, double* out, int64_t begin,      \
+                                     int64_t end) {                                                                \
+    for (int64_t r = begin; r < end; ++r) out[r] = norm_row<T>(data + r * x.stride, factor_of(x, r), D);           \
+  }                                                                                                                \
+  VAREID_MULTIVERSION void prepare_rows(const T* data, const Features& x, int64_t D, const double* center,         \
+                                        float* out, float* norm, int64_t begin, int64_t end) {                     \
+    for (int64_t r = begin; r < end; ++r)                                                                          \
+      norm[r] = prepare_row<T>(data + r * x.stride, factor_of(x, r), center, out + r * D, D);                      \
+  }
+
+VAREID_FEATURE_ROWS(float)
+VAREID_FEATURE_ROWS(double)
+VAREID_FEATURE_ROWS(float16)
+VAREID_FEATURE_ROWS(bfloat16)
+#undef VAREID_FEATURE_ROWS
+
+// Squared distances of one row of the block; returns whether any of a chunk's is small, for each chunk.
+VAREID_MULTIVERSION void squared_row(float* __restrict__ row, float x_norm, const float* __restrict__ y_norm,
+                                     int64_t columns, uint8_t* __restrict__ small) {
+  for (int64_t begin = 0; begin < columns; begin += kChunk) {
+    const int64_t n = std::min(kChunk, columns - begin);
+    float* const part = row + begin;
+    const float* const norm = y_norm + begin;
+    int any = 0;
+#pragma omp simd reduction(| : any)
+    for (int64_t c = 0; c < n; ++c) {
+      const float sum = x_norm + norm[c];
+      const float distance = sum - 2 * part[c];
+      part[c] = std::max(distance, 0.0f);
+      any |= distance < kCancellation * sum;
+    }
+    small[begin / kChunk] = any != 0;
+  }
+}
+
+// In float64, so that a scale beyond float32's range leaves 0 at 0.
+VAREID_MULTIVERSION void scale_row(float* row, int64_t columns, double scale) {
+  for (int64_t c = 0; c < columns; ++c) row[c] = static_cast<float>(row[c] * scale);
+}
+
+VAREID_MULTIVERSION void root_row(float* row, int64_t columns) {
+  for (int64_t c = 0; c < columns; ++c) row[c] = std::sqrt(row[c]);
+}
+
+}  // namespace
+
+void pairwise_distance_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_abs, int threads) {
+  dispatch_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    parallel_for(x.rows, threads, [&](int64_t begin, int64_t end, int) {
+      max_abs_rows(static_cast<const T*>(x.data), x, D, max_abs, begin, end);
+    });
+  });
+}
+
+void pairwise_distance_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, int threads) {
+  dispatch_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    parallel_for(x.rows, threads, [&](int64_t begin, int64_t end, int) {
+      norm_rows(static_cast<const T*>(x.data), x, D, norm, begin, end);
+    });
+  });
+}
+
+void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out, float* norm,
+                         int threads) {
+  dispatch_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    parallel_for(x.rows, threads, [&](int64_t begin, int64_t end, int) {
+      prepare_rows(static_cast<const T*>(x.data), x, D, center, out, norm, begin, end);
+    });
+  });
+}
+
+void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
+                                 const float* x_norm, const float* y_norm, Metric metric, double unscale, float* mirror,
+                                 int64_t mirror_ld, int threads) {
+  const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
+  const bool rooted = metric == Metric::kEuclidean;
+  const double scale = rooted ? std::sqrt(unscale) : metric == Metric::kCosine ? 0.5 : unscale;
+  constexpr int64_t kTile = 16;  // rows finished before they are mirrored, so that the mirror's stores share lines
+  const int64_t tiles = (x.rows + kTile - 1) / kTile;
+  parallel_for(tiles, threads, [&](int64_t first, int64_t last, int) {
+    constexpr int64_t kSegment = 64 * kChunk;
+    uint8_t small[kSegment / kChunk];
+    for (int64_t tile = first; tile < last; ++tile) {
+      const int64_t begin = tile * kTile, end = std::min(x.rows, begin + kTile);
+      for (int64_t c0 = 0; c0 < y.rows; c0 += kSegment) {
+        const int64_t n = std::min(kSegment, y.rows - c0);
+        for (int64_t r = begin; r < end; ++r) {
+          float* const row = block + r * ld + c0;
+          squared_row(row, x_norm[r], y_norm + c0, n, small);
+          for (int64_t chunk = 0; chunk * kChunk < n; ++chunk) {
+            if (!small[chunk]) continue;
+            for (int64_t c = chunk * kChunk; c < std::min(n, (chunk + 1) * kChunk); ++c)
+              if (row[c] < kCancellation * (x_norm[r] + y_norm[c0 + c]))
+                row[c] = static_cast<float>(exact(x, r, y, c0 + c, D));
+          }
+          if (rooted) root_row(row, n);
+          if (scale != 1) scale_row(row, n, scale);
+        }
+        if (mirror)
+          for (int64_t c = c0; c < c0 + n; ++c)
+            for (int64_t r = begin; r < end; ++r) mirror[c * mirror_ld + r] = block[r * ld + c];
+      }
+    }
+  });
+}
+
+}  // namespace vareid

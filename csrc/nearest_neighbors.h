@@ -1,0 +1,63 @@
+// Exact nearest neighbours from blocks of float32 products: the definition is in
+// vareid_ext/reference/nearest_neighbors.py, the notation in pairwise_distance.h.
+//
+// The product only filters; the order and the distances are float64 sums of the given features. With n_i = |p_i|^2 the
+// caller gives `window` w_i such that |n_i + n_j - 2 fl(p_i . p_j) - |z_i - z_j|^2| <= w_i + w_j for all i, j (the
+// proof of the window stands in vareid_ext/ops/_filter.py). So lower_ij = n_i - w_i + n_j - w_j - 2 fl(p_i . p_j) is no
+// more than the distance, and upper_ij = lower_ij + 2 (w_i + w_j) no less. A candidate whose lower bound exceeds the
+// k-th smallest upper bound of its row is not among the k nearest. All others are kept, up to `capacity`; where they
+// were more, `cut` is the smallest lower bound that may have been lost, and a row whose k-th upper bound reaches it is
+// to be done again by nearest_neighbors_rescan.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+#include "pairwise_distance.h"
+
+namespace vareid {
+
+// What is known of each row while the blocks go by. All arrays are indexed by row.
+struct Candidates {
+  float* lower;        // [rows, capacity]
+  int32_t* index;      // [rows, capacity]
+  int32_t* count;      // starts at 0
+  float* threshold;    // lower bounds above it are not kept; starts at +Inf
+  float* cut;          // starts at +Inf
+  float* row_max;      // the largest distance seen, in the products' unit; starts at 0
+  int64_t capacity;    // at least k + 1
+  int64_t k;
+};
+
+// Norms and windows of the rows that the block's rows or columns are, from the block's first on.
+struct Bounds {
+  const float* norm;
+  const float* window;
+};
+
+// Looks at a block of products [rows, columns], rows row_begin.. of the left set against rows column_begin.. of the
+// right one. `left` receives candidates of the block's rows; `right`, if not null, those of its columns (a set against
+// itself: every block serves both). Both are indexed from the first row of their set, as are the bounds. With write,
+// the products are replaced by distances, clamped at 0.
+void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin, int64_t column_begin,
+                    const Bounds& left_bounds, const Bounds& right_bounds, const Candidates& left,
+                    const Candidates* right, bool write, int threads);
+
+// The k nearest of each row in exact order, from its candidates. The left set's rows are x's and then x2's, the right
+// set's y's and then y2's. Writes index [rows, k], distance [rows, k] (float32 or float64, null for none), and for
+// rows that need nearest_neighbors_rescan unsure[row] = 1 and reach[row] = the k-th smallest upper bound (else unsure[row] = 0).
+void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
+                          int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
+                          const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
+                          DType distance_dtype, uint8_t* unsure, float* reach, int threads);
+
+// The same for `count` whole rows rows[0..]: block [count, columns] holds their products with the whole right set.
+// same[j], if not null, is the first row of the right set that is equal to row j. workspace: 16 bytes times (columns +
+// half of them, rounded up) for each thread.
+void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, int64_t columns,
+                     const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
+                     int64_t D, Metric metric, double unscale, const Bounds& left_bounds, const Bounds& right_bounds,
+                     const float* reach, const int32_t* same, int64_t k, int32_t* index, void* distance,
+                     DType distance_dtype, void* workspace, int threads);
+
+}  // namespace vareid

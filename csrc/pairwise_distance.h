@@ -1,0 +1,43 @@
+// Features, products and distances: the formulas are in vareid_ext/reference/pairwise_distance.py.
+//
+// Features are rows of D elements of type `dtype`, `stride` elements from one row to the next. The distance that is
+// computed is that of the rows z_i = factor_i x_i: factor is 1, a common power of two (features far from 1), or
+// 1 / |x_i| (cosine). `Metric` says what is made of |z_i - z_j|^2, `unscale` undoes a common factor's square.
+//
+// A block of float32 products comes from the vendor's library, of prepared rows p_i = float32(z_i - center). With
+// n_i = |p_i|^2 a distance is n_i + n_j - 2 p_i . p_j.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace vareid {
+
+enum class Metric : int32_t { kEuclidean = 0, kSquaredEuclidean = 1, kCosine = 2 };
+
+struct Features {
+  const void* data;
+  const double* factor;  // [rows], or null for 1
+  int64_t rows;
+  int64_t stride;
+};
+
+// max_abs[r] = the largest |x_rd|, or NaN where the row holds NaN or Inf.
+void pairwise_distance_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_abs, int threads);
+
+// norm[r] = sum over d of (factor_r x_rd)^2.
+void pairwise_distance_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, int threads);
+
+// out[r] = float32(factor_r x_r - center), norm[r] = |out_r|^2. center is double [D] or null; out is [rows, D].
+void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out, float* norm,
+                         int threads);
+
+// Turns products [rows, columns] (leading dimension ld) into distances, in place. Distances that are small against the
+// norms, where the product has lost digits, are summed again in float64 from the features, so equal rows are at 0.
+// mirror, if not null, receives the transposed block [columns, rows] with leading dimension mirror_ld.
+void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
+                                 const float* x_norm, const float* y_norm, Metric metric, double unscale, float* mirror,
+                                 int64_t mirror_ld, int threads);
+
+}  // namespace vareid

@@ -1,0 +1,123 @@
+#include "nearest_neighbors.h"
+
+#include <vector>
+
+#include "bindings.h"
+#include "features.h"
+
+namespace vareid {
+namespace {
+
+using Views = std::vector<TensorView>;
+
+// norm [rows], window [rows].
+Bounds make_bounds(const Views& views, int64_t rows) {
+  if (views.size() != 2) refuse("bounds", "must be norm and window");
+  return {array<float>(views[0], "norm", rows), array<float>(views[1], "window", rows)};
+}
+
+// lower [rows, capacity], index [rows, capacity], count, threshold, cut, row_max.
+Candidates make_candidates(const Views& views, int64_t k) {
+  if (views.size() != 6 || views[0].ndim != 2) refuse("candidates", "must be six arrays, the first [rows, capacity]");
+  const int64_t rows = views[0].shape[0], capacity = views[0].shape[1];
+  if (capacity <= k || k < 1) refuse("candidates", "must hold more than k");
+  return {array<float>(views[0], "lower", rows * capacity),
+          array<int32_t>(views[1], "index", rows * capacity),
+          array<int32_t>(views[2], "count", rows),
+          array<float>(views[3], "threshold", rows),
+          array<float>(views[4], "cut", rows),
+          array<float>(views[5], "row_max", rows),
+          capacity,
+          k};
+}
+
+// One or two sets of features, each (x, factor), whose rows are numbered together.
+struct Sets {
+  Features first, second;
+  DType dtype;
+  int64_t D, rows;
+};
+Sets make_sets(const std::vector<std::pair<TensorView, OptionalView>>& parts, const char* name) {
+  if (parts.empty() || parts.size() > 2) refuse(name, "must be one or two sets of features");
+  Sets sets{};
+  sets.first = make_features(parts[0].first, parts[0].second, name);
+  sets.second = sets.first;
+  sets.second.rows = 0;
+  if (parts.size() == 2) {
+    check_shape(parts[1].first, name, {parts[1].first.shape[0], parts[0].first.shape[1]});
+    check_same_dtype(parts[1].first, name, parts[0].first, "the first set");
+    sets.second = make_features(parts[1].first, parts[1].second, name);
+  }
+  sets.dtype = parts[0].first.dtype();
+  sets.D = parts[0].first.shape[1];
+  sets.rows = sets.first.rows + sets.second.rows;
+  return sets;
+}
+using Parts = std::vector<std::pair<TensorView, OptionalView>>;
+
+int64_t block_shape(const TensorView& block) {
+  if (block.ndim != 2) refuse("block", "shape " + shape_text(block) + ", expected two dimensions");
+  check_float32(block, "block");
+  if (block.shape[1] > 1 && block.strides[1] != 1) refuse("block", "must have contiguous rows");
+  return block.strides[0];
+}
+
+void scan(const TensorView& block, int64_t row_begin, int64_t column_begin, const Views& left_bounds,
+          const Views& right_bounds, const Views& left, const std::optional<Views>& right, int64_t k, bool write,
+          int threads, uintptr_t) {
+  const int64_t ld = block_shape(block), rows = block.shape[0], columns = block.shape[1];
+  const Bounds row_bounds = make_bounds(left_bounds, row_begin + rows);
+  const Bounds column_bounds = make_bounds(right_bounds, column_begin + columns);
+  const Candidates row_state = make_candidates(left, k);
+  if (row_begin < 0 || left[0].shape[0] < row_begin + rows) refuse("row_begin", "is out of range");
+  Candidates column_state{};
+  if (right) {
+    column_state = make_candidates(*right, k);
+    if (column_begin < 0 || (*right)[0].shape[0] < column_begin + columns) refuse("column_begin", "is out of range");
+  }
+  nearest_neighbors_scan_cpu(block.as<float>(), ld, rows, columns, row_begin, column_begin, row_bounds, column_bounds, row_state,
+                 right ? &column_state : nullptr, write, threads);
+}
+
+void select(const Parts& x, const Parts& y, int metric, double unscale, const Views& left_bounds,
+            const Views& right_bounds, const Views& candidates, int64_t k, const TensorView& index,
+            const OptionalView& distance, const TensorView& unsure, const TensorView& reach, int threads, uintptr_t) {
+  const Sets left = make_sets(x, "x"), right = make_sets(y, "y");
+  const Candidates state = make_candidates(candidates, k);
+  if (candidates[0].shape[0] < left.rows) refuse("candidates", "too few rows");
+  if (distance) check_shape(*distance, "distance", {left.rows, k});
+  if (!unsure.is_byte() || unsure.numel() < left.rows) refuse("unsure", "must be bytes, one for each row");
+  nearest_neighbors_select_cpu(left.first, left.second, right.first, right.second, left.dtype, left.D,
+                       static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows),
+                       make_bounds(right_bounds, right.rows), state, array<int32_t>(index, "index", left.rows * k),
+                       distance ? distance->data : nullptr, distance ? distance->dtype() : DType::kFloat32,
+                       unsure.as<uint8_t>(), array<float>(reach, "reach", left.rows), threads);
+}
+
+void rescan(const TensorView& block, const TensorView& rows, const Parts& x, const Parts& y, int metric, double unscale,
+            const Views& left_bounds, const Views& right_bounds, const TensorView& reach, const OptionalView& same,
+            int64_t k, const TensorView& index, const OptionalView& distance, const TensorView& workspace, int threads, uintptr_t) {
+  const Sets left = make_sets(x, "x"), right = make_sets(y, "y");
+  const int64_t ld = block_shape(block);
+  check_shape(block, "block", {rows.numel(), right.rows});
+  if (distance) check_shape(*distance, "distance", {left.rows, k});
+  if (!workspace.is_byte() || workspace.numel() < threads * (right.rows + (right.rows + 1) / 2) * 16)
+    refuse("workspace", "is too small");
+  nearest_neighbors_rescan_cpu(block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), right.rows, left.first,
+                  left.second, right.first, right.second, left.dtype, left.D, static_cast<Metric>(metric), unscale,
+                  make_bounds(left_bounds, left.rows), make_bounds(right_bounds, right.rows),
+                  array<float>(reach, "reach", left.rows), array<int32_t>(same, "same", right.rows), k,
+                  array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
+                  distance ? distance->dtype() : DType::kFloat32, workspace.data, threads);
+}
+
+}  // namespace
+
+void bind_nearest_neighbors(pybind11::module_& m) {
+  using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("nearest_neighbors_scan", &scan, release());
+  m.def("nearest_neighbors_select", &select, release());
+  m.def("nearest_neighbors_rescan", &rescan, release());
+}
+
+}  // namespace vareid

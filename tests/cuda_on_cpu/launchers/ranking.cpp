@@ -1,0 +1,5 @@
+#include "ranking.h"
+
+#include "export.h"
+
+EXPORT(ranking_forward_cuda)

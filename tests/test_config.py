@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import yaml
+
+from vareid_ext import command_line
+from vareid_ext.command_line import FIELD_NAMES, CommandLineError, fields, parse, recipe_names, recipe_text, to_yaml
+from vareid_ext.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplerConfig,
+)
+from vareid_ext.schedule import learning_rate, view_weight
+
+
+def flat(config):
+    return dict(fields(config))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_names_every_field_and_parses_to_what_it_says(name):
+    tree = yaml.safe_load(recipe_text(name))
+    named = dict(command_line._pairs(tree))
+    assert set(named) == set(FIELD_NAMES)
+    config = flat(parse(["--recipe", name, "--root", "some/where"]).config)
+    for key, value in named.items():
+        expected = "some/where" if key == "data.root" else tuple(value) if isinstance(value, list) else value
+        assert config[key] == expected, key
+
+
+def test_without_arguments_the_synthetic_recipe_runs():
+    request = parse([])
+    assert request.name == recipe_names()[0] == "synthetic"
+    assert request.config.data.kind == "synthetic"
+    assert (request.output, request.resume) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "smoothing", "viewpoint", "regularizer"),
+    [
+        ("xent", "none", False, False),
+        ("lsr", "uniform", False, False),
+        ("adaptive", "adaptive", False, False),
+        ("adaptive-viewpoint", "adaptive", True, False),
+        ("adaptive-regularizer", "adaptive", False, True),
+        ("va-reid", "adaptive", True, True),
+    ],
+)
+def test_the_ablation_rows_differ_in_the_loss_only(name, smoothing, viewpoint, regularizer):
+    config = parse(["--recipe", f"market1501-{name}", "--root", "x"]).config
+    loss = config.loss
+    assert (loss.smoothing, loss.use_viewpoint, loss.use_regularizer) == (smoothing, viewpoint, regularizer)
+    assert (loss.alpha, loss.beta, loss.epsilon) == (0.2, 0.1, 0.1)
+    full = parse(["--recipe", "market1501-va-reid", "--root", "x"]).config
+    assert dataclasses.replace(config, loss=full.loss) == full
+    # The facts of the authors' logs.
+    assert (config.data.height, config.data.width, config.data.pad, config.data.flip, config.data.erasing) == (
+        384, 128, 10, 0.5, 0.5,
+    )  # fmt: skip
+    assert (config.sampler.identities, config.sampler.instances) == (24, 4)
+    assert (config.optimizer.name, config.optimizer.lr, config.optimizer.weight_decay) == ("adam", 3.5e-4, 5e-4)
+    assert (config.optimizer.epochs, config.optimizer.milestones) == (241, (50, 100, 160, 200))
+
+
+def test_local_recipe_differs_in_the_branch_only():
+    local = parse(["--recipe", "market1501-va-reid-local", "--root", "x"]).config
+    plain = parse(["--recipe", "market1501-va-reid", "--root", "x", "--local"]).config
+    assert local == plain
+    assert local.model.local
+
+
+def test_command_line_wins_over_file_and_file_over_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("optimizer:\n  epochs: 7\n  lr: 0.5\nmodel:\n  backbone_options: {a: [1, 2]}\n")
+    request = parse(["--config", str(path), "--optimizer.lr", "0.25"])
+    assert (request.config.optimizer.epochs, request.config.optimizer.lr) == (7, 0.25)
+    assert request.config.model.backbone_options == {"a": [1, 2]}
+    assert request.config.sampler == parse([]).config.sampler
+    assert request.name == "mine"
+
+
+def test_a_written_configuration_reads_back_equal(tmp_path):
+    arguments = ["--recipe", "msmt17-va-reid", "--root", "a b: c", "--spread", "[viewpoint, camera]"]
+    config = parse([*arguments, "--clip-norm", "2.5", "--mean", "[0.1, 0.2, 0.3]", "--view-weight-drop", "null"]).config
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert parse(["--config", str(path)]).config == config
+    assert config.data.root == "a b: c"
+    assert config.sampler.spread == ("viewpoint", "camera")
+
+
+def test_short_names_dashes_and_truth_values():
+    arguments = ["--synthetic-identities", "33", "--skip-bad-images", "--viewpoint-labels=soft", "--local"]
+    config = parse([*arguments, "--weights", "w.pth"]).config
+    assert config.data.synthetic.identities_train == 33
+    assert config.data.skip_bad_images
+    assert config.data.viewpoint_labels == "soft"
+    assert config.model.local
+    assert config.model.weights == "w.pth"
+    assert not parse(["--model.input-norm", "False"]).config.model.input_norm
+    assert parse(["--clip_norm", "null"]).config.optimizer.clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optimizer.epochz", "3"], ["optimizer.epochz", "optimizer.epochs"]),
+        (["--alpah", "0.1"], ["--alpah", "loss.alpha"]),
+        (["--outptu", "x"], ["--outptu", "output"]),
+        (["--recipe", "market1501-va-red"], ["market1501-va-red", "market1501-va-reid"]),
+        (["--optimizer.epochs", "many"], ["optimizer.epochs", "many"]),
+        (["--optimizer.epochs", "2.5"], ["optimizer.epochs", "2.5"]),
+        (["--loss.smoothing", "hard"], ["loss.smoothing", "adaptive"]),
+        (["--skip-bad-images", "perhaps"], ["skip_bad_images"]),
+        (["--alpha", "0.5"], ["loss.alpha", "0.5", "[0, 0.5)"]),
+        (["--lr", "nan"], ["optimizer.lr", "nan"]),
+        (["--recipe", "coil20"], ["data.root", "--data.root"]),
+        (["--synthetic-identities", "0"], ["identities_train"]),
+        (["--lr"], ["--lr", "value"]),
+        (["lr=3"], ["lr=3"]),
+        (["--config", "no/such/file.yaml"], ["no/such/file.yaml"]),
+        (["--resume", "no/such/run"], ["no/such/run"]),
+        (["--resume", "x", "--recipe", "coil20"], ["recipe", "--resume"]),
+        (["--optimizer.milestones", "[5, 3]"], ["optimizer.milestones"]),
+    ],
+)
+def test_a_request_that_cannot_be_met_is_named(arguments, words, capsys):
+    with pytest.raises(CommandLineError) as error:
+        parse(arguments)
+    for word in words:
+        assert word in str(error.value)
+    with pytest.raises(SystemExit) as end:
+        command_line.parse_or_exit(arguments)
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optimizer:\n  epoch: 3\n", ["optimizer.epoch", "optimizer.epochs"]),
+        ("optimiser:\n  epochs: 3\n", ["optimiser.epochs", "optimizer.epochs"]),
+        ("optimizer: 3\n", ["optimizer", "section"]),
+        ("- 1\n", ["list"]),
+        ("a: [\n", ["YAML"]),
+        ("optimizer:\n  epochs: -1\n", ["optimizer.epochs", "-1"]),
+    ],
+)
+def test_a_faulty_file_is_named_with_its_key(tmp_path, text, words):
+    path = tmp_path / "faulty.yaml"
+    path.write_text(text)
+    with pytest.raises(CommandLineError) as error:
+        parse(["--config", str(path)])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_help_shows_every_field_with_its_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(["--recipe", "market1501-lsr", "--help"])
+    assert end.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in FIELD_NAMES:
+        assert f"--{name} " in text, name
+    assert "image height, pixels (type: int, default: 384)" in text
+    assert "constant of the uniform smoothing" in text
+    assert "people in the training split" in text or "identities_train" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        (DataConfig, {"height": 8}),
+        (DataConfig, {"flip": 1.5}),
+        (DataConfig, {"pad": -1}),
+        (DataConfig, {"std": (0.1, 0.0, 0.1)}),
+        (DataConfig, {"kind": "manifest"}),
+        (SamplerConfig, {"identities": 0}),
+        (SamplerConfig, {"identities": 1, "instances": 1}),
+        (SamplerConfig, {"batches_per_epoch": 0}),
+        (LossConfig, {"alpha": -0.1}),
+        (LossConfig, {"epsilon": 1.0}),
+        (LossConfig, {"beta": math.inf}),
+        (OptimizerConfig, {"lr": 0.0}),
+        (OptimizerConfig, {"ema_decay": 1.0}),
+        (OptimizerConfig, {"clip_norm": 0.0}),
+        (OptimizerConfig, {"milestones": (0, 3)}),
+        (EvaluationConfig, {"k1": 0}),
+        (EvaluationConfig, {"lambda_value": 1.1}),
+        (RunConfig, {"threads": -1}),
+    ],
+)
+def test_values_out_of_range_are_errors_that_name_the_field(section, changes):
+    with pytest.raises(ValueError, match=next(iter(changes)) if "kind" not in changes else "data.root"):
+        section(**changes)
+
+
+def test_configurations_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().optimizer.lr = 1.0  # type: ignore[misc]
+
+
+def test_multistep_learning_rate_with_warm_up():
+    config = OptimizerConfig(lr=1.0, warmup_epochs=5, warmup_start=0.1, milestones=(50, 100), gamma=0.1, epochs=120)
+    for epoch, expected in [(0, 0.1), (2.5, 0.55), (5, 1.0), (49.99, 1.0), (50, 0.1), (99.5, 0.1), (100, 0.01)]:
+        assert learning_rate(config, epoch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_cosine_learning_rate_ends_at_its_floor():
+    config = OptimizerConfig(lr=2.0, schedule="cosine", cosine_floor=0.25, warmup_epochs=0, epochs=10)
+    assert learning_rate(config, 0) == pytest.approx(2.0)
+    assert learning_rate(config, 5) == pytest.approx(2.0 * (0.25 + 0.75 / 2))
+    assert learning_rate(config, 10) == pytest.approx(0.5)
+    warm = dataclasses.replace(config, warmup_epochs=2.0, warmup_start=0.5)
+    assert learning_rate(warm, 1) == pytest.approx(0.75 * learning_rate(config, 1))
+
+
+def test_view_weight_falls_at_its_epoch():
+    config = LossConfig(view_weight=1.0, view_weight_late=0.3, view_weight_drop=80)
+    assert [view_weight(config, e) for e in (0, 79, 80, 200)] == [1.0, 1.0, 0.3, 0.3]
+    assert view_weight(LossConfig(), 10_000) == 1.0

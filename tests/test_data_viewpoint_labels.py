@@ -1,0 +1,276 @@
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vareid_ext.data import ImageList, label_images, load_data, read_viewpoint_labels, with_soft_labels
+from vareid_ext.data.plain_pickle import load_label_table
+from vareid_ext.data.viewpoint_labels import HARD_LABELS, SOFT_LABELS
+
+TABLE = {
+    "0002_c1s1_000451_03.jpg": (0, "front"),
+    "0002_c1s1_000551_01.jpg": (0, "front_side"),
+    "0007_c2s1_000451_03.jpg": (1, "side"),
+    "0007_c2s1_000452_03.jpg": (1, "noise"),
+    "0007_c3s1_000451_03.jpg": (2, "back_side"),
+    "0010_c1s1_000451_03.jpg": (2, "back"),
+}
+
+
+def images_of(names, identity=None, viewpoint_name=None):
+    count = len(names)
+    return ImageList(
+        paths=tuple(os.path.join("folder", name) for name in names),
+        identity=np.zeros(count, dtype=np.int64) if identity is None else np.array(identity),
+        camera=np.ones(count, dtype=np.int64),
+        viewpoint=np.full(count, -1),
+        viewpoint_name=("",) * count if viewpoint_name is None else viewpoint_name,
+    )
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(content, name="labels.pkl"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_every_pickle_protocol_reads_the_same(protocol):
+    assert load_label_table(pickle.dumps(TABLE, protocol)) == TABLE
+    assert load_label_table(pickle.dumps({}, protocol)) == {}
+    shared = (2, "back")
+    assert load_label_table(pickle.dumps({"a": shared, "b": shared}, protocol)) == {"a": shared, "b": shared}
+    many = {f"{number}.jpg": (number % 300 - 5, "größe") for number in range(2500)}
+    assert load_label_table(pickle.dumps(many, protocol)) == many
+
+
+class Hostile:
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def __reduce__(self):
+        return self.call, self.arguments
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("place", ["value", "key", "label", "whole"])
+def test_a_hostile_pickle_runs_nothing(tmp_path, written, protocol, place):
+    ran = tmp_path / "ran"
+    bad = Hostile(os.mkdir, str(ran))
+    table = {"value": {"a.jpg": bad}, "key": {bad: (0, "front")}, "label": {"a.jpg": (bad, "front")}, "whole": bad}[
+        place
+    ]
+    data = pickle.dumps(table, protocol)
+    with pytest.raises(ValueError, match=r"labels\.pkl"):
+        read_viewpoint_labels(written(data))
+    assert not ran.exists()
+    # The same bytes do run in Python's own reader, so the pickle really was hostile.
+    pickle.loads(data)
+    assert ran.exists()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"cos\nsystem\n(S'true'\ntR.",
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
+        b"\x80\x02}q\x00(X\x01\x00\x00\x00ac__builtin__\nlen\nu.",
+        b"\x80\x02P1\n.",
+        b"\x80\x02}\x82\x01.",
+        b"(i__main__\nX\n.",
+        b"\x80\x05\x97.",
+    ],
+)
+def test_instructions_beyond_plain_data_are_named(written, data):
+    with pytest.raises(ValueError, match=r"labels.pkl.*instruction"):
+        read_viewpoint_labels(written(data))
+
+
+def test_cut_short_or_damaged_pickles(written):
+    whole = pickle.dumps(TABLE, 3)
+    for end in range(len(whole)):
+        with pytest.raises(ValueError, match=r"labels\.pkl"):
+            read_viewpoint_labels(written(whole[:end]))
+
+
+def test_memory_bombs_are_refused_at_once(written):
+    bombs = [
+        b"\x80\x04\x8d" + (1 << 62).to_bytes(8, "little") + b"x.",  # a string of 4 EiB
+        b"\x80\x02X\xff\xff\xff\xff.",  # a string of 4 GiB
+        b"\x80\x02}r\xff\xff\xff\xff.",  # a memo entry at 4 billion; harmless here: an empty table
+        b"\x80\x04\x95" + (1 << 62).to_bytes(8, "little") + b"}.",  # a frame of 4 EiB; harmless here as well
+    ]
+    for bomb in bombs[:2]:
+        with pytest.raises(ValueError, match=r"labels\.pkl"):
+            read_viewpoint_labels(written(bomb))
+    for bomb in bombs[2:]:
+        assert len(read_viewpoint_labels(written(bomb))) == 0
+    # Tuples that hold the last one twice, 60 deep: hashing or printing the value would never end.
+    laughs = b"\x80\x02}(K\x00X\x01\x00\x00\x00a\x86q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"K\x00s."
+    with pytest.raises(ValueError, match="expected a"):
+        read_viewpoint_labels(written(laughs))
+
+
+def test_a_file_too_large_is_not_read(written, monkeypatch):
+    monkeypatch.setattr("vareid_ext.data.viewpoint_labels._MAX_BYTES", 50)
+    with pytest.raises(ValueError, match="at most 50"):
+        read_viewpoint_labels(written(pickle.dumps(TABLE)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_give_a_value_error_or_a_table(data):
+    try:
+        table = load_label_table(data)
+    except ValueError:
+        return
+    assert isinstance(table, dict)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_damaged_bytes_give_a_value_error_or_a_table(data):
+    whole = bytearray(pickle.dumps(TABLE, data.draw(st.integers(0, 5))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        table = load_label_table(bytes(whole))
+    except ValueError:
+        return
+    for name, (label, view) in table.items():
+        assert (type(name), type(label), type(view)) == (str, int, str)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"a.jpg": (0, "back")}, r"'a\.jpg' has \(0, 'back'\)"),
+        ({"a.jpg": (3, "up")}, "allowed are"),
+        ({"a.jpg": "front"}, "str -> str"),
+        ({"a.jpg": (0, "front", 1)}, "pair"),
+        ({"a.jpg": (True, "side")}, "byte"),
+        ({"front": ["a.jpg", "b.jpg"]}, "instruction EMPTY_LIST"),
+        ([("a.jpg", 0)], "instruction EMPTY_LIST"),
+        ({1: (0, "front")}, "int -> tuple"),
+        ("text", "one dictionary"),
+    ],
+)
+def test_other_tables_are_refused(written, table, message):
+    for protocol in (2, 3, 4):
+        with pytest.raises(ValueError, match=message):
+            read_viewpoint_labels(written(pickle.dumps(table, protocol)))
+
+
+def test_true_is_no_label_in_the_oldest_protocol():
+    with pytest.raises(ValueError, match="integer label"):
+        load_label_table(pickle.dumps({"a": (True, "side")}, 0))
+
+
+def test_doubled_suffixes_are_dropped(written):
+    table = TABLE | {"0010_c1s1_000451_03.jpg.jpg": (2, "back"), "9999_c1.jpg.jpg": (1, "side")}
+    labels = read_viewpoint_labels(written(pickle.dumps(table)))
+    assert labels.dropped == 1
+    assert set(labels.names) == set(table) - {"0010_c1s1_000451_03.jpg.jpg"}
+
+
+def test_csv_labels(written):
+    text = "path,viewpoint\r\na.jpg,front\r\nfolder/b.jpg, back_side \r\n\r\n"
+    labels = read_viewpoint_labels(written("\ufeff" + text, "labels.csv"))
+    assert dict(labels.names) == {"a.jpg": "front", "b.jpg": "back_side"}
+    swapped = read_viewpoint_labels(written("viewpoint,path\nnoise,a.jpg\n", "other.csv"))
+    assert dict(swapped.names) == {"a.jpg": "noise"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: expected the columns"),
+        ("path,label\n", "line 1: expected the columns"),
+        ("path,viewpoint\na.jpg,front\nb.jpg,above\n", "line 3: viewpoint must be one of front, .*'above'"),
+        ("path,viewpoint\na.jpg\n", "line 2: expected 2 cells, got 1"),
+        ("path,viewpoint\na.jpg,front\nx/a.jpg,back\n", "line 3: 'a.jpg' is given twice"),
+        ('path,viewpoint\n"a.jpg,front\n', "not a readable CSV"),
+        (b"path,viewpoint\n\xff\xfe,front\n", "not a readable CSV"),
+    ],
+)
+def test_csv_errors_name_the_line(written, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_viewpoint_labels(written(text, "labels.csv"))
+
+
+def test_missing_and_unknown_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.csv"):
+        read_viewpoint_labels(tmp_path / "none.csv")
+    with pytest.raises(ValueError, match=r"\.pkl or a \.csv"):
+        read_viewpoint_labels(tmp_path / "labels.json")
+
+
+def test_labels_are_found_by_file_name_whatever_the_suffix(written):
+    labels = read_viewpoint_labels(written(pickle.dumps(TABLE)))
+    images = label_images(images_of(["0010_c1s1_000451_03.jpg", "0007_c2s1_000452_03.png", "9.jpg"]), labels)
+    assert images.viewpoint_name == ("back", "noise", "")
+    assert images.viewpoint.tolist() == [2, 1, -1]
+    # What an image was known to show before stays where the file does not name it.
+    kept = label_images(images_of(["9.jpg"], viewpoint_name=("front_side",)), labels)
+    assert kept.viewpoint_name == ("front_side",)
+    assert kept.viewpoint.tolist() == [0]
+
+
+def test_soft_labels():
+    names = ("front", "front_side", "side", "back_side", "back", "noise", "")
+    weight = with_soft_labels(images_of("abcdefg", viewpoint_name=names)).viewpoint_weight
+    third = np.float32(1 / 3)
+    expected = [[1, 0, 0], [0.5, 0.5, 0], [0, 1, 0], [0, 0.5, 0.5], [0, 0, 1], [third] * 3, [third] * 3]
+    np.testing.assert_array_equal(weight, np.array(expected, dtype=np.float32))
+    assert set(SOFT_LABELS) == set(HARD_LABELS)
+
+
+def test_soft_labels_of_unknown_views_stay_within_the_identity():
+    images = images_of("abcd", identity=[3, 3, 3, 8], viewpoint_name=("front", "", "back", ""))
+    weight = with_soft_labels(images).viewpoint_weight
+    np.testing.assert_allclose(weight[1], [0.5, 0, 0.5])
+    np.testing.assert_allclose(weight[3], [1 / 3] * 3)
+    np.testing.assert_allclose(weight.sum(axis=1), 1, atol=1e-6)
+
+
+def published(name):
+    """A file of the authors' published labels, in a folder beside or in the checkout; the test skips without it."""
+    root = Path(__file__).resolve().parents[1]
+    for shared in (root.parent / "shared", root / "shared", root.parent.parent / "shared"):
+        if (shared / "data" / name).exists():
+            return shared / "data" / name
+    pytest.skip(f"{name} is not here")
+
+
+@pytest.mark.parametrize(("name", "count", "dropped"), [("market", 29419, 19), ("duke", 16522, 0), ("cuhk03", 7365, 0)])
+def test_published_labels(name, count, dropped):
+    labels = read_viewpoint_labels(published(f"va-reid-labels/{name}_image_map_direction.pkl"))
+    assert (len(labels), labels.dropped) == (count, dropped)
+
+
+def test_published_market_labels_join_the_training_split(tmp_path):
+    path = published("va-reid-labels/market_image_map_direction.pkl")
+    identities = set(published("market1501_train_identities.txt").read_text().split())
+    folders = {name: tmp_path / name for name in ("bounding_box_train", "query", "bounding_box_test")}
+    for folder in folders.values():
+        folder.mkdir()
+    for name in read_viewpoint_labels(path).names:
+        if name[:4] in identities:
+            (folders["bounding_box_train"] / name).touch()
+    for folder in ("query", "bounding_box_test"):
+        (folders[folder] / "0001_c1s1_001051_00.jpg").touch()
+    data = load_data("market1501", tmp_path, viewpoint_labels=path, check_images=False, progress=False)
+    assert len(data.train) == 12936
+    assert data.num_identities == 751
+    assert np.unique(data.train.camera).tolist() == [1, 2, 3, 4, 5, 6]
+    assert np.bincount(data.train.viewpoint).tolist() == [5387, 3032, 4517]
+    assert data.subclass_mask().sum() == 2048
+    assert "12,936 of 12,936 training images have viewpoint labels" in data.summary()

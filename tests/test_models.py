@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vareid_ext import models
+from vareid_ext.models import STRIPES, GeneralizedMeanPooling, ReidModel, StripeBranch, load_backbone_weights
+from vareid_ext.triplet import batch_hard_triplet
+
+TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}
+
+
+def tiny(**arguments) -> ReidModel:
+    torch.manual_seed(0)
+    return ReidModel("resnet10t", backbone_options=TINY, **arguments)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet10t", "efficientnet_b0", "legacy_seresnext26_32x4d"])
+def test_last_stride_1_doubles_the_map_and_changes_no_weight(name):
+    torch.manual_seed(0)
+    plain = ReidModel(name, last_stride=2).eval()
+    wide = ReidModel(name, last_stride=1).eval()
+    wide.load_state_dict(plain.state_dict())
+    images = torch.rand(1, 3, 128, 64)
+    with torch.no_grad():
+        assert plain.backbone(images).shape[2:] == (4, 2)
+        assert wide.backbone(images).shape[2:] == (8, 4)
+    dilations = {m.dilation for m in wide.modules() if isinstance(m, nn.Conv2d)}
+    assert dilations == {(1, 1)}
+
+
+def test_last_stride_1_is_the_strides_of_the_last_stage_and_nothing_else():
+    torch.manual_seed(0)
+    model = ReidModel("resnet18", last_stride=1).eval()
+    by_hand = timm.create_model("resnet18", num_classes=0, global_pool="").eval()
+    by_hand.layer4[0].conv1.stride = (1, 1)
+    by_hand.layer4[0].downsample[0].stride = (1, 1)
+    by_hand.load_state_dict(model.backbone.state_dict())
+    images = torch.rand(2, 3, 64, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model.backbone(images), by_hand(images), rtol=0, atol=0)
+
+
+def test_feature_is_the_neck_of_the_pooled_map():
+    model = tiny().train()
+    images = torch.rand(6, 3, 64, 32)
+    output = model(images)
+    pooled = model.backbone(images).mean((2, 3))
+    torch.testing.assert_close(output.pooled, pooled)
+    expected = (pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-5).sqrt()
+    torch.testing.assert_close(output.feature, expected, rtol=1e-4, atol=1e-5)
+    assert output.stripe_features is None
+    assert output.stripe_logits is None
+    assert model.feature_dim == 16
+    assert not model.neck.bias.requires_grad
+    assert model.neck.weight.requires_grad
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_retrieval_features_are_the_concatenation_of_length_1(local):
+    model = tiny(local=local, num_identities=5, stripe_dim=4).eval()
+    images = torch.rand(3, 3, 64, 32)
+    with torch.no_grad():
+        feature, output = model.test_feature(images), model(images)
+    parts = [output.feature] + ([output.stripe_features.flatten(1)] if local else [])
+    joined = torch.cat(parts, 1)
+    assert feature.shape == (3, 16 + (4 * sum(STRIPES) if local else 0))
+    torch.testing.assert_close(feature, joined / joined.norm(dim=1, keepdim=True))
+
+
+def test_stripes_see_their_part_of_the_image_only():
+    torch.manual_seed(0)
+    branch = StripeBranch(4, 3, 7).eval()
+    feature_map = torch.rand(2, 4, 12, 5, requires_grad=True)
+    features, logits = branch(feature_map)
+    assert features.shape == (2, 6, 3)
+    assert logits.shape == (2, 6, 7)
+    bounds = [(0, 12), (0, 6), (6, 12), (0, 4), (4, 8), (8, 12)]
+    for stripe, (top, bottom) in enumerate(bounds):
+        pooled = feature_map[:, :, top:bottom].mean((2, 3))
+        expected = branch.norm[stripe](F.linear(pooled, branch.reduce[stripe].weight))
+        torch.testing.assert_close(features[:, stripe], expected)
+        torch.testing.assert_close(logits[:, stripe], F.linear(expected, branch.head[stripe].weight))
+        (gradient,) = torch.autograd.grad(features[:, stripe].sum(), feature_map, retain_graph=True)
+        rows = gradient.abs().sum((0, 1, 3)).nonzero().flatten().tolist()
+        assert rows == list(range(top, bottom))
+
+
+def test_generalised_mean_pooling():
+    pool = GeneralizedMeanPooling()
+    x = torch.rand(2, 3, 4, 5)
+    torch.testing.assert_close(pool(x), (x.double() ** 3).mean((2, 3)).pow(1 / 3).float())
+    with torch.no_grad():
+        pool.p.fill_(1.0)
+    torch.testing.assert_close(pool(x), x.mean((2, 3)))
+    pool(x).sum().backward()
+    assert pool.p.grad is not None
+    assert torch.isfinite(pool(torch.zeros(1, 2, 3, 3, dtype=torch.float16))).all()
+
+
+def test_input_norm_takes_a_colour_cast_away():
+    model = tiny(input_norm=True).eval()
+    images = torch.rand(4, 3, 64, 32)
+    scale, shift = torch.tensor([0.5, 1.5, 0.8]).view(1, 3, 1, 1), torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)
+    variance, mean = torch.var_mean(images, (2, 3), correction=0, keepdim=True)
+    plain = (images - mean) / (variance + 1e-3).sqrt()
+    torch.testing.assert_close(model.input_norm(images), plain)
+    torch.testing.assert_close(model.input_norm(images * scale + shift), plain, rtol=0.05, atol=0.05)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).pooled, model.backbone(plain).mean((2, 3)))
+
+
+def test_features_are_float32_under_mixed_precision():
+    model = tiny(local=True, num_identities=3, stripe_dim=4, pooling="gem")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(torch.rand(4, 3, 64, 32))
+    assert all(part.dtype == torch.float32 for part in output)
+
+
+@pytest.mark.parametrize("wrapped", ["plain", "state_dict", "checkpoint", "safetensors"])
+def test_weights_come_from_a_local_file(tmp_path, wrapped):
+    torch.manual_seed(1)
+    source = tiny()
+    weights = source.backbone.state_dict()
+    path = tmp_path / ("weights.safetensors" if wrapped == "safetensors" else "weights.pth")
+    if wrapped == "safetensors":
+        from safetensors.torch import save_file
+
+        save_file({key: value.contiguous() for key, value in weights.items()}, path)
+    elif wrapped == "plain":
+        torch.save({**weights, "fc.weight": torch.zeros(1000, 16)}, path)
+    elif wrapped == "state_dict":
+        torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, path)
+    else:
+        torch.save({"model": source.state_dict()}, path)
+    torch.manual_seed(2)
+    loaded = ReidModel("resnet10t", backbone_options=TINY, pretrained=True, weights=str(path))
+    for key, value in loaded.backbone.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+
+
+def test_weights_that_do_not_fit_are_errors(tmp_path):
+    backbone = tiny().backbone
+    path = tmp_path / "weights.pth"
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+        load_backbone_weights(backbone, str(path))
+    weights = dict(backbone.state_dict())
+    del weights["conv1.0.weight"]
+    torch.save(weights, path)
+    with pytest.raises(ValueError, match=r"1 of \d+ entries .* conv1\.0\.weight"):
+        load_backbone_weights(backbone, str(path))
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="list"):
+        load_backbone_weights(backbone, str(path))
+
+
+def test_a_failed_download_says_what_to_do(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(models.timm, "create_model", offline)
+    with pytest.raises(OSError, match=r"resnet18.*no route to host.*--weights FILE.*pretrained=false"):
+        ReidModel("resnet18", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"backbone": "resnet18x"}, "resnet18x"),
+        ({"backbone": "vit_tiny_patch16_224"}, "vit_tiny_patch16_224"),
+        ({"last_stride": 3}, "last_stride: 3"),
+        ({"pooling": "max"}, "pooling: 'max'"),
+        ({"local": True}, "num_identities"),
+    ],
+)
+def test_models_that_cannot_be_built_are_errors(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        ReidModel(**{"backbone": "resnet10t", "backbone_options": {}, **arguments})
+
+
+def brute_force_triplet(feature, identity, margin):
+    losses = []
+    for i in range(len(feature)):
+        d = [(feature[i] - other).pow(2).sum().sqrt().item() for other in feature]
+        positive = max(d[j] for j in range(len(d)) if identity[j] == identity[i])
+        negative = min([d[j] for j in range(len(d)) if identity[j] != identity[i]], default=float("inf"))
+        losses.append(max(0.0, margin + positive - negative))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("identities", [[0, 0, 1, 1, 2, 2], [0, 1, 2], [5, 5, 5], [3]])
+def test_triplet_against_brute_force(identities):
+    torch.manual_seed(len(identities))
+    feature = torch.randn(len(identities), 4, dtype=torch.float64, requires_grad=True)
+    identity = torch.tensor(identities)
+    loss = batch_hard_triplet(feature, identity, margin=0.3)
+    assert loss.item() == pytest.approx(brute_force_triplet(feature.detach(), identities, 0.3), abs=1e-12)
+    loss.backward()
+    assert torch.isfinite(feature.grad).all()
+
+
+def test_triplet_gradient_and_duplicates():
+    torch.manual_seed(0)
+    feature = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    identity = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert torch.autograd.gradcheck(lambda f: batch_hard_triplet(f, identity, margin=5.0), feature)
+    same = torch.ones(4, 3, requires_grad=True)
+    batch_hard_triplet(same, torch.tensor([0, 0, 1, 1])).backward()
+    assert torch.isfinite(same.grad).all()
+    assert batch_hard_triplet(torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)).item() == 0
+    assert batch_hard_triplet(same.detach().half(), torch.tensor([0, 0, 1, 1])).dtype == torch.float32
+
+
+def test_triplet_errors():
+    with pytest.raises(ValueError, match="identity"):
+        batch_hard_triplet(torch.zeros(3, 2), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="margin"):
+        batch_hard_triplet(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), margin=-1.0)

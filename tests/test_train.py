@@ -1,0 +1,380 @@
+"""Short runs of the whole program, and the pieces of it that can be checked against a closed form."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vareid_ext
+from vareid_ext import extraction, report, train
+from vareid_ext.checkpoint import atomic_file, load_checkpoint, random_state, save_checkpoint, set_random_state
+from vareid_ext.data import ImageList, SyntheticSettings, build_transform, load, synthetic_data
+from vareid_ext.figures import choose_queries
+from vareid_ext.models import ReidModel
+from vareid_ext.report import METRIC_NAMES, table
+from vareid_ext.signals import RunInterruptedError, Signals
+from vareid_ext.terminal import TrainingBar
+
+SMALL = [
+    "--synthetic-identities=8", "--synthetic-test-identities=4", "--data.synthetic.distractors=2",
+    "--synthetic-images=12", "--data.synthetic.height=32", "--data.synthetic.width=16", "--height=32", "--width=16",
+    "--pad=2", "--model.backbone_options={channels: [8, 8, 8, 8], stem_width: 8}", "--sampler.identities=4",
+    "--sampler.instances=2", "--batches-per-epoch=4", "--epochs=2", "--evaluation.every=1", "--log-every=1",
+    "--tensorboard=false", "--threads=1", "--ranking-queries=2",
+]  # fmt: skip
+
+
+def start(output, *arguments):
+    return train.main([*SMALL, "--output", str(output), *arguments])
+
+
+def log_of(output):
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rendered_once():
+    """Every run here uses one of few synthetic sets: render each of them once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "synthetic_data", functools.lru_cache(synthetic_data))
+        yield
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr(train, "draw_figures", lambda *args: None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing disturbed, with everything on that has a state."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    assert start(output, "--ema-decay=0.9", "--tensorboard=true", "--local") == 0
+    return output
+
+
+def test_the_run_folder(finished, capsys):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    for name in ("raw_pixels", "colour_histogram", "untrained", "trained", "reranked"):
+        assert set(metrics[name]) == set(METRIC_NAMES)
+        assert all(0 <= value <= 1 for value in metrics[name].values())
+    assert metrics["seconds"] > 0
+    views = metrics["by_query_viewpoint"]["trained"]
+    mean = sum(v["mAP"] * v["queries"] for v in views.values()) / sum(v["queries"] for v in views.values())
+    assert mean == pytest.approx(metrics["trained"]["mAP"], rel=1e-9)
+    for picture in ("curves.png", "ranking.png"):
+        with Image.open(finished / picture) as image:
+            assert image.format == "PNG"
+            assert min(image.size) > 200
+    assert any((finished / "tensorboard").iterdir())
+    environment = json.loads((finished / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert not [path for path in finished.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_the_log_has_every_step_and_evaluation(finished):
+    entries = log_of(finished)
+    steps = [entry for entry in entries if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, 9))
+    for entry in steps:
+        loss = entry["loss"]
+        assert set(loss) == {"total", "identity", "viewpoint", "regularizer", "stripes", "triplet"}
+        parts = loss["identity"] + loss["viewpoint"] + 0.1 * loss["regularizer"] + loss["stripes"] + loss["triplet"]
+        assert loss["total"] == pytest.approx(parts, rel=1e-5)
+    assert [entry["epoch"] for entry in entries if "mAP" in entry] == [1, 2]
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert entries[-1]["mAP"] == metrics["trained"]["mAP"]
+
+
+def test_checkpoints_hold_the_centres_and_the_best_weights(finished):
+    last, best = load_checkpoint(finished / "last.pt"), load_checkpoint(finished / "best.pt")
+    assert last["progress"]["step"] == 8
+    assert last["loss"]["identity_centers"].shape == (8, 8)
+    assert last["loss"]["viewpoint_centers"].shape == (8, 3, 8)
+    evaluations = last["progress"]["evaluations"]
+    assert best["progress"]["evaluations"][-1]["mAP"] == max(entry["mAP"] for entry in evaluations)
+    # The optimizer knows the centres too: one state for each trained tensor of the model and the loss.
+    trained = [p for key, p in last["model"].items() if "running" not in key and "num_batches" not in key]
+    assert len(last["optimizer"]["state"]) == len(trained) + 2 - 1  # less the neck's shift, which is not trained
+
+
+def interrupt_at(monkeypatch, step, number):
+    update = TrainingBar.update
+    counted = []
+
+    def update_and_signal(self, *arguments):
+        update(self, *arguments)
+        counted.append(1)
+        if len(counted) == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(TrainingBar, "update", update_and_signal)
+
+
+def assert_same(a, b, where=""):
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("step", "number"), [(3, signal.SIGTERM), (4, signal.SIGINT), (7, signal.SIGINT)])
+def test_a_resumed_run_ends_bit_identical(finished, tmp_path, monkeypatch, capsys, step, number):
+    output = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step, number)
+        assert start(output, "--ema-decay=0.9", "--tensorboard=true", "--local") == 128 + number
+    assert "--resume" in capsys.readouterr().err
+    assert load_checkpoint(output / "last.pt")["progress"]["step"] == step
+    assert not (output / "metrics.json").exists()
+    # Loading in another process draws from another place of the generators; the result must not notice.
+    torch.rand(5)
+    assert train.main(["--resume", str(output), "--workers", "1" if step == 3 else "0"]) == 0
+    expected, found = (load_checkpoint(folder / "last.pt") for folder in (finished, output))
+    for state in (expected, found):
+        state["progress"].pop("seconds")
+        state["config"]["data"].pop("workers")
+    assert_same(expected, found)
+    times = {"images_per_second", "seconds"}
+    logs = [[{k: v for k, v in entry.items() if k not in times} for entry in log_of(f)] for f in (finished, output)]
+    assert logs[0] == logs[1]
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (finished, output)]
+    assert all(metrics[0][key] == metrics[1][key] for key in metrics[0] if key != "seconds")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_finished_run_can_be_evaluated_again(finished, capsys):
+    before = load_checkpoint(finished / "last.pt")
+    assert train.main(["--resume", str(finished)]) == 0
+    after = load_checkpoint(finished / "last.pt")
+    assert_same(before["model"], after["model"])
+    assert after["progress"]["evaluations"] == before["progress"]["evaluations"]
+
+
+def test_a_run_folder_is_not_overwritten(finished, capsys):
+    before = (finished / "last.pt").read_bytes()
+    assert start(finished) == 2
+    assert str(finished) in capsys.readouterr().err
+    assert (finished / "last.pt").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, signal.SIGTERM)
+        assert start(output, "--optimizer.name=sgd") == 128 + signal.SIGTERM
+    before = (output / "last.pt").read_bytes()
+    explode = ["--lr=1e30", "--schedule=multistep", "--warmup-epochs=0", "--clip-norm=null"]
+    assert train.main(["--resume", str(output), *explode]) == 3
+    assert "non_finite_batch.pt" in capsys.readouterr().err
+    assert (output / "last.pt").read_bytes() == before
+    batch = load_checkpoint(output / "non_finite_batch.pt")
+    assert not math.isfinite(batch["loss"]["total"])
+    assert batch["image"].shape == (8, 3, 32, 16)
+    data = synthetic_data(SyntheticSettings(8, 4, 12, 2, height=32, width=16))
+    for i, path in zip(batch["index"].tolist(), batch["paths"], strict=True):
+        assert data.train.paths[i] == path
+    assert batch["identity"].tolist() == data.train.identity[batch["index"].numpy()].tolist()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_saved_features_give_the_metrics_again(tmp_path):
+    output = tmp_path / "run"
+    assert start(output, "--epochs=1", "--baselines=false", "--save-features") == 0
+    query, gallery = (np.load(output / name, allow_pickle=False) for name in ("query.npz", "gallery.npz"))
+    distances = vareid_ext.pairwise_distance(query["feature"], gallery["feature"], metric="sqeuclidean")
+    labels = (query["identity"], gallery["identity"], query["camera"], gallery["camera"])
+    again = vareid_ext.evaluate_ranking(distances, *labels)
+    assert again.as_dict() == pytest.approx(json.loads((output / "metrics.json").read_text())["trained"], rel=1e-9)
+    assert set(query["viewpoint"]) <= {0, 1, 2}
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    ("arguments", "parts", "views_move"),
+    [
+        (["--smoothing=none", "--use-viewpoint=false", "--use-regularizer=false"], {"total", "identity"}, None),
+        (["--use-regularizer=false"], {"total", "identity", "viewpoint"}, True),
+        (["--use-viewpoint=false"], {"total", "identity", "regularizer"}, True),
+        (["--viewpoint-labels=soft", "--mask-missing=false"], {"total", "identity", "viewpoint", "regularizer"}, True),
+    ],
+)
+def test_every_switch_of_the_loss_trains(tmp_path, arguments, parts, views_move):
+    output = tmp_path / "run"
+    assert start(output, "--epochs=1", "--baselines=false", "--lr=0.01", "--warmup-epochs=0", *arguments) == 0
+    steps = [entry for entry in log_of(output) if "loss" in entry]
+    assert all(set(entry["loss"]) == parts for entry in steps)
+    centers = load_checkpoint(output / "last.pt")["loss"]
+    assert ("viewpoint_centers" in centers) == (views_move is not None)
+    # Far from where they start, a normal distribution of standard deviation 0.001.
+    for name in ("identity_centers", "viewpoint_centers"):
+        if name in centers:
+            assert centers[name].std() > 0.002
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    "arguments", [["--precision=bf16", "--channels-last=false"], ["--optimizer.name=adam", "--pooling=gem"]]
+)
+def test_other_ways_to_run(tmp_path, arguments):
+    output = tmp_path / "run"
+    assert start(output, "--epochs=1", "--batches-per-epoch=2", "--baselines=false", *arguments) == 0
+    assert json.loads((output / "metrics.json").read_text())["trained"]["mAP"] > 0
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_no_epochs_evaluate_the_untrained_network(tmp_path):
+    output = tmp_path / "run"
+    assert start(output, "--epochs=0", "--baselines=false") == 0
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert metrics["trained"] == metrics["untrained"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device=tpu"], "run.device"),
+        (["--device=cuda:99"], "run.device"),
+        (["--precision=fp16", "--device=cpu"], "run.precision"),
+        (["--backbone=resnet10x"], "resnet10x"),
+        (["--sampler.identities=9"], "identities_per_batch"),
+        (["--recipe=coil20", "--root=no/such.csv"], "no/such.csv"),
+    ],
+)
+def test_a_request_that_cannot_be_met_ends_with_one_line(tmp_path, capsys, arguments, words):
+    assert start(tmp_path / "run", *arguments) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert words in error
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_features_do_not_depend_on_batches_workers_or_generators():
+    data = synthetic_data(SyntheticSettings(1, 3, 12, 0, height=32, width=16))
+    torch.manual_seed(0)
+    model = ReidModel("resnet10t", backbone_options={"channels": (8, 8, 8, 8), "stem_width": 8}).train()
+    transform = build_transform(32, 16, train=False)
+    state = torch.get_rng_state()
+    whole = extraction.extract_features(model, data.gallery, transform, batch_size=64)
+    parts = extraction.extract_features(model, data.gallery, transform, batch_size=5, workers=1)
+    torch.testing.assert_close(whole.feature, parts.feature, rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert whole.feature.shape == (len(data.gallery), 8)
+    torch.testing.assert_close(whole.feature.norm(dim=1), torch.ones(len(data.gallery)))
+    assert whole.identity is data.gallery.identity
+
+
+def plain_images(*colours):
+    pictures = {f"{i}": Image.new("RGB", (20, 40), colour) for i, colour in enumerate(colours)}
+    labels = np.arange(len(colours))
+    return ImageList(tuple(pictures), labels, labels, labels * 0, ("",) * len(colours), None, pictures.__getitem__)
+
+
+def test_baselines_on_plain_colours():
+    images = plain_images((255, 0, 0), (250, 5, 10), (0, 0, 255))
+    histogram = extraction.colour_histogram_features(images).feature
+    torch.testing.assert_close(histogram @ histogram.T, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]))
+    pixels = extraction.raw_pixel_features(images).feature
+    assert pixels.shape == (3, 3 * 64 * 32)
+    assert pixels[0] @ pixels[1] > 0.99
+    assert pixels[0] @ pixels[2] == 0
+
+
+def test_ranking_rows_leave_out_what_the_protocol_leaves_out():
+    query = extraction.Features(torch.zeros(1, 2), np.array([7]), np.array([1]), np.array([0]))
+    gallery = extraction.Features(
+        torch.zeros(5, 2), np.array([7, 7, 3, 7, 3]), np.array([1, 2, 1, -1, 2]), np.zeros(5, int)
+    )
+    distances = torch.tensor([[0.1, 0.4, 0.2, 0.4, 0.3]])
+    scores = extraction.score(distances, query, gallery)
+    (row,) = report.ranking_rows({"a": (distances, scores)}, query, gallery, 3)
+    assert row[0] == 0
+    ((name, order, precision),) = row[1]
+    assert (name, order.tolist()) == ("a", [2, 4, 1, 3])
+    assert precision == pytest.approx((1 / 3 + 2 / 4) / 2)
+    assert scores.overall.mAP == pytest.approx(precision)
+    assert set(scores.by_viewpoint) == {"front"}
+
+
+def test_choose_queries_takes_every_viewpoint_in_turn():
+    viewpoint = np.array([0, 0, 0, 1, 1, 2, -1])
+    precision = np.array([0.1, 0.9, 0.5, 0.2, 0.8, 0.3, 0.4])
+    chosen = choose_queries(viewpoint, precision, np.array([True] * 5 + [False, True]), 4)
+    assert len(chosen) == len(set(chosen)) == 4
+    assert {int(viewpoint[q]) for q in chosen} == {-1, 0, 1}
+    assert choose_queries(viewpoint, precision, np.ones(7, bool), 99) == [6, 1, 2, 0, 4, 3, 5]
+    assert choose_queries(viewpoint, precision, np.zeros(7, bool), 4) == []
+
+
+def test_random_states_go_through_a_checkpoint(tmp_path):
+    import random
+
+    save_checkpoint(tmp_path / "a.pt", {"random": random_state()})
+    drawn = (random.random(), np.random.rand(), np.random.standard_normal(), torch.rand(1).item())
+    set_random_state(load_checkpoint(tmp_path / "a.pt")["random"])
+    assert drawn == (random.random(), np.random.rand(), np.random.standard_normal(), torch.rand(1).item())
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
+        load_checkpoint(tmp_path / "missing.pt")
+    save_checkpoint(tmp_path / "cut.pt", {"a": torch.zeros(1000)})
+    data = (tmp_path / "cut.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"cut\.pt"):
+        load_checkpoint(tmp_path / "cut.pt")
+    torch.save({"format": 999}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="format 999"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_an_unfinished_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def half():
+        with atomic_file(path) as file:
+            file.write(b"ne")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        half()
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_signals_are_kept_until_asked_for_and_handlers_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(RunInterruptedError), signals.immediate():
+            pass
+    assert signal.getsignal(signal.SIGTERM) is before
+    with Signals() as signals, pytest.raises(RunInterruptedError), signals.immediate():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_table_lines_up():
+    lines = table(("a", "long"), [("row", "1"), ("r", "22")]).splitlines()
+    assert lines == ["a    long", "\u2500\u2500\u2500  \u2500\u2500\u2500\u2500", "row     1", "r      22"]

@@ -1,0 +1,297 @@
+"""The training program's command line: recipes, configuration files and single fields, the later winning.
+
+Every field of ``vareid_ext.config.Config`` is an option, ``--section.field VALUE``. Its last name alone will do where
+only one section has it (``--lr 1e-3``), a truth value may be left out (``--local``), and dashes and underscores are the
+same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jsonargparse
+import yaml
+
+from vareid_ext.config import Config
+
+DEFAULT_RECIPE = "synthetic"
+"""The recipe of a run that names none."""
+
+_EXTRA_NAMES = {
+    "synthetic_identities": "data.synthetic.identities_train",
+    "synthetic_test_identities": "data.synthetic.identities_test",
+    "synthetic_images": "data.synthetic.images_per_identity",
+    "synthetic_seed": "data.synthetic.seed",
+    "epochs": "optimizer.epochs",
+    "seed": "run.seed",
+    "height": "data.height",
+    "width": "data.width",
+}
+"""Short names of options that their last name would not find, or not as the most likely meaning."""
+
+_EPILOG = """\
+a field's last name alone will do where only one section has it: --lr 1e-3, --alpha 0.1, --local, --skip-bad-images;
+--synthetic-identities N is --data.synthetic.identities_train N
+
+examples:
+  python -m vareid_ext.train
+  python -m vareid_ext.train --recipe market1501-va-reid --root /data/Market-1501 --viewpoint-file market.pkl
+  python -m vareid_ext.train --recipe coil20 --root coil20/manifest.csv --output runs/coil20
+  python -m vareid_ext.train --resume runs/coil20
+"""
+
+
+class CommandLineError(ValueError):
+    """A command line or configuration file that asks for something that does not exist or is not allowed."""
+
+
+class Request(NamedTuple):
+    """What the command line asks for."""
+
+    config: Config
+    name: str
+    """the recipe's name, or that of the configuration file"""
+    output: Path | None
+    """the run folder; None: a new one"""
+    resume: bool
+    """whether `output` holds a run to continue"""
+
+
+def recipe_names() -> list[str]:
+    """The names that ``--recipe`` takes, the default first."""
+    files = resources.files("vareid_ext.recipes").iterdir()
+    names = sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+    return sorted(names, key=lambda name: name != DEFAULT_RECIPE)
+
+
+def recipe_text(name: str) -> str:
+    """The configuration file of a recipe; CommandLineError, naming the nearest, where there is none of that name."""
+    if name not in recipe_names():
+        raise CommandLineError(f"recipe: there is no {name!r}{nearest(name, recipe_names())}")
+    return resources.files("vareid_ext.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """ "; did you mean ...?" with the known name that is most like `name`, by the whole name or by its last part."""
+    by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    match = match or [by_leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)]
+    return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(known)}"
+
+
+def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every field of a configuration as (dotted name, value), sections taken apart."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value
+
+
+FIELD_NAMES = tuple(name for name, _ in fields(Config()))
+_DICTIONARIES = {name for name, value in fields(Config()) if isinstance(value, dict)}
+_BOOLEANS = {name for name, value in fields(Config()) if isinstance(value, bool)}
+
+
+def _pairs(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a tree of sections as (dotted name, value)."""
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and name not in _DICTIONARIES:
+            yield from _pairs(value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _check_file(text: str, source: str) -> dict[str, Any]:
+    """The YAML text of a configuration, after a look at its keys."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise CommandLineError(f"{source}: not a YAML file: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise CommandLineError(
+            f"{source}: must hold sections such as `data:` and `optimizer:`, not {type(tree).__name__}"
+        )
+    sections = {name.rsplit(".", n)[0] for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
+    for name, _ in _pairs(tree):
+        if name in sections:
+            raise CommandLineError(f"{source}: {name} is a section and must hold fields")
+        if name not in FIELD_NAMES:
+            raise CommandLineError(f"{source}: there is no field {name!r}{nearest(name, FIELD_NAMES)}")
+    return tree
+
+
+def _full_name(option: str) -> str:
+    """The field that an option without its dashes names."""
+    name = option.replace("-", "_")
+    if name in FIELD_NAMES:
+        return name
+    if name in _EXTRA_NAMES:
+        return _EXTRA_NAMES[name]
+    matches = [known for known in FIELD_NAMES if known.rsplit(".", 1)[-1] == name]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise CommandLineError(f"--{option}: several fields have this name: {', '.join('--' + m for m in matches)}")
+    known = (*FIELD_NAMES, "recipe", "config", "output", "resume")
+    raise CommandLineError(f"--{option}: there is no such option{nearest(name, known)}")
+
+
+def _normalise(arguments: Sequence[str]) -> list[str]:
+    """Options spelled out as --section.field=value."""
+    result: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "-h":
+            argument = "--help"
+        if not argument.startswith("--"):
+            raise CommandLineError(f"{argument!r}: an option was expected here, such as --output DIR")
+        option, equals, value = argument[2:].partition("=")
+        if option == "help":
+            result.append("--help")
+            continue
+        name = option if option in ("recipe", "config", "output", "resume") else _full_name(option)
+        if not equals:
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            elif name in _BOOLEANS:
+                value = "true"
+            else:
+                raise CommandLineError(f"--{option}: a value was expected after it")
+        if name in _BOOLEANS:
+            value = value.lower()
+        result.append(f"--{name}={value}")
+    return result
+
+
+def _parser(defaults: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(
+        prog="python -m vareid_ext.train",
+        usage="%(prog)s [--recipe NAME | --resume DIR] [--config FILE] [--output DIR] [--section.field VALUE ...]",
+        description="Train a viewpoint-aware re-identification model and evaluate it with and without re-ranking.",
+        epilog=_EPILOG,
+        exit_on_error=False,
+        default_env=False,
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument(
+        "--recipe",
+        help=f"named configuration to start from, {DEFAULT_RECIPE} if none is given: {', '.join(recipe_names())}",
+    )
+    parser.add_argument("--config", help="YAML file of fields that differ from the recipe")
+    parser.add_argument("--output", help="run folder; default: runs/<recipe>-<date and time>")
+    parser.add_argument(
+        "--resume", help="run folder of an interrupted run to continue, with the configuration it holds"
+    )
+    parser.add_class_arguments(Config, as_group=False)
+    # A file holds a whole configuration here, never one section.
+    sections = {f"--{name.rsplit('.', n)[0]}" for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
+    for action in parser._actions:
+        if sections & set(action.option_strings):
+            action.help = argparse.SUPPRESS
+    parser.set_defaults(dict(_pairs(defaults)))
+    return parser
+
+
+class _HelpFormatter(jsonargparse.DefaultHelpFormatter):
+    """jsonargparse's help, with the epilog's line breaks kept."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+def _value(arguments: Sequence[str], name: str) -> str | None:
+    found = [a.partition("=")[2] for a in arguments if a.startswith(f"--{name}=")]
+    return found[-1] if found else None
+
+
+def parse(arguments: Sequence[str]) -> Request:
+    """Read a command line (without the program's name).
+
+    Returns:
+        The configuration and where the run goes.
+
+    Raises:
+        CommandLineError: an unknown option, recipe or key of a configuration file (the nearest is named), a value of
+            the wrong type or out of range, a file that does not exist.
+        SystemExit: after ``--help``.
+    """
+    options = _normalise(arguments)
+    recipe, file, resume, output = (_value(options, name) for name in ("recipe", "config", "resume", "output"))
+    if resume is not None:
+        for name, given in (("recipe", recipe), ("config", file), ("output", output)):
+            if given is not None:
+                raise CommandLineError(f"--{name}: not together with --resume, which takes the run folder as it is")
+        saved = Path(resume) / "config.yaml"
+        if not saved.is_file():
+            raise CommandLineError(f"--resume: {resume!r} is not a run folder (there is no {saved})")
+        defaults = _check_file(saved.read_text(encoding="utf-8"), str(saved))
+        name = Path(resume).name
+    else:
+        name = recipe or DEFAULT_RECIPE
+        defaults = _check_file(recipe_text(name), f"recipe {name}")
+    overrides: list[str] = []
+    if file is not None:
+        if not Path(file).is_file():
+            raise CommandLineError(f"--config: there is no file {file!r}")
+        tree = _check_file(Path(file).read_text(encoding="utf-8"), file)
+        overrides = [f"--{key}={_as_text(value)}" for key, value in _pairs(tree)]
+        name = recipe or Path(file).stem
+    parser = _parser(defaults)
+    try:
+        namespace = parser.parse_args([*overrides, *options])
+        config = parser.instantiate(namespace)
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        raise CommandLineError(" ".join(str(error).split())) from error
+    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+    folder = resume if resume is not None else output
+    return Request(Config(**sections), name, None if folder is None else Path(folder), resume is not None)
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+
+
+class _Dumper(yaml.SafeDumper):
+    """Sections line by line, lists within a line."""
+
+    def represent_list(self, data: Any) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+
+
+def to_yaml(config: Config) -> str:
+    """A configuration as the YAML text that ``--config`` and ``--resume`` read."""
+    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def parse_or_exit(arguments: Sequence[str] | None = None) -> Request:
+    """:func:`parse` for a program: an error is printed in one line and ends it with exit code 2."""
+    try:
+        return parse(sys.argv[1:] if arguments is None else arguments)
+    except CommandLineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

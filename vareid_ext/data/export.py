@@ -1,0 +1,59 @@
+"""Writing a data set out as a manifest and its images, to look at, to change or to load again."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from vareid_ext.data.types import ImageList, ReidData
+
+
+def write_manifest(data: ReidData, folder: str | os.PathLike[str], *, progress: bool = False) -> Path:
+    """Write the images of `data` as PNG files and a `manifest.csv` that lists them into a new folder.
+
+    `read_manifest` gives back the same pixels, cameras and viewpoints, and the same division into identities; training
+    identities are written as `train-<name>`, since their names may be those of other people in query and gallery.
+    The folder appears when it is complete.
+
+    Returns:
+        The path of the manifest.
+
+    Raises:
+        FileExistsError: `folder` exists.
+        OSError: an image cannot be read, or the folder not be written.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"folder must not exist yet, got {folder}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        splits: dict[str, ImageList] = {"train": data.train, "query": data.query, "gallery": data.gallery}
+        total = sum(len(images) for images in splits.values())
+        with (
+            (unfinished / "manifest.csv").open("w", newline="", encoding="utf-8") as file,
+            tqdm(total=total, desc="writing images", unit="image", disable=not progress, leave=False) as bar,
+        ):
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(("path", "identity", "camera", "viewpoint", "split"))
+            for split, images in splits.items():
+                (unfinished / split).mkdir()
+                for index in range(len(images)):
+                    name = f"{split}/{index:06d}.png"
+                    images.load(index).save(unfinished / name)
+                    number = int(images.identity[index])
+                    identity = f"train-{data.identity_names[number]}" if split == "train" else str(number)
+                    camera = "" if images.camera[index] < 0 else str(images.camera[index])
+                    writer.writerow((name, identity, camera, images.viewpoint_name[index], split))
+                    bar.update()
+        os.chmod(unfinished, 0o755)
+        os.rename(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return folder / "manifest.csv"

@@ -1,0 +1,180 @@
+"""From images to scores: features of a network or of a baseline, distances, ranking metrics, per query viewpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as TF
+
+from vareid_ext.checkpoint import atomic_file
+from vareid_ext.data import VIEWPOINTS, ImageList, ReidDataset, collate
+from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_queries
+from vareid_ext.models import ReidModel
+from vareid_ext.retrieval import k_reciprocal_rerank, pairwise_distance
+
+_BASELINE_SIZE = (64, 32)
+_HISTOGRAM_BINS = 8
+_HISTOGRAM_STRIPES = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """The features of N images with their labels.
+
+    Attributes:
+        feature: float32 [N, D], rows of length 1.
+        identity: int64 [N].
+        camera: int64 [N], -1 unknown.
+        viewpoint: int64 [N], -1 unknown.
+    """
+
+    feature: Tensor
+    identity: np.ndarray
+    camera: np.ndarray
+    viewpoint: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write feature, identity, camera and viewpoint to an .npz file, atomically."""
+        with atomic_file(path) as file:
+            np.savez(
+                file,
+                feature=self.feature.cpu().numpy(),
+                identity=self.identity,
+                camera=self.camera,
+                viewpoint=self.viewpoint,
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a ranking is worth.
+
+    Attributes:
+        overall: over all queries.
+        by_viewpoint: over the queries of each viewpoint that has a countable one, by the viewpoint's name.
+        queries: per query.
+    """
+
+    overall: RankingMetrics
+    by_viewpoint: dict[str, RankingMetrics]
+    queries: QueryRanking
+
+
+def extract_features(
+    model: ReidModel,
+    images: ImageList,
+    transform: Callable[[Any], Tensor],
+    *,
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    autocast: torch.dtype | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Features:
+    """The retrieval features of a network, which is left in the mode (training or evaluation) it was in.
+
+    Args:
+        model: on `device`.
+        images: N of them.
+        transform: PIL image -> float32 [3, H, W], without augmentation.
+        batch_size: images per batch.
+        device: where the network is, and where the features stay.
+        workers: processes that load images.
+        autocast: dtype of mixed precision, None for none. The features are float32 in any case.
+        progress: called with the number of further images done after each batch.
+    """
+    # A generator of its own: a loader without one draws from the global generator, and training would depend on it.
+    loader = DataLoader(
+        ReidDataset(images, transform),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        generator=torch.Generator(),
+        pin_memory=torch.device(device).type == "cuda",
+    )
+    was_training = model.training
+    model.eval()
+    parts: list[Tensor] = []
+    try:
+        with torch.inference_mode(), torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
+            for batch in loader:
+                parts.append(
+                    model.test_feature(_channels_like(model, batch.to(device, non_blocking=True).image)).float()
+                )
+                if progress is not None:
+                    progress(len(parts[-1]))
+    finally:
+        model.train(was_training)
+    return Features(torch.cat(parts), images.identity, images.camera, images.viewpoint)
+
+
+def _channels_like(model: ReidModel, image: Tensor) -> Tensor:
+    weight = next(p for p in model.parameters() if p.ndim == 4)
+    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return image.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _baseline(images: ImageList, describe: Callable[[Tensor], Tensor]) -> Features:
+    def rows() -> Iterator[Tensor]:
+        for i in range(len(images)):
+            yield describe(TF.pil_to_tensor(images.load(i)))
+
+    return Features(F.normalize(torch.stack(list(rows())), dim=1), images.identity, images.camera, images.viewpoint)
+
+
+def raw_pixel_features(images: ImageList) -> Features:
+    """A baseline: the pixels themselves, at 64 x 32."""
+
+    def describe(image: Tensor) -> Tensor:
+        return TF.resize(image, list(_BASELINE_SIZE), antialias=True).float().flatten()
+
+    return _baseline(images, describe)
+
+
+def colour_histogram_features(images: ImageList) -> Features:
+    """A baseline: joint RGB histograms (8 x 8 x 8) of three horizontal stripes, compared by the Hellinger distance."""
+
+    def describe(image: Tensor) -> Tensor:
+        bins = (image.long() * _HISTOGRAM_BINS) // 256
+        joint = (bins[0] * _HISTOGRAM_BINS + bins[1]) * _HISTOGRAM_BINS + bins[2]
+        counts = [
+            torch.bincount(part.flatten(), minlength=_HISTOGRAM_BINS**3) for part in joint.chunk(_HISTOGRAM_STRIPES)
+        ]
+        return torch.cat(counts).float().sqrt()
+
+    return _baseline(images, describe)
+
+
+def feature_distances(query: Features, gallery: Features) -> Tensor:
+    """Squared Euclidean distances float32 [Q, G] of the features."""
+    return pairwise_distance(query.feature, gallery.feature, metric="sqeuclidean")
+
+
+def reranked_distances(query: Features, gallery: Features, *, k1: int, k2: int, lambda_value: float) -> Tensor:
+    """Distances float32 [Q, G] after k-reciprocal re-ranking."""
+    return k_reciprocal_rerank(query.feature, gallery.feature, k1=k1, k2=k2, lambda_value=lambda_value)
+
+
+def score(distances: Tensor, query: Features, gallery: Features) -> Scores:
+    """Ranking metrics of distances [Q, G], under the same-camera rule where cameras are known."""
+    cameras = (query.camera, gallery.camera) if _cameras_known(query, gallery) else (None, None)
+    queries = rank_queries(distances, query.identity, gallery.identity, *cameras)
+    matched = np.asarray(queries.num_matches.cpu()) > 0
+    by_viewpoint = {}
+    for label, name in enumerate(VIEWPOINTS):
+        subset = query.viewpoint == label
+        if (subset & matched).any():
+            by_viewpoint[name] = queries.metrics(subset=torch.from_numpy(subset))
+    return Scores(queries.metrics(), by_viewpoint, queries)
+
+
+def _cameras_known(query: Features, gallery: Features) -> bool:
+    return bool((query.camera >= 0).any() and (gallery.camera >= 0).any())

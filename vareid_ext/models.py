@@ -1,0 +1,273 @@
+"""The network: image -> feature. A timm backbone, pooling, the neck, and the optional stripe branch.
+
+The classifiers of the global feature (the identity and viewpoint centres) belong to the loss, not to the network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+STRIPES = (1, 2, 3)
+"""The stripe branch cuts the feature map into this many horizontal stripes, one cut after the other: 6 in all."""
+
+
+class ModelOutput(NamedTuple):
+    """What the network computes for a batch of N images."""
+
+    pooled: Tensor
+    """float32 [N, D], before the neck: for losses that compare distances (the triplet term)"""
+    feature: Tensor
+    """float32 [N, D], after the neck: for losses that compare with centres"""
+    stripe_features: Tensor | None
+    """float32 [N, S, d], the stripes' features; None without the stripe branch"""
+    stripe_logits: Tensor | None
+    """float32 [N, S, K], each stripe's identity logits; None without the stripe branch"""
+
+
+class GeneralizedMeanPooling(nn.Module):
+    """``(mean over space of max(x, 1e-6)^p)^(1/p)`` with a learned p, 3 at first (Radenovic et al., TPAMI 2019)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C], in float32 (a power in half precision overflows)."""
+        return x.float().clamp(min=1e-6).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+class _GlobalAveragePooling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().mean((2, 3))
+
+
+class StripeBranch(nn.Module):
+    """Horizontal stripes of the feature map, each with its own reduction (linear + batch norm) and identity head."""
+
+    def __init__(self, channels: int, dim: int, num_identities: int) -> None:
+        super().__init__()
+        count = sum(STRIPES)
+        self.reduce = nn.ModuleList(nn.Linear(channels, dim, bias=False) for _ in range(count))
+        self.norm = nn.ModuleList(nn.BatchNorm1d(dim) for _ in range(count))
+        heads = [nn.Linear(dim, num_identities, bias=False) for _ in range(count)]
+        for head in heads:
+            nn.init.normal_(head.weight, std=0.001)
+        self.head = nn.ModuleList(heads)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, C, H, W] -> features [N, S, d] and logits [N, S, K]."""
+        stripes = torch.cat([F.adaptive_avg_pool2d(x.float(), (count, 1)).flatten(2) for count in STRIPES], dim=2)
+        features, logits = [], []
+        for i, (reduce, norm, head) in enumerate(zip(self.reduce, self.norm, self.head, strict=True)):
+            features.append(norm(reduce(stripes[:, :, i])))
+            logits.append(head(features[-1]))
+        return torch.stack(features, dim=1), torch.stack(logits, dim=1)
+
+
+class ReidModel(nn.Module):
+    """Backbone, pooling and neck: images [N, 3, H, W] -> features [N, D].
+
+    The neck is a batch normalisation whose shift stays 0 (Luo et al., CVPRW 2019). In evaluation mode
+    :meth:`test_feature` gives what is compared: the feature after the neck, with the stripes' features appended where
+    there is a stripe branch, L2-normalised.
+
+    Args:
+        backbone: name of a timm model whose feature map is [N, C, H, W].
+        backbone_options: further arguments of ``timm.create_model``.
+        pretrained: start from timm's weights, downloaded on first use.
+        weights: local file of backbone weights instead (.pth, .pt, .safetensors; also a checkpoint of this program).
+        last_stride: 1 sets the strides of the last stage to 1, so that the feature map has twice the resolution; no
+            dilation is added. 2 leaves the backbone alone.
+        pooling: "avg", or "gem" for generalised mean pooling.
+        input_norm: standardise every colour channel of every image by itself before the backbone, which takes a
+            camera's colour cast and exposure away (and the absolute colours with them).
+        num_identities: number of training identities K, needed with `local` only.
+        local: add the stripe branch.
+        stripe_dim: length of a stripe's feature.
+
+    Raises:
+        ValueError: an unknown backbone or one without a feature map, an argument outside what is allowed, a weights
+            file that does not fit.
+        OSError: pretrained weights that cannot be downloaded, a weights file that cannot be read.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        *,
+        backbone_options: Mapping[str, Any] | None = None,
+        pretrained: bool = False,
+        weights: str | None = None,
+        last_stride: int = 1,
+        pooling: str = "avg",
+        input_norm: bool = False,
+        num_identities: int | None = None,
+        local: bool = False,
+        stripe_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        if last_stride not in (1, 2):
+            raise ValueError(f"last_stride: {last_stride!r} was given; allowed are 1 and 2")
+        if pooling not in ("avg", "gem"):
+            raise ValueError(f"pooling: {pooling!r} was given; allowed are 'avg' and 'gem'")
+        self.backbone = _create_backbone(backbone, dict(backbone_options or {}), pretrained and weights is None)
+        if weights is not None:
+            load_backbone_weights(self.backbone, weights)
+        channels, stages = _probe(self.backbone, backbone)
+        if last_stride == 1:
+            _keep_resolution(backbone, stages)
+        self.input_norm: nn.Module = nn.InstanceNorm2d(3, eps=1e-3) if input_norm else nn.Identity()
+        self.pool = GeneralizedMeanPooling() if pooling == "gem" else _GlobalAveragePooling()
+        self.neck = nn.BatchNorm1d(channels)
+        self.neck.bias.requires_grad_(False)
+        self.stripes: StripeBranch | None = None
+        if local:
+            if num_identities is None or num_identities < 1:
+                raise ValueError(f"num_identities: {num_identities!r} was given; the stripe branch needs a number >= 1")
+            self.stripes = StripeBranch(channels, stripe_dim, num_identities)
+        self.feature_dim = channels
+        """length D of the global feature"""
+
+    def forward(self, images: Tensor) -> ModelOutput:
+        """Images [N, 3, H, W], normalised as the backbone expects -> :class:`ModelOutput`."""
+        feature_map = self.backbone(self.input_norm(images))
+        pooled = self.pool(feature_map)
+        # Half precision stops here: the neck's statistics and everything behind it are float32.
+        with torch.autocast(images.device.type, enabled=False):
+            feature = self.neck(pooled)
+            stripe_features, stripe_logits = (None, None) if self.stripes is None else self.stripes(feature_map)
+        return ModelOutput(pooled, feature, stripe_features, stripe_logits)
+
+    def test_feature(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] -> float32 [N, D'], rows of length 1: what retrieval compares."""
+        return test_feature(self(images))
+
+
+def test_feature(output: ModelOutput) -> Tensor:
+    """The retrieval feature of a model's output: global and stripe features side by side, rows L2-normalised."""
+    parts = [output.feature]
+    if output.stripe_features is not None:
+        parts.append(output.stripe_features.flatten(1))
+    return F.normalize(torch.cat(parts, dim=1), dim=1)
+
+
+def _create_backbone(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
+        raise ValueError(
+            f"backbone: timm has no model {name!r}" + (f"; similar are {', '.join(close)}" if close else "")
+        )
+    if not pretrained:
+        return timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **options)
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0, global_pool="", **options)
+    except _download_errors() as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(
+            f"the pretrained weights of {name!r} could not be downloaded ({reason}). Give a local file "
+            "with --weights FILE, or start from random weights with --model.pretrained=false"
+        ) from error
+
+
+def _download_errors() -> tuple[type[BaseException], ...]:
+    """What a failed download raises: OSError, and the exceptions of the HTTP client the hub's library brings."""
+    try:
+        from httpx import HTTPError
+    except ModuleNotFoundError:
+        return (OSError,)
+    return (OSError, HTTPError)
+
+
+def load_backbone_weights(backbone: nn.Module, path: str) -> None:
+    """Load a file of weights into a backbone; the file's classifier is left out.
+
+    Args:
+        backbone: a timm model without a classifier.
+        path: .safetensors, or a file that ``torch.load(weights_only=True)`` reads: the weights, or a dictionary with
+            them under "state_dict" or "model". Prefixes "module." and "backbone." are removed.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: weights are missing or of another shape; the first ones are named.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights: there is no file {path!r}")
+    if path.endswith(".safetensors"):
+        from safetensors.torch import load_file
+
+        found: Any = load_file(path)
+    else:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    if not isinstance(found, Mapping):
+        raise ValueError(f"weights: {path!r} holds {type(found).__name__}, not a dictionary of weights")
+    weights = {str(key).removeprefix("module.").removeprefix("backbone."): value for key, value in found.items()}
+    expected = backbone.state_dict()
+    wrong = [key for key, value in expected.items() if key not in weights or weights[key].shape != value.shape]
+    if wrong:
+        raise ValueError(
+            f"weights: {path!r} does not fit the backbone: {len(wrong)} of {len(expected)} entries are missing or have "
+            f"another shape, the first are {', '.join(wrong[:3])}"
+        )
+    backbone.load_state_dict({key: weights[key] for key in expected})
+
+
+_StridedModule = tuple[nn.Module, str, nn.Module, int]
+
+
+def _probe(backbone: nn.Module, name: str) -> tuple[int, list[_StridedModule]]:
+    """The number of channels, and the modules that halve the resolution (parent, attribute, module, input height)."""
+    parents = {id(child): (parent, key) for parent in backbone.modules() for key, child in parent.named_children()}
+    found: list[_StridedModule] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].ndim == 4 and isinstance(output, Tensor):
+            height = inputs[0].shape[2]
+            if output.ndim == 4 and output.shape[2] * 2 in (height, height + 1) and id(module) in parents:
+                found.append((*parents[id(module)], module, height))
+
+    # Only modules that have a stride of their own: not the blocks and stages that contain them.
+    strided = [m for m in backbone.modules() if _stride(m) == 2 and not list(m.children())]
+    handles = [module.register_forward_hook(note) for module in strided]
+    was_training = backbone.training
+    try:
+        with torch.no_grad():
+            feature_map = backbone.eval()(torch.zeros(1, 3, 256, 256))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"backbone: {name!r} does not take images of any size ({error}); choose another") from error
+    finally:
+        backbone.train(was_training)
+        for handle in handles:
+            handle.remove()
+    if not isinstance(feature_map, Tensor) or feature_map.ndim != 4 or feature_map.shape[2] != feature_map.shape[3]:
+        raise ValueError(f"backbone: {name!r} has no feature map [N, C, H, W]; choose a convolutional network")
+    return feature_map.shape[1], found
+
+
+def _stride(module: nn.Module) -> int:
+    stride = getattr(module, "stride", 1)
+    return max(stride) if isinstance(stride, tuple) else stride if isinstance(stride, int) else 1
+
+
+def _keep_resolution(name: str, strided: list[_StridedModule]) -> None:
+    """Set the last stage's strides to 1 (``output_stride`` of timm adds dilation, which is another network)."""
+    if not strided:
+        raise ValueError(f"last_stride: {name!r} has no strides that can be set to 1; use last_stride 2")
+    last = min(height for *_, height in strided)
+    for parent, key, module, height in strided:
+        if height != last:
+            continue
+        if isinstance(module, (nn.AvgPool2d, nn.MaxPool2d)):
+            # The pooling of a shortcut only matches the halved resolution; there is nothing left for it to do.
+            setattr(parent, key, nn.Identity())
+        else:
+            module.stride = (1, 1) if isinstance(module.stride, tuple) else 1  # type: ignore[assignment]

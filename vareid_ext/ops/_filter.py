@@ -1,0 +1,191 @@
+"""Features made ready for blocks of float32 products that filter exactly.
+
+A distance is ``|z_i - z_j|^2`` with ``z_i = factor_i x_i``: the factor is 1, one power of two for all rows where the
+features are far from 1, or 1 / |x_i| for the cosine. The product is that of ``p_i = float32(z_i - c)``: c is 0, or the
+features' mean where that holds most of their length (distances do not change, but the products' errors shrink). Where
+p_i is x_i, the products read the features where they lie.
+
+The window. With u = 2^-24, n_i = |p_i|^2, and fl() what is computed, every pair has
+``|n_i + n_j - 2 fl(p_i . p_j) - |z_i - z_j|^2| <= w_i + w_j`` for ``w_i = (g + 32 u) n_i + 2^-77 |c|^2 + 2^-104 D``
+and ``g = D u / (1 - D u)``:
+
+1. The product. Whatever the order of its D products and D - 1 sums, fused or not, ``|fl(p_i . p_j) - p_i . p_j| <= g
+   sum_k |p_ik p_jk|`` (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), and the sum is at
+   most ``|p_i| |p_j| <= (n_i + n_j) / 2``. Doubled, that is ``g (n_i + n_j)``.
+2. Sums of floats. The norms, the lower and upper bounds and their comparison take fewer than eight roundings, of
+   values of at most ``2 (n_i + n_j)``: together at most ``16 u (n_i + n_j)``. (A threshold above that decides nothing.)
+3. Preparation. Each element of p_i is rounded once to float32, after float64 arithmetic: ``|p_i - (z_i - c)| <= e_i =
+   1.01 u |p_i| + 2^-52 |c|``, and ``||p_i - p_j|^2 - |z_i - z_j|^2| <= (e_i + e_j) (2 |p_i - p_j| + e_i + e_j)``.
+   With ``|p_i - p_j|^2 <= 2 (n_i + n_j)`` and ``2 s t <= s^2 + t^2`` for the term in |c| that is at most
+   ``8 u (n_i + n_j) + 2^-77 |c|^2``. The float64 sum that is the truth errs by less than ``u (n_i + n_j)`` itself.
+4. Underflow. ``|p_ik| <= 2^21``, so elements or products that are flushed to 0 change a sum by at most ``2^-105 D``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vareid_ext import _native
+from vareid_ext.ops._features import row_magnitudes
+
+BLOCK_ROWS = 1024  # rows and columns of a block of products: 4 MiB, which stays in a third-level cache
+_UNIT = 2.0**-24
+_SAMPLE = 1024  # rows that the mean is taken from: any centre is correct, a good one makes the window small
+_CENTERED_SHARE = 0.5  # the mean's share of the mean squared length from which on features are centred
+
+
+def common_scale(largest: float) -> float:
+    """1, or the power of two that brings ``largest`` into [1, 2) where it lies outside [2^-20, 2^20]."""
+    if largest == 0 or 2.0**-20 <= largest <= 2.0**20:
+        return 1.0
+    return 2.0 ** -min(1000, max(-1000, torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent.item() - 1))
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """x, or a copy of it if its rows are not contiguous."""
+    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The current stream of a CUDA tensor's device, 0 for others."""
+    return _native.stream(tensor) if tensor.is_cuda else 0
+
+
+class Filter:
+    """One or two sets of features, their float32 blocks for products, and the window of the products.
+
+    Args:
+        parts: features [rows, D] of one dtype and device.
+        names: how errors call them.
+        metric: "sqeuclidean", "euclidean" or "cosine".
+        scale: the common factor, where the rows have been checked before; distances are then those of the scaled rows.
+
+    Raises:
+        ValueError: a row with NaN or Inf, or (cosine) a zero row.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], names: Sequence[str], metric: str, scale: float | None = None) -> None:
+        self.parts = [contiguous_rows(part.detach()) for part in parts]
+        self.threads = torch.get_num_threads()
+        D, device = self.parts[0].shape[1], self.parts[0].device
+        self.unscale = 1.0
+        self.factors: list[Tensor | None] = [None] * len(self.parts)
+        if scale is None:
+            magnitudes = [
+                row_magnitudes(name, part, nonzero=metric == "cosine")
+                for name, part in zip(names, self.parts, strict=True)
+            ]
+            scale = 1.0
+            if metric == "cosine":
+                self.factors = [self._unit_factors(p, m) for p, m in zip(self.parts, magnitudes, strict=True)]
+            else:
+                scale = common_scale(max((float(rows.max()) for rows in magnitudes if rows.numel()), default=0.0))
+                self.unscale = scale**-2
+        if scale != 1:
+            self.factors = [torch.full((p.shape[0],), scale, dtype=torch.float64, device=device) for p in self.parts]
+        self.center = self._find_center()
+        self.direct = self.center is None and self.factors[0] is None and self.parts[0].dtype == torch.float32
+        self._buffers: dict[int, Tensor] = {}
+        gamma = D * _UNIT / (1 - D * _UNIT)
+        center_norm = 0.0 if self.center is None else float(self.center.square().sum())
+        sizes = [part.shape[0] for part in self.parts]
+        norm = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+        self.norms = list(norm.split(sizes))
+        for which in range(len(self.parts)):
+            self._fill_norms(which)
+        window = norm * ((gamma + 32 * _UNIT) * (1 + 2.0**-20)) + (2.0**-77 * center_norm + 2.0**-104 * D)
+        self.windows = list(window.split(sizes))
+        self.norm, self.window = norm, window
+
+    def _unit_factors(self, x: Tensor, magnitude: Tensor) -> Tensor:
+        """1 / |x_i|, by way of rows scaled by powers of two, so that no square leaves float64's range."""
+        shift = torch.ldexp(torch.ones_like(magnitude), -torch.frexp(magnitude).exponent.clamp(-1000, 1000))
+        return shift / self._norms_of(x, shift).sqrt()
+
+    def _norms_of(self, x: Tensor, factor: Tensor | None) -> Tensor:
+        out = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
+        view = _native.view
+        _native.module().pairwise_distance_norm(view(x), view(factor), view(out), self.threads, stream_of(x))
+        return out
+
+    def _find_center(self) -> Tensor | None:
+        total = torch.zeros(self.parts[0].shape[1], dtype=torch.float64, device=self.parts[0].device)
+        squares, count = 0.0, 0
+        for part, factor in zip(self.parts, self.factors, strict=True):
+            step = max(1, -(-part.shape[0] * len(self.parts) // _SAMPLE))
+            for begin in range(0, part.shape[0], 64 * step):
+                rows = part[begin : begin + 64 * step : step].double()
+                if factor is not None:
+                    rows = rows * factor[begin : begin + 64 * step : step, None]
+                total += rows.sum(0)
+                squares, count = squares + float(rows.square().sum()), count + rows.shape[0]
+        if count == 0:
+            return None
+        mean = total / count
+        return mean if float(mean.square().sum()) > _CENTERED_SHARE * squares / count else None
+
+    def _fill_norms(self, which: int) -> None:
+        part = self.parts[which]
+        if self.direct:
+            self.norms[which].copy_(self._norms_of(part, None))
+            return
+        for begin in range(0, part.shape[0], 1024):
+            self.block(which, begin, min(part.shape[0], begin + 1024), 0)
+
+    def _prepare(self, x: Tensor, factor: Tensor | None, out: Tensor, norm: Tensor) -> Tensor:
+        view = _native.view
+        _native.module().pairwise_distance_prepare(
+            view(x), view(factor), view(self.center), view(out), view(norm), self.threads, stream_of(x)
+        )
+        return out
+
+    def block(self, which: int, begin: int, end: int, slot: int) -> Tensor:
+        """The float32 rows begin to end of a part; valid until the next call with this slot."""
+        part, factor = self.parts[which][begin:end], self.factors[which]
+        if self.direct:
+            return part
+        rows, D = part.shape
+        buffer = self._buffers.get(slot)
+        if buffer is None or buffer.shape[0] < rows:
+            buffer = self._buffers[slot] = torch.empty((rows, D), dtype=torch.float32, device=part.device)
+        factor = None if factor is None else factor[begin:end]
+        return self._prepare(part, factor, buffer[:rows], self.norms[which][begin:end])
+
+    def gather(self, which: int, rows: Tensor) -> Tensor:
+        """The float32 rows of these numbers of a part."""
+        part, factor = self.parts[which].index_select(0, rows), self.factors[which]
+        if self.direct:
+            return part
+        factor = None if factor is None else factor[rows]
+        norm = torch.empty(rows.numel(), dtype=torch.float32, device=part.device)
+        return self._prepare(part, factor, torch.empty(part.shape, dtype=torch.float32, device=part.device), norm)
+
+    def drop_buffers(self) -> None:
+        """Gives the memory of converted blocks back."""
+        self._buffers.clear()
+
+    def bounds(self, which: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Norms and windows of one part or of all, in order."""
+        if len(which) == len(self.parts):
+            return self.norm, self.window
+        return self.norms[which[0]], self.windows[which[0]]
+
+    def sets(self, *which: int) -> list[tuple[object, object]]:
+        """The features and factors of some parts, as the compiled module takes them."""
+        return [(_native.view(self.parts[w]), _native.view(self.factors[w])) for w in which]
+
+
+def row_blocks(filtered: Filter, which: Sequence[int], block_rows: int) -> list[tuple[int, int, int, int]]:
+    """(part, first row, last row, the first row's number among all parts) of blocks of about equal size."""
+    blocks, offset = [], 0
+    for part in which:
+        rows = filtered.parts[part].shape[0]
+        count = -(-rows // block_rows)
+        edges = [rows * b // count for b in range(count + 1)] if count else []
+        blocks += [(part, first, last, offset + first) for first, last in itertools.pairwise(edges)]
+        offset += rows
+    return blocks

@@ -1,0 +1,128 @@
+"""The run folder: what a run leaves behind and a resumed run finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy
+import PIL
+import timm
+import torch
+import torchvision
+
+import vareid_ext
+from vareid_ext.checkpoint import atomic_file
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder, made where it does not exist.
+        resume: go on with the run it holds; otherwise it must not hold one.
+
+    Raises:
+        FileExistsError: the folder holds a run and `resume` is off.
+        FileNotFoundError: the folder holds no run and `resume` is on.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        self.config, self.environment = path / "config.yaml", path / "environment.json"
+        self.log, self.metrics = path / "log.jsonl", path / "metrics.json"
+        self.last, self.best = path / "last.pt", path / "best.pt"
+        self.curves, self.ranking = path / "curves.png", path / "ranking.png"
+        self.query_features, self.gallery_features = path / "query.npz", path / "gallery.npz"
+        self.non_finite_batch = path / "non_finite_batch.pt"
+        self.tensorboard = path / "tensorboard"
+        if resume and not self.last.is_file():
+            raise FileNotFoundError(f"resume: {str(path)!r} holds no checkpoint to go on from (there is no last.pt)")
+        if not resume and (self.last.exists() or self.log.exists()):
+            raise FileExistsError(
+                f"output: {str(path)!r} holds a run already; go on with it by --resume {path}, or choose another folder"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write_text(self, path: Path, text: str) -> None:
+        """Write a text file of the folder atomically."""
+        with atomic_file(path) as file:
+            file.write(text.encode())
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write a JSON file of the folder atomically."""
+        self.write_text(path, json.dumps(value, indent=2) + "\n")
+
+    def append_log(self, entry: Mapping[str, Any]) -> None:
+        """Add a line to log.jsonl."""
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl; none where it does not exist."""
+        if not self.log.is_file():
+            return []
+        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines() if line]
+
+    def rewind_log(self, step: int) -> None:
+        """Drop the lines of log.jsonl that a resumed run will write again: those of steps after `step`."""
+        kept = [entry for entry in self.read_log() if entry["step"] <= step]
+        self.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in kept))
+
+
+def default_folder(name: str) -> Path:
+    """runs/<name>-<date and time>."""
+    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result depends on besides the configuration: versions, device, threads, backends, the command line."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "vareid_ext": vareid_ext.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "backends": vareid_ext.backends(),
+    }
+
+
+class TensorBoard:
+    """Scalars for TensorBoard.
+
+    Args:
+        path: folder of the event files; None writes nothing.
+        after: events of later steps, which a resumed run writes again, are dropped.
+    """
+
+    def __init__(self, path: Path | None, *, after: int) -> None:
+        self._writer: Any = None
+        if path is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(path), purge_step=after + 1 if after else None)
+
+    def add(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Add the values of a step under the group's name."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()
