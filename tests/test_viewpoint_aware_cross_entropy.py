@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -428,6 +429,26 @@ def test_mask_that_excludes_a_sample_is_refused(backend: str) -> None:
         viewpoint_cross_entropy(S, identity, torch.tensor([1, 0, 1, 1]), mask=mask)
     with pytest.raises(ValueError, match="row 1 has weight on a view that the mask excludes for identity 4"):
         viewpoint_cross_entropy(S, identity, torch.full((4, 3), 1 / 3), mask=mask)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2**-22.9 + 2**-24), (torch.float64, 2**-51.9 + 2**-53)])
+@pytest.mark.parametrize("lowest", [-1.0, -30.0, -87.3])
+def test_exponentials_are_as_exact_as_documented(dtype: torch.dtype, bound: float, lowest: float) -> None:
+    """Beside a dominating class and without smoothing, the gradient is exp(x) times a factor that is known."""
+    if vareid_ext.backends()["cpu"] != "native":
+        pytest.skip("the compiled module is not here")
+    x = torch.rand(50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).mul(lowest).to(dtype)
+    z = torch.cat([torch.zeros(1, dtype=dtype), x, torch.tensor([-math.inf, -750.0], dtype=dtype)])[None]
+    label, one = torch.zeros(1, dtype=torch.int64), torch.ones((), dtype=dtype)
+    ops = torch.ops.vareid
+    _, _, statistics = ops.viewpoint_aware_cross_entropy_forward(z, None, label, None, None, "none", 0.0, 0.0, "sum")
+    gradient, _ = ops.viewpoint_aware_cross_entropy_backward(one, None, z, None, label, None, None, statistics, "sum")
+    factor = statistics[0, 1, 0].to(dtype).numpy().astype(np.longdouble)
+    want = np.exp(x.numpy().astype(np.longdouble)) * factor
+    normal = want > float(torch.finfo(dtype).tiny) * 2
+    error = np.abs(gradient[0, 1:-2].numpy().astype(np.longdouble) - want)[normal] / want[normal]
+    assert error.max() <= bound
+    assert (gradient[0, -2:] == 0).all()
 
 
 def test_large_alpha_warns_once() -> None:
