@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import re
 from pathlib import Path
 
+import torch
+
 from tests.cuda_on_cpu import build, rows
 from tests.cuda_on_cpu.backend import cuda_on_cpu
 from tests.cuda_on_cpu.harness import Launcher, Traffic, package
+from tests.cuda_on_cpu.representative import REPRESENTATIVE, Shape
 
 PAGE = build.ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- traffic: begin -->", "<!-- traffic: end -->"
 
 
-def traffic(row: str) -> dict[tuple[str, str], Traffic]:
-    """The traffic of a row's representative calls, by (kernel, shape)."""
-    module = importlib.import_module(f"tests.cuda_on_cpu.launchers.{row}")
-    found: dict[tuple[str, str], Traffic] = {}
+def traffic(row: str) -> dict[tuple[str, Shape], Traffic]:
+    """The traffic of a row's representative calls, by kernel and shape."""
+    found: dict[tuple[str, Shape], Traffic] = {}
     library = package("checker")
-    for shape, call in module.representative().items():
+    for shape in REPRESENTATIVE.get(row, []):
         with Launcher(library) as launcher, cuda_on_cpu(launcher), library.measuring() as measured:
-            call()
+            shape.call(torch.device("cpu"))
         found.update({(kernel, shape): t for kernel, t in sorted(measured.items())})
     return found
 
@@ -43,7 +44,7 @@ def table() -> str:
                 shared = f"{t.wavefronts / t.shared_requests:.2f} | {t.ideal_wavefronts / t.shared_requests:.2f}"
             requests = max(1, t.requests)
             lines.append(
-                f"| `{kernel}` | {shape} | {moved:,} | {minimum:,} | {t.moved_ratio:.2f} | {t.requests:,} | "
+                f"| `{kernel}` | {shape.name} | {moved:,} | {minimum:,} | {t.moved_ratio:.2f} | {t.requests:,} | "
                 f"{t.sectors / requests:.2f} | {t.ideal_sectors / requests:.2f} | {t.coalescing:.1%} | {shared} |"
             )
     return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""What the kernels move through global and shared memory, held to what each promises (representative.py)."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from tests.cuda_on_cpu import build, measure, rows
+from tests.cuda_on_cpu.harness import Traffic
+from tests.cuda_on_cpu.representative import REPRESENTATIVE, Shape
+
+pytestmark = pytest.mark.skipif(bool(build.missing_reason()), reason=build.missing_reason() or "g++ is here")
+
+
+@functools.cache
+def traffic(row: str) -> dict[tuple[str, Shape], Traffic]:
+    return measure.traffic(row)
+
+
+@pytest.mark.parametrize("row", rows.row_names())
+def test_every_kernel_keeps_its_limits(row: str) -> None:
+    assert row in REPRESENTATIVE, f"{row} has no representative call (tests/cuda_on_cpu/representative.py)"
+    assert traffic(row), "the representative calls launch no kernel"
+    for (kernel, shape), t in traffic(row).items():
+        limit = shape.limits[kernel.split("<")[0]]
+        assert t.moved_ratio <= limit.moved, (kernel, shape.name, t)
+        assert t.coalescing >= limit.coalescing, (kernel, shape.name, t)
+        assert t.wavefront_ratio <= limit.wavefronts, (kernel, shape.name, t)
+
+
+def test_angular_center_moves_the_bytes_of_its_arrays() -> None:
+    """The minimum that the harness counts is the size of what must be read and written, counted by hand."""
+    K, V, D = 64, 3, 1024
+    small = 4 * (K * V + K + K * V)  # cosines and the two norms
+    for (kernel, shape), t in traffic("angular_center").items():
+        centers = K * (1 + V) * D * (2 if "bfloat16" in shape.name else 4)
+        if "forward" in kernel:
+            assert (t.distinct_loaded, t.distinct_stored) == (centers, small)
+        elif "backward" in kernel:
+            assert (t.distinct_loaded, t.distinct_stored) == (centers + small + 4, centers)
+        else:
+            assert (t.distinct_loaded, t.distinct_stored) == (4 * K * V, 4)
+
+
+def test_measures_are_deterministic() -> None:
+    again = {(kernel, shape.name): t for (kernel, shape), t in measure.traffic("angular_center").items()}
+    assert again == {(kernel, shape.name): t for (kernel, shape), t in traffic("angular_center").items()}
+
+
+def test_the_documented_table_names_every_measured_kernel() -> None:
+    page = measure.PAGE.read_text()
+    text = page[page.index(measure.BEGIN) : page.index(measure.END)]
+    for row in rows.row_names():
+        for kernel, shape in traffic(row):
+            wanted = f"| `{kernel}` | {shape.name} |"
+            assert wanted in text, f"{wanted} is missing: python -m tests.cuda_on_cpu.measure"

@@ -1,0 +1,76 @@
+"""Every row's own cases on a real GPU, and what only a GPU has: streams, devices, dispatch by the tensor's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.cuda_on_cpu import rows
+from tests.cuda_on_cpu.representative import REPRESENTATIVE, Shape
+from tests.gpu import gpu_backend
+
+pytestmark = pytest.mark.skipif(
+    bool(gpu_backend.missing_reason()), reason=gpu_backend.missing_reason() or "a GPU is here"
+)
+SHAPES = [pytest.param(shape, id=f"{row}: {shape.name}") for row, shapes in REPRESENTATIVE.items() for shape in shapes]
+
+
+@pytest.fixture
+def backend() -> Iterator[str]:
+    with gpu_backend.on_gpu():
+        yield "cuda"
+
+
+for _row in rows.row_names():
+    for _name, _test in rows.backend_tests(_row).items():
+        globals()[f"test_{_row}__{_name.removeprefix('test_')}"] = _test
+
+
+def _assert_same(got: list[torch.Tensor], expected: list[torch.Tensor], device: torch.device) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert a.device == device
+        # the default tolerances of the dtype, on the scale of the largest value
+        scale = float(b.abs().max()) if b.is_floating_point() else 0.0
+        tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float64: 1e-12, torch.float16: 2e-3}.get(
+            b.dtype, 0
+        )
+        torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cuda_tensors_give_what_cpu_tensors_give(shape: Shape) -> None:
+    device = torch.device("cuda", 0)
+    _assert_same(shape.call(device), shape.call(torch.device("cpu")), device)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_results_are_the_same_every_time(shape: Shape) -> None:
+    device = torch.device("cuda", 0)
+    first, second = shape.call(device), shape.call(device)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_current_stream_is_used(shape: Shape) -> None:
+    """A long wait on the side stream comes first there; a kernel on another stream would not wait for its inputs."""
+    device = torch.device("cuda", 0)
+    expected = shape.call(device)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        got = shape.call(device)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_second_device_is_selected_and_left(shape: Shape) -> None:
+    other = torch.device("cuda", 1)
+    with torch.cuda.device(0):
+        got = shape.call(other)
+        assert torch.cuda.current_device() == 0
+    _assert_same(got, shape.call(torch.device("cpu")), other)
