@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import vareid_ext
 from vareid_ext import extraction, report, train
 from vareid_ext.checkpoint import atomic_file, load_checkpoint, random_state, save_checkpoint, set_random_state
 from vareid_ext.data import ImageList, SyntheticSettings, build_transform, load, synthetic_data
@@ -193,6 +194,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path, m
     for i, path in zip(batch["index"].tolist(), batch["paths"], strict=True):
         assert data.train.paths[i] == path
     assert batch["identity"].tolist() == data.train.identity[batch["index"].numpy()].tolist()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_saved_features_give_the_metrics_again(tmp_path):
+    output = tmp_path / "run"
+    assert start(output, "--epochs=1", "--baselines=false", "--save-features") == 0
+    query, gallery = (np.load(output / name, allow_pickle=False) for name in ("query.npz", "gallery.npz"))
+    distances = vareid_ext.pairwise_distance(query["feature"], gallery["feature"], metric="sqeuclidean")
+    labels = (query["identity"], gallery["identity"], query["camera"], gallery["camera"])
+    again = vareid_ext.evaluate_ranking(distances, *labels)
+    assert again.as_dict() == pytest.approx(json.loads((output / "metrics.json").read_text())["trained"], rel=1e-9)
+    assert set(query["viewpoint"]) <= {0, 1, 2}
 
 
 @pytest.mark.usefixtures("no_figures")

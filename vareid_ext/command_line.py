@@ -7,6 +7,7 @@ same.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -179,19 +180,28 @@ def _parser(defaults: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="python -m vareid_ext.train",
+        usage="%(prog)s [--recipe NAME | --resume DIR] [--config FILE] [--output DIR] [--section.field VALUE ...]",
         description="Train a viewpoint-aware re-identification model and evaluate it with and without re-ranking.",
         epilog=_EPILOG,
         exit_on_error=False,
         default_env=False,
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument("--recipe", help=f"named configuration to start from: {', '.join(recipe_names())}")
+    parser.add_argument(
+        "--recipe",
+        help=f"named configuration to start from, {DEFAULT_RECIPE} if none is given: {', '.join(recipe_names())}",
+    )
     parser.add_argument("--config", help="YAML file of fields that differ from the recipe")
     parser.add_argument("--output", help="run folder; default: runs/<recipe>-<date and time>")
     parser.add_argument(
         "--resume", help="run folder of an interrupted run to continue, with the configuration it holds"
     )
     parser.add_class_arguments(Config, as_group=False)
+    # A file holds a whole configuration here, never one section.
+    sections = {f"--{name.rsplit('.', n)[0]}" for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
+    for action in parser._actions:
+        if sections & set(action.option_strings):
+            action.help = argparse.SUPPRESS
     parser.set_defaults(dict(_pairs(defaults)))
     return parser
 

@@ -239,6 +239,8 @@ class EvaluationConfig:
     """also measure raw pixels and colour histograms as features"""
     ranking_queries: int = 6
     """queries shown in ranking.png"""
+    save_features: bool = False
+    """also write the final features to query.npz and gallery.npz, for vareid_ext.evaluate and vareid_ext.rerank"""
 
     def __post_init__(self) -> None:
         _at_least("evaluation.every", self.every, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
+from vareid_ext.checkpoint import atomic_file
 from vareid_ext.data import VIEWPOINTS, ImageList, ReidDataset, collate
 from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_queries
 from vareid_ext.models import ReidModel
@@ -38,6 +40,17 @@ class Features:
     identity: np.ndarray
     camera: np.ndarray
     viewpoint: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write feature, identity, camera and viewpoint to an .npz file, atomically."""
+        with atomic_file(path) as file:
+            np.savez(
+                file,
+                feature=self.feature.cpu().numpy(),
+                identity=self.identity,
+                camera=self.camera,
+                viewpoint=self.viewpoint,
+            )
 
 
 @dataclass(frozen=True, eq=False)

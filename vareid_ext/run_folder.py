@@ -39,6 +39,7 @@ class RunFolder:
         self.log, self.metrics = path / "log.jsonl", path / "metrics.json"
         self.last, self.best = path / "last.pt", path / "best.pt"
         self.curves, self.ranking = path / "curves.png", path / "ranking.png"
+        self.query_features, self.gallery_features = path / "query.npz", path / "gallery.npz"
         self.non_finite_batch = path / "non_finite_batch.pt"
         self.tensorboard = path / "tensorboard"
         if resume and not self.last.is_file():

@@ -301,6 +301,9 @@ def conclude(
     if not any(entry["epoch"] == config.optimizer.epochs for entry in state.progress.evaluations):
         record(state, folder, config.optimizer.epochs, metrics_of(trained), started)
 
+    if evaluation.save_features:
+        query.save(folder.query_features)
+        gallery.save(folder.gallery_features)
     main_results = {**state.progress.baselines, "trained": metrics_of(trained), "reranked": metrics_of(reranked)}
     draw_figures(
         config,
