@@ -48,6 +48,9 @@ _HINTS = (
 )
 
 
+_refused: dict[str, str] = {}  # by the object's key: what a whole session of tests need not compile again
+
+
 class BuildError(RuntimeError):
     """g++ refused a source; the text holds its messages."""
 
@@ -93,6 +96,8 @@ def _compile(source: Path, flags: Sequence[str], folder: Path) -> Path:
     target = folder / f"{source.stem}-{key[:20]}.o"
     if target.exists():
         return target
+    if key in _refused:
+        raise BuildError(_refused[key])
     partial = target.with_suffix(f".{os.getpid()}.partial")
     # A path relative to the repository keeps it readable in messages.
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
@@ -103,9 +108,12 @@ def _compile(source: Path, flags: Sequence[str], folder: Path) -> Path:
         hints = [
             f"unsupported in the CUDA-on-CPU tests: {hint}" for pattern, hint in _HINTS if re.search(pattern, text)
         ]
-        raise BuildError("\n".join([*hints, f"{name} does not compile:", done.stderr]))
-    if "warning:" in done.stderr:
-        raise BuildError(f"{name} compiles with warnings:\n{done.stderr}")
+        _refused[key] = "\n".join([*hints, f"{name} does not compile:", done.stderr])
+    elif "warning:" in done.stderr:
+        _refused[key] = f"{name} compiles with warnings:\n{done.stderr}"
+    if key in _refused:
+        partial.unlink(missing_ok=True)
+        raise BuildError(_refused[key])
     partial.replace(target)
     return target
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import vareid_ext
+from vareid_ext.ops.ranking import ranking_forward
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,17 @@ def _cross_entropy(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]
     return call
 
 
+def _ranking(device: torch.device) -> list[Tensor]:
+    Q, G, identities = 8, 4000, 50
+    rng = torch.Generator().manual_seed(3)
+    distances = torch.rand(Q, G, generator=rng).to(device)
+    labels = [torch.randint(high, (n,), generator=rng).to(device) for high in (identities, 6) for n in (Q, G)]
+    return list(ranking_forward(distances, labels[0], labels[1], labels[2], labels[3], -1))
+
+
+# The matches lie scattered in the row and are read again after their sort.
+_GATHERS = Limit(moved=1.2, coalescing=0.7, wavefronts=1.4)
+
 REPRESENTATIVE: dict[str, list[Shape]] = {
     "angular_center": [
         Shape(
@@ -79,6 +91,7 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
         )
         for dtype in (torch.float32, torch.bfloat16)
     ],
+    "ranking": [Shape("Q 8, G 4000, 50 identities, float32", _ranking, {"ranking_forward_kernel": _GATHERS})],
     "viewpoint_aware_cross_entropy": [
         Shape(
             f"N 16, K 751, V 3, {str(dtype).removeprefix('torch.')}",
