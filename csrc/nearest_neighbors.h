@@ -7,7 +7,7 @@
 // more than the distance, and upper_ij = lower_ij + 2 (w_i + w_j) no less. A candidate whose lower bound exceeds the
 // k-th smallest upper bound of its row is not among the k nearest. All others are kept, up to `capacity`; where they
 // were more, `cut` is the smallest lower bound that may have been lost, and a row whose k-th upper bound reaches it is
-// to be done again by rescan_rows.
+// to be done again by nearest_neighbors_rescan.
 #pragma once
 
 #include <cstdint>
@@ -39,14 +39,14 @@ struct Bounds {
 // right one. `left` receives candidates of the block's rows; `right`, if not null, those of its columns (a set against
 // itself: every block serves both). Both are indexed from the first row of their set, as are the bounds. With write,
 // the products are replaced by distances, clamped at 0.
-void scan_block_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin, int64_t column_begin,
+void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin, int64_t column_begin,
                     const Bounds& left_bounds, const Bounds& right_bounds, const Candidates& left,
                     const Candidates* right, bool write, int threads);
 
 // The k nearest of each row in exact order, from its candidates. The left set's rows are x's and then x2's, the right
 // set's y's and then y2's. Writes index [rows, k], distance [rows, k] (float32 or float64, null for none), and for
-// rows that need rescan_rows unsure[row] = 1 and reach[row] = the k-th smallest upper bound (else unsure[row] = 0).
-void select_neighbors_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
+// rows that need nearest_neighbors_rescan unsure[row] = 1 and reach[row] = the k-th smallest upper bound (else unsure[row] = 0).
+void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
                           int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
                           const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
                           DType distance_dtype, uint8_t* unsure, float* reach, int threads);
@@ -54,15 +54,10 @@ void select_neighbors_cpu(const Features& x, const Features& x2, const Features&
 // The same for `count` whole rows rows[0..]: block [count, columns] holds their products with the whole right set.
 // same[j], if not null, is the first row of the right set that is equal to row j. workspace: 16 bytes times (columns +
 // half of them, rounded up) for each thread.
-void rescan_rows_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, int64_t columns,
+void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, int64_t columns,
                      const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
                      int64_t D, Metric metric, double unscale, const Bounds& left_bounds, const Bounds& right_bounds,
                      const float* reach, const int32_t* same, int64_t k, int32_t* index, void* distance,
                      DType distance_dtype, void* workspace, int threads);
-
-// hash[r] of the bits of row r, and whether those of the rows a[i] and b[i] of x and x2 together are equal.
-void feature_hash_cpu(const Features& x, DType dtype, int64_t D, int64_t* hash, int threads);
-void feature_equal_cpu(const Features& x, const Features& x2, DType dtype, int64_t D, const int64_t* a,
-                       const int64_t* b, int64_t count, uint8_t* equal, int threads);
 
 }  // namespace vareid

@@ -24,13 +24,13 @@ struct Features {
 };
 
 // max_abs[r] = the largest |x_rd|, or NaN where the row holds NaN or Inf.
-void feature_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_abs, int threads);
+void pairwise_distance_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_abs, int threads);
 
 // norm[r] = sum over d of (factor_r x_rd)^2.
-void feature_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, int threads);
+void pairwise_distance_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, int threads);
 
 // out[r] = float32(factor_r x_r - center), norm[r] = |out_r|^2. center is double [D] or null; out is [rows, D].
-void feature_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out, float* norm,
+void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out, float* norm,
                          int threads);
 
 // Turns products [rows, columns] (leading dimension ld) into distances, in place. Distances that are small against the
@@ -39,10 +39,5 @@ void feature_prepare_cpu(const Features& x, DType dtype, int64_t D, const double
 void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
                                  const float* x_norm, const float* y_norm, Metric metric, double unscale, float* mirror,
                                  int64_t mirror_ld, int threads);
-
-// out[e] = squared distance of row r and row index[e], e in [indptr[r], indptr[r + 1]), r in [0, rows), summed in
-// float64. Rows are numbered over x and y together (x first).
-void pair_distance_cpu(const Features& x, const Features& y, DType dtype, int64_t D, const int64_t* indptr,
-                       const int32_t* index, int64_t rows, float* out, int threads);
 
 }  // namespace vareid

@@ -21,7 +21,7 @@ void* scratch(const TensorView& workspace, int64_t bytes) {
 
 void reciprocal(const TensorView& neighbor, int64_t k, const TensorView& out, const TensorView& size, int threads, uintptr_t) {
   const int64_t rows = neighbor.shape[0], width = width_of(neighbor);
-  reciprocal_sets_cpu(array<int32_t>(neighbor, "neighbor", 0), rows, width, k,
+  k_reciprocal_sets_cpu(array<int32_t>(neighbor, "neighbor", 0), rows, width, k,
                       array<int32_t>(out, "reciprocal", rows * std::min(k + 1, width)),
                       array<int32_t>(size, "size", rows), threads);
 }
@@ -29,7 +29,7 @@ void reciprocal(const TensorView& neighbor, int64_t k, const TensorView& out, co
 void expanded(const TensorView& sets, const TensorView& size, const TensorView& half, const TensorView& half_size,
               const TensorView& indptr, const OptionalView& index, const TensorView& workspace, int threads, uintptr_t) {
   const int64_t rows = sets.shape[0];
-  expanded_sets_cpu(array<int32_t>(sets, "reciprocal", 0), array<int32_t>(size, "size", rows), width_of(sets),
+  k_reciprocal_expanded_cpu(array<int32_t>(sets, "reciprocal", 0), array<int32_t>(size, "size", rows), width_of(sets),
                     array<int32_t>(half, "half", 0), array<int32_t>(half_size, "half_size", rows), width_of(half), rows,
                     array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
                     scratch(workspace, 8 * rows * threads), threads);
@@ -40,7 +40,7 @@ void listed(const TensorView& x, const OptionalView& x_factor, const TensorView&
             const TensorView& index, const TensorView& out, int threads, uintptr_t) {
   const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
   const int64_t rows = left.rows + right.rows, width = width_of(neighbor);
-  listed_distance_cpu(left, right, x.dtype(), x.shape[1], array<int32_t>(neighbor, "neighbor", rows * width),
+  k_reciprocal_listed_distance_cpu(left, right, x.dtype(), x.shape[1], array<int32_t>(neighbor, "neighbor", rows * width),
                       array<float>(neighbor_distance, "neighbor_distance", rows * width), width,
                       array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
                       array<float>(out, "out", index.numel()), threads);
@@ -49,7 +49,7 @@ void listed(const TensorView& x, const OptionalView& x_factor, const TensorView&
 void encode(const TensorView& indptr, const TensorView& distance, const TensorView& row_max, const TensorView& value,
             int threads, uintptr_t) {
   const int64_t rows = indptr.numel() - 1;
-  encode_cpu(array<int64_t>(indptr, "indptr", 1), array<float>(distance, "distance", 0),
+  k_reciprocal_encode_cpu(array<int64_t>(indptr, "indptr", 1), array<float>(distance, "distance", 0),
              array<float>(row_max, "row_max", rows), rows, array<float>(value, "value", distance.numel()), threads);
 }
 
@@ -57,7 +57,7 @@ void expand(const TensorView& neighbor, int64_t k2, const TensorView& indptr, co
             const TensorView& value, const TensorView& new_indptr, const OptionalView& new_index,
             const OptionalView& new_value, const TensorView& workspace, int threads, uintptr_t) {
   const int64_t rows = neighbor.shape[0];
-  expand_query_cpu(array<int32_t>(neighbor, "neighbor", 0), rows, width_of(neighbor), k2,
+  k_reciprocal_expand_cpu(array<int32_t>(neighbor, "neighbor", 0), rows, width_of(neighbor), k2,
                    array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
                    array<float>(value, "value", index.numel()), array<int64_t>(new_indptr, "new_indptr", rows + 1),
                    array<int32_t>(new_index, "new_index", 0), array<float>(new_value, "new_value", 0),
@@ -66,7 +66,7 @@ void expand(const TensorView& neighbor, int64_t k2, const TensorView& indptr, co
 
 void invert(const TensorView& indptr, const TensorView& index, const TensorView& value, int64_t first, int64_t columns,
             const TensorView& start, const TensorView& owner, const TensorView& weight, const TensorView& workspace, int, uintptr_t) {
-  invert_cpu(array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0), array<float>(value, "value", 0),
+  k_reciprocal_invert_cpu(array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0), array<float>(value, "value", 0),
              indptr.numel() - 1, first, columns, array<int64_t>(start, "start", columns + 1),
              array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()),
              scratch(workspace, 8 * columns));
@@ -79,7 +79,7 @@ void blend(const TensorView& distance, const TensorView& row_max, const TensorVi
   check_float32(distance, "distance");
   if (distance.shape[1] > 1 && distance.strides[1] != 1) refuse("distance", "must have contiguous rows");
   const int64_t queries = distance.shape[0], gallery = distance.shape[1];
-  blend_cpu(distance.as<float>(), distance.strides[0], queries, gallery, array<float>(row_max, "row_max", queries),
+  k_reciprocal_blend_cpu(distance.as<float>(), distance.strides[0], queries, gallery, array<float>(row_max, "row_max", queries),
             array<int64_t>(indptr, "indptr", queries + 1), array<int32_t>(index, "index", 0),
             array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1),
             array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()), lambda_value,
@@ -100,7 +100,7 @@ void matrix_neighbors(const TensorView& q_g, const TensorView& q_q, const Tensor
     check_same_dtype(*view, "distances", q_g, "q_g_dist");
   }
   if (k < 1 || k > Q + G) refuse("k", "is out of range");
-  matrix_neighbors_cpu(q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k,
+  k_reciprocal_matrix_neighbors_cpu(q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k,
                        array<int32_t>(neighbor, "neighbor", (Q + G) * k), array<double>(row_max, "row_max", Q + G),
                        scratch(workspace, (128 * Q + 32 * k + 1024) * threads), threads);
 }
@@ -116,7 +116,7 @@ void blend_topk(const TensorView& query, const OptionalView& query_factor, const
   const int64_t Q = left.rows, G = right.rows, listed = width_of(nearest), k = width_of(distance);
   check_shape(gallery, "gallery", {G, query.shape[1]});
   if (k < 1 || k > listed || listed > G) refuse("nearest", "must list between k and G rows");
-  blend_topk_cpu(left, right, query.dtype(), query.shape[1], array<int32_t>(nearest, "nearest", Q * listed),
+  k_reciprocal_topk_cpu(left, right, query.dtype(), query.shape[1], array<int32_t>(nearest, "nearest", Q * listed),
                  array<float>(original, "original", Q * listed), listed, array<float>(row_max, "row_max", Q),
                  array<int64_t>(indptr, "indptr", Q + 1), array<int32_t>(index, "index", 0),
                  array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1),
@@ -129,15 +129,15 @@ void blend_topk(const TensorView& query, const OptionalView& query_factor, const
 
 void bind_k_reciprocal(pybind11::module_& m) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("reciprocal_sets", &reciprocal, release());
-  m.def("expanded_sets", &expanded, release());
-  m.def("listed_distance", &listed, release());
-  m.def("encode", &encode, release());
-  m.def("expand_query", &expand, release());
-  m.def("invert", &invert, release());
-  m.def("blend", &blend, release());
-  m.def("blend_topk", &blend_topk, release());
-  m.def("matrix_neighbors", &matrix_neighbors, release());
+  m.def("k_reciprocal_sets", &reciprocal, release());
+  m.def("k_reciprocal_expanded", &expanded, release());
+  m.def("k_reciprocal_listed_distance", &listed, release());
+  m.def("k_reciprocal_encode", &encode, release());
+  m.def("k_reciprocal_expand", &expand, release());
+  m.def("k_reciprocal_invert", &invert, release());
+  m.def("k_reciprocal_blend", &blend, release());
+  m.def("k_reciprocal_topk", &blend_topk, release());
+  m.def("k_reciprocal_matrix_neighbors", &matrix_neighbors, release());
 }
 
 }  // namespace vareid

@@ -24,5 +24,6 @@ PYBIND11_MODULE(_vareid_native, m, py::mod_gil_not_used()) {
   vareid::bind_nearest_neighbors(m);
   vareid::bind_pairwise_distance(m);
   vareid::bind_viewpoint_aware_cross_entropy(m);
+  vareid::bind_linear_viewpoint_aware_cross_entropy(m);
   vareid::bind_ranking(m);
 }

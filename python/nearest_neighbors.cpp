@@ -75,7 +75,7 @@ void scan(const TensorView& block, int64_t row_begin, int64_t column_begin, cons
     column_state = make_candidates(*right, k);
     if (column_begin < 0 || (*right)[0].shape[0] < column_begin + columns) refuse("column_begin", "is out of range");
   }
-  scan_block_cpu(block.as<float>(), ld, rows, columns, row_begin, column_begin, row_bounds, column_bounds, row_state,
+  nearest_neighbors_scan_cpu(block.as<float>(), ld, rows, columns, row_begin, column_begin, row_bounds, column_bounds, row_state,
                  right ? &column_state : nullptr, write, threads);
 }
 
@@ -87,7 +87,7 @@ void select(const Parts& x, const Parts& y, int metric, double unscale, const Vi
   if (candidates[0].shape[0] < left.rows) refuse("candidates", "too few rows");
   if (distance) check_shape(*distance, "distance", {left.rows, k});
   if (!unsure.is_byte() || unsure.numel() < left.rows) refuse("unsure", "must be bytes, one for each row");
-  select_neighbors_cpu(left.first, left.second, right.first, right.second, left.dtype, left.D,
+  nearest_neighbors_select_cpu(left.first, left.second, right.first, right.second, left.dtype, left.D,
                        static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows),
                        make_bounds(right_bounds, right.rows), state, array<int32_t>(index, "index", left.rows * k),
                        distance ? distance->data : nullptr, distance ? distance->dtype() : DType::kFloat32,
@@ -103,7 +103,7 @@ void rescan(const TensorView& block, const TensorView& rows, const Parts& x, con
   if (distance) check_shape(*distance, "distance", {left.rows, k});
   if (!workspace.is_byte() || workspace.numel() < threads * (right.rows + (right.rows + 1) / 2) * 16)
     refuse("workspace", "is too small");
-  rescan_rows_cpu(block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), right.rows, left.first,
+  nearest_neighbors_rescan_cpu(block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), right.rows, left.first,
                   left.second, right.first, right.second, left.dtype, left.D, static_cast<Metric>(metric), unscale,
                   make_bounds(left_bounds, left.rows), make_bounds(right_bounds, right.rows),
                   array<float>(reach, "reach", left.rows), array<int32_t>(same, "same", right.rows), k,
@@ -111,27 +111,13 @@ void rescan(const TensorView& block, const TensorView& rows, const Parts& x, con
                   distance ? distance->dtype() : DType::kFloat32, workspace.data, threads);
 }
 
-void hash(const TensorView& x, const TensorView& out, int threads, uintptr_t) {
-  feature_hash_cpu(make_features(x, std::nullopt, "x"), x.dtype(), x.shape[1],
-                   array<int64_t>(out, "hash", x.shape[0]), threads);
-}
-
-void equal(const Parts& x, const TensorView& a, const TensorView& b, const TensorView& out, int threads, uintptr_t) {
-  const Sets rows = make_sets(x, "x");
-  if (!out.is_byte() || out.numel() < a.numel()) refuse("equal", "must be bytes, one for each pair");
-  feature_equal_cpu(rows.first, rows.second, rows.dtype, rows.D, array<int64_t>(a, "a", 0),
-                    array<int64_t>(b, "b", a.numel()), a.numel(), out.as<uint8_t>(), threads);
-}
-
 }  // namespace
 
 void bind_nearest_neighbors(pybind11::module_& m) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("scan_block", &scan, release());
-  m.def("select_neighbors", &select, release());
-  m.def("rescan_rows", &rescan, release());
-  m.def("feature_hash", &hash, release());
-  m.def("feature_equal", &equal, release());
+  m.def("nearest_neighbors_scan", &scan, release());
+  m.def("nearest_neighbors_select", &select, release());
+  m.def("nearest_neighbors_rescan", &rescan, release());
 }
 
 }  // namespace vareid

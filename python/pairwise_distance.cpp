@@ -8,19 +8,19 @@ namespace {
 
 void max_abs(const TensorView& x, const TensorView& out, int threads) {
   const Features features = make_features(x, std::nullopt, "x");
-  feature_max_abs_cpu(features, x.dtype(), x.shape[1], array<double>(out, "max_abs", x.shape[0]), threads);
+  pairwise_distance_max_abs_cpu(features, x.dtype(), x.shape[1], array<double>(out, "max_abs", x.shape[0]), threads);
 }
 
 void norm(const TensorView& x, const OptionalView& factor, const TensorView& out, int threads, uintptr_t) {
   const Features features = make_features(x, factor, "x");
-  feature_norm_cpu(features, x.dtype(), x.shape[1], array<double>(out, "norm", x.shape[0]), threads);
+  pairwise_distance_norm_cpu(features, x.dtype(), x.shape[1], array<double>(out, "norm", x.shape[0]), threads);
 }
 
 void prepare(const TensorView& x, const OptionalView& factor, const OptionalView& center, const TensorView& out,
              const TensorView& out_norm, int threads, uintptr_t) {
   const Features features = make_features(x, factor, "x");
   const int64_t rows = x.shape[0], D = x.shape[1];
-  feature_prepare_cpu(features, x.dtype(), D, array<double>(center, "center", D), array<float>(out, "out", rows * D),
+  pairwise_distance_prepare_cpu(features, x.dtype(), D, array<double>(center, "center", D), array<float>(out, "out", rows * D),
                       array<float>(out_norm, "norm", rows), threads);
 }
 
@@ -46,24 +46,14 @@ void block(const TensorView& products, const TensorView& x, const OptionalView& 
                               mirror ? leading_dimension(*mirror, "mirror") : 0, threads);
 }
 
-void pairs(const TensorView& x, const OptionalView& x_factor, const TensorView& y, const OptionalView& y_factor,
-           const TensorView& indptr, const TensorView& index, const TensorView& out, int threads, uintptr_t) {
-  const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
-  check_shape(y, "y", {right.rows, x.shape[1]});
-  pair_distance_cpu(left, right, x.dtype(), x.shape[1], array<int64_t>(indptr, "indptr", 1),
-                    array<int32_t>(index, "index", 0), indptr.numel() - 1, array<float>(out, "out", index.numel()),
-                    threads);
-}
-
 }  // namespace
 
 void bind_pairwise_distance(pybind11::module_& m) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("feature_max_abs", &max_abs, release());
-  m.def("feature_norm", &norm, release());
-  m.def("feature_prepare", &prepare, release());
+  m.def("pairwise_distance_max_abs", &max_abs, release());
+  m.def("pairwise_distance_norm", &norm, release());
+  m.def("pairwise_distance_prepare", &prepare, release());
   m.def("pairwise_distance_block", &block, release());
-  m.def("pair_distance", &pairs, release());
 }
 
 }  // namespace vareid

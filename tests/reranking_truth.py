@@ -7,7 +7,7 @@ import numpy as np
 
 def squared_distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Float64 sums of squared differences, one pair at a time."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
+    x, y = np.asarray(x).astype(np.float64), np.asarray(y).astype(np.float64)
     return np.stack([((row - y) ** 2).sum(1) for row in x]) if len(x) else np.zeros((0, len(y)))
 
 

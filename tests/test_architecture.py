@@ -40,6 +40,7 @@ LAYERS = (
         "figures",
         "command_line",
         "extraction",
+        "report",
         "run_folder",
         "schedule",
         "signals",

@@ -8,7 +8,15 @@ import yaml
 
 from vareid_ext import command_line
 from vareid_ext.command_line import FIELD_NAMES, CommandLineError, fields, parse, recipe_names, recipe_text, to_yaml
-from vareid_ext.config import Config, DataConfig, EvaluationConfig, LossConfig, OptimizerConfig, RunConfig, SamplerConfig
+from vareid_ext.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplerConfig,
+)
 from vareid_ext.schedule import learning_rate, view_weight
 
 
@@ -79,8 +87,8 @@ def test_command_line_wins_over_file_and_file_over_recipe(tmp_path):
 
 
 def test_a_written_configuration_reads_back_equal(tmp_path):
-    arguments = ["--recipe", "msmt17-va-reid", "--root", "a b: c", "--spread", "[viewpoint, camera]", "--clip-norm", "2.5"]
-    config = parse([*arguments, "--mean", "[0.1, 0.2, 0.3]", "--view-weight-drop", "null"]).config
+    arguments = ["--recipe", "msmt17-va-reid", "--root", "a b: c", "--spread", "[viewpoint, camera]"]
+    config = parse([*arguments, "--clip-norm", "2.5", "--mean", "[0.1, 0.2, 0.3]", "--view-weight-drop", "null"]).config
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert parse(["--config", str(path)]).config == config
@@ -89,9 +97,8 @@ def test_a_written_configuration_reads_back_equal(tmp_path):
 
 
 def test_short_names_dashes_and_truth_values():
-    config = parse(
-        ["--synthetic-identities", "33", "--skip-bad-images", "--viewpoint-labels=soft", "--local", "--weights", "w.pth"]
-    ).config
+    arguments = ["--synthetic-identities", "33", "--skip-bad-images", "--viewpoint-labels=soft", "--local"]
+    config = parse([*arguments, "--weights", "w.pth"]).config
     assert config.data.synthetic.identities_train == 33
     assert config.data.skip_bad_images
     assert config.data.viewpoint_labels == "soft"

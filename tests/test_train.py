@@ -13,20 +13,22 @@ import pytest
 import torch
 from PIL import Image
 
-from vareid_ext import extraction, train
+import vareid_ext
+from vareid_ext import extraction, report, train
 from vareid_ext.checkpoint import atomic_file, load_checkpoint, random_state, save_checkpoint, set_random_state
 from vareid_ext.data import ImageList, SyntheticSettings, build_transform, load, synthetic_data
 from vareid_ext.figures import choose_queries
 from vareid_ext.models import ReidModel
-from vareid_ext.signals import Interrupted, Signals
-from vareid_ext.terminal import METRIC_NAMES, TrainingBar, table
+from vareid_ext.report import METRIC_NAMES, table
+from vareid_ext.signals import RunInterruptedError, Signals
+from vareid_ext.terminal import TrainingBar
 
 SMALL = [
-    "--synthetic-identities=8", "--synthetic-test-identities=4", "--data.synthetic.distractors=2", "--synthetic-images=12",
-    "--data.synthetic.height=32", "--data.synthetic.width=16", "--height=32", "--width=16", "--pad=2",
-    "--model.backbone_options={channels: [8, 8, 8, 8], stem_width: 8}", "--sampler.identities=4", "--sampler.instances=2",
-    "--batches-per-epoch=4", "--epochs=2", "--evaluation.every=1", "--log-every=1", "--tensorboard=false", "--threads=1",
-    "--ranking-queries=2",
+    "--synthetic-identities=8", "--synthetic-test-identities=4", "--data.synthetic.distractors=2",
+    "--synthetic-images=12", "--data.synthetic.height=32", "--data.synthetic.width=16", "--height=32", "--width=16",
+    "--pad=2", "--model.backbone_options={channels: [8, 8, 8, 8], stem_width: 8}", "--sampler.identities=4",
+    "--sampler.instances=2", "--batches-per-epoch=4", "--epochs=2", "--evaluation.every=1", "--log-every=1",
+    "--tensorboard=false", "--threads=1", "--ranking-queries=2",
 ]  # fmt: skip
 
 
@@ -48,8 +50,7 @@ def rendered_once():
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr(train, "draw_curves", lambda *args, **kwargs: None)
-    monkeypatch.setattr(train, "draw_ranking", lambda *args, **kwargs: None)
+    monkeypatch.setattr(train, "draw_figures", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path, m
         interrupt_at(patch, 2, signal.SIGTERM)
         assert start(output, "--optimizer.name=sgd") == 128 + signal.SIGTERM
     before = (output / "last.pt").read_bytes()
-    assert train.main(["--resume", str(output), "--lr=1e30", "--schedule=multistep", "--warmup-epochs=0", "--clip-norm=null"]) == 3
+    explode = ["--lr=1e30", "--schedule=multistep", "--warmup-epochs=0", "--clip-norm=null"]
+    assert train.main(["--resume", str(output), *explode]) == 3
     assert "non_finite_batch.pt" in capsys.readouterr().err
     assert (output / "last.pt").read_bytes() == before
     batch = load_checkpoint(output / "non_finite_batch.pt")
@@ -192,6 +194,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path, m
     for i, path in zip(batch["index"].tolist(), batch["paths"], strict=True):
         assert data.train.paths[i] == path
     assert batch["identity"].tolist() == data.train.identity[batch["index"].numpy()].tolist()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_saved_features_give_the_metrics_again(tmp_path):
+    output = tmp_path / "run"
+    assert start(output, "--epochs=1", "--baselines=false", "--save-features") == 0
+    query, gallery = (np.load(output / name, allow_pickle=False) for name in ("query.npz", "gallery.npz"))
+    distances = vareid_ext.pairwise_distance(query["feature"], gallery["feature"], metric="sqeuclidean")
+    labels = (query["identity"], gallery["identity"], query["camera"], gallery["camera"])
+    again = vareid_ext.evaluate_ranking(distances, *labels)
+    assert again.as_dict() == pytest.approx(json.loads((output / "metrics.json").read_text())["trained"], rel=1e-9)
+    assert set(query["viewpoint"]) <= {0, 1, 2}
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -218,7 +232,9 @@ def test_every_switch_of_the_loss_trains(tmp_path, arguments, parts, views_move)
 
 
 @pytest.mark.usefixtures("no_figures")
-@pytest.mark.parametrize("arguments", [["--precision=bf16", "--channels-last=false"], ["--optimizer.name=adam", "--pooling=gem"]])
+@pytest.mark.parametrize(
+    "arguments", [["--precision=bf16", "--channels-last=false"], ["--optimizer.name=adam", "--pooling=gem"]]
+)
 def test_other_ways_to_run(tmp_path, arguments):
     output = tmp_path / "run"
     assert start(output, "--epochs=1", "--batches-per-epoch=2", "--baselines=false", *arguments) == 0
@@ -286,10 +302,12 @@ def test_baselines_on_plain_colours():
 
 def test_ranking_rows_leave_out_what_the_protocol_leaves_out():
     query = extraction.Features(torch.zeros(1, 2), np.array([7]), np.array([1]), np.array([0]))
-    gallery = extraction.Features(torch.zeros(5, 2), np.array([7, 7, 3, 7, 3]), np.array([1, 2, 1, -1, 2]), np.zeros(5, int))
+    gallery = extraction.Features(
+        torch.zeros(5, 2), np.array([7, 7, 3, 7, 3]), np.array([1, 2, 1, -1, 2]), np.zeros(5, int)
+    )
     distances = torch.tensor([[0.1, 0.4, 0.2, 0.4, 0.3]])
     scores = extraction.score(distances, query, gallery)
-    (row,) = train.ranking_rows({"a": (distances, scores)}, query, gallery, scores, 3)
+    (row,) = report.ranking_rows({"a": (distances, scores)}, query, gallery, 3)
     assert row[0] == 0
     ((name, order, precision),) = row[1]
     assert (name, order.tolist()) == ("a", [2, 4, 1, 3])
@@ -318,12 +336,12 @@ def test_random_states_go_through_a_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="missing.pt"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
         load_checkpoint(tmp_path / "missing.pt")
     save_checkpoint(tmp_path / "cut.pt", {"a": torch.zeros(1000)})
     data = (tmp_path / "cut.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="cut.pt"):
+    with pytest.raises(ValueError, match=r"cut\.pt"):
         load_checkpoint(tmp_path / "cut.pt")
     torch.save({"format": 999}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="format 999"):
@@ -350,10 +368,10 @@ def test_signals_are_kept_until_asked_for_and_handlers_restored():
     with Signals() as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.received == signal.SIGTERM
-        with pytest.raises(Interrupted), signals.immediate():
+        with pytest.raises(RunInterruptedError), signals.immediate():
             pass
     assert signal.getsignal(signal.SIGTERM) is before
-    with Signals() as signals, pytest.raises(Interrupted), signals.immediate():
+    with Signals() as signals, pytest.raises(RunInterruptedError), signals.immediate():
         os.kill(os.getpid(), signal.SIGINT)
 
 

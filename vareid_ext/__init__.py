@@ -3,9 +3,20 @@
 from vareid_ext._native import backends, reference_backend
 from vareid_ext._version import __version__
 from vareid_ext.losses import LossParts, ViewpointAwareLoss
-from vareid_ext.metrics import QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
+from vareid_ext.metrics import (
+    QueryRanking,
+    RankingMetrics,
+    RepeatedMetrics,
+    evaluate_cross_viewpoint,
+    evaluate_features,
+    evaluate_ranking,
+    evaluate_single_viewpoint,
+    rank_features,
+    rank_queries,
+)
 from vareid_ext.ops._labels import raise_label_errors
 from vareid_ext.ops.angular_center import angular_center_regularizer
+from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
 from vareid_ext.ops.viewpoint_aware_cross_entropy import (
     identity_cross_entropy,
     viewpoint_aware_cross_entropy,
@@ -17,16 +28,22 @@ __all__ = [
     "LossParts",
     "QueryRanking",
     "RankingMetrics",
+    "RepeatedMetrics",
     "ViewpointAwareLoss",
     "__version__",
     "angular_center_regularizer",
     "backends",
+    "evaluate_cross_viewpoint",
+    "evaluate_features",
     "evaluate_ranking",
+    "evaluate_single_viewpoint",
     "identity_cross_entropy",
     "k_reciprocal_rerank",
+    "linear_viewpoint_aware_cross_entropy",
     "nearest_neighbors",
     "pairwise_distance",
     "raise_label_errors",
+    "rank_features",
     "rank_queries",
     "re_ranking",
     "reference_backend",

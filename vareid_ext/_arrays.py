@@ -36,7 +36,8 @@ def to_tensor(value: Any, name: str) -> torch.Tensor:
     if hasattr(value, "__dlpack__"):
         return torch.from_dlpack(value)
     raise TypeError(
-        f"{name}: {type(value).__name__} was given; allowed are NumPy arrays, PyTorch tensors and objects with __dlpack__"
+        f"{name}: {type(value).__name__} was given; allowed are NumPy arrays, PyTorch tensors and objects with "
+        "__dlpack__"
     )
 
 

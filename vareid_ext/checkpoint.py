@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, readable with ``torch.load(weights_only=True)``, and holding all that a run is made of."""
+"""Checkpoints: written atomically, readable with ``torch.load(weights_only=True)``, with all that a run is made of."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 1
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write in a ``with`` block; `path` holds the old content or all of the new, never a part of it."""
+    """A binary file to write in a ``with`` block; `path` holds the old content or all of the new."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -65,9 +65,10 @@ def random_state() -> dict[str, Any]:
     """The state of every random number generator of the process, as a checkpoint can hold it."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words_of_numpy = torch.from_numpy(np.asarray(keys).astype(np.int64))
     return {
         "python": [version, list(words), gauss],
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [str(name), words_of_numpy, int(position), int(has_gauss), float(cached)],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

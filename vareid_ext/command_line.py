@@ -1,11 +1,13 @@
 """The training program's command line: recipes, configuration files and single fields, the later winning.
 
-Every field of ``vareid_ext.config.Config`` is an option, ``--section.field VALUE``. Its last name alone will do where only
-one section has it (``--lr 1e-3``), a truth value may be left out (``--local``), and dashes and underscores are the same.
+Every field of ``vareid_ext.config.Config`` is an option, ``--section.field VALUE``. Its last name alone will do where
+only one section has it (``--lr 1e-3``), a truth value may be left out (``--local``), and dashes and underscores are the
+same.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import sys
@@ -118,7 +120,9 @@ def _check_file(text: str, source: str) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise CommandLineError(f"{source}: must hold sections such as `data:` and `optimizer:`, not {type(tree).__name__}")
+        raise CommandLineError(
+            f"{source}: must hold sections such as `data:` and `optimizer:`, not {type(tree).__name__}"
+        )
     sections = {name.rsplit(".", n)[0] for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
     for name, _ in _pairs(tree):
         if name in sections:
@@ -176,17 +180,28 @@ def _parser(defaults: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="python -m vareid_ext.train",
+        usage="%(prog)s [--recipe NAME | --resume DIR] [--config FILE] [--output DIR] [--section.field VALUE ...]",
         description="Train a viewpoint-aware re-identification model and evaluate it with and without re-ranking.",
         epilog=_EPILOG,
         exit_on_error=False,
         default_env=False,
         formatter_class=_HelpFormatter,
     )
-    parser.add_argument("--recipe", help=f"named configuration to start from: {', '.join(recipe_names())}")
+    parser.add_argument(
+        "--recipe",
+        help=f"named configuration to start from, {DEFAULT_RECIPE} if none is given: {', '.join(recipe_names())}",
+    )
     parser.add_argument("--config", help="YAML file of fields that differ from the recipe")
     parser.add_argument("--output", help="run folder; default: runs/<recipe>-<date and time>")
-    parser.add_argument("--resume", help="run folder of an interrupted run to continue, with the configuration it holds")
+    parser.add_argument(
+        "--resume", help="run folder of an interrupted run to continue, with the configuration it holds"
+    )
     parser.add_class_arguments(Config, as_group=False)
+    # A file holds a whole configuration here, never one section.
+    sections = {f"--{name.rsplit('.', n)[0]}" for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
+    for action in parser._actions:
+        if sections & set(action.option_strings):
+            action.help = argparse.SUPPRESS
     parser.set_defaults(dict(_pairs(defaults)))
     return parser
 
@@ -210,8 +225,8 @@ def parse(arguments: Sequence[str]) -> Request:
         The configuration and where the run goes.
 
     Raises:
-        CommandLineError: an unknown option, recipe or key of a configuration file (the nearest is named), a value of the
-            wrong type or out of range, a file that does not exist.
+        CommandLineError: an unknown option, recipe or key of a configuration file (the nearest is named), a value of
+            the wrong type or out of range, a file that does not exist.
         SystemExit: after ``--help``.
     """
     options = _normalise(arguments)
@@ -247,14 +262,19 @@ def parse(arguments: Sequence[str]) -> Request:
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+    if isinstance(value, str):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
 
 
 class _Dumper(yaml.SafeDumper):
     """Sections line by line, lists within a line."""
 
+    def represent_list(self, data: Any) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
 
-_Dumper.add_representer(list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True))
+
+_Dumper.add_representer(list, _Dumper.represent_list)
 
 
 def to_yaml(config: Config) -> str:

@@ -1,7 +1,7 @@
 """What a training run is: frozen dataclasses, checked when they are built, one docstring per field.
 
-``vareid_ext.command_line`` turns them into the command line and reads recipes and configuration files. Units stand in the
-docstrings; fractions are in [0, 1].
+``vareid_ext.command_line`` turns them into the command line and reads recipes and configuration files. Units stand in
+the docstrings; fractions are in [0, 1].
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class DataConfig:
         for value in self.std:
             _above_zero("data.std", value)
         if self.kind != "synthetic" and not self.root:
-            raise ValueError(f"data.root: nothing was given; data.kind {self.kind} needs the data set's path (--data.root)")
+            raise ValueError(
+                f"data.root: nothing was given; data.kind {self.kind} needs the data set's path (--data.root)"
+            )
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,9 @@ class OptimizerConfig:
         if self.clip_norm is not None:
             _above_zero("optimizer.clip_norm", self.clip_norm)
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"optimizer.ema_decay: {self.ema_decay!r} was given; allowed are values in (0, 1), or none")
+            raise ValueError(
+                f"optimizer.ema_decay: {self.ema_decay!r} was given; allowed are values in (0, 1), or none"
+            )
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,8 @@ class EvaluationConfig:
     """also measure raw pixels and colour histograms as features"""
     ranking_queries: int = 6
     """queries shown in ranking.png"""
+    save_features: bool = False
+    """also write the final features to query.npz and gallery.npz, for vareid_ext.evaluate and vareid_ext.rerank"""
 
     def __post_init__(self) -> None:
         _at_least("evaluation.every", self.every, 0)

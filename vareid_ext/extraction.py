@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
+from vareid_ext.checkpoint import atomic_file
 from vareid_ext.data import VIEWPOINTS, ImageList, ReidDataset, collate
 from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_queries
 from vareid_ext.models import ReidModel
@@ -38,6 +40,17 @@ class Features:
     identity: np.ndarray
     camera: np.ndarray
     viewpoint: np.ndarray
+
+    def save(self, path: Path) -> None:
+        """Write feature, identity, camera and viewpoint to an .npz file, atomically."""
+        with atomic_file(path) as file:
+            np.savez(
+                file,
+                feature=self.feature.cpu().numpy(),
+                identity=self.identity,
+                camera=self.camera,
+                viewpoint=self.viewpoint,
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +106,9 @@ def extract_features(
     try:
         with torch.inference_mode(), torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
             for batch in loader:
-                parts.append(model.test_feature(_channels_like(model, batch.to(device, non_blocking=True).image)).float())
+                parts.append(
+                    model.test_feature(_channels_like(model, batch.to(device, non_blocking=True).image)).float()
+                )
                 if progress is not None:
                     progress(len(parts[-1]))
     finally:
@@ -130,7 +145,9 @@ def colour_histogram_features(images: ImageList) -> Features:
     def describe(image: Tensor) -> Tensor:
         bins = (image.long() * _HISTOGRAM_BINS) // 256
         joint = (bins[0] * _HISTOGRAM_BINS + bins[1]) * _HISTOGRAM_BINS + bins[2]
-        counts = [torch.bincount(part.flatten(), minlength=_HISTOGRAM_BINS**3) for part in joint.chunk(_HISTOGRAM_STRIPES)]
+        counts = [
+            torch.bincount(part.flatten(), minlength=_HISTOGRAM_BINS**3) for part in joint.chunk(_HISTOGRAM_STRIPES)
+        ]
         return torch.cat(counts).float().sqrt()
 
     return _baseline(images, describe)

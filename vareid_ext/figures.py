@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, NullLocator
 from PIL import Image
 
 from vareid_ext.checkpoint import atomic_file
@@ -32,7 +33,8 @@ _NAMES = {
     "stripes": "stripes",
 }
 _DASHES = ((0, (6, 2)), (0, (2, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)))
-_TOP = 10
+TOP = 10
+"""Images of a ranking that are shown."""
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -77,11 +79,14 @@ def draw_curves(
     epochs = [step["epoch"] for step in steps]
     for name, colour in _COLOURS.items():
         values = [step["loss"].get(name, math.nan) for step in steps]
-        if any(math.isfinite(value) and value != 0 for value in values):
+        if any(math.isfinite(value) and value > 0 for value in values):
             width = 2.0 if name == "total" else 1.3
             loss_axes.plot(epochs, values, color=colour, linewidth=width, label=_NAMES[name])
     if loss_axes.lines:
-        loss_axes.set_ylim(bottom=0)
+        # The centres' part starts tens of times above the others and ends far below them.
+        loss_axes.set_yscale("log")
+        loss_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        loss_axes.yaxis.set_minor_locator(NullLocator())
     _legend(loss_axes)
 
     rates = np.array([step["lr"] for step in steps])
@@ -111,7 +116,9 @@ def _legend(axes: Axes) -> None:
         )
 
 
-def choose_queries(viewpoint: np.ndarray, average_precision: np.ndarray, countable: np.ndarray, count: int) -> list[int]:
+def choose_queries(
+    viewpoint: np.ndarray, average_precision: np.ndarray, countable: np.ndarray, count: int
+) -> list[int]:
     """Queries to show: the viewpoints in turn, and within each a good, a middling and a poor one.
 
     Args:
@@ -181,8 +188,8 @@ def draw_ranking(
     names = [name for name, _, _ in rows[0][1]] if rows else []
     # Inches: margins, the query's column, and a block of ten columns for each ranking.
     step, block_gap, top, row_height = cell_width + 0.09, 0.34, 0.86, cell_height + 0.45
-    block_lefts = [0.2 + cell_width + block_gap + i * (_TOP * step - 0.09 + block_gap) for i in range(len(names))]
-    width = max([left + _TOP * step for left in block_lefts], default=6.0) + 0.12
+    block_lefts = [0.2 + cell_width + block_gap + i * (TOP * step - 0.09 + block_gap) for i in range(len(names))]
+    width = max([left + TOP * step for left in block_lefts], default=6.0) + 0.12
     height = top + len(rows) * row_height + 0.05
     figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
 
@@ -200,12 +207,14 @@ def draw_ranking(
         write(left, 0.6, name, fontweight="bold")
     for line, (q, rankings) in enumerate(rows):
         y = top + line * row_height
-        figure.add_artist(Line2D([0.2 / width, 1 - 0.2 / width], [1 - (y - 0.08) / height] * 2, color=_GRID, linewidth=1))
+        figure.add_artist(
+            Line2D([0.2 / width, 1 - 0.2 / width], [1 - (y - 0.08) / height] * 2, color=_GRID, linewidth=1)
+        )
         image_y = y + 0.18
         _draw_image(place(0.2, image_y), query.load(q), _INK, _viewpoint_text(query, q))
         for left, (_, order, precision) in zip(block_lefts, rankings, strict=True):
             write(left, y + 0.05, f"AP {100 * precision:.0f} %", fontsize=7.5, color=_GREY)
-            for rank, index in enumerate(order[:_TOP].tolist()):
+            for rank, index in enumerate(order[:TOP].tolist()):
                 colour = _RIGHT if gallery.identity[index] == query.identity[q] else _WRONG
                 axes = place(left + rank * step, image_y)
                 _draw_image(axes, gallery.load(index), colour, _viewpoint_text(gallery, index))

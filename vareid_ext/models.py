@@ -56,9 +56,10 @@ class StripeBranch(nn.Module):
         count = sum(STRIPES)
         self.reduce = nn.ModuleList(nn.Linear(channels, dim, bias=False) for _ in range(count))
         self.norm = nn.ModuleList(nn.BatchNorm1d(dim) for _ in range(count))
-        self.head = nn.ModuleList(nn.Linear(dim, num_identities, bias=False) for _ in range(count))
-        for head in self.head:
+        heads = [nn.Linear(dim, num_identities, bias=False) for _ in range(count)]
+        for head in heads:
             nn.init.normal_(head.weight, std=0.001)
+        self.head = nn.ModuleList(heads)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[N, C, H, W] -> features [N, S, d] and logits [N, S, K]."""
@@ -160,7 +161,9 @@ def test_feature(output: ModelOutput) -> Tensor:
 def _create_backbone(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
     if not timm.is_model(name):
         close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
-        raise ValueError(f"backbone: timm has no model {name!r}" + (f"; similar are {', '.join(close)}" if close else ""))
+        raise ValueError(
+            f"backbone: timm has no model {name!r}" + (f"; similar are {', '.join(close)}" if close else "")
+        )
     if not pretrained:
         return timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **options)
     try:
@@ -168,8 +171,8 @@ def _create_backbone(name: str, options: dict[str, Any], pretrained: bool) -> nn
     except _download_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
-            f"the pretrained weights of {name!r} could not be downloaded ({reason}). Give a local file with --weights FILE, "
-            "or start from random weights with --model.pretrained=false"
+            f"the pretrained weights of {name!r} could not be downloaded ({reason}). Give a local file "
+            "with --weights FILE, or start from random weights with --model.pretrained=false"
         ) from error
 
 

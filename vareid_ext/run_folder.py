@@ -20,6 +20,7 @@ import torchvision
 import vareid_ext
 from vareid_ext.checkpoint import atomic_file
 
+
 class RunFolder:
     """The files of one run.
 
@@ -38,6 +39,7 @@ class RunFolder:
         self.log, self.metrics = path / "log.jsonl", path / "metrics.json"
         self.last, self.best = path / "last.pt", path / "best.pt"
         self.curves, self.ranking = path / "curves.png", path / "ranking.png"
+        self.query_features, self.gallery_features = path / "query.npz", path / "gallery.npz"
         self.non_finite_batch = path / "non_finite_batch.pt"
         self.tensorboard = path / "tensorboard"
         if resume and not self.last.is_file():
@@ -97,3 +99,30 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backends": vareid_ext.backends(),
     }
+
+
+class TensorBoard:
+    """Scalars for TensorBoard.
+
+    Args:
+        path: folder of the event files; None writes nothing.
+        after: events of later steps, which a resumed run writes again, are dropped.
+    """
+
+    def __init__(self, path: Path | None, *, after: int) -> None:
+        self._writer: Any = None
+        if path is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(path), purge_step=after + 1 if after else None)
+
+    def add(self, group: str, values: Mapping[str, float], step: int) -> None:
+        """Add the values of a step under the group's name."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        if self._writer is not None:
+            self._writer.close()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 
-class Interrupted(Exception):
+class RunInterruptedError(Exception):
     """A signal asked the run to end; everything that matters is saved.
 
     Attributes:
@@ -48,14 +48,14 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._immediate or self.received:
-            raise Interrupted(number, "before the step's end; the last checkpoint stands")
+            raise RunInterruptedError(number, "before the step's end; the last checkpoint stands")
         self.received = number
 
     @contextlib.contextmanager
     def immediate(self) -> Iterator[None]:
-        """A block, such as an evaluation, in which everything is saved already: a signal raises Interrupted at once."""
+        """A block, such as an evaluation, before which all was saved: a signal raises RunInterruptedError at once."""
         if self.received:
-            raise Interrupted(self.received, "everything was saved")
+            raise RunInterruptedError(self.received, "everything was saved")
         self._immediate = True
         try:
             yield

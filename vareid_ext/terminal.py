@@ -1,18 +1,13 @@
-"""What a run shows on the terminal while it trains, and the tables it ends with."""
+"""What a run shows on the terminal while it trains."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from tqdm import tqdm
-
-from vareid_ext.extraction import Scores
-
-METRIC_NAMES = ("mAP", "mINP", "rank1", "rank5", "rank10")
-"""The entries of every set of metrics, all fractions in [0, 1]."""
 
 _SHORT = {"identity": "y", "viewpoint": "v", "regularizer": "R", "triplet": "tri", "stripes": "str"}
 _SMOOTHING = 0.9
@@ -79,34 +74,3 @@ class TrainingBar:
     def close(self) -> None:
         """Take the bar off the terminal."""
         self._bar.close()
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text: the first column to the left, the others to the right, a rule under the header."""
-    body = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in [list(header), *body]) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        return "  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip()
-
-    return "\n".join([line(header), "  ".join("\u2500" * width for width in widths), *map(line, body)])
-
-
-def closing_tables(results: Mapping[str, Mapping[str, float]], trained: Scores, reranked: Scores) -> str:
-    """The tables a run ends with, in percent: every row of results, and the trained network per query viewpoint."""
-    rows = [(name, *(f"{100 * values[key]:.1f}" for key in METRIC_NAMES)) for name, values in results.items()]
-    overall = table(("%", "mAP", "mINP", "rank-1", "rank-5", "rank-10"), rows)
-    per_view = [
-        (
-            name,
-            f"{before.num_valid_queries}",
-            *(f"{100 * value:.1f}" for value in (before.mAP, before.rank1, after.mAP, after.rank1)),
-        )
-        for name, before in trained.by_viewpoint.items()
-        for after in [reranked.by_viewpoint[name]]
-    ]
-    if not per_view:
-        return overall
-    header = ("query viewpoint, %", "queries", "mAP", "rank-1", "re-ranked mAP", "rank-1")
-    return f"{overall}\n\n{table(header, per_view)}"

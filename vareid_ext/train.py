@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -25,29 +24,22 @@ from vareid_ext.checkpoint import save_checkpoint
 from vareid_ext.command_line import Request, parse_or_exit, to_yaml
 from vareid_ext.config import Config
 from vareid_ext.data import Batch, PKSampler, ReidData, ReidDataset
-from vareid_ext.extraction import Features, Scores
-from vareid_ext.figures import choose_queries, draw_curves, draw_ranking
+from vareid_ext.extraction import Features
 from vareid_ext.losses import ViewpointAwareLoss
 from vareid_ext.models import ModelOutput, ReidModel
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
-from vareid_ext.run_folder import RunFolder, default_folder, environment
+from vareid_ext.report import LABELS, closing_tables, draw_figures, metrics_of, one_line, per_viewpoint
+from vareid_ext.run_folder import RunFolder, TensorBoard, default_folder, environment
 from vareid_ext.schedule import learning_rate, view_weight
-from vareid_ext.signals import Interrupted, Signals, ignore_in_worker
-from vareid_ext.terminal import METRIC_NAMES, TrainingBar, closing_tables, tell
+from vareid_ext.signals import RunInterruptedError, Signals, ignore_in_worker
+from vareid_ext.terminal import TrainingBar, tell
 from vareid_ext.training_state import TrainingState, build
 from vareid_ext.triplet import batch_hard_triplet
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_LABELS = {
-    "raw_pixels": "raw pixels",
-    "colour_histogram": "colour histogram",
-    "untrained": "untrained",
-    "trained": "trained",
-    "reranked": "trained, re-ranked",
-}
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite."""
 
 
@@ -55,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The program.
 
     Returns:
-        Its exit code: 0 done; 2 the request cannot be met; 3 the loss became NaN or infinite; 128 + n ended by signal n.
+        Its exit code: 0 done; 2 the request cannot be met; 3 the loss became NaN or infinite; 128 + n: signal n.
     """
     request = parse_or_exit(arguments)
     try:
@@ -63,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except NonFiniteLoss as error:
+    except NonFiniteLossError as error:
         print(f"stopped: {error}", file=sys.stderr)
         return 3
-    except Interrupted as error:
+    except RunInterruptedError as error:
         print(f"interrupted: {error}", file=sys.stderr)
         return 128 + error.number
     except KeyboardInterrupt:
@@ -83,8 +75,8 @@ def run(request: Request) -> dict[str, Any]:
 
     Raises:
         ValueError, OSError: a request that cannot be met (data, weights, device, run folder).
-        NonFiniteLoss: the batch at fault lies in the run folder; the checkpoints are as they were.
-        Interrupted: by SIGINT or SIGTERM, with everything saved.
+        NonFiniteLossError: the batch at fault lies in the run folder; the checkpoints are as they were.
+        RunInterruptedError: by SIGINT or SIGTERM, with everything saved.
     """
     started = time.monotonic()
     config = request.config
@@ -134,7 +126,9 @@ def introduce(
     config, loss = request.config, state.loss
     native = vareid_ext.backends().get(device.type, "")
     parts = [{"adaptive": "L_y", "uniform": "LSR", "none": "cross entropy"}[config.loss.smoothing]]
-    parts += [f"{config.loss.view_weight:g} L_v"] * loss.use_viewpoint + [f"{config.loss.beta:g} L_R"] * loss.use_regularizer
+    parts += [f"{config.loss.view_weight:g} L_v"] * loss.use_viewpoint + [
+        f"{config.loss.beta:g} L_R"
+    ] * loss.use_regularizer
     parts += ["stripes", f"{config.loss.triplet_weight:g} triplet"] if config.model.local else []
     size = sum(p.numel() for p in state.model.parameters()) / 1e6
     steps = config.optimizer.epochs * sampler.batches_per_epoch
@@ -142,11 +136,14 @@ def introduce(
     tell(data.summary())
     tell()
     tell(f"recipe   {request.name}")
-    tell(f"network  {config.model.backbone}, {size:.2f} M parameters, {config.data.height} x {config.data.width} images, "
-         f"feature length {state.model.feature_dim}")  # fmt: skip
+    size_and_input = f"{size:.2f} M parameters, {config.data.height} x {config.data.width} images"
+    tell(f"network  {config.model.backbone}, {size_and_input}, feature length {state.model.feature_dim}")
     tell(f"loss     {' + '.join(parts)}")
-    tell(f"training {config.optimizer.epochs} epochs of {sampler.batches_per_epoch} steps, {steps} in all, {images} images each")
-    tell(f"device   {device}, {torch.get_num_threads()} threads, losses: {'native' if native == 'native' else 'PyTorch'}")
+    plan = f"{config.optimizer.epochs} epochs of {sampler.batches_per_epoch} steps, {steps} in all"
+    tell(f"training {plan}, {images} images each")
+    tell(
+        f"device   {device}, {torch.get_num_threads()} threads, losses: {'native' if native == 'native' else 'PyTorch'}"
+    )
     tell(f"output   {folder.path}")
     if state.progress.step:
         tell(f"resumed  at step {state.progress.step}")
@@ -157,7 +154,10 @@ def measure_baselines(config: Config, data: ReidData, state: TrainingState, devi
     """What the trained network is compared with: the untrained one, raw pixels and colour histograms."""
     baselines = state.progress.baselines
     if config.evaluation.baselines:
-        kinds = (("raw_pixels", extraction.raw_pixel_features), ("colour_histogram", extraction.colour_histogram_features))
+        kinds = (
+            ("raw_pixels", extraction.raw_pixel_features),
+            ("colour_histogram", extraction.colour_histogram_features),
+        )
         for name, features_of in kinds:
             query, gallery = features_of(data.query), features_of(data.gallery)
             baselines[name] = metrics_of(extraction.score(extraction.feature_distances(query, gallery), query, gallery))
@@ -165,7 +165,7 @@ def measure_baselines(config: Config, data: ReidData, state: TrainingState, devi
     scores = extraction.score(extraction.feature_distances(query, gallery), query, gallery)
     baselines["untrained"] = metrics_of(scores)
     for name, values in baselines.items():
-        tell(one_line(_LABELS[name], values))
+        tell(one_line(LABELS[name], values))
 
 
 def train(
@@ -185,7 +185,7 @@ def train(
     steps_per_epoch, epochs = sampler.batches_per_epoch, config.optimizer.epochs
     total_steps = epochs * steps_per_epoch
     loader = training_loader(config, data, sampler, device)
-    writer = tensorboard_writer(config, folder, progress.step)
+    writer = TensorBoard(folder.tensorboard if config.run.tensorboard else None, after=progress.step)
     bar = TrainingBar(total_steps, progress.step)
 
     with contextlib.closing(bar), contextlib.closing(writer):
@@ -205,9 +205,9 @@ def train(
                 values = dict(zip(parts, torch.stack([p.detach() for p in parts.values()]).tolist(), strict=True))
                 if not math.isfinite(values["total"]):
                     save_batch(folder, data, batch, progress.step, values)
-                    raise NonFiniteLoss(
-                        f"the loss of step {progress.step + 1} (epoch {epoch + 1}) is {values['total']}; its batch is in "
-                        f"{folder.non_finite_batch}, the checkpoints are as they were"
+                    raise NonFiniteLossError(
+                        f"the loss of step {progress.step + 1} (epoch {epoch + 1}) is {values['total']}; "
+                        f"its batch is in {folder.non_finite_batch}, the checkpoints are as they were"
                     )
                 state.optimizer.zero_grad(set_to_none=True)
                 state.scaler.scale(parts["total"]).backward()
@@ -221,12 +221,18 @@ def train(
                 progress.step += 1
                 bar.update(len(batch), values, rate)
                 if progress.step == 1 or progress.step % config.run.log_every == 0 or progress.step == total_steps:
-                    entry = {"step": progress.step, "epoch": progress.step / steps_per_epoch, "lr": rate, "loss": values}
+                    entry = {
+                        "step": progress.step,
+                        "epoch": progress.step / steps_per_epoch,
+                        "lr": rate,
+                        "loss": values,
+                    }
                     folder.append_log({**entry, "images_per_second": round(bar.images_per_second, 1)})
-                    writer.add_scalars(values, rate, progress.step)
+                    writer.add("loss", values, progress.step)
+                    writer.add("optimizer", {"lr": rate}, progress.step)
                 if signals.received:
                     state.save(folder.last, time.monotonic() - started)
-                    raise Interrupted(signals.received, f"saved; go on with --resume {folder.path}")
+                    raise RunInterruptedError(signals.received, f"saved; go on with --resume {folder.path}")
 
             last, every = epoch + 1 == epochs, config.evaluation.every
             if last or (epoch + 1) % config.run.save_every == 0:
@@ -237,7 +243,7 @@ def train(
                     query, gallery = extract(config, data, state.evaluated_model, device, f"epoch {epoch + 1}")
                     scores = extraction.score(extraction.feature_distances(query, gallery), query, gallery)
                 record(state, folder, epoch + 1, metrics_of(scores), started)
-                writer.add_metrics(metrics_of(scores), progress.step)
+                writer.add("metrics", metrics_of(scores), progress.step)
                 tell(one_line(f"epoch {epoch + 1}", metrics_of(scores)))
 
 
@@ -295,31 +301,30 @@ def conclude(
     if not any(entry["epoch"] == config.optimizer.epochs for entry in state.progress.evaluations):
         record(state, folder, config.optimizer.epochs, metrics_of(trained), started)
 
-    baselines = state.progress.baselines
-    main_results = {**baselines, "trained": metrics_of(trained), "reranked": metrics_of(reranked)}
-    log = folder.read_log()
-    draw_curves(
-        folder.curves,
-        [{**entry, "loss": contributions(config, entry)} for entry in log if "loss" in entry],
-        [{"epoch": 0, **baselines["untrained"]}, *state.progress.evaluations],
-        {
-            _LABELS["reranked"]: main_results["reranked"]["mAP"],
-            **{_LABELS[key]: values["mAP"] for key, values in baselines.items()},
-        },
-        title=f"{name}: {data.name}, {config.model.backbone}, {config.optimizer.epochs} epochs",
+    if evaluation.save_features:
+        query.save(folder.query_features)
+        gallery.save(folder.gallery_features)
+    main_results = {**state.progress.baselines, "trained": metrics_of(trained), "reranked": metrics_of(reranked)}
+    draw_figures(
+        config,
+        data,
+        state.progress,
+        folder,
+        name,
+        (query, gallery),
+        {"trained": (distances, trained), "re-ranked": (reranked_distances, reranked)},
     )
-    rankings = {"trained": (distances, trained), "re-ranked": (reranked_distances, reranked)}
-    rows = ranking_rows(rankings, query, gallery, trained, evaluation.ranking_queries)
-    draw_ranking(folder.ranking, data.query, data.gallery, rows, title=f"{name}: queries and their first 10 gallery images")
 
     seconds = state.progress.seconds + time.monotonic() - started
     views = {key: per_viewpoint(scores) for key, scores in (("trained", trained), ("reranked", reranked))}
     results: dict[str, Any] = {**main_results, "seconds": round(seconds, 1), "by_query_viewpoint": views}
     folder.write_json(folder.metrics, results)
     tell()
-    tell(closing_tables({_LABELS[key]: values for key, values in main_results.items()}, trained, reranked))
+    tell(closing_tables(main_results, trained, reranked))
     tell()
-    tell(f"{trained.overall.num_valid_queries} queries counted of {trained.overall.num_queries}; {seconds:.0f} s in all")
+    tell(
+        f"{trained.overall.num_valid_queries} queries counted of {trained.overall.num_queries}; {seconds:.0f} s in all"
+    )
     tell(f"metrics.json, curves.png, ranking.png and checkpoints are in {folder.path}")
     return results
 
@@ -336,7 +341,9 @@ def choose_device(config: Config) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"run.device: {wanted!r} was given; allowed are auto, cpu, cuda and cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"run.device: {wanted!r} was given; PyTorch finds {torch.cuda.device_count()} CUDA devices here")
+        raise ValueError(
+            f"run.device: {wanted!r} was given; PyTorch finds {torch.cuda.device_count()} CUDA devices here"
+        )
     if config.run.precision == "fp16" and device.type != "cuda":
         raise ValueError("run.precision: fp16 needs a CUDA device; use bf16 or fp32")
     return device
@@ -407,95 +414,11 @@ def record(state: TrainingState, folder: RunFolder, epoch: int, values: Mapping[
         state.save(folder.best, time.monotonic() - started)
 
 
-def metrics_of(scores: Scores) -> dict[str, float]:
-    """The entry of metrics.json for a set of scores."""
-    values = scores.overall.as_dict()
-    return {name: values[name] for name in METRIC_NAMES}
-
-
-def per_viewpoint(scores: Scores) -> dict[str, dict[str, float]]:
-    """The entry of metrics.json for a set of scores, per query viewpoint."""
-    return {
-        name: {"queries": metrics.num_valid_queries, **{key: metrics.as_dict()[key] for key in METRIC_NAMES}}
-        for name, metrics in scores.by_viewpoint.items()
-    }
-
-
-def one_line(name: str, values: Mapping[str, float]) -> str:
-    """A set of metrics as a line of text."""
-    return f"{name:<17} mAP {100 * values['mAP']:5.1f} %   rank-1 {100 * values['rank1']:5.1f} %"
-
-
-def ranking_rows(
-    rankings: Mapping[str, tuple[Tensor, Scores]], query: Features, gallery: Features, by: Scores, count: int
-) -> list[tuple[int, list[tuple[str, np.ndarray, float]]]]:
-    """The rows of ranking.png: chosen queries, and for each ranking its order under the protocol and its AP."""
-    precision = {name: np.asarray(scores.queries.average_precision.cpu()) for name, (_, scores) in rankings.items()}
-    chosen = choose_queries(
-        query.viewpoint,
-        np.asarray(by.queries.average_precision.cpu()),
-        np.asarray(by.queries.num_matches.cpu()) > 0,
-        count,
-    )
-    rows = []
-    for q in chosen:
-        left_out = (gallery.identity == query.identity[q]) & (gallery.camera == query.camera[q]) & (query.camera[q] >= 0)
-        orders = []
-        for name, (distances, _) in rankings.items():
-            order = torch.argsort(distances[q], stable=True).cpu().numpy()
-            orders.append((name, order[~left_out[order]], float(precision[name][q])))
-        rows.append((q, orders))
-    return rows
-
-
-def contributions(config: Config, entry: Mapping[str, Any]) -> dict[str, float]:
-    """The parts of a logged loss times their weights at the time: what the total is the sum of."""
-    # A step logged at the end of an epoch belongs to that epoch, whose number its own fraction has just passed.
-    weights = {
-        "viewpoint": view_weight(config.loss, math.ceil(entry["epoch"]) - 1),
-        "regularizer": config.loss.beta,
-        "stripes": config.loss.stripe_weight,
-        "triplet": config.loss.triplet_weight,
-    }
-    return {name: weights.get(name, 1.0) * value for name, value in entry["loss"].items()}
-
-
 def save_batch(folder: RunFolder, data: ReidData, batch: Batch, step: int, values: Mapping[str, float]) -> None:
     """Keep the batch whose loss is not finite, for inspection with ``torch.load``."""
     paths = [data.train.paths[i] for i in batch.index.tolist()]
     tensors = {name: getattr(batch, name).cpu() for name in ("image", "identity", "camera", "viewpoint", "index")}
     save_checkpoint(folder.non_finite_batch, {"step": step, "loss": dict(values), "paths": paths, **tensors})
-
-
-class _TensorBoard:
-    """Scalars for TensorBoard, or nothing at all where it is switched off."""
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def add_scalars(self, losses: Mapping[str, float], rate: float, step: int) -> None:
-        if self._writer is not None:
-            for name, value in losses.items():
-                self._writer.add_scalar(f"loss/{name}", value, step)
-            self._writer.add_scalar("lr", rate, step)
-
-    def add_metrics(self, values: Mapping[str, float], step: int) -> None:
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"metrics/{name}", value, step)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-
-def tensorboard_writer(config: Config, folder: RunFolder, step: int) -> _TensorBoard:
-    """The writer of TensorBoard's event files; events after `step`, which a resumed run writes again, are dropped."""
-    if not config.run.tensorboard:
-        return _TensorBoard(None)
-    from torch.utils.tensorboard import SummaryWriter
-
-    return _TensorBoard(SummaryWriter(str(folder.tensorboard), purge_step=step or None))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,9 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights:
         local=config.model.local,
         stripe_dim=config.model.stripe_dim,
     )
-    model.to(device, memory_format=torch.channels_last if config.run.channels_last else torch.preserve_format)
+    model.to(device)
+    if config.run.channels_last:
+        model.to(memory_format=torch.channels_last)
     loss = ViewpointAwareLoss(
         data.num_identities,
         model.feature_dim,
@@ -150,12 +152,12 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights:
 
 def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> Optimizer:
     """The optimizer of a configuration."""
-    common = {"lr": config.lr, "weight_decay": config.weight_decay}
+    lr, weight_decay, momentum = config.lr, config.weight_decay, config.momentum
     if config.name == "adam":
-        return torch.optim.Adam(parameters, **common)
+        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
     if config.name == "adamw":
-        return torch.optim.AdamW(parameters, **common)
-    return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=config.momentum > 0, **common)
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+    return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=momentum > 0)
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,9 @@ def batch_hard_triplet(feature: Tensor, identity: Tensor, *, margin: float = 0.3
         ValueError: shapes that do not fit, a negative margin.
     """
     if feature.ndim != 2 or identity.shape != feature.shape[:1]:
-        raise ValueError(f"feature [N, D] and identity [N] were expected, got {list(feature.shape)}, {list(identity.shape)}")
+        raise ValueError(
+            f"feature [N, D] and identity [N] were expected, got {list(feature.shape)}, {list(identity.shape)}"
+        )
     if not margin >= 0:
         raise ValueError(f"margin: {margin!r} was given; allowed are values >= 0")
     feature = feature if feature.dtype == torch.float64 else feature.float()

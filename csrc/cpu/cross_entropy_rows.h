@@ -2,6 +2,7 @@
 // 0 = it does not exist) and `scale` (a factor of each logit) may be null.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 
@@ -26,6 +27,15 @@ void others_gradient(const float16* logits, const uint8_t* mask, const float* sc
                      const RowStatistics& row, double upstream);
 void others_gradient(const bfloat16* logits, const uint8_t* mask, const float* scale, bfloat16* grad, int64_t n,
                      const RowStatistics& row, double upstream);
+
+// Calls body(begin, end) on what is left of part `part` of a row's `size` subclasses without the own ones.
+template <typename Body>
+void visit_others(int64_t size, int64_t own_begin, int64_t own_end, int64_t part, int64_t parts, const Body& body) {
+  const int64_t begin = size / parts * part + std::min(part, size % parts);
+  const int64_t end = begin + size / parts + (part < size % parts ? 1 : 0);
+  if (begin < std::min(end, own_begin)) body(begin, std::min(end, own_begin));
+  if (std::max(begin, own_end) < end) body(std::max(begin, own_end), end);
+}
 
 // The gradient of the V own logits. `grad` may be `logits`.
 template <typename T>

@@ -145,7 +145,7 @@ void matrix_neighbors(const T* q_g, const T* q_q, const T* g_g, int64_t Q, int64
 
 }  // namespace
 
-void reciprocal_sets_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
+void k_reciprocal_sets_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
                          int32_t* size, int threads) {
   const int64_t n = std::min(k + 1, width);
   parallel_for(rows, threads, [&](int64_t begin, int64_t end, int) {
@@ -162,7 +162,7 @@ void reciprocal_sets_cpu(const int32_t* neighbor, int64_t rows, int64_t width, i
   });
 }
 
-void expanded_sets_cpu(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
+void k_reciprocal_expanded_cpu(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
                        const int32_t* half_size, int64_t half_width, int64_t rows, int64_t* indptr, int32_t* index,
                        void* workspace, int threads) {
   constexpr uint8_t kOriginal = 1, kAdded = 2;
@@ -192,7 +192,7 @@ void expanded_sets_cpu(const int32_t* reciprocal, const int32_t* size, int64_t w
   if (!index) accumulate(indptr, rows);
 }
 
-void listed_distance_cpu(const Features& x, const Features& y, DType dtype, int64_t D, const int32_t* neighbor,
+void k_reciprocal_listed_distance_cpu(const Features& x, const Features& y, DType dtype, int64_t D, const int32_t* neighbor,
                          const float* neighbor_distance, int64_t width, const int64_t* indptr, const int32_t* index,
                          float* out, int threads) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
@@ -215,7 +215,7 @@ void listed_distance_cpu(const Features& x, const Features& y, DType dtype, int6
   });
 }
 
-void encode_cpu(const int64_t* indptr, const float* distance, const float* row_max, int64_t rows, float* value,
+void k_reciprocal_encode_cpu(const int64_t* indptr, const float* distance, const float* row_max, int64_t rows, float* value,
                 int threads) {
   parallel_for(rows, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
@@ -228,7 +228,7 @@ void encode_cpu(const int64_t* indptr, const float* distance, const float* row_m
   });
 }
 
-void expand_query_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k2, const int64_t* indptr,
+void k_reciprocal_expand_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k2, const int64_t* indptr,
                       const int32_t* index, const float* value, int64_t* new_indptr, int32_t* new_index,
                       float* new_value, void* workspace, int threads) {
   const int64_t n = std::min(k2, width);
@@ -258,7 +258,7 @@ void expand_query_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int6
   if (!new_index) accumulate(new_indptr, rows);
 }
 
-void invert_cpu(const int64_t* indptr, const int32_t* index, const float* value, int64_t rows, int64_t first,
+void k_reciprocal_invert_cpu(const int64_t* indptr, const int32_t* index, const float* value, int64_t rows, int64_t first,
                 int64_t columns, int64_t* start, int32_t* owner, float* weight, void* workspace) {
   std::memset(start, 0, static_cast<size_t>(columns + 1) * sizeof(int64_t));
   for (int64_t e = indptr[first]; e < indptr[rows]; ++e) ++start[index[e] + 1];
@@ -273,7 +273,7 @@ void invert_cpu(const int64_t* indptr, const int32_t* index, const float* value,
     }
 }
 
-void blend_cpu(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
+void k_reciprocal_blend_cpu(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
                const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
                const int32_t* owner, const float* weight, double lambda_value, void* workspace, int threads) {
   parallel_for(queries, threads, [&](int64_t begin, int64_t end, int thread) {
@@ -291,7 +291,7 @@ void blend_cpu(float* distance, int64_t ld, int64_t queries, int64_t gallery, co
   });
 }
 
-void matrix_neighbors_cpu(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q, int64_t G,
+void k_reciprocal_matrix_neighbors_cpu(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q, int64_t G,
                           int64_t k, int32_t* neighbor, double* row_max, void* workspace, int threads) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -300,7 +300,7 @@ void matrix_neighbors_cpu(const void* q_g, const void* q_q, const void* g_g, DTy
   });
 }
 
-void blend_topk_cpu(const Features& query, const Features& gallery, DType dtype, int64_t D, const int32_t* nearest,
+void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType dtype, int64_t D, const int32_t* nearest,
                     const float* original, int64_t listed, const float* row_max, const int64_t* indptr,
                     const int32_t* index, const float* value, const int64_t* start, const int32_t* owner,
                     const float* weight, double lambda_value, int64_t k, float* distance, int64_t* gallery_index,

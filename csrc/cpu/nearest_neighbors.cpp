@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "cpu/exact_distance.h"
@@ -183,23 +182,9 @@ struct Output {
   }
 };
 
-template <typename T>
-VAREID_INLINE int64_t hash_row(const T* x, int64_t D) {
-  uint64_t state = 0x9e3779b97f4a7c15u;
-  const auto* bytes = reinterpret_cast<const unsigned char*>(x);
-  const int64_t size = D * static_cast<int64_t>(sizeof(T));
-  for (int64_t at = 0; at < size; at += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, bytes + at, static_cast<size_t>(std::min<int64_t>(8, size - at)));
-    state = (state ^ word) * 0xff51afd7ed558ccdu;
-    state ^= state >> 32;
-  }
-  return static_cast<int64_t>(state);
-}
-
 }  // namespace
 
-void scan_block_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin, int64_t column_begin,
+void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin, int64_t column_begin,
                     const Bounds& left_bounds, const Bounds& right_bounds, const Candidates& left,
                     const Candidates* right, bool write, int threads) {
   const auto scan = right ? (write ? scan_both_write : scan_both) : (write ? scan_left_write : scan_left);
@@ -220,7 +205,7 @@ void scan_block_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int
     });
 }
 
-void select_neighbors_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
+void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
                           int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
                           const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
                           DType distance_dtype, uint8_t* unsure, float* reach, int threads) {
@@ -252,7 +237,7 @@ void select_neighbors_cpu(const Features& x, const Features& x2, const Features&
   });
 }
 
-void rescan_rows_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, int64_t columns,
+void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, int64_t columns,
                      const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
                      int64_t D, Metric metric, double unscale, const Bounds& left_bounds, const Bounds& right_bounds,
                      const float* reach, const int32_t* same, int64_t k, int32_t* index, void* distance,
@@ -279,30 +264,6 @@ void rescan_rows_cpu(const float* block, int64_t ld, const int64_t* rows, int64_
       for (int64_t c = 0; c < kept; ++c) known[same ? same[pairs[c].index] : pairs[c].index] = -1.0;
       output.write(i, pairs, kept);
     }
-  });
-}
-
-void feature_hash_cpu(const Features& x, DType dtype, int64_t D, int64_t* hash, int threads) {
-  dispatch_float(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    parallel_for(x.rows, threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t r = begin; r < end; ++r) hash[r] = hash_row(static_cast<const T*>(x.data) + r * x.stride, D);
-    });
-  });
-}
-
-void feature_equal_cpu(const Features& x, const Features& x2, DType dtype, int64_t D, const int64_t* a,
-                       const int64_t* b, int64_t count, uint8_t* equal, int threads) {
-  const Rows rows{x, x2};
-  dispatch_float(dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const auto row = [&](int64_t r) {
-      return static_cast<const T*>(rows.of(r).data) + rows.local(r) * rows.of(r).stride;
-    };
-    parallel_for(count, threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t p = begin; p < end; ++p)
-        equal[p] = a[p] == b[p] || std::memcmp(row(a[p]), row(b[p]), static_cast<size_t>(D) * sizeof(T)) == 0;
-    });
   });
 }
 

@@ -113,7 +113,7 @@ VAREID_MULTIVERSION void root_row(float* row, int64_t columns) {
 
 }  // namespace
 
-void feature_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_abs, int threads) {
+void pairwise_distance_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_abs, int threads) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     parallel_for(x.rows, threads, [&](int64_t begin, int64_t end, int) {
@@ -122,7 +122,7 @@ void feature_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_
   });
 }
 
-void feature_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, int threads) {
+void pairwise_distance_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, int threads) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     parallel_for(x.rows, threads, [&](int64_t begin, int64_t end, int) {
@@ -131,7 +131,7 @@ void feature_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, i
   });
 }
 
-void feature_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out, float* norm,
+void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out, float* norm,
                          int threads) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -171,22 +171,6 @@ void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, co
         if (mirror)
           for (int64_t c = c0; c < c0 + n; ++c)
             for (int64_t r = begin; r < end; ++r) mirror[c * mirror_ld + r] = block[r * ld + c];
-      }
-    }
-  });
-}
-
-void pair_distance_cpu(const Features& x, const Features& y, DType dtype, int64_t D, const int64_t* indptr,
-                       const int32_t* index, int64_t rows, float* out, int threads) {
-  const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
-  parallel_for(rows, threads, [&](int64_t begin, int64_t end, int) {
-    for (int64_t r = begin; r < end; ++r) {
-      const bool r_in_x = r < x.rows;
-      const Features& left = r_in_x ? x : y;
-      for (int64_t e = indptr[r]; e < indptr[r + 1]; ++e) {
-        const bool c_in_x = index[e] < x.rows;
-        out[e] = static_cast<float>(exact(left, r_in_x ? r : r - x.rows, c_in_x ? x : y,
-                                          c_in_x ? index[e] : index[e] - x.rows, D));
       }
     }
   });

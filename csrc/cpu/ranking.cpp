@@ -10,11 +10,12 @@
 namespace vareid {
 namespace {
 
-constexpr int64_t kChunk = 2048;     // distances handled at once; they and their keys stay in the first-level cache
-constexpr int kHitsAtOnce = 8;       // matches whose counts are kept in registers
-constexpr int64_t kFewLeftOut = 64;  // images left out one by one, without a copy of the row
-constexpr int64_t kManyHits = 64;    // from here on, one look-up per distance beats one comparison per match
-constexpr int32_t kBuckets = 4096;   // of that look-up
+constexpr int64_t kChunk = 2048;  // distances handled at once; they and their keys stay in the first-level cache
+constexpr int64_t kThreadDistances = 1 << 16;  // a thread with fewer is not worth starting
+constexpr int kHitsAtOnce = 8;                 // matches whose counts are kept in registers
+constexpr int64_t kFewLeftOut = 64;            // images left out one by one, without a copy of the row
+constexpr int64_t kManyHits = 64;              // from here on, one look-up per distance beats one comparison per match
+constexpr int32_t kBuckets = 4096;             // of that look-up
 
 // A match: its distance's key, its gallery index, and how many images come before it.
 struct Hit {
@@ -441,9 +442,10 @@ void ranking_forward_cpu(const void* distances, int64_t row_stride, const int64_
   char* const hits = static_cast<char*>(workspace);
   const Queries queries{gallery_order, group_begin, group_end, query_camera, gallery_camera};
   const Outputs out{average_precision, inverse_negative_penalty, first_match_rank, num_matches};
+  const int useful = static_cast<int>(std::min<int64_t>(threads, Q * G / kThreadDistances + 1));
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(Q, threads, [&](int64_t begin, int64_t end, int thread) {
+    parallel_for(Q, useful, [&](int64_t begin, int64_t end, int thread) {
       rank_rows(static_cast<const T*>(distances), row_stride, junk, G, queries,
                 reinterpret_cast<Hit*>(hits + hit_bytes(max_group) * thread), out, begin, end);
     });

@@ -20,15 +20,6 @@ int64_t parts_of_row(int64_t N, int64_t K, const int64_t views[2], int threads) 
   return std::max<int64_t>(1, std::min(wanted, K * (views[0] + views[1]) / kSmallestPart));
 }
 
-// Calls body(begin, end) on what is left of part `part` of a row's `size` subclasses without the V own ones.
-template <typename Body>
-void visit_others(int64_t size, int64_t own_begin, int64_t own_end, int64_t part, int64_t parts, const Body& body) {
-  const int64_t begin = size / parts * part + std::min(part, size % parts);
-  const int64_t end = begin + size / parts + (part < size % parts ? 1 : 0);
-  if (begin < std::min(end, own_begin)) body(begin, std::min(end, own_begin));
-  if (std::max(begin, own_end) < end) body(std::max(begin, own_end), end);
-}
-
 SampleViews views_of(const CrossEntropyHead& head, int64_t i, int64_t y) {
   const int64_t V = head.views;
   return SampleViews(V, head.mask ? head.mask + y * V : nullptr,

@@ -47,6 +47,17 @@ void cut_rows(DeviceRows<T>& rows, int64_t N) {
   rows.parts = std::max<int64_t>(1, (rows.columns + rows.part - 1) / rows.part);
 }
 
+// Host: enough warps for a row.
+inline unsigned row_threads(int64_t columns, int64_t width) {
+  const int64_t warps = (columns + width * kWarp - 1) / (width * kWarp);
+  return static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(warps, 1), kRowWarps) * kWarp);
+}
+
+__device__ __forceinline__ int64_t identity_or_none(const int64_t* __restrict__ identity, int64_t i, int64_t K) {
+  const int64_t y = identity[i];
+  return y >= 0 && y < K ? y : -1;
+}
+
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 

@@ -29,11 +29,6 @@ struct Task {
   }
 };
 
-__device__ __forceinline__ int64_t identity_or_none(const int64_t* __restrict__ identity, int64_t i, int64_t K) {
-  const int64_t y = identity[i];
-  return y >= 0 && y < K ? y : -1;
-}
-
 template <typename T, int kWidth>
 __global__ void viewpoint_aware_cross_entropy_forward_kernel(DeviceRows<T> head0, DeviceRows<T> head1,
                                                              const int64_t* __restrict__ identity, int64_t N, int64_t K,
@@ -93,12 +88,6 @@ bool aligned_alike(const DeviceRows<T>& rows) {
   };
   return offset(rows.logits) == offset(rows.grad) &&
          (rows.row_stride - rows.grad_stride) % static_cast<int64_t>(16 / sizeof(T)) == 0;
-}
-
-// Enough warps for the longer row.
-unsigned row_threads(int64_t columns, int64_t width) {
-  const int64_t warps = (columns + width * kWarp - 1) / (width * kWarp);
-  return static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(warps, 1), kRowWarps) * kWarp);
 }
 
 template <typename T>

@@ -48,7 +48,7 @@ def row_magnitudes(name: str, value: Tensor, *, nonzero: bool = False) -> Tensor
     out = torch.empty(value.shape[0], dtype=torch.float64, device=value.device)
     contiguous = value.shape[1] <= 1 or value.stride(1) == 1
     if value.device.type == "cpu" and contiguous and _native.available("cpu"):
-        _native.module().feature_max_abs(_native.view(value), _native.view(out), torch.get_num_threads())
+        _native.module().pairwise_distance_max_abs(_native.view(value), _native.view(out), torch.get_num_threads())
     else:
         step = max(1, _CHUNK // value.shape[1])
         for begin in range(0, value.shape[0], step):

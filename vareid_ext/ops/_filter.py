@@ -109,7 +109,7 @@ class Filter:
     def _norms_of(self, x: Tensor, factor: Tensor | None) -> Tensor:
         out = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
         view = _native.view
-        _native.module().feature_norm(view(x), view(factor), view(out), self.threads, stream_of(x))
+        _native.module().pairwise_distance_norm(view(x), view(factor), view(out), self.threads, stream_of(x))
         return out
 
     def _find_center(self) -> Tensor | None:
@@ -138,7 +138,7 @@ class Filter:
 
     def _prepare(self, x: Tensor, factor: Tensor | None, out: Tensor, norm: Tensor) -> Tensor:
         view = _native.view
-        _native.module().feature_prepare(
+        _native.module().pairwise_distance_prepare(
             view(x), view(factor), view(self.center), view(out), view(norm), self.threads, stream_of(x)
         )
         return out

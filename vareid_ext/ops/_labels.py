@@ -81,6 +81,11 @@ def check_viewpoint(viewpoint: Tensor, samples: int, views: int, anchor_name: st
     check_same_device("viewpoint", viewpoint, anchor_name, anchor)
 
 
+def plain_viewpoint(viewpoint: Tensor) -> Tensor:
+    """int64 labels or a float64 distribution: the two kinds the operators take; a target, so without gradient."""
+    return viewpoint.detach().to(torch.float64 if viewpoint.is_floating_point() else torch.int64)
+
+
 def check_mask(mask: Tensor | None, identities: int, views: int, anchor_name: str, anchor: Tensor) -> None:
     """TypeError or ValueError unless ``mask`` is None or a bool [K, V] on the anchor's device."""
     if mask is not None:

@@ -15,7 +15,7 @@ from vareid_ext import _native
 from vareid_ext.ops._filter import contiguous_rows, stream_of
 from vareid_ext.reference import k_reciprocal as reference
 from vareid_ext.reference import nearest_neighbors as neighbor_reference
-from vareid_ext.reference.pairwise_distance import exact_distance
+from vareid_ext.reference.pairwise_distance import exact_distance, rows_per_block
 
 
 def _pattern_sizes(like: Tensor, rows: int) -> tuple[Tensor, Any]:
@@ -88,15 +88,27 @@ def _(neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor) -
 
 @torch.library.custom_op("vareid::k_reciprocal_blend", mutates_args=("distance",))
 def k_reciprocal_blend(
-    distance: Tensor, row_max: Tensor, indptr: Tensor, index: Tensor, value: Tensor, lambda_value: float
+    distance: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+    columns: int | None = None,
 ) -> None:
     """Overwrites the original distances with the final; see :func:`vareid_ext.reference.k_reciprocal.blend`."""
-    distance.copy_(reference.blend(distance, row_max, indptr, index, value, lambda_value))
+    distance.copy_(reference.blend(distance, row_max, indptr, index, value, lambda_value, columns))
 
 
 @k_reciprocal_blend.register_fake
 def _(
-    distance: Tensor, row_max: Tensor, indptr: Tensor, index: Tensor, value: Tensor, lambda_value: float
+    distance: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+    columns: int | None = None,
 ) -> None:
     return None
 
@@ -144,10 +156,17 @@ def k_reciprocal_topk(
         distance float32 [Q, k], ascending, ties by the lower index; index int64 [Q, k]. What shares nothing with a
         query has Jaccard distance 1, so it is among the k smallest only if its original distance is.
     """
-    every = exact_distance(query.double() * scale, gallery.double() * scale, "sqeuclidean").to(torch.float32)
-    final = reference.blend(every, row_max, indptr, index, value, lambda_value)
-    ordered, order = torch.sort(final, dim=1, stable=True)
-    return ordered[:, : nearest.shape[1]].clone(), order[:, : nearest.shape[1]].clone()
+    k, inverted = nearest.shape[1], reference.invert(indptr, index, value, query.shape[0], indptr.shape[0] - 1)
+    distance, order = torch.empty_like(original), torch.empty_like(nearest, dtype=torch.int64)
+    gallery = gallery.double() * scale
+    step = rows_per_block(gallery.shape[0])
+    for begin in range(0, query.shape[0], step):
+        at = slice(begin, min(begin + step, query.shape[0]))
+        every = exact_distance(query[at].double() * scale, gallery, "sqeuclidean").to(torch.float32)
+        final = reference.blend_rows(every, row_max[at], begin, indptr, index, value, inverted, lambda_value)
+        ordered, ranked = torch.sort(final, dim=1, stable=True)
+        distance[at], order[at] = ordered[:, :k], ranked[:, :k]
+    return distance, order
 
 
 @k_reciprocal_topk.register_fake
@@ -178,14 +197,14 @@ def _native_sets(neighbor: Tensor, k1: int) -> tuple[Tensor, Tensor]:
     for k in (k1, reference.half_k(k1)):
         members = neighbor.new_empty((M, min(k + 1, width)))
         size = neighbor.new_empty((M,))
-        native.reciprocal_sets(view(neighbor), k, view(members), view(size), threads, stream)
+        native.k_reciprocal_sets(view(neighbor), k, view(members), view(size), threads, stream)
         sets += [members, size]
     indptr = neighbor.new_empty((M + 1,), dtype=torch.int64)
     workspace = _scratch(neighbor, 8 * M * threads)
     arrays = [view(array) for array in (*sets, indptr)]
-    native.expanded_sets(*arrays, None, view(workspace), threads, stream)
+    native.k_reciprocal_expanded(*arrays, None, view(workspace), threads, stream)
     index = neighbor.new_empty((int(indptr[-1]),))
-    native.expanded_sets(*arrays, view(index), view(workspace), threads, stream)
+    native.k_reciprocal_expanded(*arrays, view(index), view(workspace), threads, stream)
     return indptr, index
 
 
@@ -209,7 +228,7 @@ def _native_listed_distance(
 ) -> Tensor:
     view = _native.view
     out = query.new_empty(index.shape, dtype=torch.float32)
-    _native.module().listed_distance(
+    _native.module().k_reciprocal_listed_distance(
         *_scaled(query, gallery, scale), view(neighbor.contiguous()), view(neighbor_distance.contiguous()),
         view(indptr), view(index), view(out), torch.get_num_threads(), stream_of(query),
     )  # fmt: skip
@@ -219,7 +238,7 @@ def _native_listed_distance(
 def _native_encode(indptr: Tensor, distance: Tensor, row_max: Tensor) -> Tensor:
     view, distance = _native.view, distance.contiguous()
     value = torch.empty_like(distance)
-    _native.module().encode(
+    _native.module().k_reciprocal_encode(
         view(indptr), view(distance), view(row_max.contiguous()), view(value), torch.get_num_threads(),
         stream_of(distance),
     )  # fmt: skip
@@ -237,10 +256,10 @@ def _native_expand(
     new_indptr = torch.empty_like(indptr)
     workspace = _scratch(neighbor, 16 * M * threads)
     arrays = [view(array) for array in (indptr, index, value, new_indptr)]
-    native.expand_query(view(neighbor), k2, *arrays, None, None, view(workspace), threads, stream)
+    native.k_reciprocal_expand(view(neighbor), k2, *arrays, None, None, view(workspace), threads, stream)
     entries = int(new_indptr[-1])
     new_index, new_value = index.new_empty((entries,)), value.new_empty((entries,))
-    native.expand_query(
+    native.k_reciprocal_expand(
         view(neighbor), k2, *arrays, view(new_index), view(new_value), view(workspace), threads, stream
     )
     return new_indptr, new_index, new_value
@@ -257,7 +276,7 @@ def invert(indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: in
     start = indptr.new_empty((columns + 1,))
     owner, weight = index.new_empty((entries,)), value.new_empty((entries,))
     workspace = _scratch(index, 8 * columns)
-    _native.module().invert(
+    _native.module().k_reciprocal_invert(
         view(indptr), view(index), view(value), first, columns, view(start), view(owner), view(weight),
         view(workspace), threads, stream_of(index),
     )  # fmt: skip
@@ -265,16 +284,22 @@ def invert(indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: in
 
 
 def _native_blend(
-    distance: Tensor, row_max: Tensor, indptr: Tensor, index: Tensor, value: Tensor, lambda_value: float
+    distance: Tensor,
+    row_max: Tensor,
+    indptr: Tensor,
+    index: Tensor,
+    value: Tensor,
+    lambda_value: float,
+    columns: int | None = None,
 ) -> None:
     view, threads = _native.view, torch.get_num_threads()
     Q, G = distance.shape
     if distance.stride(1) != 1 and G > 1:
         return NotImplemented
     index, value = index.contiguous(), value.contiguous()
-    inverted = invert(indptr, index, value, Q, Q + G)
+    inverted = invert(indptr, index, value, Q, Q + G if columns is None else columns)
     workspace = _scratch(distance, 4 * G * threads)
-    _native.module().blend(
+    _native.module().k_reciprocal_blend(
         view(distance), view(row_max.contiguous()), view(indptr), view(index), view(value), *map(view, inverted),
         lambda_value, view(workspace), threads, stream_of(distance),
     )  # fmt: skip
@@ -299,7 +324,7 @@ def _native_topk(
     distance = torch.empty_like(original, memory_format=torch.contiguous_format)
     gallery_index = torch.empty_like(distance, dtype=torch.int64)
     workspace = _scratch(query, 24 * G * threads)
-    _native.module().blend_topk(
+    _native.module().k_reciprocal_topk(
         *_scaled(query, gallery, scale), view(nearest.contiguous()), view(original.contiguous()),
         view(row_max.contiguous()), view(indptr), view(index), view(value), *map(view, inverted), lambda_value,
         view(distance), view(gallery_index), view(workspace), threads, stream_of(query),
@@ -313,7 +338,7 @@ def _native_matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> t
     neighbor = q_g.new_empty((Q + G, k), dtype=torch.int32)
     row_max = q_g.new_empty((Q + G,), dtype=torch.float64)
     workspace = _scratch(q_g, (128 * Q + 32 * k + 1024) * threads)
-    _native.module().matrix_neighbors(
+    _native.module().k_reciprocal_matrix_neighbors(
         view(q_g.contiguous()), view(q_q.contiguous()), view(g_g.contiguous()), k, view(neighbor), view(row_max),
         view(workspace), threads, stream_of(q_g),
     )  # fmt: skip

@@ -25,6 +25,13 @@ from vareid_ext.reference import nearest_neighbors as reference
 from vareid_ext.reference.pairwise_distance import METRICS, result_dtype
 
 _CPU_K = 2048
+_EQUAL_CHUNK = 1 << 18  # elements compared at once
+_BITS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
 
 
 def capacity(k: int) -> int:
@@ -54,7 +61,7 @@ class _Scan:
 
     def look(self, block: Tensor, row: int, column: int, *, both: bool, write: bool) -> None:
         """Takes the candidates of a block of products; ``both``: for its columns too."""
-        _native.module().scan_block(
+        _native.module().nearest_neighbors_scan(
             _native.view(block), row, column, self.left_bounds, self.right_bounds, self.candidates,
             self.candidates if both else None, self.k, write, self.filtered.threads, self.stream,
         )  # fmt: skip
@@ -66,7 +73,7 @@ class _Scan:
         distance = filtered.norm.new_empty((self.rows, self.k), dtype=distance_dtype)
         unsure = filtered.norm.new_empty(self.rows, dtype=torch.bool)
         reach = filtered.norm.new_empty(self.rows)
-        _native.module().select_neighbors(
+        _native.module().nearest_neighbors_select(
             self.left, self.right, self.metric, filtered.unscale, self.left_bounds, self.right_bounds, self.candidates,
             self.k, view(index), view(distance), view(unsure), view(reach), filtered.threads, self.stream,
         )  # fmt: skip
@@ -92,7 +99,7 @@ class _Scan:
                 for which, first, last, offset in row_blocks(filtered, self.right_parts, BLOCK_ROWS):
                     columns = filtered.block(which, first, last, 1)
                     torch.mm(chosen, columns.T, out=products[:, offset : offset + last - first])
-            _native.module().rescan_rows(
+            _native.module().nearest_neighbors_rescan(
                 view(products), view(rows), self.left, self.right, self.metric, filtered.unscale, self.left_bounds,
                 self.right_bounds, view(reach), view(same), self.k, view(index), view(distance), view(workspace),
                 filtered.threads, self.stream,
@@ -110,19 +117,31 @@ class _Scan:
         return out
 
     def _equal_rows(self) -> Tensor:
-        """int32 [columns]: the first row of the right set that each one is equal to."""
-        view, parts = _native.view, [self.filtered.parts[w] for w in self.right_parts]
-        code = torch.empty(self.columns, dtype=torch.int64, device=parts[0].device)
-        for part, codes in zip(parts, code.split([part.shape[0] for part in parts]), strict=True):
-            _native.module().feature_hash(view(part), view(codes), self.filtered.threads, self.stream)
+        """int32 [columns]: the first row of the right set that each one is equal to, bit for bit."""
+        parts = [self.filtered.parts[w] for w in self.right_parts]
+        bits = [part.view(_BITS[part.dtype]) for part in parts]
+        D, device = parts[0].shape[1], parts[0].device
+        odd = torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator().manual_seed(0)).to(device) * 2 + 1
+        step = max(1, _EQUAL_CHUNK // D)
+        code = torch.cat([(rows.to(torch.int64) * odd).sum(1) for part in bits for rows in part.split(step)])
         _, group = torch.unique(code, return_inverse=True)
-        number = torch.arange(self.columns, device=code.device)
+        number = torch.arange(self.columns, device=device)
         first = torch.full_like(number, self.columns).scatter_reduce_(0, group, number, "amin")[group]
-        equal = torch.empty(self.columns, dtype=torch.bool, device=code.device)
-        _native.module().feature_equal(
-            self.right, view(number), view(first), view(equal), self.filtered.threads, self.stream
-        )
-        return torch.where(equal, first, number).to(torch.int32)
+
+        def rows_of(numbers: Tensor) -> Tensor:
+            out, offset = bits[0].new_empty((numbers.numel(), D)), 0
+            for part in bits:
+                inside = (numbers >= offset) & (numbers < offset + part.shape[0])
+                out[inside] = part[numbers[inside] - offset]
+                offset += part.shape[0]
+            return out
+
+        same = number.clone()
+        candidates = (first != number).nonzero()[:, 0]
+        for some in candidates.split(step):  # equal codes are not yet equal rows
+            equal = (rows_of(some) == rows_of(first[some])).all(1)
+            same[some[equal]] = first[some[equal]]
+        return same.to(torch.int32)
 
 
 def _symmetric_scan(filtered: Filter, scans: Sequence[_Scan], block_rows: int, out: Tensor | None) -> None:

@@ -18,6 +18,7 @@ from vareid_ext.ops._labels import (
     check_scalars,
     check_viewpoint,
     label_error_slot,
+    plain_viewpoint,
     warn_of_alpha,
 )
 from vareid_ext.reference import viewpoint_aware_cross_entropy as reference
@@ -336,13 +337,8 @@ def viewpoint_cross_entropy(
     check_scalars("adaptive", alpha, 0.0, reduction)
     check_batch(N, K * V, reduction, "logits")
     warn_of_alpha(alpha, V)
-    identity, viewpoint = identity.to(torch.int64), _plain_viewpoint(viewpoint)
+    identity, viewpoint = identity.to(torch.int64), plain_viewpoint(viewpoint)
     return _forward(None, logits, identity, viewpoint, mask, "adaptive", alpha, 0.0, reduction)[1]
-
-
-def _plain_viewpoint(viewpoint: Tensor) -> Tensor:
-    """int64 labels or a float64 distribution: the two kinds the operators take; a target, so without gradient."""
-    return viewpoint.detach().to(torch.float64 if viewpoint.is_floating_point() else torch.int64)
 
 
 def viewpoint_aware_cross_entropy(
@@ -394,7 +390,7 @@ def viewpoint_aware_cross_entropy(
     check_batch(N, K * V, reduction, "identity_logits")
     warn_of_alpha(alpha, V)
     identity_loss, viewpoint_loss, _ = _forward(
-        identity_logits, viewpoint_logits, identity.to(torch.int64), _plain_viewpoint(viewpoint), mask,
+        identity_logits, viewpoint_logits, identity.to(torch.int64), plain_viewpoint(viewpoint), mask,
         smoothing, alpha, epsilon, reduction,
     )  # fmt: skip
     return identity_loss, viewpoint_loss

@@ -8,8 +8,8 @@ query's identity) at the ranks ``r_1 < ... < r_n``, counted from 1:
 
 Camera -1 is unknown and equals no camera.
 
-Sources: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015 (AP, CMC, the camera rule); Ye et al.,
-"Deep Learning for Person Re-identification: A Survey and Outlook", TPAMI 2022, equation 8 (INP).
+Sources: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015 (AP, CMC, the camera rule); Ye et
+al., "Deep Learning for Person Re-identification: A Survey and Outlook", TPAMI 2022, equation 8 (INP).
 """
 
 from __future__ import annotations

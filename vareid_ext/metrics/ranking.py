@@ -88,7 +88,7 @@ class QueryRanking:
         Raises:
             ValueError: ``max_rank`` below 1, a ``subset`` of wrong length, or no query with a match.
         """
-        _check_max_rank(max_rank)
+        check_max_rank(max_rank)
         back = _arrays.returner(self.num_matches)
         ap, inp, first, matches = (
             _arrays.to_tensor(value, "QueryRanking")
@@ -123,13 +123,14 @@ class QueryRanking:
         )
 
 
-def _check_max_rank(max_rank: int) -> None:
+def check_max_rank(max_rank: int) -> None:
+    """ValueError unless ``max_rank`` is a whole number >= 1."""
     if isinstance(max_rank, bool) or not isinstance(max_rank, int | np.integer) or max_rank < 1:
         raise ValueError(f"max_rank: {max_rank!r} was given; allowed are whole numbers >= 1")
 
 
-def _labels(value: Any, name: str, device: torch.device | None = None) -> Tensor:
-    """Identities or cameras as an int64 vector."""
+def label_vector(value: Any, name: str, device: torch.device | None = None) -> Tensor:
+    """Identities, cameras or viewpoints as an int64 vector; TypeError or ValueError if they are not one."""
     if isinstance(value, list | tuple | range):
         value = np.asarray(value, dtype=np.int64 if len(value) == 0 else None)
     tensor = _arrays.to_tensor(value, name)
@@ -143,7 +144,7 @@ def _labels(value: Any, name: str, device: torch.device | None = None) -> Tensor
 
 
 @dataclass(frozen=True)
-class _Labels:
+class Labels:
     """The checked identities and cameras of one evaluation, moved to the distances' device on first use."""
 
     query_identity: Any
@@ -153,7 +154,7 @@ class _Labels:
 
     def check(self) -> tuple[int, int]:
         """(Q, G), or an error that names the argument."""
-        lengths = {name: len(_labels(value, name)) for name, value in vars(self).items() if value is not None}
+        lengths = {name: len(label_vector(value, name)) for name, value in vars(self).items() if value is not None}
         Q, G = lengths["query_identity"], lengths["gallery_identity"]
         if Q == 0:
             raise ValueError("query_identity: the query set is empty")
@@ -171,8 +172,9 @@ class _Labels:
         return Q, G
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The four vectors on a device."""
         query_identity, gallery_identity, query_camera, gallery_camera = (
-            None if value is None else _labels(value, name, device) for name, value in vars(self).items()
+            None if value is None else label_vector(value, name, device) for name, value in vars(self).items()
         )
         assert query_identity is not None
         assert gallery_identity is not None
@@ -242,7 +244,7 @@ def rank_queries(
     """
     if block_rows is not None and block_rows < 1:
         raise ValueError(f"block_rows: {block_rows} was given; allowed are whole numbers >= 1")
-    labels = _Labels(query_identity, gallery_identity, query_camera, gallery_camera)
+    labels = Labels(query_identity, gallery_identity, query_camera, gallery_camera)
     num_queries, num_gallery = labels.check()
     parts: list[tuple[Tensor, ...]] = []
     back: Callable[[Tensor], Any] | None = None
@@ -324,7 +326,7 @@ def evaluate_ranking(
     Source: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015; Ye et al., "Deep Learning for
     Person Re-identification: A Survey and Outlook", TPAMI 2022, equation 8 (INP).
     """
-    _check_max_rank(max_rank)
+    check_max_rank(max_rank)
     return rank_queries(
         distances,
         query_identity,

@@ -1,0 +1,221 @@
+#include "linear_viewpoint_aware_cross_entropy.h"
+
+#include <stdexcept>
+
+#include "cuda/cross_entropy_rows.cuh"
+#include "cuda/launch.h"
+
+namespace vareid {
+namespace {
+
+struct OwnLogits {
+  const double* logits;  // [N, V]
+  int64_t views;
+  __device__ __forceinline__ double operator()(int64_t i, int64_t, int64_t k) const { return logits[i * views + k]; }
+};
+
+// One block for each part of a row. The block that holds the first own column also copies the own logits: all of them
+// lie in this tile.
+template <typename T, int kWidth>
+__global__ void linear_viewpoint_aware_cross_entropy_summarise_kernel(DeviceRows<T> rows,
+                                                                      const int64_t* __restrict__ identity, int64_t K,
+                                                                      OthersSummary* __restrict__ summaries,
+                                                                      int64_t total_parts,
+                                                                      double* __restrict__ own_logits) {
+  const int64_t i = blockIdx.x / rows.parts;
+  const int64_t index = blockIdx.x - i * rows.parts;
+  const int64_t y = identity_or_none(identity, i, K);
+  summarise_part<T, kWidth>(rows, i, index, y, summaries + i * total_parts + index);
+  const int64_t own = y * rows.views - rows.first;
+  if (y < 0 || own < 0 || own >= rows.columns || own / rows.part != index) return;
+  for (int64_t k = threadIdx.x; k < rows.views; k += blockDim.x) {
+    typename DeviceAccumulator<T>::type value = widen(rows.logits[i * rows.row_stride + own + k]);
+    if (rows.scale) value *= rows.scale[own + k];
+    own_logits[i * rows.views + k] = static_cast<double>(value);
+  }
+}
+
+template <typename T>
+__global__ void linear_viewpoint_aware_cross_entropy_finish_kernel(DeviceFinish<T, OwnLogits> head, int64_t N) {
+  finish_rows(head, N);
+}
+
+template <typename T, int kWidth>
+__global__ void linear_viewpoint_aware_cross_entropy_gradient_kernel(DeviceRows<T> rows, DeviceLabels labels,
+                                                                     int64_t N) {
+  const int64_t i = blockIdx.x / rows.parts;
+  differentiate_part<T, kWidth>(rows, N, i, blockIdx.x - i * rows.parts,
+                                identity_or_none(labels.identity, i, labels.identities), labels.views_of(i));
+}
+
+// One block for each row.
+template <typename T, int kWidth>
+__global__ void linear_viewpoint_aware_cross_entropy_inverse_norms_kernel(
+    const T* __restrict__ x, typename DeviceAccumulator<T>::type* __restrict__ inverse, int64_t D) {
+  using Acc = typename DeviceAccumulator<T>::type;
+  __shared__ Acc partial[1][kRowWarps + 1];
+  const T* const row = x + blockIdx.x * D;
+  Acc sums[1] = {0};
+  for (int64_t d = static_cast<int64_t>(threadIdx.x) * kWidth; d < D; d += static_cast<int64_t>(blockDim.x) * kWidth) {
+    const Pack<T, kWidth> pack = load_pack<T, kWidth>(row + d);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) sums[0] += widen(pack.value[k]) * widen(pack.value[k]);
+  }
+  const Acc total = block_sums<1, kRowWarps>(sums, partial);
+  if (threadIdx.x == 0) inverse[blockIdx.x] = total == Acc(0) ? Acc(0) : 1 / sqrt(total);
+}
+
+// One block for each row, which it reads twice: the second time from the cache.
+template <typename T, int kWidth>
+__global__ void linear_viewpoint_aware_cross_entropy_project_kernel(
+    const T* __restrict__ x, const typename DeviceAccumulator<T>::type* __restrict__ inverse, T* __restrict__ grad,
+    int64_t D) {
+  using Acc = typename DeviceAccumulator<T>::type;
+  __shared__ Acc partial[1][kRowWarps + 1];
+  __shared__ Acc along;
+  const T* const row = x + blockIdx.x * D;
+  T* const slope = grad + blockIdx.x * D;
+  const int64_t first = static_cast<int64_t>(threadIdx.x) * kWidth, step = static_cast<int64_t>(blockDim.x) * kWidth;
+  Acc sums[1] = {0};
+  for (int64_t d = first; d < D; d += step) {
+    const Pack<T, kWidth> a = load_pack<T, kWidth>(row + d), b = load_pack<T, kWidth>(slope + d);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) sums[0] += widen(a.value[k]) * widen(b.value[k]);
+  }
+  const Acc total = block_sums<1, kRowWarps>(sums, partial);
+  if (threadIdx.x == 0) along = total * inverse[blockIdx.x] * inverse[blockIdx.x];
+  __syncthreads();
+  for (int64_t d = first; d < D; d += step) {
+    const Pack<T, kWidth> a = load_pack<T, kWidth>(row + d);
+    Pack<T, kWidth> b = load_pack<T, kWidth>(slope + d);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) b.value[k] = narrow<T>(widen(b.value[k]) - along * widen(a.value[k]));
+    store_pack<T, kWidth>(slope + d, b);
+  }
+}
+
+template <typename T>
+DeviceRows<T> rows_of(const LogitsTile& tile) {
+  using Acc = typename DeviceAccumulator<T>::type;
+  DeviceRows<T> rows = {};
+  rows.logits = static_cast<const T*>(tile.logits);
+  rows.grad = static_cast<T*>(tile.logits);
+  rows.mask = tile.mask ? tile.mask + tile.first * tile.views : nullptr;
+  rows.scale = static_cast<const Acc*>(tile.scale);
+  rows.row_stride = rows.grad_stride = tile.row_stride;
+  rows.columns = tile.identities * tile.views;
+  rows.first = tile.first * tile.views;
+  rows.views = tile.views;
+  cut_rows(rows, tile.N);
+  return rows;
+}
+
+DeviceLabels labels_of(const LogitsTile& tile) {
+  return {tile.identity, tile.viewpoint, tile.distribution, tile.mask, tile.K, tile.views};
+}
+
+void check_rows(int64_t rows) {
+  if (rows > (int64_t{1} << 31) - 1) throw std::invalid_argument("identity_centers: at most 2^31 - 1 centres on a GPU");
+}
+
+// Calls body(type, width) with 16-byte accesses where rows of D elements at these addresses allow them.
+template <typename Body>
+void with_width(DType dtype, int64_t D, std::initializer_list<const void*> pointers, const Body& body) {
+  dispatch_device_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    if (rows_are_packed<T>(D, pointers))
+      body(type, std::integral_constant<int, 16 / sizeof(T)>{});
+    else
+      body(type, std::integral_constant<int, 1>{});
+  });
+}
+
+}  // namespace
+
+int64_t linear_viewpoint_aware_cross_entropy_parts_cuda(int64_t N, int64_t columns) {
+  DeviceRows<float> rows = {};
+  rows.columns = columns;
+  cut_rows(rows, N);
+  return rows.parts;
+}
+
+void linear_viewpoint_aware_cross_entropy_summarise_cuda(const LogitsTile& tile, OthersSummary* summaries,
+                                                         int64_t total_parts, int64_t first_part, double* own_logits,
+                                                         DType dtype, int device, void* stream) {
+  if (tile.N == 0) return;
+  const DeviceGuard guard(device);
+  dispatch_device_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    constexpr int kWidth = 16 / sizeof(T);
+    const DeviceRows<T> rows = rows_of<T>(tile);
+    launch(linear_viewpoint_aware_cross_entropy_summarise_kernel<T, kWidth>, dim3(grid_size(tile.N * rows.parts)),
+           dim3(row_threads(rows.columns, kWidth)), 0, static_cast<cudaStream_t>(stream), rows, tile.identity, tile.K,
+           summaries + first_part, total_parts, own_logits);
+  });
+}
+
+void linear_viewpoint_aware_cross_entropy_finish_cuda(const LogitsTile& tile, const OthersSummary* summaries,
+                                                      int64_t total_parts, const double* own_logits,
+                                                      const Smoothing& smoothing, double* statistics, void* loss,
+                                                      int64_t* label_error, DType dtype, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const auto run = [&](auto type) {
+    using T = decltype(type);
+    const DeviceFinish<T, OwnLogits> head = {summaries, total_parts, {own_logits, tile.views}, labels_of(tile),
+                                             smoothing, statistics,  static_cast<T*>(loss),    true,
+                                             1.0,       label_error};
+    launch(linear_viewpoint_aware_cross_entropy_finish_kernel<T>, dim3(1), dim3(kRowThreads), 0,
+           static_cast<cudaStream_t>(stream), head, tile.N);
+  };
+  if (dtype == DType::kFloat64)
+    run(double{});
+  else
+    run(float{});
+}
+
+void linear_viewpoint_aware_cross_entropy_gradient_cuda(const LogitsTile& tile, const double* statistics,
+                                                        const void* upstream, int64_t upstream_stride, double share,
+                                                        DType dtype, int device, void* stream) {
+  if (tile.N == 0) return;
+  const DeviceGuard guard(device);
+  dispatch_device_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    constexpr int kWidth = 16 / sizeof(T);
+    DeviceRows<T> rows = rows_of<T>(tile);
+    rows.statistics = statistics;
+    rows.upstream = static_cast<const typename DeviceAccumulator<T>::type*>(upstream);
+    rows.upstream_stride = upstream_stride;
+    rows.share = share;
+    launch(linear_viewpoint_aware_cross_entropy_gradient_kernel<T, kWidth>, dim3(grid_size(tile.N * rows.parts)),
+           dim3(row_threads(rows.columns, kWidth)), 0, static_cast<cudaStream_t>(stream), rows, labels_of(tile),
+           tile.N);
+  });
+}
+
+void linear_viewpoint_aware_cross_entropy_inverse_norms_cuda(const void* x, void* inverse, int64_t rows, int64_t D,
+                                                             DType dtype, int device, void* stream) {
+  check_rows(rows);
+  if (rows == 0) return;
+  const DeviceGuard guard(device);
+  with_width(dtype, D, {x}, [&](auto type, auto width) {
+    using T = typename decltype(type)::type;
+    launch(linear_viewpoint_aware_cross_entropy_inverse_norms_kernel<T, width.value>, dim3(grid_size(rows)),
+           dim3(row_threads(D, width.value)), 0, static_cast<cudaStream_t>(stream), static_cast<const T*>(x),
+           static_cast<typename DeviceAccumulator<T>::type*>(inverse), D);
+  });
+}
+
+void linear_viewpoint_aware_cross_entropy_project_cuda(const void* x, const void* inverse, void* grad, int64_t rows,
+                                                       int64_t D, DType dtype, int device, void* stream) {
+  check_rows(rows);
+  if (rows == 0) return;
+  const DeviceGuard guard(device);
+  with_width(dtype, D, {x, grad}, [&](auto type, auto width) {
+    using T = typename decltype(type)::type;
+    launch(linear_viewpoint_aware_cross_entropy_project_kernel<T, width.value>, dim3(grid_size(rows)),
+           dim3(row_threads(D, width.value)), 0, static_cast<cudaStream_t>(stream), static_cast<const T*>(x),
+           static_cast<const typename DeviceAccumulator<T>::type*>(inverse), static_cast<T*>(grad), D);
+  });
+}
+
+}  // namespace vareid

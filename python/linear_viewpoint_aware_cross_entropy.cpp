@@ -1,0 +1,245 @@
+#include "linear_viewpoint_aware_cross_entropy.h"
+
+#include "bindings.h"
+#include "tensor_view.h"
+
+namespace vareid {
+namespace {
+
+using Optional = std::optional<TensorView>;
+
+[[noreturn]] void refuse_device() { refuse("feature", "is on a GPU, but this build has no CUDA kernels"); }
+
+void check_double(const TensorView& view, const char* name) {
+  if (!(view.type_code == 2 && view.type_bits == 64)) refuse(name, "must be float64");
+}
+
+// Checks what lies beside a tile: its device, its element type and that it is dense.
+class Beside {
+ public:
+  explicit Beside(const TensorView& some) : some_(some) {}
+  void here(const TensorView& view, const char* name) const {
+    check_contiguous(view, name);
+    check_device(view, name, some_.device_type, some_.device_id);
+  }
+  void accumulator(const TensorView& view, const char* name) const {
+    check_accumulator(view, name, some_);
+    here(view, name);
+  }
+  void doubles(const TensorView& view, const char* name) const {
+    check_double(view, name);
+    here(view, name);
+  }
+  void labels(const TensorView& view, const char* name, int64_t N) const {
+    check_shape(view, name, {N});
+    check_int64(view, name);
+    here(view, name);
+  }
+
+ private:
+  const TensorView& some_;
+};
+
+void set_labels(LogitsTile& tile, const Beside& beside, const TensorView& identity, const Optional& viewpoint,
+                const Optional& mask) {
+  beside.labels(identity, "identity", tile.N);
+  tile.identity = identity.as<int64_t>();
+  if (viewpoint && viewpoint->ndim == 2) {
+    check_shape(*viewpoint, "viewpoint", {tile.N, tile.views});
+    beside.doubles(*viewpoint, "viewpoint");
+    tile.distribution = viewpoint->as<double>();
+  } else if (viewpoint) {
+    beside.labels(*viewpoint, "viewpoint", tile.N);
+    tile.viewpoint = viewpoint->as<int64_t>();
+  }
+  if (mask) {
+    check_shape(*mask, "mask", {tile.K, tile.views});
+    if (!mask->is_bool()) refuse("mask", "must be bool");
+    beside.here(*mask, "mask");
+    tile.mask = mask->as<uint8_t>();
+  }
+}
+
+LogitsTile tile_of(const TensorView& logits, const Optional& scale, const TensorView& identity,
+                   const Optional& viewpoint, const Optional& mask, int64_t K, int64_t V, int64_t first) {
+  if (logits.ndim != 2 || V < 1 || logits.shape[1] % V != 0)
+    refuse("logits", "shape " + shape_text(logits) + " does not fit");
+  if (logits.shape[1] > 1 && logits.strides[1] != 1) refuse("logits", "must have dense rows");
+  check_float(logits, "logits");
+  LogitsTile tile = {};
+  tile.logits = logits.data;
+  tile.N = logits.shape[0];
+  tile.row_stride = tile.N > 1 ? logits.strides[0] : logits.shape[1];
+  tile.K = K;
+  tile.views = V;
+  tile.first = first;
+  tile.identities = logits.shape[1] / V;
+  if (first < 0 || first + tile.identities > K) refuse("first", "the tile is not within the identities");
+  const Beside beside(logits);
+  set_labels(tile, beside, identity, viewpoint, mask);
+  if (scale) {
+    check_shape(*scale, "scale", {logits.shape[1]});
+    beside.accumulator(*scale, "scale");
+    tile.scale = scale->data;
+  }
+  return tile;
+}
+
+int64_t parts(int64_t N, int64_t columns, bool cuda, int threads) {
+#ifdef VAREID_WITH_CUDA
+  if (cuda) return linear_viewpoint_aware_cross_entropy_parts_cuda(N, columns);
+#else
+  if (cuda) refuse_device();
+#endif
+  return linear_viewpoint_aware_cross_entropy_parts_cpu(N, columns, threads);
+}
+
+OthersSummary* check_summaries(const TensorView& summaries, const TensorView& own_logits, int64_t N, int64_t V,
+                               const Beside& beside) {
+  if (summaries.ndim != 3) refuse("summaries", "shape " + shape_text(summaries) + ", expected [N, parts, 4]");
+  check_shape(summaries, "summaries", {N, summaries.shape[1], 4});
+  beside.doubles(summaries, "summaries");
+  check_shape(own_logits, "own_logits", {N, V});
+  beside.doubles(own_logits, "own_logits");
+  return summaries.as<OthersSummary>();
+}
+
+void summarise_tile(const TensorView& logits, const Optional& scale, const TensorView& identity, const Optional& mask,
+                    const TensorView& summaries, const TensorView& own_logits, int64_t K, int64_t V, int64_t first,
+                    int64_t first_part, int threads, uintptr_t stream) {
+  const LogitsTile tile = tile_of(logits, scale, identity, std::nullopt, mask, K, V, first);
+  const bool cuda = logits.device_type == kDeviceCuda;
+  OthersSummary* const out = check_summaries(summaries, own_logits, tile.N, V, Beside(logits));
+  if (first_part < 0 || first_part + parts(tile.N, logits.shape[1], cuda, threads) > summaries.shape[1])
+    refuse("first_part", "the tile's summaries do not fit");
+  if (!cuda) {
+    linear_viewpoint_aware_cross_entropy_summarise_cpu(tile, out, summaries.shape[1], first_part,
+                                                       own_logits.as<double>(), logits.dtype(), threads);
+    return;
+  }
+#ifdef VAREID_WITH_CUDA
+  linear_viewpoint_aware_cross_entropy_summarise_cuda(tile, out, summaries.shape[1], first_part,
+                                                      own_logits.as<double>(), logits.dtype(), logits.device_id,
+                                                      reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+#endif
+}
+
+void finish(const TensorView& summaries, const TensorView& own_logits, const TensorView& identity,
+            const Optional& viewpoint, const Optional& mask, const TensorView& loss, const TensorView& statistics,
+            bool adaptive, double alpha, double epsilon, int64_t K, const Optional& label_error, uintptr_t stream) {
+  LogitsTile tile = {};
+  tile.N = identity.shape[0];
+  tile.K = K;
+  tile.views = own_logits.shape[1];
+  const Beside beside(loss);
+  set_labels(tile, beside, identity, viewpoint, mask);
+  const OthersSummary* const in = check_summaries(summaries, own_logits, tile.N, tile.views, beside);
+  check_shape(loss, "loss", {tile.N});
+  beside.accumulator(loss, "loss");
+  check_shape(statistics, "statistics", {kStatistics, tile.N});
+  beside.doubles(statistics, "statistics");
+  const Smoothing smoothing{adaptive, alpha, epsilon};
+  if (loss.device_type == kDeviceCpu) {
+    linear_viewpoint_aware_cross_entropy_finish_cpu(tile, in, summaries.shape[1], own_logits.as<double>(), smoothing,
+                                                    statistics.as<double>(), loss.data, loss.dtype());
+    return;
+  }
+  if (label_error) {
+    check_shape(*label_error, "label_error", {2});
+    check_int64(*label_error, "label_error");
+    check_contiguous(*label_error, "label_error");
+  }
+#ifdef VAREID_WITH_CUDA
+  linear_viewpoint_aware_cross_entropy_finish_cuda(tile, in, summaries.shape[1], own_logits.as<double>(), smoothing,
+                                                   statistics.as<double>(), loss.data,
+                                                   label_error ? label_error->as<int64_t>() : nullptr, loss.dtype(),
+                                                   loss.device_id, reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+  refuse_device();
+#endif
+}
+
+void gradient(const TensorView& logits, const Optional& scale, const TensorView& identity, const Optional& viewpoint,
+              const Optional& mask, const TensorView& statistics, const TensorView& upstream, double share, int64_t K,
+              int64_t V, int64_t first, int threads, uintptr_t stream) {
+  const LogitsTile tile = tile_of(logits, scale, identity, viewpoint, mask, K, V, first);
+  const Beside beside(logits);
+  check_shape(statistics, "statistics", {kStatistics, tile.N});
+  beside.doubles(statistics, "statistics");
+  beside.accumulator(upstream, "upstream");
+  if (upstream.ndim == 1) check_shape(upstream, "upstream", {tile.N});
+  if (upstream.ndim > 1) refuse("upstream", "shape " + shape_text(upstream) + ", expected [] or [N]");
+  if (logits.device_type == kDeviceCpu) {
+    linear_viewpoint_aware_cross_entropy_gradient_cpu(tile, statistics.as<double>(), upstream.data, upstream.ndim,
+                                                      share, logits.dtype(), threads);
+    return;
+  }
+#ifdef VAREID_WITH_CUDA
+  linear_viewpoint_aware_cross_entropy_gradient_cuda(tile, statistics.as<double>(), upstream.data, upstream.ndim, share,
+                                                     logits.dtype(), logits.device_id, reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+  refuse_device();
+#endif
+}
+
+void inverse_norms(const TensorView& x, const TensorView& inverse, int threads, uintptr_t stream) {
+  if (x.ndim != 2) refuse("x", "shape " + shape_text(x) + ", expected [rows, D]");
+  check_float(x, "x");
+  check_contiguous(x, "x");
+  check_shape(inverse, "inverse", {x.shape[0]});
+  Beside(x).accumulator(inverse, "inverse");
+  if (x.device_type == kDeviceCpu) {
+    linear_viewpoint_aware_cross_entropy_inverse_norms_cpu(x.data, inverse.data, x.shape[0], x.shape[1], x.dtype(),
+                                                           threads);
+    return;
+  }
+#ifdef VAREID_WITH_CUDA
+  linear_viewpoint_aware_cross_entropy_inverse_norms_cuda(x.data, inverse.data, x.shape[0], x.shape[1], x.dtype(),
+                                                          x.device_id, reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+  refuse_device();
+#endif
+}
+
+void project(const TensorView& x, const TensorView& inverse, const TensorView& grad, int threads, uintptr_t stream) {
+  if (x.ndim != 2) refuse("x", "shape " + shape_text(x) + ", expected [rows, D]");
+  check_float(x, "x");
+  check_contiguous(x, "x");
+  const Beside beside(x);
+  check_shape(inverse, "inverse", {x.shape[0]});
+  beside.accumulator(inverse, "inverse");
+  check_shape(grad, "grad", {x.shape[0], x.shape[1]});
+  check_same_dtype(grad, "grad", x, "x");
+  beside.here(grad, "grad");
+  if (x.device_type == kDeviceCpu) {
+    linear_viewpoint_aware_cross_entropy_project_cpu(x.data, inverse.data, grad.data, x.shape[0], x.shape[1], x.dtype(),
+                                                     threads);
+    return;
+  }
+#ifdef VAREID_WITH_CUDA
+  linear_viewpoint_aware_cross_entropy_project_cuda(x.data, inverse.data, grad.data, x.shape[0], x.shape[1], x.dtype(),
+                                                    x.device_id, reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+  refuse_device();
+#endif
+}
+
+}  // namespace
+
+void bind_linear_viewpoint_aware_cross_entropy(pybind11::module_& m) {
+  using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("linear_viewpoint_aware_cross_entropy_parts", &parts);
+  m.def("linear_viewpoint_aware_cross_entropy_summarise", &summarise_tile, release());
+  m.def("linear_viewpoint_aware_cross_entropy_finish", &finish, release());
+  m.def("linear_viewpoint_aware_cross_entropy_gradient", &gradient, release());
+  m.def("linear_viewpoint_aware_cross_entropy_inverse_norms", &inverse_norms, release());
+  m.def("linear_viewpoint_aware_cross_entropy_project", &project, release());
+}
+
+}  // namespace vareid

@@ -1,0 +1,224 @@
+"""Metrics from features, re-ranked or not, and the viewpoint protocols, against the functions they are made of."""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+import pytest
+import torch
+
+from vareid_ext import (
+    evaluate_cross_viewpoint,
+    evaluate_features,
+    evaluate_ranking,
+    evaluate_single_viewpoint,
+    k_reciprocal_rerank,
+    pairwise_distance,
+    rank_features,
+    rank_queries,
+    reference_backend,
+)
+from vareid_ext.metrics import features as features_module
+
+
+def people(seed, Q, G, identities=6, D=16, dtype=torch.float32, scale=1.0):
+    """Features that cluster by identity, with the identities and cameras of both sides."""
+    rng = np.random.default_rng(seed)
+    centers = rng.standard_normal((identities, D))
+    query_identity, gallery_identity = rng.integers(0, identities, Q), rng.integers(0, identities, G)
+
+    def draw(identity):
+        return torch.from_numpy((centers[identity] + rng.standard_normal((len(identity), D))) * scale).to(dtype)
+
+    cameras = rng.integers(0, 3, Q), rng.integers(0, 3, G)
+    return draw(query_identity), draw(gallery_identity), query_identity, gallery_identity, *cameras
+
+
+def assert_equal_results(got, expected, tolerance=0.0):
+    for name, value in vars(expected).items():
+        np.testing.assert_allclose(
+            np.asarray(getattr(got, name)), np.asarray(value), rtol=0, atol=tolerance, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_streaming_equals_the_whole_matrix(metric, dtype):
+    query, gallery, *labels = people(0, 23, 60, dtype=dtype)
+    expected = rank_queries(pairwise_distance(query, gallery, metric=metric), *labels)
+    for block_rows in (None, 1, 7):
+        got = rank_features(query, gallery, *labels, metric=metric, block_rows=block_rows)
+        assert_equal_results(got, expected, 1e-12)
+    assert evaluate_features(query, gallery, *labels, metric=metric).mAP == pytest.approx(expected.metrics().mAP)
+
+
+@pytest.mark.parametrize(
+    "options", [True, {"k1": 7, "k2": 1, "lambda_value": 0.0}, {"k1": 3, "k2": 4, "lambda_value": 1.0}]
+)
+@pytest.mark.parametrize(
+    ("Q", "G", "scale"), [(20, 70, 1.0), (60, 3, 1.0), (1, 30, 1.0), (9, 30, 2.0**30), (9, 30, 2.0**-40)]
+)
+def test_reranked_rows_equal_the_reranked_matrix(Q, G, scale, options, monkeypatch):
+    query, gallery, *labels = people(1, Q, G, identities=2, scale=scale)
+    keywords = {} if options is True else options
+    matrix = k_reciprocal_rerank(query, gallery, **keywords)
+    rows = features_module._reranked_rows(query, gallery, **features_module.rerank_options(options))
+    for step in (1, 8, Q):
+        blocks = [rows(begin, min(Q, begin + step)) for begin in range(0, Q, step)]
+        torch.testing.assert_close(torch.cat(blocks), matrix, rtol=0, atol=1e-5)
+    with reference_backend():
+        torch.testing.assert_close(rows(0, Q), matrix, rtol=0, atol=1e-5)
+    assert_equal_results(rank_features(query, gallery, *labels, rerank=options), rank_queries(matrix, *labels))
+
+
+def test_reranking_streams_when_asked_to(monkeypatch):
+    query, gallery, *labels = people(2, 25, 80)
+    asked = []
+    plain = features_module.pairwise_distance
+
+    def recorded(x, y, metric):
+        asked.append(len(x))
+        return plain(x, y, metric)
+
+    monkeypatch.setattr(features_module, "pairwise_distance", recorded)
+    monkeypatch.setattr(features_module, "k_reciprocal_rerank", None)
+    streamed = rank_features(query, gallery, *labels, rerank={"k1": 10}, block_rows=8)
+    assert asked == [8, 8, 8, 1]
+    monkeypatch.undo()
+    whole = rank_features(query, gallery, *labels, rerank={"k1": 10})
+    assert_equal_results(streamed, whole)
+
+
+def test_junk_enters_no_neighbourhood():
+    query, gallery, query_identity, gallery_identity, query_camera, gallery_camera = people(3, 12, 60)
+    gallery_identity[::3] = -1
+    kept = gallery_identity != -1
+    labels = (query_identity, gallery_identity, query_camera, gallery_camera)
+    clean = (query_identity, gallery_identity[kept], query_camera, gallery_camera[kept])
+    for rerank in (False, True):
+        got = rank_features(query, gallery, *labels, rerank=rerank)
+        expected = rank_features(query, gallery[torch.from_numpy(kept)], *clean, rerank=rerank)
+        assert_equal_results(got, expected)
+    with_junk = k_reciprocal_rerank(query, gallery)[:, torch.from_numpy(kept)]
+    assert not torch.allclose(with_junk, k_reciprocal_rerank(query, gallery[torch.from_numpy(kept)]))
+
+
+def test_kinds_of_arrays(tmp_path, capsys):
+    query, gallery, *labels = people(4, 10, 40)
+    expected = evaluate_features(query, gallery, *labels)
+    assert isinstance(expected.cmc, torch.Tensor)
+    np.save(tmp_path / "q.npy", query)
+    np.save(tmp_path / "g.npy", gallery)
+    mapped = [np.load(tmp_path / name, mmap_mode="r") for name in ("q.npy", "g.npy")]
+    got = evaluate_features(*mapped, *labels, progress=True, rerank=False)
+    assert isinstance(got.cmc, np.ndarray)
+    assert got.mAP == expected.mAP
+    assert "ranking" in capsys.readouterr().err
+    quiet = evaluate_features(*mapped, *labels)
+    assert capsys.readouterr().err == ""
+    assert quiet.mINP == expected.mINP
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.zeros(4)}, ValueError, "query: shape"),
+        ({"gallery": torch.zeros(9, 3)}, ValueError, "gallery: features of 3 elements"),
+        ({"gallery": torch.zeros(9, 4).double()}, TypeError, "gallery: dtype"),
+        ({"query": torch.zeros(5, 4, dtype=torch.int64)}, TypeError, "query: dtype"),
+        ({"query_identity": [1, 2]}, ValueError, "query_identity: length 2 was given, expected 5"),
+        ({"gallery_identity": [1, 2]}, ValueError, "gallery_identity: length 2 was given, expected 9"),
+        ({"query_camera": [1] * 5}, ValueError, "gallery_camera: is missing"),
+        ({"metric": "manhattan"}, ValueError, "metric: 'manhattan'"),
+        ({"rerank": {"k3": 1}}, ValueError, "rerank: 'k3'"),
+        ({"rerank": 20}, TypeError, "rerank: int"),
+        ({"rerank": {"k1": 0}}, ValueError, "k1: 0"),
+        ({"rerank": True, "metric": "cosine"}, ValueError, "metric: 'cosine'"),
+        ({"block_rows": 0}, ValueError, "block_rows: 0"),
+        ({"max_rank": 0}, ValueError, "max_rank"),
+        ({"query": torch.full((5, 4), float("nan"))}, ValueError, "row 0 holds NaN or Inf"),
+        ({"gallery_identity": [-1] * 9, "rerank": True}, ValueError, "every image has the junk identity"),
+    ],
+)
+def test_bad_arguments_are_named(change, error, message):
+    arguments = {
+        "query": torch.rand(5, 4),
+        "gallery": torch.rand(9, 4),
+        "query_identity": [1] * 5,
+        "gallery_identity": [1] * 9,
+    }
+    with pytest.raises(error, match=message):
+        evaluate_features(**{**arguments, **change})
+
+
+def views(seed, N=240, identities=8):
+    feature, _, identity, _, camera, _ = people(seed, N, 1, identities)
+    rng = np.random.default_rng(seed)
+    return feature, identity, rng.integers(-1, 3, N), camera
+
+
+def test_cross_viewpoint_is_each_view_against_the_rest():
+    feature, identity, viewpoint, camera = views(5)
+    identity[::11] = -1
+    got = evaluate_cross_viewpoint(feature, identity, viewpoint, camera, max_rank=10)
+    assert list(got) == [0, 1, 2]
+    for view, metrics in got.items():
+        query = (viewpoint == view) & (identity != -1)
+        gallery = (viewpoint != view) & (viewpoint >= 0) & (identity != -1)
+        expected = evaluate_ranking(
+            torch.cdist(feature[query].double(), feature[gallery].double()).numpy(),
+            identity[query], identity[gallery], camera[query], camera[gallery], max_rank=10,
+        )  # fmt: skip
+        assert metrics.mAP == pytest.approx(expected.mAP, abs=1e-9)
+        assert metrics.num_queries == expected.num_queries == query.sum()
+        np.testing.assert_allclose(metrics.cmc, expected.cmc)
+
+
+def test_single_viewpoint_draws_one_query_of_each_identity():
+    feature, identity, viewpoint, _ = views(6)
+    asked = []
+    original = features_module.rank_features
+
+    def recorded(query, gallery, query_identity, gallery_identity, *rest, **options):
+        asked.append((query, gallery, np.asarray(query_identity)))
+        return original(query, gallery, query_identity, gallery_identity, *rest, **options)
+
+    features_module.rank_features = recorded
+    try:
+        got = evaluate_single_viewpoint(feature, identity, viewpoint, repeats=4, seed=3)
+    finally:
+        features_module.rank_features = original
+    assert list(got) == [0, 1, 2]
+    for view, draws in got.items():
+        members = feature[viewpoint == view]
+        for run, (query, gallery, query_identity) in zip(draws.runs, asked[4 * view : 4 * view + 4], strict=True):
+            assert sorted(query_identity) == sorted(set(identity[viewpoint == view]))
+            together = torch.cat([query, gallery])
+            assert len(together) == len(members)
+            assert torch.equal(together.sort(0).values, members.sort(0).values)
+            assert run.num_queries == len(query)
+        assert len({tuple(query.sum(1).tolist()) for query, *_ in asked[4 * view : 4 * view + 4]}) > 1
+        assert draws.mean()["mAP"] == pytest.approx(statistics.fmean(run.mAP for run in draws.runs))
+        assert draws.std()["rank1"] == pytest.approx(statistics.pstdev(run.rank1 for run in draws.runs))
+    again = evaluate_single_viewpoint(feature, identity, viewpoint, repeats=4, seed=3)
+    assert again[1].mean() == got[1].mean()
+    assert evaluate_single_viewpoint(feature, identity, viewpoint, repeats=4, seed=4)[1].mean() != got[1].mean()
+
+
+def test_viewpoint_protocols_refuse_what_they_cannot_do():
+    feature, identity, viewpoint, camera = views(7)
+    with pytest.raises(ValueError, match="viewpoint: length 3"):
+        evaluate_cross_viewpoint(feature, identity, viewpoint[:3])
+    with pytest.raises(ValueError, match="camera: length 2"):
+        evaluate_single_viewpoint(feature, identity, viewpoint, camera[:2])
+    with pytest.raises(ValueError, match="no image has a known viewpoint"):
+        evaluate_single_viewpoint(feature, identity, np.full(240, -1))
+    with pytest.raises(ValueError, match="only 2 occurs"):
+        evaluate_cross_viewpoint(feature, identity, np.full(240, 2))
+    with pytest.raises(ValueError, match="repeats: 0"):
+        evaluate_single_viewpoint(feature, identity, viewpoint, repeats=0)
+    with pytest.raises(ValueError, match="no gallery is left"):
+        evaluate_single_viewpoint(feature, np.arange(240), np.zeros(240, dtype=int))
+    with pytest.raises(TypeError, match="viewpoint: dtype"):
+        evaluate_cross_viewpoint(feature, identity, viewpoint * 1.0)

@@ -1,0 +1,397 @@
+"""Reading features and labels from every kind of file, and the command lines on top: right results, named errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vareid_ext import (
+    evaluate_cross_viewpoint,
+    evaluate_features,
+    evaluate_single_viewpoint,
+    k_reciprocal_rerank,
+)
+from vareid_ext.evaluate import main as evaluate
+from vareid_ext.feature_files import FeatureFileError, read_arrays, read_features
+from vareid_ext.rerank import main as rerank
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def images(seed, N, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    identity = rng.integers(0, 5, N)
+    centers = np.random.default_rng(99).standard_normal((5, 12))
+    return {
+        "feature": (centers[identity] + rng.standard_normal((N, 12))).astype(dtype),
+        "identity": identity,
+        "camera": rng.integers(0, 3, N),
+        "viewpoint": rng.integers(0, 3, N),
+    }
+
+
+@pytest.fixture
+def sides(tmp_path):
+    """Two .npz files and what is in them."""
+    query, gallery = images(0, 14), images(1, 40)
+    np.savez(tmp_path / "q.npz", **query)
+    np.savez(tmp_path / "g.npz", **gallery)
+    return str(tmp_path / "q.npz"), str(tmp_path / "g.npz"), query, gallery
+
+
+def save(path, arrays):
+    if path.suffix == ".npz":
+        np.savez(path, **arrays)
+    elif path.suffix == ".mat":
+        pytest.importorskip("scipy.io").savemat(path, arrays)
+    elif path.suffix == ".pt":
+        torch.save({key: torch.from_numpy(value) for key, value in arrays.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["npz", "mat", "pt"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_every_kind_with_labels(tmp_path, kind, dtype):
+    arrays = images(2, 9, dtype)
+    found = read_features(save(tmp_path / f"file.{kind}", arrays), "query")
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(getattr(found, name), value)
+    assert found.feature.dtype == torch.from_numpy(arrays["feature"]).dtype
+    assert found.identity.dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", ["npz", "mat", "pt"])
+def test_one_file_for_both_sides(tmp_path, kind):
+    query, gallery = images(3, 4), images(4, 6)
+    both = {
+        **{f"{side}_{short}": data[name] for side, data in (("query", query), ("gallery", gallery))
+           for short, name in (("f", "feature"), ("label", "identity"), ("cam", "camera"))},
+    }  # fmt: skip
+    path = save(tmp_path / f"file.{kind}", both)
+    for side, data in (("query", query), ("gallery", gallery)):
+        found = read_features(path, side)
+        np.testing.assert_array_equal(found.feature, data["feature"])
+        np.testing.assert_array_equal(found.identity, data["identity"])
+        np.testing.assert_array_equal(found.camera, data["camera"])
+        assert found.viewpoint is None
+
+
+def test_npy_npz_and_pt_are_memory_maps(tmp_path):
+    arrays = images(5, 7)
+    np.save(tmp_path / "a.npy", arrays["feature"])
+    np.savez(tmp_path / "a.npz", **arrays, fortran=np.asfortranarray(arrays["feature"]), empty=np.zeros((0, 3)))
+    np.savez_compressed(tmp_path / "packed.npz", **arrays)
+    torch.save({"feature": torch.from_numpy(arrays["feature"])}, tmp_path / "a.pt")
+    mapped = read_arrays(tmp_path / "a.npz")
+    assert isinstance(read_arrays(tmp_path / "a.npy")[""], np.memmap)
+    assert all(isinstance(mapped[name], np.memmap) for name in [*arrays, "fortran"])
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(mapped[name], value)
+        np.testing.assert_array_equal(read_arrays(tmp_path / "packed.npz")[name], value)
+    np.testing.assert_array_equal(mapped["fortran"], arrays["feature"])
+    assert mapped["empty"].shape == (0, 3)
+    np.testing.assert_array_equal(read_arrays(tmp_path / "a.pt")["feature"], arrays["feature"])
+
+
+def test_bfloat16_and_plain_tensors(tmp_path):
+    feature = torch.randn(5, 3).bfloat16()
+    torch.save(feature, tmp_path / "a.pt")
+    torch.save(feature, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("a.pt", "old.pt"):
+        assert torch.equal(read_features(tmp_path / name, "query").feature, feature)
+
+
+def test_labels_from_elsewhere(tmp_path):
+    arrays = images(6, 5)
+    np.save(tmp_path / "f.npy", arrays["feature"])
+    np.save(tmp_path / "ids.npy", arrays["identity"].astype(np.uint8)[:, None])
+    (tmp_path / "cameras.txt").write_text("\n".join(map(str, arrays["camera"])))
+    np.savez(tmp_path / "labels.npz", direction=arrays["viewpoint"].astype(float))
+    found = read_features(
+        tmp_path / "f.npy", "gallery", identity=str(tmp_path / "ids.npy"), camera=str(tmp_path / "cameras.txt"),
+        viewpoint=f"{tmp_path / 'labels.npz'}:direction",
+    )  # fmt: skip
+    np.testing.assert_array_equal(found.identity, arrays["identity"])
+    np.testing.assert_array_equal(found.camera, arrays["camera"])
+    np.testing.assert_array_equal(found.viewpoint, arrays["viewpoint"])
+    np.savez(tmp_path / "odd.npz", embedding=arrays["feature"], who=arrays["identity"])
+    assert read_features(tmp_path / "odd.npz", "query", key="embedding", identity="who").identity.shape == (5,)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (os.mkdir, ("hostile-pickle-ran",))
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "pt", "mat"])
+def test_truncated_files_are_named(tmp_path, kind):
+    arrays = images(7, 50)
+    path = tmp_path / f"file.{kind}"
+    if kind == "npy":
+        np.save(path, arrays["feature"])
+    else:
+        save(path, arrays)
+    whole = path.read_bytes()
+    for size in (0, 1, 20, len(whole) // 3, len(whole) - 200):
+        path.write_bytes(whole[:size])
+        with pytest.raises(FeatureFileError, match=f"file.{kind}: "):
+            read_features(path, "query")
+
+
+def test_pickles_are_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save(tmp_path / "a.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "a.npz", feature=np.array([Hostile()], dtype=object))
+    torch.save({"feature": Hostile()}, tmp_path / "a.pt")
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Hostile()))
+    for name in ("a.npy", "a.npz", "a.pt", "b.pt"):
+        with pytest.raises(FeatureFileError, match=name):
+            read_features(tmp_path / name, "query")
+    assert not (tmp_path / "hostile-pickle-ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "keywords", "message"),
+    [
+        ({"x": np.zeros((3, 2)), "y": np.zeros(3)}, {}, r"no key of the usual names .* it holds x \[3, 2\], y \[3\]"),
+        ({"feature": np.zeros((3, 2))}, {"key": "features"}, r"no key 'features'; it holds feature \[3, 2\]"),
+        ({"feature": np.zeros(3)}, {}, r"shape \[3\] was found"),
+        ({"feature": np.zeros((3, 2), dtype=int)}, {}, "dtype int64 was found"),
+        ({"feature": np.full((3, 2), "a")}, {}, "dtype <U1 was found"),
+        ({"feature": np.zeros((3, 2)), "pid": np.zeros(4, dtype=int)}, {}, "query identity: length 4 was given; 3"),
+        ({"feature": np.zeros((3, 2)), "pid": np.array([0, 1, 0.5])}, {}, "query identity: holds values that are not"),
+        ({"feature": np.zeros((3, 2)), "pid": np.array([0, 1, np.nan])}, {}, "query identity: holds values that are"),
+        ({"feature": np.zeros((3, 2)), "pid": np.array(["a", "b", "c"])}, {}, "query identity holds values that are"),
+        ({"feature": np.zeros((3, 2)), "cam": np.zeros((3, 2))}, {}, r"query camera: shape \[3, 2\]"),
+        ({"feature": np.zeros((3, 2))}, {"identity": "who"}, "who: is neither a file nor a key"),
+        ({"feature": np.zeros((3, 2))}, {"camera": "none.npz:x"}, "none.npz: does not exist"),
+    ],
+)
+def test_wrong_contents_are_named(tmp_path, arrays, keywords, message):
+    np.savez(tmp_path / "file.npz", **arrays)
+    with pytest.raises(FeatureFileError, match=message):
+        read_features(tmp_path / "file.npz", "query", **keywords)
+
+
+def test_files_that_cannot_be_read_at_all(tmp_path):
+    with pytest.raises(FeatureFileError, match=r"none.npy: does not exist"):
+        read_arrays(tmp_path / "none.npy")
+    with pytest.raises(FeatureFileError, match="is a folder"):
+        read_arrays(tmp_path)
+    (tmp_path / "a.csv").write_text("1,2")
+    with pytest.raises(FeatureFileError, match=r"suffix '.csv' was given; allowed are .npy"):
+        read_arrays(tmp_path / "a.csv")
+    (tmp_path / "a.txt").write_text("1 2\nthree")
+    with pytest.raises(FeatureFileError, match="entry 3 is 'three'"):
+        read_arrays(tmp_path / "a.txt")
+    (tmp_path / "a.mat").write_bytes(b"MATLAB 7.3 MAT-file" + bytes(600))
+    with pytest.raises(FeatureFileError, match=r"MATLAB 7\.3"):
+        read_arrays(tmp_path / "a.mat")
+
+
+# ---- python -m vareid_ext.rerank ----------------------------------------------------------------------------------
+
+
+def test_rerank_writes_the_matrix(sides, tmp_path, capsys):
+    query_file, gallery_file, query, gallery = sides
+    output = tmp_path / "result.npy"
+    output.write_text("an older result")
+    assert rerank([query_file, gallery_file, "--output", str(output), "--k1", "8", "--quiet"]) == 0
+    expected = k_reciprocal_rerank(query["feature"], gallery["feature"], k1=8)
+    np.testing.assert_array_equal(np.load(output), expected)
+    assert np.load(output).dtype == np.float32
+    assert str(output) in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.npz", "q.npz", "result.npy"]
+    assert output.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_rerank_writes_the_best(sides, tmp_path, suffix):
+    query_file, gallery_file, query, gallery = sides
+    output = tmp_path / f"best{suffix}"
+    assert rerank([query_file, gallery_file, "--output", str(output), "--topk", "4", "--quiet"]) == 0
+    distance, index = k_reciprocal_rerank(query["feature"], gallery["feature"], topk=4)
+    found = np.load(output)
+    np.testing.assert_array_equal(found["index"], index)
+    np.testing.assert_array_equal(found["distance"], distance)
+
+
+def run(module, *arguments, **keywords):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path)}
+    return subprocess.run(
+        [sys.executable, "-m", f"vareid_ext.{module}", *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=120, check=False, **keywords,
+    )  # fmt: skip
+
+
+def test_rerank_as_a_command(sides, tmp_path):
+    query_file, gallery_file, query, gallery = sides
+    output = tmp_path / "result.npy"
+    done = run("rerank", query_file, gallery_file, "--output", output, "--plan", "--max-memory", "1G")
+    assert done.returncode == 0, done.stderr
+    assert "re-ranking" in done.stderr
+    np.testing.assert_allclose(np.load(output), k_reciprocal_rerank(query["feature"], gallery["feature"]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "arguments", "message"),
+    [
+        (lambda q, g: q.write_bytes(q.read_bytes()[:-300]), [], "q.npz: is damaged, truncated or not a .npz file"),
+        (lambda q, g: g.unlink(), [], "g.npz: does not exist"),
+        (lambda q, g: np.savez(g, stuff=np.zeros((3, 2))), [], r"g.npz: has no key of the usual names"),
+        (lambda q, g: np.savez(g, feature=np.zeros((3, 2), np.float32)), [], "gallery: features of 2 elements"),
+        (lambda q, g: np.savez(g, feature=np.zeros((0, 12), np.float32)), [], "gallery: no rows were given"),
+        (lambda q, g: np.savez(g, feature=np.full((9, 12), np.nan, np.float32)), [], "gallery: row 0 holds NaN or Inf"),
+        (lambda q, g: None, ["--k1", "0"], "k1: 0 was given"),
+        (lambda q, g: None, ["--lambda-value", "2"], "lambda_value: 2.0 was given"),
+        (lambda q, g: None, ["--topk", "41"], "topk: 41 was given; allowed are 1 to 40"),
+        (lambda q, g: None, ["--max-memory", "10"], "max_memory: 10 bytes were given"),
+        (lambda q, g: None, ["--gallery-key", "nothing"], "has no key 'nothing'"),
+    ],
+)
+def test_rerank_errors_leave_the_output_alone(sides, tmp_path, capsys, break_it, arguments, message):
+    query_file, gallery_file, *_ = sides
+    output = tmp_path / "result.npy"
+    output.write_text("an older result")
+    break_it(Path(query_file), Path(gallery_file))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert rerank([query_file, gallery_file, "--output", str(output), "--quiet", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert output.read_text() == "an older result"
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_rerank_checks_the_output_first(sides, tmp_path, capsys):
+    query_file, gallery_file, *_ = sides
+    for output, message in (
+        (tmp_path / "result.txt", "suffix '.txt'"),
+        (tmp_path / "nowhere" / "result.npy", "nowhere does not exist"),
+        (tmp_path / "result.npz", "suffix '.npz'"),
+    ):
+        assert rerank([query_file, gallery_file, "--output", str(output)]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "folder.npy").mkdir()
+    assert rerank([query_file, gallery_file, "--output", str(tmp_path / "folder.npy")]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+def test_rerank_refuses_a_result_larger_than_the_disk(sides, tmp_path, capsys, monkeypatch):
+    query_file, gallery_file, *_ = sides
+    monkeypatch.setattr("vareid_ext.rerank.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    assert rerank([query_file, gallery_file, "--output", str(tmp_path / "result.npy")]) == 2
+    assert "needs 2240 bytes, but 100 are free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_rerank_stopped_half_way_leaves_nothing_behind(sides, tmp_path, capsys, monkeypatch, number):
+    query_file, gallery_file, *_ = sides
+    output = tmp_path / "result.npy"
+    output.write_text("an older result")
+
+    def half_way(*features, out, **options):
+        out[0] = 1
+        assert len(list(tmp_path.glob(".result.*.part.npy"))) == 1
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("vareid_ext.rerank.k_reciprocal_rerank", half_way)
+    before = signal.getsignal(signal.SIGTERM)
+    assert rerank([query_file, gallery_file, "--output", str(output)]) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "is as it was" in capsys.readouterr().err
+    assert output.read_text() == "an older result"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.npz", "q.npz", "result.npy"]
+
+
+# ---- python -m vareid_ext.evaluate --------------------------------------------------------------------------------
+
+
+def labels(query, gallery, cameras=True):
+    names = ("identity", "camera") if cameras else ("identity",)
+    return [side[name] for name in names for side in (query, gallery)]
+
+
+def test_evaluate_reports_what_the_functions_give(sides, tmp_path, capsys):
+    query_file, gallery_file, query, gallery = sides
+    output = tmp_path / "metrics.json"
+    arguments = ["--features", query_file, gallery_file, "--rerank", "--k1", "8", "--output", str(output), "--quiet"]
+    assert evaluate(arguments) == 0
+    found = json.loads(output.read_text())
+    features = query["feature"], gallery["feature"]
+    for name, rerank_options in (("original", False), ("reranked", {"k1": 8})):
+        expected = evaluate_features(*features, *labels(query, gallery), rerank=rerank_options)
+        for key, value in expected.as_dict().items():
+            assert found[name][key] == pytest.approx(value, abs=1e-12)
+        assert len(found[name]["cmc"]) == 50
+        assert found[name]["num_queries"] == 14
+    table = capsys.readouterr().out
+    assert f"{100 * found['reranked']['mAP']:.2f}" in table
+    assert evaluate(["--features", query_file, gallery_file, "--no-cameras", "--metric", "cosine", "--quiet"]) == 0
+    expected = evaluate_features(*features, *labels(query, gallery, cameras=False), metric="cosine")
+    assert f"{100 * expected.mAP:.2f}" in capsys.readouterr().out
+
+
+def test_evaluate_as_a_command(sides):
+    query_file, gallery_file, *_ = sides
+    done = run("evaluate", "--features", query_file, gallery_file, "--rerank")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["mAP", "original", "reranked"]
+
+
+@pytest.mark.parametrize("protocol", ["cross-viewpoint", "single-viewpoint"])
+def test_evaluate_runs_the_viewpoint_protocols(sides, tmp_path, capsys, protocol):
+    query_file, gallery_file, query, gallery = sides
+    output = tmp_path / "metrics.json"
+    arguments = ["--protocol", protocol, "--no-cameras", "--repeats", "3", "--output", str(output), "--quiet"]
+    assert evaluate(["--features", query_file, gallery_file, *arguments]) == 0
+    found = json.loads(output.read_text())
+    assert list(found) == ["original front", "original side", "original back"]
+    together = [np.concatenate([query[name], gallery[name]]) for name in ("feature", "identity", "viewpoint")]
+    if protocol == "cross-viewpoint":
+        expected = {view: metrics.as_dict() for view, metrics in evaluate_cross_viewpoint(*together).items()}
+    else:
+        expected = {view: draws.mean() for view, draws in evaluate_single_viewpoint(*together, repeats=3).items()}
+        assert "±" in capsys.readouterr().out
+    for view, name in enumerate(found):
+        assert found[name]["mAP"] == pytest.approx(expected[view]["mAP"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"identity": None}, [], "q.npz: holds no identities; give --query-identity"),
+        ({"camera": None}, [], "--query-camera: is needed"),
+        ({"identity": np.zeros(3, dtype=int)}, [], "query identity: length 3 was given; 14 is needed"),
+        ({"camera": np.zeros(15, dtype=int)}, [], "query camera: length 15"),
+        ({"identity": np.full(14, 77)}, [], "none of the 14 queries has a match"),
+        ({"feature": np.full((14, 12), np.inf, np.float32)}, [], "row 0 holds NaN or Inf"),
+        ({"viewpoint": None}, ["--protocol", "cross-viewpoint"], "--query-viewpoint: is needed"),
+        ({}, ["--max-rank", "0"], "max_rank: 0"),
+        ({}, ["--rerank", "--k2", "0"], "k2: 0"),
+        ({}, ["--query-identity", "nobody"], "nobody: is neither a file nor a key"),
+    ],
+)
+def test_evaluate_errors_leave_the_output_alone(sides, tmp_path, capsys, change, arguments, message):
+    query_file, gallery_file, query, _ = sides
+    changed = {name: value for name, value in {**query, **change}.items() if value is not None}
+    np.savez(query_file, **changed)
+    output = tmp_path / "metrics.json"
+    output.write_text("an older result")
+    assert evaluate(["--features", query_file, gallery_file, "--output", str(output), "--quiet", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert output.read_text() == "an older result"
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,0 +1,189 @@
+"""Re-ranking against the definition with sets and loops, in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.reranking_truth import expanded_sets, ranked, rerank, squared_distances
+from vareid_ext import _native, k_reciprocal_rerank, re_ranking, reference_backend
+from vareid_ext.ops import k_reciprocal as op
+from vareid_ext.reference import k_reciprocal as reference
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request):
+    if request.param == "native":
+        if not _native.available("cpu"):
+            pytest.skip(_native.backends()["cpu"])
+        yield "native"
+    else:
+        with reference_backend():
+            yield "reference"
+
+
+def features(rows, D, seed=0, levels=None):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(rows, D)) if levels is None else rng.integers(0, levels, (rows, D))
+    return values.astype(np.float32)
+
+
+def assert_right(x, Q, k1=20, k2=6, lambda_value=0.3):
+    """From features, from matrices, and each query's best, against the definition."""
+    distance = squared_distances(x, x)
+    expected = rerank(distance, Q, k1, k2, lambda_value)
+    parameters = {"k1": k1, "k2": k2, "lambda_value": lambda_value}
+    got = k_reciprocal_rerank(x[:Q], x[Q:], **parameters)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
+    rooted = np.sqrt(distance)
+    from_matrices = re_ranking(rooted[:Q, Q:], rooted[:Q, :Q], rooted[Q:, Q:], k1, k2, lambda_value)
+    np.testing.assert_allclose(from_matrices, expected, rtol=0, atol=1e-5)
+    k = min(5, x.shape[0] - Q)
+    best, index = k_reciprocal_rerank(x[:Q], x[Q:], topk=k, **parameters)
+    np.testing.assert_allclose(best, np.sort(expected, 1)[:, :k], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(expected, index, 1), best, rtol=0, atol=1e-5)
+    assert all(len(set(row)) == k for row in index.tolist())
+    return got
+
+
+@pytest.mark.parametrize("Q,G,D,k1,k2", [(10, 50, 6, 20, 6), (1, 40, 4, 7, 3), (20, 1, 4, 5, 3), (1, 1, 3, 20, 6)])
+def test_random(backend, Q, G, D, k1, k2):
+    assert_right(features(Q + G, D), Q, k1, k2)
+
+
+@pytest.mark.parametrize("k1,k2", [(1, 1), (2, 2), (3, 5), (9, 1), (60, 6), (5, 60), (200, 200)])
+def test_neighbourhoods(backend, k1, k2):
+    """Also beyond the number of rows, and without query expansion."""
+    assert_right(features(45, 5), 12, k1, k2)
+
+
+@pytest.mark.parametrize("lambda_value", [0.0, 0.3, 1.0])
+def test_lambda(backend, lambda_value):
+    assert_right(features(45, 5), 12, lambda_value=lambda_value)
+
+
+def test_ties(backend):
+    assert_right(features(60, 3, levels=3), 15, 7, 3)
+
+
+def test_every_image_twice(backend):
+    x = features(30, 6)
+    assert_right(np.concatenate([x, x]), 14, 6, 3)
+
+
+def test_more_duplicates_than_k1(backend):
+    x = np.concatenate([np.repeat(features(1, 6), 25, 0), features(25, 6, 1)])
+    assert_right(x[np.random.default_rng(0).permutation(50)], 12, 6, 3)
+
+
+def test_all_rows_equal(backend):
+    got = assert_right(np.repeat(features(1, 6), 40, 0), 10, 6, 3)
+    assert np.isfinite(got).all()
+
+
+def test_far_from_the_origin(backend):
+    assert_right(features(45, 5) + 1000, 12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 30), st.integers(1, 25), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
+def test_any_problem(Q, G, k1, k2, lambda_value, seed):
+    assert_right(features(Q + G, 1 + seed % 4, seed, levels=None if seed % 2 else 4), Q, k1, k2, lambda_value)
+
+
+def test_sets_are_the_definitions(backend):
+    rank = ranked(squared_distances(features(70, 3, levels=5), features(70, 3, levels=5)))
+    for k1 in (1, 4, 5, 20, 100):
+        neighbor = torch.from_numpy(rank[:, : min(k1 + 1, 70)].astype(np.int32))
+        indptr, index = op.k_reciprocal_sets(neighbor, k1)
+        got = [index[a:b].tolist() for a, b in zip(indptr[:-1], indptr[1:], strict=True)]
+        assert got == [sorted(members) for members in expanded_sets(rank.tolist(), k1)]
+
+
+def test_half_rounds_to_even():
+    assert [reference.half_k(k) for k in (1, 2, 3, 4, 5, 7, 20)] == [0, 1, 2, 2, 2, 4, 10]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(backend, dtype):
+    x = torch.from_numpy(features(40, 8)).to(dtype)
+    got = k_reciprocal_rerank(x[:10], x[10:], k1=7, k2=3)
+    wide = x.double().numpy()
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got, rerank(squared_distances(wide, wide), 10, 7, 3, 0.3), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_matrix_dtypes(backend, dtype):
+    """The order is that of the values given, rounded as they are."""
+    d = np.sqrt(squared_distances(features(40, 4), features(40, 4))).astype(dtype)
+    got = re_ranking(d[:10, 10:], d[:10, :10], d[10:, 10:], 7, 3, 0.3)
+    np.testing.assert_allclose(got, rerank(d.astype(np.float64) ** 2, 10, 7, 3, 0.3), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e25])
+def test_units_do_not_matter(backend, factor):
+    x = features(40, 5)
+    expected = rerank(squared_distances(x, x), 10, 7, 3, 0.3)
+    scaled = x.astype(np.float64) * factor
+    np.testing.assert_allclose(
+        k_reciprocal_rerank(scaled[:10], scaled[10:], k1=7, k2=3), expected, rtol=0, atol=1e-5
+    )
+    d = np.sqrt(squared_distances(x, x)) * factor
+    np.testing.assert_allclose(re_ranking(d[:10, 10:], d[:10, :10], d[10:, 10:], 7, 3), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_rows", [1, 9, 64])
+def test_blocks_change_nothing(backend, block_rows):
+    x = features(50, 6)
+    expected = k_reciprocal_rerank(x[:13], x[13:], k1=7)
+    np.testing.assert_allclose(
+        k_reciprocal_rerank(x[:13], x[13:], k1=7, block_rows=block_rows), expected, rtol=0, atol=2e-6
+    )
+
+
+def test_stages_agree_with_the_reference(backend):
+    """Each operator for itself, so that an error has an address."""
+    x = torch.from_numpy(features(50, 6))
+    neighbor = torch.from_numpy(ranked(squared_distances(x, x))[:, :8].astype(np.int32))
+    near = torch.from_numpy(np.sort(squared_distances(x, x), 1)[:, :8].astype(np.float32))
+    row_max = torch.from_numpy(squared_distances(x, x).max(1).astype(np.float32))
+    indptr, index = op.k_reciprocal_sets(neighbor, 7)
+    distance = op.listed_distance(x[:12], x[12:], 1.0, neighbor, near, indptr, index)
+    value = op.k_reciprocal_encode(indptr, distance, row_max)
+    expanded = op.k_reciprocal_expand(neighbor, 3, indptr, index, value)
+    final = torch.from_numpy(squared_distances(x[:12], x[12:]).astype(np.float32))
+    op.k_reciprocal_blend(final, row_max, *expanded, 0.3)
+    with reference_backend():
+        assert torch.equal(op.k_reciprocal_sets(neighbor, 7)[1], index)
+        expected = op.listed_distance(x[:12], x[12:], 1.0, neighbor, near, indptr, index)
+        torch.testing.assert_close(distance, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(value, op.k_reciprocal_encode(indptr, distance, row_max), rtol=1e-6, atol=0)
+        again = op.k_reciprocal_expand(neighbor, 3, indptr, index, value)
+        assert torch.equal(again[0], expanded[0])
+        assert torch.equal(again[1], expanded[1])
+        torch.testing.assert_close(again[2], expanded[2], rtol=1e-6, atol=0)
+
+
+def test_opcheck():
+    x = torch.from_numpy(features(20, 4))
+    neighbor = torch.from_numpy(ranked(squared_distances(x, x))[:, :6].astype(np.int32))
+    near, row_max = torch.rand(20, 6), torch.rand(20) + 1
+    torch.library.opcheck(op.k_reciprocal_sets, (neighbor, 5))
+    indptr, index = op.k_reciprocal_sets(neighbor, 5)
+    torch.library.opcheck(op.listed_distance, (x[:5], x[5:], 1.0, neighbor, near, indptr, index))
+    value = torch.rand(index.shape)
+    torch.library.opcheck(op.k_reciprocal_encode, (indptr, value, row_max))
+    torch.library.opcheck(op.k_reciprocal_expand, (neighbor, 3, indptr, index, value))
+    torch.library.opcheck(op.k_reciprocal_blend, (torch.rand(5, 15), row_max, indptr, index, value, 0.3))
+    nearest = torch.arange(4, dtype=torch.int32).repeat(5, 1)
+    torch.library.opcheck(
+        op.k_reciprocal_topk,
+        (x[:5], x[5:], 1.0, nearest, torch.rand(5, 4), row_max, indptr, index, value, 0.3),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )
+    torch.library.opcheck(op.matrix_neighbors, (torch.rand(5, 15), torch.rand(5, 5), torch.rand(15, 15), 6))

@@ -1,0 +1,192 @@
+"""Exact neighbours against a stable sort of float64 distances, above all where float32 gets the order wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.reranking_truth import squared_distances
+from vareid_ext import _native, nearest_neighbors, reference_backend
+from vareid_ext.ops import _filter
+from vareid_ext.ops import nearest_neighbors as op
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request):
+    if request.param == "native":
+        if not _native.available("cpu"):
+            pytest.skip(_native.backends()["cpu"])
+        yield "native"
+    else:
+        with reference_backend():
+            yield "reference"
+
+
+def features(rows, D, seed=0):
+    return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_exact(x, y, k, metric="sqeuclidean"):
+    distance, index = nearest_neighbors(x, y, k=k, metric=metric)
+    wide_x, wide_y = x.double().numpy(), (x if y is None else y).double().numpy()
+    if metric == "cosine":
+        wide_x = wide_x / np.sqrt((wide_x**2).sum(1, keepdims=True))
+        wide_y = wide_y / np.sqrt((wide_y**2).sum(1, keepdims=True))
+    expected = squared_distances(wide_x, wide_y)
+    order = np.argsort(expected, axis=1, kind="stable")[:, :k]
+    assert np.array_equal(index.numpy(), order)
+    value = np.take_along_axis(expected, order, 1)
+    value = np.sqrt(value) if metric == "euclidean" else value / 2 if metric == "cosine" else value
+    np.testing.assert_allclose(distance.double().numpy(), value, rtol=2e-7, atol=1e-14)
+    assert bool((distance.diff(dim=1) >= 0).all())
+    return distance, index
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("M,N,D,k", [(1, 1, 1, 1), (7, 30, 5, 4), (30, 20, 33, 20), (5, 64, 16, 1)])
+def test_random(backend, metric, M, N, D, k):
+    assert_exact(features(M, D), features(N, D, 1), k, metric)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+def test_a_set_against_itself(backend, metric):
+    distance, index = assert_exact(features(50, 12), None, 21, metric)
+    assert torch.equal(index[:, 0], torch.arange(50))
+    assert bool((distance[:, 0] == 0).all())
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+def test_every_row_twice(backend, metric):
+    x = features(30, 24)
+    assert_exact(torch.cat([x, x]), None, 9, metric)
+
+
+def test_near_ties_in_float32(backend):
+    """Distances that differ by less than float32 products resolve; an unrefined version gets hundreds of them wrong."""
+    base = features(1, 40)
+    x = (base + 1e-6 * features(60, 40, 1)).repeat(1, 1)
+    x = torch.cat([x, x + 10 * features(1, 40, 2)])
+    assert_exact(x, None, 7)
+
+
+def test_all_rows_equal(backend):
+    x = features(1, 6).expand(70, 6)
+    distance, index = assert_exact(x, None, 5)
+    assert torch.equal(index, torch.arange(5).expand(70, 5))
+    assert bool((distance == 0).all())
+
+
+def test_more_duplicates_than_places(backend):
+    """A cluster of near ties that runs past the kept candidates: those rows are done again whole."""
+    x = torch.cat([features(1, 8).expand(80, 8), features(20, 8, 1)])[torch.randperm(100, generator=torch.Generator())]
+    assert_exact(x, None, 6)
+    assert_exact(features(4, 8, 2), x, 6)
+
+
+def test_whole_numbers_tie_everywhere(backend):
+    x = torch.randint(0, 2, (60, 6), generator=torch.Generator().manual_seed(0)).float()
+    assert_exact(x, None, 12)
+
+
+def test_large_offset(backend):
+    assert_exact(features(40, 16) + 3000, None, 11)
+    assert_exact(features(40, 16) + 3000, features(30, 16, 1) + 3000, 11)
+
+
+def test_two_clusters_that_centring_does_not_help(backend):
+    sign = torch.sign(features(50, 1, 3))
+    assert_exact(features(50, 8) * 1e-3 + 20 * sign, None, 9)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e25])
+def test_values_far_from_one(backend, factor):
+    x = features(30, 8)
+    _, index = nearest_neighbors(x * factor, k=5)
+    assert torch.equal(index, torch.from_numpy(np.argsort(squared_distances(x * factor, x * factor), 1)[:, :5]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(backend, dtype):
+    distance, _ = assert_exact(features(40, 16).to(dtype), None, 8)
+    assert distance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_rows_that_are_not_contiguous(backend):
+    x = features(40, 30)
+    assert_exact(x[:, ::2], x[::2, ::2], 4)
+    assert_exact(x[::2], None, 4)
+    assert_exact(features(16, 30).T, None, 4)
+
+
+def test_no_rows(backend):
+    distance, index = nearest_neighbors(torch.zeros(0, 3), features(4, 3), k=2)
+    assert distance.shape == index.shape == (0, 2)
+
+
+@pytest.mark.parametrize("block_rows", [1, 7, 16, 33, 64, 1000])
+def test_blocks_and_threads_change_nothing(block_rows):
+    x = torch.cat([features(40, 9), features(40, 9)])
+    distance, index = op._nearest_neighbors(x, None, 13, "sqeuclidean", 1024)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for y in (None, x):
+                got = op._nearest_neighbors(x, y, 13, "sqeuclidean", block_rows)
+                assert torch.equal(got[0], distance)
+                assert torch.equal(got[1], index)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_largest_k():
+    x = features(2100, 4)
+    assert_exact(x[:50], x, 2048)
+    assert_exact(x[:50], x, 2100)  # beyond the native limit
+
+
+def test_many_rows_cross_blocks():
+    """More than one block of products, and thresholds that tighten while blocks go by."""
+    x = torch.cat([features(1300, 32), features(200, 32)])
+    assert_exact(x, None, 21)
+
+
+@pytest.mark.parametrize("D", [3, 64, 2048])
+def test_the_window_holds(D):
+    """The proven bound on a product's error, and that it is not idle: some errors reach a hundredth of it."""
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
+    x = features(60, D) + 0.3
+    x[::3] *= 50
+    filtered = _filter.Filter([x], ["x"], "sqeuclidean")
+    product = filtered.block(0, 0, 60, 0) @ filtered.block(0, 0, 60, 1).T
+    approximate = filtered.norm.double()[:, None] + filtered.norm.double() - 2 * product.double()
+    error = (approximate - torch.from_numpy(squared_distances(x.numpy(), x.numpy()))).abs()
+    window = filtered.window.double()[:, None] + filtered.window.double()
+    assert bool((error <= window).all())
+
+
+def test_opcheck():
+    torch.library.opcheck(op._nearest_neighbors, (features(20, 6), None, 3, "sqeuclidean", 8))
+    torch.library.opcheck(op._nearest_neighbors, (features(20, 6), features(9, 6, 1), 3, "cosine", 8))
+    out = torch.empty(8, 12)
+    torch.library.opcheck(op.joint_neighbors, (features(8, 6), features(12, 6, 1), 1.0, 5, 4, out, 8))
+
+
+def test_arguments_that_do_not_fit(backend):
+    x = features(5, 3)
+    with pytest.raises(ValueError, match=r"k: 6 was given; allowed are 1 to 5, the number of rows of x"):
+        nearest_neighbors(x, k=6)
+    with pytest.raises(ValueError, match=r"k: 4 was given; allowed are 1 to 3, the number of rows of y"):
+        nearest_neighbors(x, features(3, 3), k=4)
+    with pytest.raises(ValueError, match=r"k: 0"):
+        nearest_neighbors(x, k=0)
+    with pytest.raises(TypeError, match=r"k: float"):
+        nearest_neighbors(x, k=2.0)
+    poisoned = x.clone()
+    poisoned[4, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"y: row 4 holds NaN or Inf"):
+        nearest_neighbors(x, poisoned, k=1)
+    with pytest.raises(ValueError, match=r"x: row 0 is all zeros"):
+        nearest_neighbors(x * 0, k=1, metric="cosine")

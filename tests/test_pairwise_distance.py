@@ -1,0 +1,206 @@
+"""All pairs' distances against float64 sums, their gradients, and full float32 products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vareid_ext import _native, pairwise_distance, reference_backend
+from vareid_ext.ops import _matmul
+from vareid_ext.ops import pairwise_distance as op
+
+METRICS = ["euclidean", "sqeuclidean", "cosine"]
+SIZES = [(1, 1, 1), (3, 5, 2), (17, 9, 33), (40, 70, 64), (33, 1, 7), (0, 4, 3), (4, 0, 3)]
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request):
+    if request.param == "native":
+        if not _native.available("cpu"):
+            pytest.skip(_native.backends()["cpu"])
+        yield "native"
+    else:
+        with reference_backend():
+            yield "reference"
+
+
+def features(rows, D, seed=0, dtype=torch.float32):
+    return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def truth(x, y, metric):
+    x, y = x.double(), y.double()
+    if metric == "cosine":
+        x, y = x / x.norm(dim=1, keepdim=True), y / y.norm(dim=1, keepdim=True)
+        return 1 - x @ y.T
+    squared = (x[:, None] - y[None]).square().sum(-1)
+    return squared.sqrt() if metric == "euclidean" else squared
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("M,N,D", SIZES)
+def test_values(backend, metric, M, N, D):
+    x, y = features(M, D), features(N, D, 1)
+    got = pairwise_distance(x, y, metric=metric)
+    assert got.shape == (M, N)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), truth(x, y, metric), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_set_against_itself(backend, metric):
+    x = features(37, 20)
+    x[5] = x[30]
+    got = pairwise_distance(x, metric=metric)
+    assert torch.equal(got, got.T)
+    assert bool((got.diagonal() == 0).all())
+    assert got[5, 30] == 0
+    torch.testing.assert_close(got.double(), truth(x, x, metric), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(backend, dtype):
+    x, y = features(9, 24, dtype=dtype), features(11, 24, 1, dtype)
+    got = pairwise_distance(x, y)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(got.double(), truth(x, y, "euclidean"), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
+def test_cancellation(backend, metric):
+    """Near-duplicates far from the origin: the digits that a product loses come back, nothing is negative or NaN."""
+    x = 1000 + features(20, 16)
+    y = x + 1e-2 * features(20, 16, 1)
+    got = pairwise_distance(x, y, metric=metric)
+    assert bool((got >= 0).all())
+    torch.testing.assert_close(got.double(), truth(x, y, metric), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e25])
+def test_values_far_from_one(backend, factor):
+    x, y = features(6, 8) * factor, features(7, 8, 1) * factor
+    torch.testing.assert_close(
+        pairwise_distance(x, y).double() / factor, truth(x / factor, y / factor, "euclidean"), rtol=3e-5, atol=0
+    )
+
+
+def test_rows_that_are_not_contiguous(backend):
+    x, y = features(12, 18), features(18, 10).T
+    expected = truth(x[:, ::3], y[:, ::3], "euclidean")
+    torch.testing.assert_close(pairwise_distance(x[:, ::3], y[:, ::3]).double(), expected, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(
+        pairwise_distance(x[::2], y).double(), truth(x[::2], y, "euclidean"), rtol=2e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradients(metric):
+    x, y = (features(n, 4, n, torch.float64).requires_grad_() for n in (5, 6))
+    torch.autograd.gradcheck(lambda a, b: pairwise_distance(a, b, metric=metric), (x, y))
+    off_diagonal = ~torch.eye(5, dtype=torch.bool)
+    torch.autograd.gradcheck(lambda a: pairwise_distance(a, metric=metric)[off_diagonal], (x,))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_float32_gradients_are_the_closed_form(metric):
+    x, y = features(8, 32).requires_grad_(), features(9, 32, 1).requires_grad_()
+    upstream = features(8, 9, 2)
+    got = torch.autograd.grad(pairwise_distance(x, y, metric=metric), (x, y), upstream)
+    wide = [t.detach().double().requires_grad_() for t in (x, y)]
+    expected = torch.autograd.grad(truth(*wide, metric), wide, upstream.double())
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_rows_have_no_gradient():
+    x = torch.ones(3, 4, requires_grad=True)
+    pairwise_distance(x).sum().backward()
+    assert torch.equal(x.grad, torch.zeros(3, 4))
+
+
+def test_double_backward_is_refused():
+    x = features(3, 4).requires_grad_()
+    (gradient,) = torch.autograd.grad(pairwise_distance(x, metric="sqeuclidean").sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_full_float32_whatever_the_precision_says(precision):
+    x, y = features(64, 512), features(64, 512, 1)
+    expected = pairwise_distance(x, y)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        assert torch.equal(pairwise_distance(x, y), expected)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_full_float32_under_autocast():
+    x, y = features(64, 512), features(64, 512, 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pairwise_distance(x, y), pairwise_distance(x, y))
+        got = pairwise_distance(x, y)
+    torch.testing.assert_close(got.double(), truth(x, y, "euclidean"), rtol=1e-5, atol=0)
+
+
+def test_the_precision_comes_back_after_an_error():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with pytest.raises(ZeroDivisionError), _matmul.full_float32("cpu"):
+            raise ZeroDivisionError
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("y_given", [True, False])
+def test_opcheck(y_given):
+    x = features(5, 8).requires_grad_()
+    y = features(6, 8, 1).requires_grad_() if y_given else None
+    torch.library.opcheck(op._forward, (x, y, "euclidean"))
+
+
+def test_compiles_whole():
+    def loss(x, y):
+        return pairwise_distance(x, y).mean()
+
+    x, y = features(5, 8).requires_grad_(), features(6, 8, 1)
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, y)
+    torch.testing.assert_close(got, loss(x, y))
+
+
+def test_bad_input(backend):
+    x = features(4, 3)
+    poisoned = x.clone()
+    poisoned[2, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"x: row 2 holds NaN or Inf"):
+        pairwise_distance(poisoned, x)
+    poisoned[2, 1] = -torch.inf
+    with pytest.raises(ValueError, match=r"y: row 2 holds NaN or Inf"):
+        pairwise_distance(x, poisoned.to(torch.float32))
+    zero = x.clone()
+    zero[3] = 0
+    with pytest.raises(ValueError, match=r"y: row 3 is all zeros"):
+        pairwise_distance(x, zero, metric="cosine")
+    assert torch.isfinite(pairwise_distance(x, zero)).all()
+
+
+def test_arguments_that_do_not_fit():
+    x = features(4, 3)
+    with pytest.raises(ValueError, match=r"y: features of 5 elements were given, but x's have 3"):
+        pairwise_distance(x, features(4, 5))
+    with pytest.raises(ValueError, match=r"metric: 'manhattan' was given"):
+        pairwise_distance(x, metric="manhattan")
+    with pytest.raises(TypeError, match=r"y: dtype float64"):
+        pairwise_distance(x, x.double())
+    with pytest.raises(TypeError, match=r"x: dtype int64"):
+        pairwise_distance(torch.ones(3, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"x: shape \[3\]"):
+        pairwise_distance(torch.ones(3))
+    with pytest.raises(ValueError, match=r"x: features of 20000 elements"):
+        pairwise_distance(torch.ones(2, 20000))

@@ -1,0 +1,222 @@
+"""The public retrieval functions: kinds of arrays, outputs, memory plans, progress, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from vareid_ext import k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
+from vareid_ext.retrieval import rerank_plan
+
+
+class OwnArray:
+    """An array library of its own that speaks DLPack, as CuPy does."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **keywords):
+        return self.array.__dlpack__(**keywords)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __array_namespace__(self):
+        return type(self)
+
+    @classmethod
+    def from_dlpack(cls, tensor):
+        return cls(np.from_dlpack(tensor))
+
+
+def features(rows, D=6, seed=0):
+    return np.random.default_rng(seed).normal(size=(rows, D)).astype(np.float32)
+
+
+def matrices(Q=8, G=20):
+    x = features(Q + G).astype(np.float64)
+    d = np.sqrt(((x[:, None] - x) ** 2).sum(-1))
+    return d[:Q, Q:].copy(), d[:Q, :Q].copy(), d[Q:, Q:].copy()
+
+
+def calls():
+    q, g = features(8), features(20, seed=1)
+    return [
+        (pairwise_distance, (q, g), {}),
+        (nearest_neighbors, (q, g), {"k": 3}),
+        (k_reciprocal_rerank, (q, g), {"k1": 5, "k2": 3}),
+        (k_reciprocal_rerank, (q, g), {"k1": 5, "k2": 3, "topk": 2}),
+        (re_ranking, matrices(), {"k1": 5, "k2": 3}),
+    ]
+
+
+@pytest.mark.parametrize(("function", "arrays", "keywords"), calls())
+def test_what_goes_in_comes_out(function, arrays, keywords):
+    expected = function(*arrays, **keywords)
+    kinds = {torch.Tensor: torch.from_numpy, OwnArray: OwnArray, np.ndarray: np.asarray}
+    for kind, make in kinds.items():
+        got = function(*map(make, arrays), **keywords)
+        pairs = zip(got, expected, strict=True) if isinstance(got, tuple) else [(got, expected)]
+        for value, truth in pairs:
+            assert type(value) is kind
+            np.testing.assert_array_equal(value.array if kind is OwnArray else np.asarray(value), truth)
+
+
+def test_read_only_and_reversed_arrays():
+    q, g = features(8), features(20, seed=1)
+    expected = pairwise_distance(q, g)
+    frozen = g.copy()
+    frozen.flags.writeable = False
+    assert np.array_equal(pairwise_distance(q, frozen), expected)
+    assert np.array_equal(pairwise_distance(q[::-1], g), expected[::-1])
+    assert np.array_equal(pairwise_distance(q.astype(">f4"), g), expected)
+
+
+def test_out_receives_the_result(tmp_path):
+    q, g = features(8), features(20, seed=1)
+    expected = k_reciprocal_rerank(q, g)
+    mapped = np.lib.format.open_memmap(tmp_path / "out.npy", mode="w+", dtype=np.float32, shape=(8, 20))
+    assert k_reciprocal_rerank(q, g, out=mapped) is mapped
+    mapped.flush()
+    assert np.array_equal(np.load(tmp_path / "out.npy"), expected)
+    wide = torch.full((8, 30), -1.0)
+    k_reciprocal_rerank(q, g, out=wide[:, 5:25])
+    assert np.array_equal(wide[:, 5:25].numpy(), expected)
+    assert bool((wide[:, :5] == -1).all())
+    assert bool((wide[:, 25:] == -1).all())
+
+
+def test_topk_are_the_first_of_the_whole_row():
+    q, g = features(8), features(20, seed=1)
+    g[10:] = g[:10]
+    whole = k_reciprocal_rerank(q, g, k1=5, k2=3)
+    distance, index = k_reciprocal_rerank(q, g, k1=5, k2=3, topk=20)
+    np.testing.assert_allclose(np.take_along_axis(whole, index, 1), distance, rtol=0, atol=1e-6)
+    assert np.array_equal(np.sort(index, 1), np.tile(np.arange(20), (8, 1)))
+    assert index.dtype == np.int64
+
+
+def test_plan():
+    plan = rerank_plan(3368, 15913, 2048)
+    assert plan.peak < 100 * 2**20
+    assert rerank_plan(11659, 82161, 2048, topk=100).peak < 200 * 2**20
+    converted = rerank_plan(3368, 15913, 2048, direct=False)
+    smaller = rerank_plan(3368, 15913, 2048, direct=False, max_memory=converted.peak - 1)
+    assert smaller.block_rows < converted.block_rows
+    assert smaller.peak < converted.peak
+    with pytest.raises(ValueError, match=r"max_memory: 1000000 bytes were given, but the least needed is \d+"):
+        rerank_plan(3368, 15913, 2048, max_memory=1_000_000)
+
+
+def test_memory_limit_is_kept_before_any_work(capsys):
+    q, g = features(8), features(20, seed=1)
+    with pytest.raises(ValueError, match="max_memory"):
+        k_reciprocal_rerank(q, g, max_memory=10, out=np.zeros((8, 20), np.float32))
+    k_reciprocal_rerank(q, g, max_memory=10**9, show_plan=True)
+    assert "re-ranking in blocks of" in capsys.readouterr().err
+
+
+def test_progress(capsys):
+    q, g = features(8), features(20, seed=1)
+    k_reciprocal_rerank(q, g, progress=True)
+    assert "re-ranking" in capsys.readouterr().err
+    k_reciprocal_rerank(q, g)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"k1": 0}, ValueError, "k1: 0 was given; at least 1"),
+        ({"k2": 0}, ValueError, "k2: 0 was given; at least 1"),
+        ({"k1": 2.5}, TypeError, "k1: float was given"),
+        ({"lambda_value": -0.1}, ValueError, "lambda_value: -0.1 was given"),
+        ({"lambda_value": 1.1}, ValueError, "lambda_value: 1.1 was given"),
+        ({"lambda_value": math.nan}, ValueError, "lambda_value: nan was given"),
+        ({"topk": 21}, ValueError, "topk: 21 was given; allowed are 1 to 20"),
+        ({"block_rows": 0}, ValueError, "block_rows: 0"),
+        ({"out": np.zeros((8, 19), np.float32)}, ValueError, r"out: shape \[8, 19\]"),
+        ({"out": np.zeros((8, 20))}, TypeError, "out: dtype float64"),
+        ({"out": np.zeros((20, 8), np.float32).T}, ValueError, "out: rows must be contiguous"),
+        ({"out": np.zeros((8, 20), np.float32), "topk": 1}, ValueError, "out: was given together with topk"),
+    ],
+)
+def test_parameters_that_do_not_fit(keywords, error, message):
+    with pytest.raises(error, match=message):
+        k_reciprocal_rerank(features(8), features(20, seed=1), **keywords)
+
+
+def test_features_that_do_not_fit():
+    q, g = features(8), features(20, seed=1)
+    with pytest.raises(ValueError, match="query: no rows"):
+        k_reciprocal_rerank(q[:0], g)
+    with pytest.raises(ValueError, match="gallery: no rows"):
+        k_reciprocal_rerank(q, g[:0])
+    with pytest.raises(ValueError, match="gallery: features of 5 elements were given, but query's have 6"):
+        k_reciprocal_rerank(q, g[:, :5])
+    with pytest.raises(TypeError, match="gallery: dtype float64"):
+        k_reciprocal_rerank(q, g.astype(np.float64))
+    with pytest.raises(TypeError, match="query: list was given"):
+        k_reciprocal_rerank([[1.0]], g)
+    g[17, 2] = np.nan
+    target = np.zeros((8, 20), np.float32)
+    with pytest.raises(ValueError, match="gallery: row 17 holds NaN or Inf"):
+        k_reciprocal_rerank(q, g, out=target)
+    assert not target.any()
+
+
+def test_read_only_out_is_refused():
+    target = np.zeros((8, 20), np.float32)
+    target.flags.writeable = False
+    with pytest.raises(ValueError, match="out: a read-only array"):
+        k_reciprocal_rerank(features(8), features(20, seed=1), out=target)
+
+
+def test_matrices_that_do_not_fit():
+    q_g, q_q, g_g = matrices()
+    with pytest.raises(ValueError, match=r"q_q_dist: shape \[7, 7\] was given; \[8, 8\]"):
+        re_ranking(q_g, q_q[:7, :7], g_g)
+    with pytest.raises(ValueError, match="q_g_dist: shape"):
+        re_ranking(q_g[:0], q_q[:0, :0], g_g)
+    with pytest.raises(ValueError, match="lambda_value"):
+        re_ranking(q_g, q_q, g_g, lambda_value=2)
+    with pytest.raises(TypeError, match="g_g_dist: dtype"):
+        re_ranking(q_g, q_q, g_g.astype(np.int64))
+    for at, name in enumerate(("q_g_dist", "q_q_dist", "g_g_dist")):
+        for value, message in ((np.nan, f"{name}: row 3 holds NaN or Inf"), (-0.5, f"{name}: row 3 holds a negative")):
+            broken = [m.copy() for m in (q_g, q_q, g_g)]
+            broken[at][3, 5] = value
+            if at:
+                broken[at][5, 3] = value
+            with pytest.raises(ValueError, match=message):
+                re_ranking(*broken)
+
+
+def test_asymmetry_is_refused_beyond_a_thousandth():
+    q_g, q_q, g_g = matrices()
+    largest = max(m.max() for m in (q_g, q_q, g_g))
+    for at, name in ((1, "q_q_dist"), (2, "g_g_dist")):
+        broken = [m.copy() for m in (q_g, q_q, g_g)]
+        broken[at][2, 5] += 2e-3 * largest
+        with pytest.raises(ValueError, match=f"{name}: is not symmetric"):
+            re_ranking(*broken)
+        broken[at][2, 5] -= 1.5e-3 * largest
+        assert np.isfinite(re_ranking(*broken)).all()
+
+
+def test_similarities_are_refused():
+    x = features(28)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    s = x @ x.T
+    with pytest.raises(ValueError, match="this looks like a similarity matrix"):
+        re_ranking(s[:8, 8:], s[:8, :8], s[8:, 8:])
+
+
+def test_small_diagonals_of_real_products_are_fine():
+    q_g, q_q, g_g = matrices()
+    np.fill_diagonal(q_q, 1e-3)
+    np.fill_diagonal(g_g, 2e-3)
+    assert np.isfinite(re_ranking(q_g, q_q, g_g)).all()

@@ -1,0 +1,214 @@
+"""One linear head in tiles: products by PyTorch's library, rows by the native kernels, logits in one buffer.
+
+The logits of a tile are overwritten by their gradient. Tiles are chunks of rows, so that each centre's gradient is
+added to once for each chunk. Where so few rows fit that the products would be slow, they are blocks of identities
+instead: each row's statistics are gathered over all blocks first, and the logits are computed a second time.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vareid_ext import _native
+from vareid_ext.ops._labels import label_error_slot
+from vareid_ext.reference.angular_center import accumulator_dtype
+from vareid_ext.reference.viewpoint_aware_cross_entropy import STATISTICS
+
+_FEW_ROWS = 64  # below this, products over a chunk of rows are slower than computing the logits twice
+_ALIGNED_IDENTITIES = 16  # blocks of identities are multiples of this, so that their rows stay aligned
+
+
+class Head(NamedTuple):
+    """What defines one head's loss; labels are contiguous."""
+
+    centers: Tensor
+    """[K, V, D], contiguous."""
+    identity: Tensor
+    viewpoint: Tensor | None
+    mask: Tensor | None
+    adaptive: bool
+    alpha: float
+    epsilon: float
+    normalize: bool
+    scale: float
+
+
+class Tiling(NamedTuple):
+    """The size of the tiles of one head."""
+
+    rows: int
+    identities: int
+
+
+def tiling(N: int, K: int, V: int, element_bytes: int, budget: int, chunk_rows: int) -> Tiling:
+    """Tiles whose logits stay within ``budget`` bytes, but at least a row or 16 identities; chunk_rows 0 = free."""
+    if chunk_rows:
+        return Tiling(min(chunk_rows, N), K)
+    fitting = budget // (K * V * element_bytes)
+    if fitting >= min(N, _FEW_ROWS):
+        chunks = -(-N // max(1, fitting))
+        return Tiling(-(-N // chunks), K)
+    identities = budget // (N * V * element_bytes)
+    identities = max(identities // _ALIGNED_IDENTITIES, 1) * _ALIGNED_IDENTITIES
+    return Tiling(N, min(identities, K))
+
+
+def _row_stride(columns: int, some: Tensor) -> int:
+    if not some.is_cuda:
+        return columns
+    step = 16 // some.element_size()
+    return -(-columns // step) * step
+
+
+def _stream(tensor: Tensor) -> int:
+    return _native.stream(tensor) if tensor.is_cuda else 0
+
+
+def inverse_norms(x: Tensor) -> Tensor:
+    """1 / |x_i| for each row of ``x [rows, D]``; 0 for a zero vector."""
+    inverse = x.new_empty(x.shape[0], dtype=accumulator_dtype(x.dtype))
+    _native.module().linear_viewpoint_aware_cross_entropy_inverse_norms(
+        _native.view(x), _native.view(inverse), torch.get_num_threads(), _stream(x)
+    )
+    return inverse
+
+
+def project(x: Tensor, inverse: Tensor, gradient: Tensor) -> None:
+    """Remove from each row of the gradient what points along the row of x, in place."""
+    _native.module().linear_viewpoint_aware_cross_entropy_project(
+        _native.view(x), _native.view(inverse), _native.view(gradient), torch.get_num_threads(), _stream(x)
+    )
+
+
+class _Rows:
+    """The native row kernels over the tiles of some rows."""
+
+    def __init__(self, head: Head, first_row: int, rows: int, blocks: list[int], scale: Tensor | None) -> None:
+        self.head, self.scale = head, scale
+        self.K, self.V, _ = head.centers.shape
+        self.identity = head.identity[first_row : first_row + rows]
+        self.viewpoint = None if head.viewpoint is None else head.viewpoint[first_row : first_row + rows]
+        self.threads = torch.get_num_threads()
+        some = head.centers
+        self.stream = _stream(some)
+        self.parts = [self._parts(rows, identities * self.V) for identities in blocks]
+        new = some.new_empty
+        self.summaries = new((rows, sum(self.parts), 4), dtype=torch.float64)
+        self.own_logits = new((rows, self.V), dtype=torch.float64)
+        self.statistics = new((STATISTICS, rows), dtype=torch.float64)
+
+    def _parts(self, rows: int, columns: int) -> int:
+        return _native.module().linear_viewpoint_aware_cross_entropy_parts(
+            rows, columns, self.head.centers.is_cuda, self.threads
+        )
+
+    def _scale(self, first: int, logits: Tensor) -> Tensor | None:
+        return None if self.scale is None else self.scale[first * self.V :][: logits.shape[1]]
+
+    def summarise(self, logits: Tensor, first: int, block: int) -> None:
+        view = _native.view
+        _native.module().linear_viewpoint_aware_cross_entropy_summarise(
+            view(logits), view(self._scale(first, logits)), view(self.identity), view(self.head.mask),
+            view(self.summaries), view(self.own_logits), self.K, self.V, first, sum(self.parts[:block]), self.threads,
+            self.stream,
+        )  # fmt: skip
+
+    def finish(self, loss: Tensor) -> None:
+        view, head = _native.view, self.head
+        _native.module().linear_viewpoint_aware_cross_entropy_finish(
+            view(self.summaries), view(self.own_logits), view(self.identity), view(self.viewpoint), view(head.mask),
+            view(loss), view(self.statistics), head.adaptive, head.alpha, head.epsilon, self.K,
+            view(label_error_slot(head.centers.device)), self.stream,
+        )  # fmt: skip
+
+    def differentiate(self, logits: Tensor, first: int, upstream: Tensor, share: float) -> None:
+        view = _native.view
+        _native.module().linear_viewpoint_aware_cross_entropy_gradient(
+            view(logits), view(self._scale(first, logits)), view(self.identity), view(self.viewpoint),
+            view(self.head.mask), view(self.statistics), view(upstream), share, self.K, self.V, first, self.threads,
+            self.stream,
+        )  # fmt: skip
+
+
+def run_head(
+    feature: Tensor,
+    head: Head,
+    upstream: Tensor,
+    share: float,
+    budget: int,
+    chunk_rows: int,
+    want_feature: bool,
+    want_centers: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss [N] of one head, and the gradients that are wanted, times ``upstream * share``.
+
+    Args:
+        feature: [N, D], contiguous.
+        head: the head.
+        upstream: [] or [N], the gradient of each row's loss.
+        share: another factor of the gradients.
+        budget: bytes for a tile of logits.
+        chunk_rows: rows of a tile, 0 for as many as fit.
+        want_feature: whether feature's gradient is wanted.
+        want_centers: whether the centres' gradient is wanted.
+    """
+    (N, D), (K, V, _) = feature.shape, head.centers.shape
+    wide = accumulator_dtype(feature.dtype)
+    centers = head.centers.view(K * V, D)
+    loss = feature.new_empty(N, dtype=wide)
+    feature_gradient = torch.empty_like(feature) if want_feature else None
+    centers_gradient = torch.empty_like(centers) if want_centers else None
+    if N == 0:
+        return loss, feature_gradient, None if centers_gradient is None else centers_gradient.zero_().view(K, V, D)
+    operand, scale, feature_inverse = feature, None, None
+    if head.normalize:
+        feature_inverse, scale = inverse_norms(feature), inverse_norms(centers)
+        operand = (feature * (feature_inverse * head.scale)[:, None]).to(feature.dtype)
+    tile = tiling(N, K, V, feature.element_size(), budget, chunk_rows)
+    firsts = list(range(0, K, tile.identities))
+    blocks = [min(tile.identities, K - first) for first in firsts]
+    stride = _row_stride(tile.identities * V, feature)
+    buffer = feature.new_empty(tile.rows * stride)
+    for begin in range(0, N, tile.rows):
+        rows = slice(begin, min(begin + tile.rows, N))
+        count = rows.stop - begin
+        kernels = _Rows(head, begin, count, blocks, scale)
+
+        def logits_of(block: int, rows: slice = rows, count: int = count) -> tuple[Tensor, Tensor]:
+            first, columns = firsts[block] * V, blocks[block] * V
+            part = centers[first : first + columns]
+            logits = buffer.as_strided((count, columns), (stride, 1))
+            return torch.mm(operand[rows], part.T, out=logits), part
+
+        for block, first in enumerate(firsts):
+            logits, _ = logits_of(block)
+            kernels.summarise(logits, first, block)
+        kernels.finish(loss[rows])
+        if not (want_feature or want_centers):
+            continue
+        row_upstream = upstream[rows] if upstream.dim() else upstream
+        for block, first in enumerate(firsts):
+            logits, part = (logits, centers) if len(firsts) == 1 else logits_of(block)
+            kernels.differentiate(logits, first, row_upstream, share)
+            if feature_gradient is not None:
+                _product(logits, part, feature_gradient[rows], add=block > 0)
+            if centers_gradient is not None:
+                out = centers_gradient[first * V : (first + blocks[block]) * V]
+                _product(logits.T, operand[rows], out, add=begin > 0)
+    if head.normalize:
+        if feature_gradient is not None and feature_inverse is not None:
+            feature_gradient.mul_((feature_inverse * head.scale)[:, None])
+            project(feature, feature_inverse, feature_gradient)
+        if centers_gradient is not None and scale is not None:
+            project(centers, scale, centers_gradient)
+    return loss, feature_gradient, None if centers_gradient is None else centers_gradient.view(K, V, D)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    if add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)

@@ -1,0 +1,77 @@
+"""Viewpoint-aware cross-entropy of linear heads, from features and centres.
+
+For each head, with features ``f [N, D]`` and centres ``C [K, V, D]`` (V = 1 for the identity head), the logits are
+``x_ijk = f_i . C_jk``, or with ``normalize`` the hyper-sphere form ``x_ijk = scale cos(f_i, C_jk)``; the loss is that of
+:mod:`vareid_ext.reference.viewpoint_aware_cross_entropy`. With ``g = d loss / d x`` (softmax - target, closed form)::
+
+    d loss / d f_i  = sum_jk g_ijk C_jk        d loss / d C_jk = sum_i g_ijk f_i
+
+and with ``normalize``, writing ``n(a) = a / |a|`` (0 for a zero vector) and ``P_a(b) = b - n(a) (n(a) . b)``::
+
+    d loss / d f_i  = scale / |f_i|  P_{f_i}(sum_jk g_ijk n(C_jk))
+    d loss / d C_jk = scale / |C_jk| P_{C_jk}(sum_i g_ijk n(f_i))
+
+A zero vector has logits 0 and gradient 0. This module holds all logits at once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vareid_ext.reference import viewpoint_aware_cross_entropy as rows
+from vareid_ext.reference.angular_center import accumulator_dtype
+
+
+def unit_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x / |x|`` and ``1 / |x|`` over the last dimension; 0 for zero vectors."""
+    norm = x.norm(dim=-1, keepdim=True)
+    inverse = torch.where(norm == 0, 0, 1 / norm)
+    return x * inverse, inverse
+
+
+def linear_head(
+    feature: Tensor,
+    centers: Tensor,
+    identity: Tensor,
+    viewpoint: Tensor | None,
+    mask: Tensor | None,
+    adaptive: bool,
+    alpha: float,
+    epsilon: float,
+    normalize: bool,
+    scale: float,
+    upstream: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and gradients of one head.
+
+    Args:
+        feature: [N, D].
+        centers: [K, V, D], of feature's dtype.
+        identity, viewpoint, mask, adaptive, alpha, epsilon: as in
+            :func:`vareid_ext.reference.viewpoint_aware_cross_entropy.cross_entropy_forward`.
+        normalize: whether logits are cosines times ``scale``.
+        scale: factor of the cosines.
+        upstream: gradient of each row's loss, [N] or [].
+
+    Returns:
+        loss [N], gradient of feature [N, D] and of centers [K, V, D] (in their dtype).
+    """
+    wide = accumulator_dtype(feature.dtype)
+    f, C = feature.to(wide), centers.to(wide).flatten(0, 1)
+    if normalize:
+        f_unit, f_inverse = unit_vectors(f)
+        C_unit, C_inverse = unit_vectors(C)
+        logits = scale * (f_unit @ C_unit.T)
+    else:
+        logits = f @ C.T
+    logits = logits.unflatten(1, centers.shape[:2])
+    loss, statistics = rows.cross_entropy_forward(logits, identity, viewpoint, mask, adaptive, alpha, epsilon)
+    g = rows.cross_entropy_backward(upstream, logits, identity, viewpoint, mask, statistics).flatten(1)
+    if normalize:
+        f_grad, C_grad = g @ C_unit, g.T @ f_unit
+        f_grad = scale * f_inverse * (f_grad - f_unit * (f_unit * f_grad).sum(1, keepdim=True))
+        C_grad = scale * C_inverse * (C_grad - C_unit * (C_unit * C_grad).sum(1, keepdim=True))
+    else:
+        f_grad, C_grad = g @ C, g.T @ f
+    return loss, f_grad.to(feature.dtype), C_grad.view(centers.shape).to(centers.dtype)

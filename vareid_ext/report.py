@@ -1,0 +1,148 @@
+"""What is told of the results: tables on the terminal, entries of metrics.json, rows of the figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vareid_ext.config import Config
+from vareid_ext.data import ReidData
+from vareid_ext.extraction import Features, Scores
+from vareid_ext.figures import TOP, choose_queries, draw_curves, draw_ranking
+from vareid_ext.run_folder import RunFolder
+from vareid_ext.schedule import view_weight
+from vareid_ext.training_state import Progress
+
+METRIC_NAMES = ("mAP", "mINP", "rank1", "rank5", "rank10")
+"""The entries of every set of metrics, all fractions in [0, 1]."""
+
+LABELS = {
+    "raw_pixels": "raw pixels",
+    "colour_histogram": "colour histogram",
+    "untrained": "untrained",
+    "trained": "trained",
+    "reranked": "trained, re-ranked",
+}
+"""What the entries of metrics.json are called in tables and figures."""
+
+
+def metrics_of(scores: Scores) -> dict[str, float]:
+    """The entry of metrics.json for a set of scores."""
+    values = scores.overall.as_dict()
+    return {name: values[name] for name in METRIC_NAMES}
+
+
+def per_viewpoint(scores: Scores) -> dict[str, dict[str, float]]:
+    """The entry of metrics.json for a set of scores, per query viewpoint."""
+    return {
+        name: {"queries": metrics.num_valid_queries, **{key: metrics.as_dict()[key] for key in METRIC_NAMES}}
+        for name, metrics in scores.by_viewpoint.items()
+    }
+
+
+def one_line(name: str, values: Mapping[str, float]) -> str:
+    """A set of metrics as a line of text."""
+    return f"{name:<17} mAP {100 * values['mAP']:5.1f} %   rank-1 {100 * values['rank1']:5.1f} %"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of text: the first column to the left, the others to the right, a rule under the header."""
+    body = [list(row) for row in rows]
+    widths = [max(len(row[i]) for row in [list(header), *body]) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip()
+
+    return "\n".join([line(header), "  ".join("\u2500" * width for width in widths), *map(line, body)])
+
+
+def closing_tables(results: Mapping[str, Mapping[str, float]], trained: Scores, reranked: Scores) -> str:
+    """The tables a run ends with, in percent: every entry of results, and the trained network per query viewpoint."""
+    rows = [(LABELS[name], *(f"{100 * values[key]:.1f}" for key in METRIC_NAMES)) for name, values in results.items()]
+    overall = table(("%", "mAP", "mINP", "rank-1", "rank-5", "rank-10"), rows)
+    per_view = [
+        (
+            name,
+            f"{before.num_valid_queries}",
+            *(f"{100 * value:.1f}" for value in (before.mAP, before.rank1, after.mAP, after.rank1)),
+        )
+        for name, before in trained.by_viewpoint.items()
+        for after in [reranked.by_viewpoint[name]]
+    ]
+    if not per_view:
+        return overall
+    header = ("query viewpoint, %", "queries", "mAP", "rank-1", "re-ranked mAP", "rank-1")
+    return f"{overall}\n\n{table(header, per_view)}"
+
+
+def draw_figures(
+    config: Config,
+    data: ReidData,
+    progress: Progress,
+    folder: RunFolder,
+    name: str,
+    features: tuple[Features, Features],
+    rankings: Mapping[str, tuple[Tensor, Scores]],
+) -> None:
+    """Draw curves.png and ranking.png into the run folder.
+
+    Args:
+        config, data, progress, folder, name: of the run.
+        features: of query and gallery.
+        rankings: distances [Q, G] and their scores, the plain ranking first, the re-ranked one last.
+    """
+    references = {LABELS[key]: values["mAP"] for key, values in progress.baselines.items()}
+    *_, (_, reranked) = rankings.values()
+    draw_curves(
+        folder.curves,
+        [{**entry, "loss": contributions(config, entry)} for entry in folder.read_log() if "loss" in entry],
+        [{"epoch": 0, **progress.baselines["untrained"]}, *progress.evaluations],
+        {LABELS["reranked"]: reranked.overall.mAP, **references},
+        title=f"recipe {name}, data {data.name}, {config.model.backbone}, {config.optimizer.epochs} epochs",
+    )
+    rows = ranking_rows(rankings, *features, config.evaluation.ranking_queries)
+    title = f"{data.name}: queries and the first {TOP} images found for them"
+    draw_ranking(folder.ranking, data.query, data.gallery, rows, title=title)
+
+
+def ranking_rows(
+    rankings: Mapping[str, tuple[Tensor, Scores]], query: Features, gallery: Features, count: int
+) -> list[tuple[int, list[tuple[str, np.ndarray, float]]]]:
+    """The rows of ranking.png: chosen queries, and for each ranking its order under the protocol and its AP."""
+    first, *_ = (scores for _, scores in rankings.values())
+    precision = {name: np.asarray(scores.queries.average_precision.cpu()) for name, (_, scores) in rankings.items()}
+    chosen = choose_queries(
+        query.viewpoint,
+        np.asarray(first.queries.average_precision.cpu()),
+        np.asarray(first.queries.num_matches.cpu()) > 0,
+        count,
+    )
+    rows = []
+    for q in chosen:
+        left_out = (
+            (gallery.identity == query.identity[q]) & (gallery.camera == query.camera[q]) & (query.camera[q] >= 0)
+        )
+        orders = []
+        for name, (distances, _) in rankings.items():
+            order = torch.argsort(distances[q], stable=True).cpu().numpy()
+            orders.append((name, order[~left_out[order]], float(precision[name][q])))
+        rows.append((q, orders))
+    return rows
+
+
+def contributions(config: Config, entry: Mapping[str, Any]) -> dict[str, float]:
+    """The parts of a logged loss times their weights at the time: what the total is the sum of."""
+    # A step logged at the end of an epoch belongs to that epoch, whose number its own fraction has just passed.
+    weights = {
+        "viewpoint": view_weight(config.loss, math.ceil(entry["epoch"]) - 1),
+        "regularizer": config.loss.beta,
+        "stripes": config.loss.stripe_weight,
+        "triplet": config.loss.triplet_weight,
+    }
+    return {name: weights.get(name, 1.0) * value for name, value in entry["loss"].items()}

@@ -1,0 +1,135 @@
+"""Re-rank features from the command line: ``python -m vareid_ext.rerank query.npz gallery.npz --output result.npy``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from vareid_ext.feature_files import check_writable, read_features, replacing
+from vareid_ext.retrieval import k_reciprocal_rerank
+
+_DESCRIPTION = """\
+k-reciprocal re-ranking of features in files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
+
+Without --topk, OUTPUT is a .npy file with the final distances, float32 [queries, gallery]. With --topk K it holds each
+query's K best gallery rows: a .npz file with "index" and "distance" [queries, K], or a .npy file of records with these
+two fields. OUTPUT appears when it is complete; until then, and if anything goes wrong, what was there stays.
+
+Leave junk images out of the gallery: they would be neighbours of the others.
+"""
+
+
+def add_rerank_arguments(parser: argparse._ArgumentGroup) -> None:
+    """The parameters of the method."""
+    parser.add_argument("--k1", type=int, default=20, help="size of the neighbour sets (default: %(default)s)")
+    parser.add_argument("--k2", type=int, default=6, help="neighbours in query expansion (default: %(default)s)")
+    parser.add_argument(
+        "--lambda-value", type=float, default=0.3, metavar="L",
+        help="weight of the original distance, 0 to 1 (default: %(default)s)",
+    )  # fmt: skip
+
+
+def size_in_bytes(text: str) -> int:
+    """``200M`` or ``1.5G`` as bytes."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    number = text.strip().upper().removesuffix("B").removesuffix("I")
+    try:
+        return int(float(number.rstrip("KMG")) * units.get(number[-1:], 1))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; 200M and 1.5G are") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vareid_ext.rerank", description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("query", help="file with the query features")
+    parser.add_argument("gallery", help="file with the gallery features")
+    parser.add_argument("--output", required=True, metavar="OUTPUT", help="the result: .npy, or .npz with --topk")
+    parser.add_argument("--topk", type=int, metavar="K", help="keep each query's K best gallery rows only")
+    parser.add_argument("--query-key", metavar="KEY", help="key of the query features (default: the usual names)")
+    parser.add_argument("--gallery-key", metavar="KEY", help="key of the gallery features (default: the usual names)")
+    add_rerank_arguments(parser.add_argument_group("re-ranking"))
+    parser.add_argument("--max-memory", type=size_in_bytes, metavar="SIZE", help="limit beyond input and result: 200M")
+    parser.add_argument("--block-rows", type=int, metavar="ROWS", help="rows of a block of products (default: chosen)")
+    parser.add_argument("--plan", action="store_true", help="print how memory will be used")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> str:
+    output = check_writable(options.output, (".npy",) if options.topk is None else (".npy", ".npz"))
+    query = read_features(options.query, "query", key=options.query_key).feature
+    gallery = read_features(options.gallery, "gallery", key=options.gallery_key).feature
+    keywords = {
+        "k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value, "block_rows": options.block_rows,
+        "max_memory": options.max_memory, "show_plan": options.plan, "progress": not options.quiet,
+    }  # fmt: skip
+    if options.topk is not None:
+        distance, index = k_reciprocal_rerank(query, gallery, topk=options.topk, **keywords)
+        with replacing(output) as part:
+            _write_best(part, distance.numpy(), index.numpy())
+        return f"{output}: the {options.topk} best of {len(gallery)} for each of {len(query)} queries"
+    needed = 4 * len(query) * len(gallery)
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:  # writing to a memory map on a full disk would kill the process
+        raise ValueError(f"{output}: needs {needed} bytes, but {free} are free; --topk K keeps the best K only")
+    with replacing(output) as part:
+        shape = (max(1, len(query)), max(1, len(gallery)))  # a map cannot be empty; an empty side is refused below
+        result = np.lib.format.open_memmap(part, "w+", dtype=np.float32, shape=shape)
+        k_reciprocal_rerank(query, gallery, out=result, **keywords)
+        result.flush()
+        del result
+    return f"{output}: distances [{len(query)}, {len(gallery)}]"
+
+
+def _write_best(path: Path, distance: np.ndarray, index: np.ndarray) -> None:
+    with path.open("wb") as file:
+        if path.suffix.lower() == ".npz":
+            np.savez(file, index=index, distance=distance)
+            return
+        records = np.empty(index.shape, dtype=[("index", np.int64), ("distance", np.float32)])
+        records["index"], records["distance"] = index, distance
+        np.save(file, records)
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM is as Ctrl-C: an unfinished file is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        with _terminable():
+            print(_run(options))
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; {options.output} is as it was", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
