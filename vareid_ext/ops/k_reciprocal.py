@@ -18,7 +18,6 @@ from vareid_ext.reference import k_reciprocal as reference
 from vareid_ext.reference import nearest_neighbors as neighbor_reference
 from vareid_ext.reference.pairwise_distance import exact_distance, rows_per_block
 
-
 # Limits of the CUDA kernels, as in csrc/k_reciprocal.h.
 _CUDA_MOST_MEMBERS = 1024
 _CUDA_MOST_LISTED = 159
