@@ -161,6 +161,20 @@ def test_missing_pairs_are_neither_read_nor_moved(backend):
     assert (grad_W[2] == 0).all()
 
 
+@pytest.mark.parametrize("mode", ["autocast", "matmul precision"])
+def test_the_result_depends_on_no_precision_setting(backend, mode):
+    W, U = centers(6, 3, 257)
+    expected = run(W, U)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium" if mode == "matmul precision" else before)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            result = run(W, U)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_nan_and_inf_give_a_nan_loss(backend, poison):
     W, U = centers(3, 3, 8)
