@@ -40,7 +40,7 @@ def configure(tmp_path, mode, **environment):
 @pytest.fixture
 def broken_nvcc(tmp_path):
     path = tmp_path / "nvcc"
-    path.write_text("#!/bin/sh\ntouch \"$(dirname \"$0\")/asked\"\necho 'unsupported GNU version' >&2\nexit 1\n")
+    path.write_text('#!/bin/sh\ntouch "$(dirname "$0")/asked"\necho \'unsupported GNU version\' >&2\nexit 1\n')
     path.chmod(0o755)
     return str(path)
 
