@@ -39,7 +39,7 @@ def truth(x, y, metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("M,N,D", SIZES)
+@pytest.mark.parametrize(("M", "N", "D"), SIZES)
 def test_values(backend, metric, M, N, D):
     x, y = features(M, D), features(N, D, 1)
     got = pairwise_distance(x, y, metric=metric)
@@ -68,7 +68,7 @@ def test_other_dtypes(backend, dtype):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("M,N,D", [(1, 1, 1), (3, 70, 5), (65, 66, 33)])
+@pytest.mark.parametrize(("M", "N", "D"), [(1, 1, 1), (3, 70, 5), (65, 66, 33)])
 def test_small_blocks_by_the_own_kernel(backend, metric, M, N, D):
     """On a GPU, and where its kernels are executed, small blocks are one kernel's work; elsewhere it does not exist."""
     x, y = features(M, D), features(N, D, 1)

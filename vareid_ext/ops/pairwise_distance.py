@@ -14,8 +14,8 @@ from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import pairwise_distance as reference
 
-# On a GPU, blocks of up to so many pairs are computed by the package's own kernel, which needs one launch; larger ones by
-# the vendor's product and a second kernel that turns it into distances.
+# On a GPU, blocks of up to so many pairs are computed by the package's own kernel, which needs one launch; larger ones
+# by the vendor's product and a second kernel that turns it into distances.
 _TILED_PAIRS = 1 << 16
 
 
