@@ -201,7 +201,6 @@ __global__ void ranking_forward_kernel(
       }
       if (slot == 0) matches += in_pass;
     }
-    __syncthreads();
   }
   const double sum = block_sums<1, kThreads / kWarp>(precision, partial);
   if (slot == 0) {

@@ -66,6 +66,17 @@ def _cross_entropy(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]
     return call
 
 
+def _ranking(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
+    def call(device: torch.device) -> list[Tensor]:
+        Q, G, rng = 4, 8192, torch.Generator().manual_seed(0)
+        distances = torch.rand(Q, G, generator=rng)
+        labels = [torch.randint(high, (size,), generator=rng) for high in (400, 6) for size in (Q, G)]
+        results = vareid_ext.rank_queries(distances.to(device, dtype), *(label.to(device) for label in labels))
+        return list(vars(results).values())
+
+    return call
+
+
 REPRESENTATIVE: dict[str, list[Shape]] = {
     "angular_center": [
         Shape(
@@ -90,6 +101,14 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
                 ),  # 751 columns in bfloat16: labels show
                 "viewpoint_aware_cross_entropy_finish_kernel": Limit(1.3, 0.3),  # a few values a row, one launch
             },
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+    "ranking": [
+        Shape(
+            f"Q 4, G 8192, {str(dtype).removeprefix('torch.')}",
+            _ranking(dtype),
+            {"ranking_forward_kernel": Limit(coalescing=0.88)},
         )
         for dtype in (torch.float32, torch.bfloat16)
     ],
