@@ -7,19 +7,15 @@ its output. The memory is what the process holds at its peak beyond the inputs a
 from __future__ import annotations
 
 import importlib.util
-import resource
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import Suite
 from vareid_ext import linear_viewpoint_aware_cross_entropy, viewpoint_aware_cross_entropy
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Case:
@@ -82,25 +78,15 @@ def measure_memory(case: Case, run: Callable[[], None]) -> float:
         torch.cuda.reset_peak_memory_stats()
         run()
         return (torch.cuda.max_memory_allocated() - before - gradients) / 2**20
-    before = _resident_bytes()
-    if _peak_bytes() > before + 2**26:
-        _reset_peak()
+    before = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     run()
     return (_status_bytes("VmHWM") - before - gradients) / 2**20
 
 
 def _status_bytes(name: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
-
-
-def _resident_bytes() -> int:
-    return _status_bytes("VmRSS")
-
-
-def _reset_peak() -> None:
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def run_case(suite: Suite, B: int, D: int, K: int, V: int, *, dense: bool = True, rounds: int | None = None) -> None:
