@@ -55,16 +55,16 @@ def assert_right(x, Q, k1=20, k2=6, lambda_value=0.3):
 
 
 @pytest.mark.parametrize(
-    ("Q", "G", "D", "k1", "k2"), [(10, 50, 6, 20, 6), (1, 40, 4, 7, 3), (20, 1, 4, 5, 3), (1, 1, 3, 20, 6)]
+    ("Q", "G", "D", "k1", "k2"), [(10, 40, 6, 20, 6), (1, 40, 4, 7, 3), (20, 1, 4, 5, 3), (1, 1, 3, 20, 6)]
 )
 def test_random(backend, Q, G, D, k1, k2):
     assert_right(features(Q + G, D), Q, k1, k2)
 
 
-@pytest.mark.parametrize(("k1", "k2"), [(1, 1), (2, 2), (3, 5), (9, 1), (60, 6), (5, 60), (200, 200)])
+@pytest.mark.parametrize(("k1", "k2"), [(1, 1), (2, 2), (3, 5), (9, 1), (40, 6), (5, 40), (100, 100)])
 def test_neighbourhoods(backend, k1, k2):
     """Also beyond the number of rows, and without query expansion."""
-    assert_right(features(45, 5), 12, k1, k2)
+    assert_right(features(30, 5), 8, k1, k2)
 
 
 @pytest.mark.parametrize("lambda_value", [0.0, 0.3, 1.0])
@@ -104,9 +104,9 @@ def test_any_problem(Q, G, k1, k2, lambda_value, seed):
 
 
 def test_sets_are_the_definitions(backend):
-    rank = ranked(squared_distances(features(70, 3, levels=5), features(70, 3, levels=5)))
+    rank = ranked(squared_distances(features(40, 3, levels=5), features(40, 3, levels=5)))
     for k1 in (1, 4, 5, 20, 100):
-        neighbor = torch.from_numpy(rank[:, : min(k1 + 1, 70)].astype(np.int32))
+        neighbor = torch.from_numpy(rank[:, : min(k1 + 1, 40)].astype(np.int32))
         indptr, index = op.k_reciprocal_sets(neighbor, k1)
         got = [index[a:b].tolist() for a, b in itertools.pairwise(indptr)]
         assert got == [sorted(members) for members in expanded_sets(rank.tolist(), k1)]
@@ -144,7 +144,7 @@ def test_units_do_not_matter(backend, factor):
 
 
 @pytest.mark.parametrize("block_rows", [1, 9, 64])
-def test_blocks_change_nothing(backend, block_rows):
+def test_blocks_change_nothing(block_rows):
     x = features(50, 6)
     expected = k_reciprocal_rerank(x[:13], x[13:], k1=7)
     np.testing.assert_allclose(

@@ -1,0 +1,244 @@
+"""Re-ranking as a whole: time by stage, ratio to one matrix product, measured peak memory, mAP, and other tools.
+
+``python -m benchmarks.retrieval`` runs the sizes of Market-1501 with three feature widths and a small set;
+``--only small`` and the like choose, ``--size Q G D`` runs one size of your own, ``--msmt17`` adds that data set's size
+(minutes). The features are random with the structure that features of people have (identities in a low-rank space,
+a bias for each camera, noise); their seed is fixed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads its OpenMP
+
+import numpy as np
+import torch
+
+from benchmarks.harness import environment
+from vareid_ext import evaluate_ranking, k_reciprocal_rerank, pairwise_distance, reference_backend
+from vareid_ext.ops import k_reciprocal as stages
+from vareid_ext.ops.nearest_neighbors import joint_neighbors
+
+_RANK = 64
+SIZES = {
+    "market1501 D=2048": (3368, 15913, 2048),
+    "market1501 D=512": (3368, 15913, 512),
+    "market1501 D=256": (3368, 15913, 256),
+    "small": (500, 3000, 2048),
+}
+MSMT17 = (11659, 82161, 2048)
+
+
+class Data(NamedTuple):
+    """Unit features [Q + G, D], queries first, with their labels."""
+
+    feature: torch.Tensor
+    identity: torch.Tensor
+    camera: torch.Tensor
+
+
+def features(Q: int, G: int, D: int, seed: int = 0) -> Data:
+    """Features with realistic structure: about 20 images an identity, 6 cameras."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, identities = Q + G, max(2, (Q + G) // 20)
+    basis = torch.randn(_RANK, D, generator=generator) / _RANK**0.5
+    person = torch.randn(identities, _RANK, generator=generator)
+    bias = 0.4 * torch.randn(6, _RANK, generator=generator)
+    identity = torch.randint(0, identities, (rows,), generator=generator)
+    camera = torch.randint(0, 6, (rows,), generator=generator)
+    out = torch.empty(rows, D)
+    for begin in range(0, rows, 4096):
+        at = slice(begin, min(begin + 4096, rows))
+        size = at.stop - begin
+        low = person[identity[at]] + bias[camera[at]] + 0.9 * torch.randn(size, _RANK, generator=generator)
+        out[at] = torch.nn.functional.normalize(low @ basis + 0.6 * torch.randn(size, D, generator=generator))
+    return Data(out, identity, camera)
+
+
+def dense_numpy(query: np.ndarray, gallery: np.ndarray, k1: int = 20, k2: int = 6, weight: float = 0.3) -> np.ndarray:
+    """The usual way: dense M x M matrices, a sort of every row, a Python loop over the rows."""
+    x = np.concatenate([query, gallery])
+    squares = (x * x).sum(1)
+    distance = np.maximum(squares[:, None] + squares - 2 * (x @ x.T), 0)
+    distance /= distance.max(1, keepdims=True)
+    rank = np.argsort(distance, axis=1).astype(np.int32)
+    M, Q, half = len(x), len(query), int(np.around(k1 / 2))
+
+    def mutual(i: int, k: int) -> np.ndarray:
+        forward = rank[i, : k + 1]
+        return forward[(rank[forward, : k + 1] == i).any(1)]
+
+    V = np.zeros((M, M), np.float32)
+    for i in range(M):
+        base = mutual(i, k1)
+        members = base
+        for candidate in base:
+            theirs = mutual(int(candidate), half)
+            if 3 * len(np.intersect1d(theirs, base)) > 2 * len(theirs):
+                members = np.append(members, theirs)
+        members = np.unique(members)
+        near = np.exp(-distance[i, members])
+        V[i, members] = near / near.sum()
+    V = np.stack([V[rank[i, :k2]].mean(0) for i in range(M)])
+    owners = [np.nonzero(V[:, j])[0] for j in range(M)]
+    final = np.empty((Q, M), np.float32)
+    for q in range(Q):
+        shared = np.zeros(M, np.float32)
+        for j in np.nonzero(V[q])[0]:
+            shared[owners[j]] += np.minimum(V[q, j], V[owners[j], j])
+        final[q] = (1 - weight) * (1 - shared / (2 - shared)) + weight * distance[q]
+    return final[:, Q:]
+
+
+def other_tools() -> dict[str, Callable[..., Any]]:
+    """re_ranking functions of installed packages that take three rooted distance matrices."""
+    found = {}
+    for package, module in (("torchreid", "torchreid.utils.rerank"), ("fastreid", "fastreid.evaluation.rank_rerank")):
+        with contextlib.suppress(ImportError):
+            found[package] = importlib.import_module(module).re_ranking
+    return found
+
+
+def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = run()
+    return time.perf_counter() - start, result
+
+
+def stage_seconds(query: torch.Tensor, gallery: torch.Tensor) -> dict[str, float]:
+    """Seconds of each stage."""
+    out = torch.empty(query.shape[0], gallery.shape[0])
+    seconds = {}
+    k1, k2 = 20, 6
+    k = min(query.shape[0] + gallery.shape[0], k1 + 1)
+    seconds["neighbours"], lists = _timed(lambda: joint_neighbors(query, gallery, 1.0, k, 0, out, 1024))
+    neighbor, near, row_max = lists[:3]
+    seconds["sets"], pattern = _timed(lambda: stages.k_reciprocal_sets(neighbor, k1))
+    seconds["distances"], distance = _timed(
+        lambda: stages.listed_distance(query, gallery, 1.0, neighbor, near, *pattern)
+    )
+    seconds["encode"], value = _timed(lambda: stages.k_reciprocal_encode(pattern[0], distance, row_max))
+    seconds["expand"], rows = _timed(lambda: stages.k_reciprocal_expand(neighbor, k2, *pattern, value))
+    seconds["blend"], _ = _timed(lambda: stages.k_reciprocal_blend(out, row_max, *rows, 0.3))
+    return seconds
+
+
+def mean_average_precision(distance: Any, data: Data, Q: int) -> float:
+    """mAP of a result."""
+    labels = (data.identity[:Q], data.identity[Q:], data.camera[:Q], data.camera[Q:])
+    return float(evaluate_ranking(torch.as_tensor(distance), *labels).mAP)
+
+
+def _memory(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def measure_memory(Q: int, G: int, D: int, topk: int, folder: str) -> None:
+    """In a process of its own: prints the peak beyond input and result, in MiB."""
+    data = features(Q, G, D)
+    query, gallery = data.feature[:Q], data.feature[Q:]
+    k_reciprocal_rerank(query[:200], gallery[:200])  # libraries' own buffers exist
+    torch.mm(gallery[:1024], gallery[:1024].T)
+    out = None
+    if not topk:
+        path = Path(folder) / "result.npy"
+        out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(Q, G))
+        out[:] = 0
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _memory("VmRSS")
+    seconds, _ = _timed(lambda: k_reciprocal_rerank(query, gallery, topk=topk or None, out=out))
+    print(f"  measured peak beyond input and result: {(_memory('VmHWM') - before) / 2**20:.0f} MiB ({seconds:.1f} s)")
+
+
+def run_size(name: str, size: tuple[int, int, int], rounds: int) -> None:
+    """One size: the comparison with the product, the stages, the memory and the quality."""
+    Q, G, D = size
+    data = features(Q, G, D)
+    query, gallery = data.feature[:Q], data.feature[Q:]
+    print(f"\n{name}: Q={Q} G={G} D={D}")
+    seconds: dict[str, list[float]] = {"product": [], "ours": []}
+    result = None
+    product = torch.empty(Q + G, Q + G)
+    for _ in range(rounds + 1):
+        seconds["product"].append(_timed(lambda: torch.mm(data.feature, data.feature.T, out=product))[0])
+        elapsed, result = _timed(lambda: k_reciprocal_rerank(query, gallery))
+        seconds["ours"].append(elapsed)
+    product.resize_(0)  # gives its memory back
+    middle = {name: median(times[1:]) for name, times in seconds.items()}  # the first round warms up
+    for contender, times in seconds.items():
+        spread = f"{min(times[1:]):.3f} to {max(times[1:]):.3f}"
+        print(f"  {contender:<28}{middle[contender]:9.3f} s  ({spread})")
+    print(f"  re-ranking takes {middle['ours'] / middle['product']:.2f}x the product of {Q + G} x {Q + G} x {D}")
+    by_stage = stage_seconds(query, gallery)
+    print("  by stage: " + ", ".join(f"{stage} {value:.3f} s" for stage, value in by_stage.items()))
+    plain = pairwise_distance(query, gallery)
+    before, after = (mean_average_precision(distance, data, Q) for distance in (plain, result))
+    print(f"  mAP {100 * before:.2f}% before, {100 * after:.2f}% after")
+    if Q + G <= 4000:
+        elapsed, dense = _timed(lambda: dense_numpy(query.numpy(), gallery.numpy()))
+        difference = float(np.abs(dense - np.asarray(result)).max())
+        print(f"  {'dense NumPy':<28}{elapsed:9.3f} s  {elapsed / middle['ours']:.0f}x ours, "
+              f"largest difference {difference:.1e}")  # fmt: skip
+        with reference_backend():
+            elapsed, _ = _timed(lambda: k_reciprocal_rerank(query, gallery))
+        print(f"  {'plain PyTorch reference':<28}{elapsed:9.3f} s  {elapsed / middle['ours']:.0f}x ours")
+        for package, tool in other_tools().items():
+            matrices = [pairwise_distance(*pair).numpy() for pair in ((query, gallery), (query,), (gallery,))]
+            elapsed, _ = _timed(lambda tool=tool, matrices=matrices: tool(*matrices, 20, 6, 0.3))
+            print(f"  {package:<28}{elapsed:9.3f} s  {elapsed / middle['ours']:.0f}x ours (without its distances)")
+    _measure_in_new_process(size, 0)
+
+
+def _measure_in_new_process(size: tuple[int, int, int], topk: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.retrieval", "--memory", *map(str, (*size, topk)), folder]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds for each size, after one to warm up (default 5)")
+    parser.add_argument("--only", default="", help="run the sizes whose name contains this text")
+    parser.add_argument("--size", type=int, nargs=3, metavar=("Q", "G", "D"), help="run this size alone")
+    parser.add_argument("--msmt17", action="store_true", help="also MSMT17's size: time and memory with topk=100")
+    parser.add_argument("--quick", action="store_true", help="a tiny size, to see that it runs")
+    parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        *numbers, folder = arguments.memory
+        measure_memory(*map(int, numbers), folder)
+        return
+    if arguments.rounds < 1:
+        parser.error(f"--rounds: {arguments.rounds} was given; at least 1 is needed")
+    facts = environment(torch.device("cpu"))
+    print(f"retrieval: {facts['device']}, {facts['threads']} threads, torch {facts['torch']}, "
+          f"load {facts['load_average'][0]}")  # fmt: skip
+    if facts["load_average"][0] > 0.5:
+        print("warning: the machine is not idle; medians may be off", file=sys.stderr)
+    sizes = {name: size for name, size in SIZES.items() if arguments.only in name}
+    if arguments.quick:
+        sizes = {"quick": (40, 160, 32)}
+    if arguments.size:
+        sizes = {"chosen": tuple(arguments.size)}
+    for name, size in sizes.items():
+        run_size(name, size, arguments.rounds)
+    if arguments.msmt17:
+        print(f"\nmsmt17, topk=100: Q={MSMT17[0]} G={MSMT17[1]} D={MSMT17[2]}")
+        _measure_in_new_process(MSMT17, 100)
+
+
+if __name__ == "__main__":
+    main()
