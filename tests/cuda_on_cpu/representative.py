@@ -105,7 +105,11 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
         for dtype in (torch.float32, torch.bfloat16)
     ],
     "ranking": [
-        Shape(f"Q 4, G 8192, {str(dtype).removeprefix('torch.')}", _ranking(dtype), {"ranking_forward_kernel": Limit(coalescing=0.88)})
+        Shape(
+            f"Q 4, G 8192, {str(dtype).removeprefix('torch.')}",
+            _ranking(dtype),
+            {"ranking_forward_kernel": Limit(coalescing=0.88)},
+        )
         for dtype in (torch.float32, torch.bfloat16)
     ],
 }
