@@ -48,6 +48,9 @@ _HINTS = (
 )
 
 
+_refused: dict[str, str] = {}  # by the object's key: what a whole session of tests need not compile again
+
+
 class BuildError(RuntimeError):
     """g++ refused a source; the text holds its messages."""
 
@@ -93,6 +96,8 @@ def _compile(source: Path, flags: Sequence[str], folder: Path) -> Path:
     target = folder / f"{source.stem}-{key[:20]}.o"
     if target.exists():
         return target
+    if key in _refused:
+        raise BuildError(_refused[key])
     partial = target.with_suffix(f".{os.getpid()}.partial")
     # A path relative to the repository keeps it readable in messages.
     name = str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
@@ -103,11 +108,33 @@ def _compile(source: Path, flags: Sequence[str], folder: Path) -> Path:
         hints = [
             f"unsupported in the CUDA-on-CPU tests: {hint}" for pattern, hint in _HINTS if re.search(pattern, text)
         ]
-        raise BuildError("\n".join([*hints, f"{name} does not compile:", done.stderr]))
-    if "warning:" in done.stderr:
-        raise BuildError(f"{name} compiles with warnings:\n{done.stderr}")
+        _refused[key] = "\n".join([*hints, f"{name} does not compile:", done.stderr])
+    elif "warning:" in done.stderr:
+        _refused[key] = f"{name} compiles with warnings:\n{done.stderr}"
+    if key in _refused:
+        partial.unlink(missing_ok=True)
+        raise BuildError(_refused[key])
     partial.replace(target)
     return target
+
+
+def _jobs(kernels: Sequence[Path], glue: Sequence[Path], flavour: str) -> list[tuple[Path, tuple[str, ...]]]:
+    """The sources of a shared object, each with its flags, in the order in which they are linked."""
+    parts = ["scheduler", "memory", "export"]
+    parts += {"fast": ["no_checker"], "checker": ["checker", "traffic"], "asan": ["no_checker", "asan_report"]}[flavour]
+    # The linker keeps the first copy of an inline function: the runtime's, which is not instrumented.
+    plain = [*(HERE / "runtime" / f"{part}.cpp" for part in parts), *glue]
+    jobs = [(source, ("-O2", *_DEFINE[flavour])) for source in plain]
+    return jobs + [(source, (*_KERNEL_FLAGS[flavour], *_DEFINE[flavour])) for source in kernels]
+
+
+def _compile_all(jobs: Sequence[tuple[Path, tuple[str, ...]]]) -> list[Path]:
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # two test sessions must not compile the same thing twice
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+            return list(pool.map(lambda job: _compile(job[0], job[1], folder), jobs))
 
 
 def build(name: str, kernels: Sequence[Path], glue: Sequence[Path], flavour: str) -> Path:
@@ -119,44 +146,35 @@ def build(name: str, kernels: Sequence[Path], glue: Sequence[Path], flavour: str
         glue: Sources that are not.
         flavour: One of ``FLAVOURS``.
     """
-    folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    runtime = [HERE / "runtime" / f"{part}.cpp" for part in ("scheduler", "memory", "export")]
-    runtime += [HERE / "runtime" / f"{part}.cpp" for part in (
-        ("checker", "traffic") if flavour == "checker" else ("no_checker", "asan_report") if flavour == "asan" else
-        ("no_checker",))]  # fmt: skip
-    plain = ["-O2", *_DEFINE[flavour]]
-    instrumented = [*_KERNEL_FLAGS[flavour], *_DEFINE[flavour]]
-    # The linker keeps the first copy of an inline function: the runtime's, which is not instrumented.
-    jobs = [(source, plain) for source in [*runtime, *glue]] + [(source, instrumented) for source in kernels]
-    with open(folder / "lock", "w") as lock:  # two test sessions must not compile the same thing twice
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-            objects = list(pool.map(lambda job: _compile(job[0], job[1], folder), jobs))
-        key = hashlib.sha256("\0".join([flavour, *map(str, objects)]).encode()).hexdigest()
-        target = folder / f"{name}-{flavour}-{key[:20]}.so"
-        if not target.exists():
-            partial = target.with_suffix(f".{os.getpid()}.partial")
-            command = [
-                "g++",
-                "-shared",
-                "-Wl,-Bsymbolic",
-                *_LINK_FLAGS[flavour],
-                *map(str, objects),
-                "-o",
-                str(partial),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                raise BuildError(f"{name} does not link:\n{done.stderr}")
-            partial.replace(target)
+    objects = _compile_all(_jobs(kernels, glue, flavour))
+    key = hashlib.sha256("\0".join([flavour, *map(str, objects)]).encode()).hexdigest()
+    target = cache_folder() / f"{name}-{flavour}-{key[:20]}.so"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}.partial")
+        command = ["g++", "-shared", "-Wl,-Bsymbolic", *_LINK_FLAGS[flavour], *map(str, objects), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise BuildError(f"{name} does not link:\n{done.stderr}")
+        partial.replace(target)
     return target
+
+
+def _package_sources() -> tuple[list[Path], list[Path]]:
+    return sorted(KERNELS.glob("*.cu")), sorted((HERE / "launchers").glob("*.cpp"))
+
+
+@functools.cache
+def _compile_every_flavour() -> None:
+    """All objects of a session at once, so that no processor waits at the end of each flavour."""
+    kernels, glue = _package_sources()
+    jobs = dict.fromkeys(job for flavour in reversed(FLAVOURS) for job in _jobs(kernels, glue, flavour))
+    _compile_all(list(jobs))
 
 
 def build_package(flavour: str) -> Path:
     """All kernels of the package with the glue of ``launchers/``."""
-    kernels = sorted(KERNELS.glob("*.cu"))
-    return build("kernels", kernels, sorted((HERE / "launchers").glob("*.cpp")), flavour)
+    _compile_every_flavour()
+    return build("kernels", *_package_sources(), flavour)
 
 
 def build_planted(flavour: str) -> Path:

@@ -23,7 +23,8 @@ std::string take_sanitizer_report() {
 extern "C" {
 const char* __asan_default_options() {
   return "detect_leaks=0:halt_on_error=0:suppress_equal_pcs=0:verify_asan_link_order=0:detect_stack_use_after_return=0:"
-         "handle_segv=0:handle_abort=0:handle_sigfpe=0:handle_sigbus=0:handle_sigill=0";
+         "use_sigaltstack=0:disable_coredump=0:handle_segv=0:handle_abort=0:handle_sigfpe=0:handle_sigbus=0:handle_"
+         "sigill=0";
 }
 const char* __ubsan_default_options() { return "print_stacktrace=0:halt_on_error=0"; }
 

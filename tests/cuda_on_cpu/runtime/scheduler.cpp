@@ -24,7 +24,7 @@ dim3 blockDim, gridDim;
 
 // ---- context switch
 // ----------------------------------------------------------------------------------------------------
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
 __asm__(R"(
 .text
@@ -66,7 +66,6 @@ constexpr size_t kStack = 128 * 1024;
 #endif
 constexpr size_t kGuard = 4096;
 
-void* scheduler_stack_pointer = nullptr;
 void (*body)(void*) = nullptr;
 void* body_context = nullptr;
 std::map<const void*, size_t> allowed_dynamic;
@@ -113,7 +112,9 @@ size_t scheduler_stack_size = 0;
 void* scheduler_fake_stack = nullptr;
 #endif
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
+void* scheduler_stack_pointer = nullptr;
+#else
 ucontext_t scheduler_context, thread_context[kMaxThreads];
 #endif
 
@@ -124,7 +125,7 @@ void switch_to_scheduler(bool last) {
 #else
   (void)last;
 #endif
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
   cuda_on_cpu_switch(&machine.thread[machine.current].stack_pointer, scheduler_stack_pointer);
 #else
   swapcontext(&thread_context[machine.current], &scheduler_context);
@@ -151,7 +152,7 @@ void make_fiber(unsigned t) {
 #ifdef CUDA_ON_CPU_WITH_ASAN
   __asan_unpoison_memory_region(thread.stack, kStack);
 #endif
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
   auto** top = reinterpret_cast<void**>(thread.stack + kStack);
   *--top = nullptr;                               // a caller's frame that does not exist
   *--top = reinterpret_cast<void*>(&fiber_main);  // where the first switch returns to
@@ -174,7 +175,7 @@ void resume(unsigned t) {
 #ifdef CUDA_ON_CPU_WITH_ASAN
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, machine.thread[t].stack, kStack);
 #endif
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
   cuda_on_cpu_switch(&scheduler_stack_pointer, machine.thread[t].stack_pointer);
 #else
   swapcontext(&scheduler_context, &thread_context[t]);
