@@ -21,7 +21,7 @@ from vareid_ext.reference.pairwise_distance import METRICS
 from vareid_ext.retrieval import k_reciprocal_rerank, rerank_plan
 
 _DENSE_ELEMENTS = 1 << 26  # re-ranked matrices up to this size are made whole, which saves a second product
-_BLOCK_ELEMENTS = 1 << 24
+_BLOCK_ELEMENTS = 1 << 23
 _RERANK_DEFAULTS: Mapping[str, Any] = {"k1": 20, "k2": 6, "lambda_value": 0.3}
 
 
@@ -179,7 +179,7 @@ def evaluate_features(
             ``lambda_value`` (0.3). Junk is dropped before it, so that it is in nobody's neighbourhood.
         max_rank: length of the CMC curve, >= 1.
         junk_identity: the identity of gallery images to leave out; None for none.
-        block_rows: queries handled at once (default: as many as make 2^24 distances). With re-ranking, matrices up to
+        block_rows: queries handled at once (default: as many as make 2^23 distances). With re-ranking, matrices up to
             2^26 elements are made whole unless this is given: that takes one product less.
         progress: show progress bars on standard error.
 

@@ -14,7 +14,7 @@ from vareid_ext import _arrays
 from vareid_ext.ops.ranking import ranking_forward
 
 _DISTANCE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_BLOCK_ELEMENTS = 1 << 24  # distances asked of a function at a time, unless block_rows says otherwise
+_BLOCK_ELEMENTS = 1 << 23  # distances asked of a function at a time, unless block_rows says otherwise
 
 
 @dataclass(frozen=True)
@@ -194,19 +194,22 @@ def _check_block(tensor: Tensor, num_gallery: int) -> None:
         )
 
 
+def _asked_rows(distances: Callable[[int, int], Any], begin: int, end: int) -> Any:
+    block = distances(begin, end)
+    if block.shape[0] != end - begin:
+        raise ValueError(
+            f"distances: the function gave {block.shape[0]} rows for queries {begin} to {end}, expected {end - begin}"
+        )
+    return block
+
+
 def _blocks(distances: Any, num_queries: int, num_gallery: int, block_rows: int | None) -> Iterator[Any]:
     """The rows of the distances in order, in blocks, whichever way they were given."""
     if callable(distances) and not hasattr(distances, "__dlpack__"):
         step = block_rows or max(1, _BLOCK_ELEMENTS // num_gallery)
         for begin in range(0, num_queries, step):
             end = min(num_queries, begin + step)
-            block = distances(begin, end)
-            if block.shape[0] != end - begin:
-                raise ValueError(
-                    f"distances: the function gave {block.shape[0]} rows for queries {begin} to {end}, "
-                    f"expected {end - begin}"
-                )
-            yield block
+            yield _asked_rows(distances, begin, end)
     elif isinstance(distances, Tensor | np.ndarray) or hasattr(distances, "__dlpack__"):
         yield distances
     elif isinstance(distances, Iterable):
@@ -232,7 +235,7 @@ def rank_queries(
     """The ranking results of each query; the arguments are those of :func:`evaluate_ranking`.
 
     Args:
-        block_rows: rows asked of a function at a time (default: as many as make 2^24 distances); needs ``distances``
+        block_rows: rows asked of a function at a time (default: as many as make 2^23 distances); needs ``distances``
             to be a function.
         progress: called with the number of further queries done after each block.
 
@@ -276,6 +279,7 @@ def rank_queries(
                 f"not allowed ({len(refused)} such rows among {begin} to {end - 1})"
             )
         parts.append(result)
+        del block, tensor  # before the next one is made
         if progress is not None:
             progress(end - begin)
         begin = end
@@ -312,7 +316,7 @@ def evaluate_ranking(
         gallery_camera: ``[G]`` whole numbers; given if and only if ``query_camera`` is.
         max_rank: length of the CMC curve, >= 1; a gallery shorter than that repeats its last value.
         junk_identity: the identity of gallery images to leave out; None for none.
-        block_rows: rows asked of a function at a time (default: as many as make 2^24 distances).
+        block_rows: rows asked of a function at a time (default: as many as make 2^23 distances).
         progress: called with the number of further queries done after each block.
 
     Returns:
