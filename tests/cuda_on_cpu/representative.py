@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import vareid_ext
+from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
 from vareid_ext.ops.ranking import ranking_forward
 
 
@@ -67,6 +68,22 @@ def _cross_entropy(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]
     return call
 
 
+def _linear_cross_entropy(device: torch.device) -> list[Tensor]:
+    N, K, V, D = 16, 751, 3, 32
+    rng = torch.Generator().manual_seed(2)
+    feature = _leaf(_random(N, D), device)
+    W, U = _leaf(_random(K, D, seed=1), device), _leaf(_random(K, V, D, seed=2), device)
+    identity, viewpoint = torch.randint(K, (N,), generator=rng), torch.randint(-1, V, (N,), generator=rng)
+    L_y, L_v = linear_viewpoint_aware_cross_entropy(
+        feature, W, U, identity.to(device), viewpoint.to(device), normalize=True, scale=10.0
+    )
+    (L_y + L_v).backward()
+    assert feature.grad is not None
+    assert W.grad is not None
+    assert U.grad is not None
+    return [L_y.detach(), L_v.detach(), feature.grad, W.grad, U.grad]
+
+
 def _ranking(device: torch.device) -> list[Tensor]:
     Q, G, identities = 8, 4000, 50
     rng = torch.Generator().manual_seed(3)
@@ -77,6 +94,15 @@ def _ranking(device: torch.device) -> list[Tensor]:
 
 # The matches lie scattered in the row and are read again after their sort.
 _GATHERS = Limit(moved=1.2, coalescing=0.7, wavefronts=1.4)
+
+# Normalised centres: the inverse norms are read again for every row of logits, and a vector is read twice to project.
+_LINEAR = {
+    "linear_viewpoint_aware_cross_entropy_summarise_kernel": Limit(moved=2.0, coalescing=0.4),
+    "linear_viewpoint_aware_cross_entropy_finish_kernel": Limit(moved=1.4, coalescing=0.6),
+    "linear_viewpoint_aware_cross_entropy_gradient_kernel": Limit(moved=1.6, coalescing=0.5),
+    "linear_viewpoint_aware_cross_entropy_inverse_norms_kernel": Limit(),
+    "linear_viewpoint_aware_cross_entropy_project_kernel": Limit(moved=1.7),
+}
 
 REPRESENTATIVE: dict[str, list[Shape]] = {
     "angular_center": [
@@ -91,6 +117,7 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
         )
         for dtype in (torch.float32, torch.bfloat16)
     ],
+    "linear_viewpoint_aware_cross_entropy": [Shape("N 16, K 751, V 3, D 32, float32", _linear_cross_entropy, _LINEAR)],
     "ranking": [Shape("Q 8, G 4000, 50 identities, float32", _ranking, {"ranking_forward_kernel": _GATHERS})],
     "viewpoint_aware_cross_entropy": [
         Shape(
