@@ -1,4 +1,4 @@
-"""Losses from features: against the bare matrix products, the dense path, and public fused-linear losses where installed.
+"""Losses from features: against the bare matrix products, the dense path, and public peers where installed.
 
 The bare products are the three of each head (logits, gradient of the feature, gradient of the centres), each allocating
 its output. The memory is what the process holds at its peak beyond the inputs and their gradients.
@@ -64,7 +64,7 @@ class Case:
         return kept
 
     def liger(self) -> None:
-        """Liger-Kernel's fused linear cross-entropy, hard labels, of the identity head and of the joint viewpoint head."""
+        """Liger-Kernel's fused linear cross-entropy, hard labels, of the identity head and the joint head."""
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         loss = LigerFusedLinearCrossEntropyLoss()

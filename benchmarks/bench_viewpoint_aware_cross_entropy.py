@@ -1,4 +1,4 @@
-"""Soft-label cross-entropy: forward and backward of ``0.1 * (L_y + L_v)`` against a copy of the logits and PyTorch's own losses."""
+"""Soft-label cross-entropy: ``0.1 * (L_y + L_v)`` against a copy of the logits and PyTorch's own losses."""
 
 from __future__ import annotations
 

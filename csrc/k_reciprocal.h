@@ -59,4 +59,35 @@ void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType
                     const float* weight, double lambda_value, int64_t k, float* distance, int64_t* gallery_index,
                     void* workspace, int threads);
 
+// The same on a GPU. Workspaces: expanded and expand take none; invert: 8 bytes times (columns + entries); blend: 4
+// bytes times gallery for each of min(queries, kCudaBlendBlocks) blocks. sets: at most kCudaMaxWidth members;
+// matrix_neighbors: k at most 159 (else std::invalid_argument).
+constexpr int64_t kCudaBlendBlocks = 256;
+constexpr int64_t kCudaMaxWidth = 1024;
+void k_reciprocal_sets_cuda(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
+                            int32_t* size, int device, void* stream);
+void k_reciprocal_expanded_cuda(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
+                                const int32_t* half_size, int64_t half_width, int64_t rows, int64_t* indptr,
+                                int32_t* index, int device, void* stream);
+void k_reciprocal_listed_distance_cuda(const void* x, const double* x_factor, int64_t x_rows, int64_t x_stride,
+                                       const void* y, const double* y_factor, int64_t y_rows, int64_t y_stride,
+                                       DType dtype, int64_t D, const int32_t* neighbor, const float* neighbor_distance,
+                                       int64_t width, const int64_t* indptr, const int32_t* index, float* out,
+                                       int device, void* stream);
+void k_reciprocal_encode_cuda(const int64_t* indptr, const float* distance, const float* row_max, int64_t rows,
+                              float* value, int device, void* stream);
+void k_reciprocal_expand_cuda(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k2, const int64_t* indptr,
+                              const int32_t* index, const float* value, int64_t* new_indptr, int32_t* new_index,
+                              float* new_value, int device, void* stream);
+void k_reciprocal_invert_cuda(const int64_t* indptr, const int32_t* index, const float* value, int64_t rows,
+                              int64_t first, int64_t columns, int64_t entries, int64_t* start, int32_t* owner,
+                              float* weight, void* workspace, int device, void* stream);
+void k_reciprocal_blend_cuda(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
+                             const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
+                             const int32_t* owner, const float* weight, double lambda_value, void* workspace,
+                             int device, void* stream);
+void k_reciprocal_matrix_neighbors_cuda(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q,
+                                        int64_t G, int64_t k, int32_t* neighbor, double* row_max, int device,
+                                        void* stream);
+
 }  // namespace vareid

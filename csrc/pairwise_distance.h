@@ -40,4 +40,26 @@ void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, co
                                  const float* x_norm, const float* y_norm, Metric metric, double unscale, float* mirror,
                                  int64_t mirror_ld, int threads);
 
+// The same on a GPU; features are spelled out. They are launched on `stream` of `device`.
+void pairwise_distance_max_abs_cuda(const void* x, DType dtype, int64_t rows, int64_t D, int64_t stride,
+                                    double* max_abs, int device, void* stream);
+void pairwise_distance_norm_cuda(const void* x, const double* factor, DType dtype, int64_t rows, int64_t D,
+                                 int64_t stride, double* norm, int device, void* stream);
+void pairwise_distance_prepare_cuda(const void* x, const double* factor, DType dtype, int64_t rows, int64_t D,
+                                    int64_t stride, const double* center, float* out, float* norm, int device,
+                                    void* stream);
+void pairwise_distance_block_cuda(float* block, int64_t ld, const void* x, const double* x_factor, int64_t rows,
+                                  int64_t x_stride, const void* y, const double* y_factor, int64_t columns,
+                                  int64_t y_stride, DType dtype, int64_t D, const float* x_norm, const float* y_norm,
+                                  Metric metric, double unscale, float* mirror, int64_t mirror_ld, int device,
+                                  void* stream);
+
+// Products and distances in one: x_prepared [rows, D] and y_prepared [columns, D] are what prepare wrote, block is only
+// written. For blocks too small for the vendor's library to be worth its launches.
+void pairwise_distance_tiled_cuda(const float* x_prepared, const float* y_prepared, float* block, int64_t ld,
+                                  const void* x, const double* x_factor, int64_t rows, int64_t x_stride, const void* y,
+                                  const double* y_factor, int64_t columns, int64_t y_stride, DType dtype, int64_t D,
+                                  const float* x_norm, const float* y_norm, Metric metric, double unscale, int device,
+                                  void* stream);
+
 }  // namespace vareid

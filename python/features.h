@@ -21,6 +21,29 @@ inline Features make_features(const TensorView& x, const OptionalView& factor, c
   return {x.data, factor ? factor->as<double>() : nullptr, x.shape[0], x.strides[0]};
 }
 
+// Throws unless the array is where this build has kernels and on the device of the other arrays' leader.
+inline void check_usable(const TensorView& leader, const char* name) {
+#ifdef VAREID_WITH_CUDA
+  if (leader.device_type == kDeviceCpu || leader.device_type == kDeviceCuda) return;
+  refuse(name, "is on a device without kernels");
+#else
+  if (leader.device_type != kDeviceCpu) refuse(name, "is on a GPU, but this build has no CUDA kernels");
+#endif
+}
+
+inline bool on_gpu(const TensorView& leader, const char* name) {
+  check_usable(leader, name);
+  return leader.device_type == kDeviceCuda;
+}
+
+// The leading dimension of a float32 matrix whose rows are contiguous.
+inline int64_t leading_dimension(const TensorView& block, const char* name) {
+  if (block.ndim != 2) refuse(name, "shape " + shape_text(block) + ", expected two dimensions");
+  check_float32(block, name);
+  if (block.shape[1] > 1 && block.strides[1] != 1) refuse(name, "must have contiguous rows");
+  return block.strides[0];
+}
+
 // A contiguous array of one type and at least `size` elements; null pointers for None.
 template <typename T>
 T* array(const TensorView& view, const char* name, int64_t size) {

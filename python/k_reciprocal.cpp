@@ -19,16 +19,36 @@ void* scratch(const TensorView& workspace, int64_t bytes) {
   return workspace.data;
 }
 
-void reciprocal(const TensorView& neighbor, int64_t k, const TensorView& out, const TensorView& size, int threads, uintptr_t) {
+void reciprocal(const TensorView& neighbor, int64_t k, const TensorView& out, const TensorView& size, int threads, uintptr_t stream) {
   const int64_t rows = neighbor.shape[0], width = width_of(neighbor);
+  if (on_gpu(neighbor, "neighbor")) {
+#ifdef VAREID_WITH_CUDA
+    k_reciprocal_sets_cuda(array<int32_t>(neighbor, "neighbor", 0), rows, width, k,
+                           array<int32_t>(out, "reciprocal", rows * std::min(k + 1, width)),
+                           array<int32_t>(size, "size", rows), neighbor.device_id, reinterpret_cast<void*>(stream));
+#endif
+    return;
+  }
+  (void)stream;
   k_reciprocal_sets_cpu(array<int32_t>(neighbor, "neighbor", 0), rows, width, k,
                       array<int32_t>(out, "reciprocal", rows * std::min(k + 1, width)),
                       array<int32_t>(size, "size", rows), threads);
 }
 
 void expanded(const TensorView& sets, const TensorView& size, const TensorView& half, const TensorView& half_size,
-              const TensorView& indptr, const OptionalView& index, const TensorView& workspace, int threads, uintptr_t) {
+              const TensorView& indptr, const OptionalView& index, const TensorView& workspace, int threads, uintptr_t stream) {
   const int64_t rows = sets.shape[0];
+  if (on_gpu(sets, "sets")) {
+#ifdef VAREID_WITH_CUDA
+    k_reciprocal_expanded_cuda(array<int32_t>(sets, "reciprocal", 0), array<int32_t>(size, "size", rows),
+                               width_of(sets), array<int32_t>(half, "half", 0),
+                               array<int32_t>(half_size, "half_size", rows), width_of(half), rows,
+                               array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
+                               sets.device_id, reinterpret_cast<void*>(stream));
+#endif
+    return;
+  }
+  (void)stream;
   k_reciprocal_expanded_cpu(array<int32_t>(sets, "reciprocal", 0), array<int32_t>(size, "size", rows), width_of(sets),
                     array<int32_t>(half, "half", 0), array<int32_t>(half_size, "half_size", rows), width_of(half), rows,
                     array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
@@ -37,9 +57,21 @@ void expanded(const TensorView& sets, const TensorView& size, const TensorView& 
 
 void listed(const TensorView& x, const OptionalView& x_factor, const TensorView& y, const OptionalView& y_factor,
             const TensorView& neighbor, const TensorView& neighbor_distance, const TensorView& indptr,
-            const TensorView& index, const TensorView& out, int threads, uintptr_t) {
+            const TensorView& index, const TensorView& out, int threads, uintptr_t stream) {
   const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
   const int64_t rows = left.rows + right.rows, width = width_of(neighbor);
+  if (on_gpu(x, "x")) {
+#ifdef VAREID_WITH_CUDA
+    k_reciprocal_listed_distance_cuda(
+        left.data, left.factor, left.rows, left.stride, right.data, right.factor, right.rows, right.stride, x.dtype(),
+        x.shape[1], array<int32_t>(neighbor, "neighbor", rows * width),
+        array<float>(neighbor_distance, "neighbor_distance", rows * width), width,
+        array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
+        array<float>(out, "out", index.numel()), x.device_id, reinterpret_cast<void*>(stream));
+#endif
+    return;
+  }
+  (void)stream;
   k_reciprocal_listed_distance_cpu(left, right, x.dtype(), x.shape[1], array<int32_t>(neighbor, "neighbor", rows * width),
                       array<float>(neighbor_distance, "neighbor_distance", rows * width), width,
                       array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
@@ -47,16 +79,38 @@ void listed(const TensorView& x, const OptionalView& x_factor, const TensorView&
 }
 
 void encode(const TensorView& indptr, const TensorView& distance, const TensorView& row_max, const TensorView& value,
-            int threads, uintptr_t) {
+            int threads, uintptr_t stream) {
   const int64_t rows = indptr.numel() - 1;
+  if (on_gpu(distance, "distance")) {
+#ifdef VAREID_WITH_CUDA
+    k_reciprocal_encode_cuda(array<int64_t>(indptr, "indptr", 1), array<float>(distance, "distance", 0),
+                             array<float>(row_max, "row_max", rows), rows,
+                             array<float>(value, "value", distance.numel()), distance.device_id,
+                             reinterpret_cast<void*>(stream));
+#endif
+    return;
+  }
+  (void)stream;
   k_reciprocal_encode_cpu(array<int64_t>(indptr, "indptr", 1), array<float>(distance, "distance", 0),
              array<float>(row_max, "row_max", rows), rows, array<float>(value, "value", distance.numel()), threads);
 }
 
 void expand(const TensorView& neighbor, int64_t k2, const TensorView& indptr, const TensorView& index,
             const TensorView& value, const TensorView& new_indptr, const OptionalView& new_index,
-            const OptionalView& new_value, const TensorView& workspace, int threads, uintptr_t) {
+            const OptionalView& new_value, const TensorView& workspace, int threads, uintptr_t stream) {
   const int64_t rows = neighbor.shape[0];
+  if (on_gpu(neighbor, "neighbor")) {
+#ifdef VAREID_WITH_CUDA
+    k_reciprocal_expand_cuda(array<int32_t>(neighbor, "neighbor", 0), rows, width_of(neighbor), k2,
+                             array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
+                             array<float>(value, "value", index.numel()),
+                             array<int64_t>(new_indptr, "new_indptr", rows + 1),
+                             array<int32_t>(new_index, "new_index", 0), array<float>(new_value, "new_value", 0),
+                             neighbor.device_id, reinterpret_cast<void*>(stream));
+#endif
+    return;
+  }
+  (void)stream;
   k_reciprocal_expand_cpu(array<int32_t>(neighbor, "neighbor", 0), rows, width_of(neighbor), k2,
                    array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
                    array<float>(value, "value", index.numel()), array<int64_t>(new_indptr, "new_indptr", rows + 1),
@@ -65,7 +119,19 @@ void expand(const TensorView& neighbor, int64_t k2, const TensorView& indptr, co
 }
 
 void invert(const TensorView& indptr, const TensorView& index, const TensorView& value, int64_t first, int64_t columns,
-            const TensorView& start, const TensorView& owner, const TensorView& weight, const TensorView& workspace, int, uintptr_t) {
+            const TensorView& start, const TensorView& owner, const TensorView& weight, const TensorView& workspace, int, uintptr_t stream) {
+  if (on_gpu(index, "index")) {
+#ifdef VAREID_WITH_CUDA
+    k_reciprocal_invert_cuda(array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0),
+                             array<float>(value, "value", 0), indptr.numel() - 1, first, columns, owner.numel(),
+                             array<int64_t>(start, "start", columns + 1), array<int32_t>(owner, "owner", 0),
+                             array<float>(weight, "weight", owner.numel()),
+                             scratch(workspace, 8 * (columns + owner.numel())), index.device_id,
+                             reinterpret_cast<void*>(stream));
+#endif
+    return;
+  }
+  (void)stream;
   k_reciprocal_invert_cpu(array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0), array<float>(value, "value", 0),
              indptr.numel() - 1, first, columns, array<int64_t>(start, "start", columns + 1),
              array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()),
@@ -74,11 +140,24 @@ void invert(const TensorView& indptr, const TensorView& index, const TensorView&
 
 void blend(const TensorView& distance, const TensorView& row_max, const TensorView& indptr, const TensorView& index,
            const TensorView& value, const TensorView& start, const TensorView& owner, const TensorView& weight,
-           double lambda_value, const TensorView& workspace, int threads, uintptr_t) {
+           double lambda_value, const TensorView& workspace, int threads, uintptr_t stream) {
   if (distance.ndim != 2) refuse("distance", "shape " + shape_text(distance) + ", expected [Q, G]");
   check_float32(distance, "distance");
   if (distance.shape[1] > 1 && distance.strides[1] != 1) refuse("distance", "must have contiguous rows");
   const int64_t queries = distance.shape[0], gallery = distance.shape[1];
+  if (on_gpu(distance, "distance")) {
+#ifdef VAREID_WITH_CUDA
+    k_reciprocal_blend_cuda(
+        distance.as<float>(), distance.strides[0], queries, gallery, array<float>(row_max, "row_max", queries),
+        array<int64_t>(indptr, "indptr", queries + 1), array<int32_t>(index, "index", 0),
+        array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1),
+        array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()), lambda_value,
+        scratch(workspace, 4 * gallery * std::min(queries, kCudaBlendBlocks)), distance.device_id,
+        reinterpret_cast<void*>(stream));
+#endif
+    return;
+  }
+  (void)stream;
   k_reciprocal_blend_cpu(distance.as<float>(), distance.strides[0], queries, gallery, array<float>(row_max, "row_max", queries),
             array<int64_t>(indptr, "indptr", queries + 1), array<int32_t>(index, "index", 0),
             array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1),
@@ -88,7 +167,7 @@ void blend(const TensorView& distance, const TensorView& row_max, const TensorVi
 
 void matrix_neighbors(const TensorView& q_g, const TensorView& q_q, const TensorView& g_g, int64_t k,
                       const TensorView& neighbor, const TensorView& row_max, const TensorView& workspace, int threads,
-                      uintptr_t) {
+                      uintptr_t stream) {
   if (q_g.ndim != 2) refuse("q_g_dist", "shape " + shape_text(q_g) + ", expected [Q, G]");
   const int64_t Q = q_g.shape[0], G = q_g.shape[1];
   check_shape(q_q, "q_q_dist", {Q, Q});
@@ -100,6 +179,16 @@ void matrix_neighbors(const TensorView& q_g, const TensorView& q_q, const Tensor
     check_same_dtype(*view, "distances", q_g, "q_g_dist");
   }
   if (k < 1 || k > Q + G) refuse("k", "is out of range");
+  if (on_gpu(q_g, "q_g")) {
+#ifdef VAREID_WITH_CUDA
+    k_reciprocal_matrix_neighbors_cuda(q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k,
+                                       array<int32_t>(neighbor, "neighbor", (Q + G) * k),
+                                       array<double>(row_max, "row_max", Q + G), q_g.device_id,
+                                       reinterpret_cast<void*>(stream));
+#endif
+    return;
+  }
+  (void)stream;
   k_reciprocal_matrix_neighbors_cpu(q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k,
                        array<int32_t>(neighbor, "neighbor", (Q + G) * k), array<double>(row_max, "row_max", Q + G),
                        scratch(workspace, (128 * Q + 32 * k + 1024) * threads), threads);
@@ -110,11 +199,13 @@ void blend_topk(const TensorView& query, const OptionalView& query_factor, const
                 const TensorView& row_max, const TensorView& indptr, const TensorView& index, const TensorView& value,
                 const TensorView& start, const TensorView& owner, const TensorView& weight, double lambda_value,
                 const TensorView& distance, const TensorView& gallery_index, const TensorView& workspace, int threads,
-                uintptr_t) {
+                uintptr_t stream) {
   const Features left = make_features(query, query_factor, "query");
   const Features right = make_features(gallery, gallery_factor, "gallery");
   const int64_t Q = left.rows, G = right.rows, listed = width_of(nearest), k = width_of(distance);
   check_shape(gallery, "gallery", {G, query.shape[1]});
+  if (query.device_type != kDeviceCpu) refuse("query", "must be on the CPU");
+  (void)stream;
   if (k < 1 || k > listed || listed > G) refuse("nearest", "must list between k and G rows");
   k_reciprocal_topk_cpu(left, right, query.dtype(), query.shape[1], array<int32_t>(nearest, "nearest", Q * listed),
                  array<float>(original, "original", Q * listed), listed, array<float>(row_max, "row_max", Q),

@@ -6,45 +6,96 @@
 namespace vareid {
 namespace {
 
-void max_abs(const TensorView& x, const TensorView& out, int threads) {
-  const Features features = make_features(x, std::nullopt, "x");
-  pairwise_distance_max_abs_cpu(features, x.dtype(), x.shape[1], array<double>(out, "max_abs", x.shape[0]), threads);
+void max_abs(const TensorView& x, const TensorView& out, int threads, uintptr_t stream) {
+  const Features f = make_features(x, std::nullopt, "x");
+  double* const values = array<double>(out, "max_abs", f.rows);
+  check_device(out, "max_abs", x.device_type, x.device_id);
+  if (!on_gpu(x, "x")) return pairwise_distance_max_abs_cpu(f, x.dtype(), x.shape[1], values, threads);
+#ifdef VAREID_WITH_CUDA
+  pairwise_distance_max_abs_cuda(f.data, x.dtype(), f.rows, x.shape[1], f.stride, values, x.device_id,
+                                 reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+#endif
 }
 
-void norm(const TensorView& x, const OptionalView& factor, const TensorView& out, int threads, uintptr_t) {
-  const Features features = make_features(x, factor, "x");
-  pairwise_distance_norm_cpu(features, x.dtype(), x.shape[1], array<double>(out, "norm", x.shape[0]), threads);
+void norm(const TensorView& x, const OptionalView& factor, const TensorView& out, int threads, uintptr_t stream) {
+  const Features f = make_features(x, factor, "x");
+  double* const values = array<double>(out, "norm", f.rows);
+  check_device(out, "norm", x.device_type, x.device_id);
+  if (!on_gpu(x, "x")) return pairwise_distance_norm_cpu(f, x.dtype(), x.shape[1], values, threads);
+#ifdef VAREID_WITH_CUDA
+  pairwise_distance_norm_cuda(f.data, f.factor, x.dtype(), f.rows, x.shape[1], f.stride, values, x.device_id,
+                              reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+#endif
 }
 
 void prepare(const TensorView& x, const OptionalView& factor, const OptionalView& center, const TensorView& out,
-             const TensorView& out_norm, int threads, uintptr_t) {
-  const Features features = make_features(x, factor, "x");
-  const int64_t rows = x.shape[0], D = x.shape[1];
-  pairwise_distance_prepare_cpu(features, x.dtype(), D, array<double>(center, "center", D), array<float>(out, "out", rows * D),
-                      array<float>(out_norm, "norm", rows), threads);
-}
-
-// The leading dimension of a matrix whose rows are contiguous and lie in one array of floats.
-int64_t leading_dimension(const TensorView& block, const char* name) {
-  if (block.ndim != 2) refuse(name, "shape " + shape_text(block) + ", expected two dimensions");
-  check_float32(block, name);
-  if (block.shape[1] > 1 && block.strides[1] != 1) refuse(name, "must have contiguous rows");
-  return block.strides[0];
+             const TensorView& out_norm, int threads, uintptr_t stream) {
+  const Features f = make_features(x, factor, "x");
+  const int64_t D = x.shape[1];
+  const double* const middle = array<double>(center, "center", D);
+  float* const rows = array<float>(out, "out", f.rows * D);
+  float* const norms = array<float>(out_norm, "norm", f.rows);
+  check_device(out, "out", x.device_type, x.device_id);
+  check_device(out_norm, "norm", x.device_type, x.device_id);
+  if (!on_gpu(x, "x")) return pairwise_distance_prepare_cpu(f, x.dtype(), D, middle, rows, norms, threads);
+#ifdef VAREID_WITH_CUDA
+  pairwise_distance_prepare_cuda(f.data, f.factor, x.dtype(), f.rows, D, f.stride, middle, rows, norms, x.device_id,
+                                 reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+#endif
 }
 
 void block(const TensorView& products, const TensorView& x, const OptionalView& x_factor, const TensorView& y,
            const OptionalView& y_factor, const TensorView& x_norm, const TensorView& y_norm, int metric,
-           double unscale, const OptionalView& mirror, int threads, uintptr_t) {
+           double unscale, const OptionalView& mirror, int threads, uintptr_t stream) {
   const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
+  const int64_t D = x.shape[1], ld = leading_dimension(products, "products");
   check_shape(products, "products", {left.rows, right.rows});
-  check_shape(y, "y", {right.rows, x.shape[1]});
+  check_shape(y, "y", {right.rows, D});
   if (mirror) check_shape(*mirror, "mirror", {right.rows, left.rows});
-  pairwise_distance_block_cpu(products.as<float>(), leading_dimension(products, "products"), left, right, x.dtype(),
-                              x.shape[1], array<float>(x_norm, "x_norm", left.rows),
-                              array<float>(y_norm, "y_norm", right.rows), static_cast<Metric>(metric), unscale,
-                              mirror ? mirror->as<float>() : nullptr,
-                              mirror ? leading_dimension(*mirror, "mirror") : 0, threads);
+  const int64_t mirror_ld = mirror ? leading_dimension(*mirror, "mirror") : 0;
+  float* const turned = mirror ? mirror->as<float>() : nullptr;
+  const float* const x_norms = array<float>(x_norm, "x_norm", left.rows);
+  const float* const y_norms = array<float>(y_norm, "y_norm", right.rows);
+  check_device(y, "y", x.device_type, x.device_id);
+  check_device(products, "products", x.device_type, x.device_id);
+  if (!on_gpu(x, "x"))
+    return pairwise_distance_block_cpu(products.as<float>(), ld, left, right, x.dtype(), D, x_norms, y_norms,
+                                       static_cast<Metric>(metric), unscale, turned, mirror_ld, threads);
+#ifdef VAREID_WITH_CUDA
+  pairwise_distance_block_cuda(products.as<float>(), ld, left.data, left.factor, left.rows, left.stride, right.data,
+                               right.factor, right.rows, right.stride, x.dtype(), D, x_norms, y_norms,
+                               static_cast<Metric>(metric), unscale, turned, mirror_ld, x.device_id,
+                               reinterpret_cast<void*>(stream));
+#else
+  (void)stream;
+#endif
 }
+
+#ifdef VAREID_WITH_CUDA
+void tiled(const TensorView& x_prepared, const TensorView& y_prepared, const TensorView& out, const TensorView& x,
+           const OptionalView& x_factor, const TensorView& y, const OptionalView& y_factor, const TensorView& x_norm,
+           const TensorView& y_norm, int metric, double unscale, uintptr_t stream) {
+  const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
+  const int64_t D = x.shape[1];
+  check_shape(y, "y", {right.rows, D});
+  check_shape(out, "block", {left.rows, right.rows});
+  if (x.device_type != kDeviceCuda) refuse("x", "must be on a GPU");
+  check_device(y, "y", x.device_type, x.device_id);
+  check_device(out, "block", x.device_type, x.device_id);
+  pairwise_distance_tiled_cuda(array<float>(x_prepared, "x_prepared", left.rows * D),
+                               array<float>(y_prepared, "y_prepared", right.rows * D), out.as<float>(),
+                               leading_dimension(out, "block"), left.data, left.factor, left.rows, left.stride,
+                               right.data, right.factor, right.rows, right.stride, x.dtype(), D,
+                               array<float>(x_norm, "x_norm", left.rows), array<float>(y_norm, "y_norm", right.rows),
+                               static_cast<Metric>(metric), unscale, x.device_id, reinterpret_cast<void*>(stream));
+}
+#endif
 
 }  // namespace
 
@@ -54,6 +105,9 @@ void bind_pairwise_distance(pybind11::module_& m) {
   m.def("pairwise_distance_norm", &norm, release());
   m.def("pairwise_distance_prepare", &prepare, release());
   m.def("pairwise_distance_block", &block, release());
+#ifdef VAREID_WITH_CUDA
+  m.def("pairwise_distance_tiled", &tiled, release());
+#endif
 }
 
 }  // namespace vareid

@@ -161,6 +161,20 @@ def test_missing_pairs_are_neither_read_nor_moved(backend):
     assert (grad_W[2] == 0).all()
 
 
+@pytest.mark.parametrize("mode", ["autocast", "matmul precision"])
+def test_the_result_depends_on_no_precision_setting(backend, mode):
+    W, U = centers(6, 3, 257)
+    expected = run(W, U)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium" if mode == "matmul precision" else before)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            result = run(W, U)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_nan_and_inf_give_a_nan_loss(backend, poison):
     W, U = centers(3, 3, 8)
@@ -231,6 +245,30 @@ def test_double_backward_is_a_clear_error(backend):
     (grad,) = torch.autograd.grad(angular_center_regularizer(W, U), W, create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
+
+
+def test_forward_mode_is_a_clear_error(backend):
+    """Not a tangent of zero."""
+    W, U = centers(2, 2, 4)
+    with pytest.raises(RuntimeError, match="angular_center_regularizer: forward-mode differentiation"):
+        torch.func.jvp(lambda w: angular_center_regularizer(w, U), (W,), (U[:, 0],))
+    with pytest.raises(RuntimeError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
+        angular_center_regularizer(W, torch.autograd.forward_ad.make_dual(U, U))
+
+
+@pytest.mark.parametrize("needs", [(True, False), (False, True)], ids=["identity", "viewpoint"])
+def test_only_the_gradients_that_are_needed_are_computed(backend, needs):
+    W, U = centers(5, 3, 20)
+    mask = random_mask(5, 3)
+    a, b = W.clone().requires_grad_(needs[0]), U.clone().requires_grad_(needs[1])
+    angular_center_regularizer(a, b, mask=mask).backward()
+    expected = truth(W, U, mask)[1:]
+    for centre, need, want in zip((a, b), needs, expected, strict=True):
+        assert (centre.grad is not None) == need
+        assert not need or torch.allclose(centre.grad.double(), want, atol=1e-6)
+    upstream, saved = torch.ones(()), op._forward(W, U, mask)[1:]
+    gradients = op._backward(upstream, W, U, mask, *saved, *needs)
+    assert [bool(gradient.numel()) for gradient in gradients] == list(needs)
 
 
 def test_used_twice_in_one_graph(backend):

@@ -31,7 +31,8 @@ def configure(tmp_path, mode, **environment):
     import pybind11
 
     environment = {**os.environ, "CUDAARCHS": "80-real", **environment}
-    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), f"-DVAREID_CUDA={mode}"]
+    command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build")]
+    command += [] if mode is None else [f"-DVAREID_CUDA={mode}"]
     command += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
@@ -39,7 +40,7 @@ def configure(tmp_path, mode, **environment):
 @pytest.fixture
 def broken_nvcc(tmp_path):
     path = tmp_path / "nvcc"
-    path.write_text("#!/bin/sh\necho 'unsupported GNU version' >&2\nexit 1\n")
+    path.write_text('#!/bin/sh\ntouch "$(dirname "$0")/asked"\necho \'unsupported GNU version\' >&2\nexit 1\n')
     path.chmod(0o755)
     return str(path)
 
@@ -54,6 +55,26 @@ def test_on_stops_with_a_clear_error(tmp_path, broken_nvcc):
     result = configure(tmp_path, "ON", CUDACXX=broken_nvcc)
     assert result.returncode != 0
     assert "VAREID_CUDA=ON, but no nvcc was found" in re.sub(r"\s+", " ", result.stderr)
+
+
+def test_an_earlier_failure_is_not_remembered(tmp_path, broken_nvcc):
+    """After a repair (another CUDAHOSTCXX, say) the same build folder works: the compiler is asked again."""
+    assert configure(tmp_path, "AUTO", CUDACXX=broken_nvcc).returncode == 0
+    Path(broken_nvcc).with_name("asked").unlink()
+    configure(tmp_path, "AUTO", CUDACXX=broken_nvcc)
+    assert Path(broken_nvcc).with_name("asked").exists()
+
+
+def test_the_environment_sets_the_default(tmp_path, broken_nvcc):
+    result = configure(tmp_path, None, CUDACXX=broken_nvcc, VAREID_CUDA="OFF")
+    assert result.returncode == 0, result.stderr
+    assert "CUDA" not in result.stdout
+
+
+def test_an_empty_choice_is_no_choice(tmp_path, broken_nvcc):
+    result = configure(tmp_path, "", CUDACXX=broken_nvcc, VAREID_CUDA="")
+    assert result.returncode == 0, result.stderr
+    assert "CUDA kernels OFF" in result.stdout
 
 
 def test_off_does_not_look_for_nvcc(tmp_path, broken_nvcc):

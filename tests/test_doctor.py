@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 from vareid_ext import _native, doctor
 
 
@@ -28,3 +31,14 @@ def test_a_missing_optional_package_is_none(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "OPTIONAL", {"a_package_nobody_has": "a test"})
     assert doctor.main([]) == 0
     assert "not usable; needed for a test" in capsys.readouterr().out
+
+
+def test_a_package_whose_distribution_has_another_name_is_reported(monkeypatch, capsys):
+    """As CuPy is: the module ``cupy`` comes from ``cupy-cuda13x``."""
+    module = types.ModuleType("a_module_without_a_distribution")
+    module.__version__ = "12.3"
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(doctor, "REQUIRED", ("numpy",))
+    monkeypatch.setattr(doctor, "OPTIONAL", {module.__name__: "a test"})
+    assert doctor.main([]) == 0
+    assert "a_module_without_a_distribution (optional)  12.3" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,8 @@ def assert_right(x, Q, k1=20, k2=6, lambda_value=0.3):
     rooted = np.sqrt(distance)
     from_matrices = re_ranking(rooted[:Q, Q:], rooted[:Q, :Q], rooted[Q:, Q:], k1, k2, lambda_value)
     np.testing.assert_allclose(from_matrices, expected, rtol=0, atol=1e-5)
+    if not (_native.reference_forced() or hasattr(_native._module, "k_reciprocal_topk")):
+        return got  # the CUDA kernels alone: there, topk is made of whole rows
     k = min(5, x.shape[0] - Q)
     best, index = k_reciprocal_rerank(x[:Q], x[Q:], topk=k, **parameters)
     np.testing.assert_allclose(best, np.sort(expected, 1)[:, :k], rtol=0, atol=1e-5)
@@ -50,12 +54,14 @@ def assert_right(x, Q, k1=20, k2=6, lambda_value=0.3):
     return got
 
 
-@pytest.mark.parametrize("Q,G,D,k1,k2", [(10, 50, 6, 20, 6), (1, 40, 4, 7, 3), (20, 1, 4, 5, 3), (1, 1, 3, 20, 6)])
+@pytest.mark.parametrize(
+    ("Q", "G", "D", "k1", "k2"), [(10, 50, 6, 20, 6), (1, 40, 4, 7, 3), (20, 1, 4, 5, 3), (1, 1, 3, 20, 6)]
+)
 def test_random(backend, Q, G, D, k1, k2):
     assert_right(features(Q + G, D), Q, k1, k2)
 
 
-@pytest.mark.parametrize("k1,k2", [(1, 1), (2, 2), (3, 5), (9, 1), (60, 6), (5, 60), (200, 200)])
+@pytest.mark.parametrize(("k1", "k2"), [(1, 1), (2, 2), (3, 5), (9, 1), (60, 6), (5, 60), (200, 200)])
 def test_neighbourhoods(backend, k1, k2):
     """Also beyond the number of rows, and without query expansion."""
     assert_right(features(45, 5), 12, k1, k2)
@@ -90,7 +96,9 @@ def test_far_from_the_origin(backend):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 30), st.integers(1, 25), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99))
+@given(
+    st.integers(1, 12), st.integers(1, 30), st.integers(1, 25), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99)
+)
 def test_any_problem(Q, G, k1, k2, lambda_value, seed):
     assert_right(features(Q + G, 1 + seed % 4, seed, levels=None if seed % 2 else 4), Q, k1, k2, lambda_value)
 
@@ -100,7 +108,7 @@ def test_sets_are_the_definitions(backend):
     for k1 in (1, 4, 5, 20, 100):
         neighbor = torch.from_numpy(rank[:, : min(k1 + 1, 70)].astype(np.int32))
         indptr, index = op.k_reciprocal_sets(neighbor, k1)
-        got = [index[a:b].tolist() for a, b in zip(indptr[:-1], indptr[1:], strict=True)]
+        got = [index[a:b].tolist() for a, b in itertools.pairwise(indptr)]
         assert got == [sorted(members) for members in expanded_sets(rank.tolist(), k1)]
 
 
@@ -130,9 +138,7 @@ def test_units_do_not_matter(backend, factor):
     x = features(40, 5)
     expected = rerank(squared_distances(x, x), 10, 7, 3, 0.3)
     scaled = x.astype(np.float64) * factor
-    np.testing.assert_allclose(
-        k_reciprocal_rerank(scaled[:10], scaled[10:], k1=7, k2=3), expected, rtol=0, atol=1e-5
-    )
+    np.testing.assert_allclose(k_reciprocal_rerank(scaled[:10], scaled[10:], k1=7, k2=3), expected, rtol=0, atol=1e-5)
     d = np.sqrt(squared_distances(x, x)) * factor
     np.testing.assert_allclose(re_ranking(d[:10, 10:], d[:10, :10], d[10:, 10:], 7, 3), expected, rtol=0, atol=1e-5)
 

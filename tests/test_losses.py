@@ -12,6 +12,7 @@ from vareid_ext import (
     ViewpointAwareLoss,
     angular_center_regularizer,
     identity_cross_entropy,
+    losses,
     reference_backend,
     viewpoint_aware_cross_entropy,
 )
@@ -165,6 +166,21 @@ def test_twenty_steps_give_the_same_curve_on_both_backends() -> None:
         plain = _curve(20)
     assert native == pytest.approx(plain, rel=1e-4)
     assert native[-1] < native[0]
+
+
+@pytest.mark.parametrize("view_weight", [1.0, 0.3])
+def test_large_heads_give_the_same_without_holding_the_logits(
+    monkeypatch: pytest.MonkeyPatch, view_weight: float
+) -> None:
+    loss, (feature, identity, viewpoint) = make_loss(view_weight=view_weight), batch()
+    inputs = (feature.requires_grad_(), *loss.parameters())
+    held = loss(feature, identity, viewpoint)
+    held_gradients = torch.autograd.grad(held.total, inputs)
+    monkeypatch.setattr(losses, "_LINEAR_FROM_BYTES", 0)
+    monkeypatch.setattr(losses, "viewpoint_aware_cross_entropy", None)
+    parts = loss(feature, identity, viewpoint)
+    torch.testing.assert_close(parts, held)
+    torch.testing.assert_close(torch.autograd.grad(parts.total, inputs), held_gradients, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,16 @@ def test_reference_backend_covers_its_block_only():
             pass
         assert _native.reference_forced()
     assert backends()["cpu"] == before
+
+
+def test_reference_backend_reaches_other_threads():
+    """The backward pass on a GPU runs in a thread of autograd's."""
+    states = []
+    with reference_backend():
+        thread = threading.Thread(target=lambda: states.append(backends()["cpu"]))
+        thread.start()
+        thread.join()
+    assert "asked for" in states[0]
 
 
 @pytest.mark.skipif(_native.backends()["cpu"] != "native", reason="needs the compiled module")

@@ -44,7 +44,7 @@ def assert_exact(x, y, k, metric="sqeuclidean"):
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
-@pytest.mark.parametrize("M,N,D,k", [(1, 1, 1, 1), (7, 30, 5, 4), (30, 20, 33, 20), (5, 64, 16, 1)])
+@pytest.mark.parametrize(("M", "N", "D", "k"), [(1, 1, 1, 1), (7, 30, 5, 4), (30, 20, 33, 20), (5, 64, 16, 1)])
 def test_random(backend, metric, M, N, D, k):
     assert_exact(features(M, D), features(N, D, 1), k, metric)
 

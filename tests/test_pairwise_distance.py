@@ -8,6 +8,7 @@ import torch
 from vareid_ext import _native, pairwise_distance, reference_backend
 from vareid_ext.ops import _matmul
 from vareid_ext.ops import pairwise_distance as op
+from vareid_ext.ops._filter import Filter
 
 METRICS = ["euclidean", "sqeuclidean", "cosine"]
 SIZES = [(1, 1, 1), (3, 5, 2), (17, 9, 33), (40, 70, 64), (33, 1, 7), (0, 4, 3), (4, 0, 3)]
@@ -38,7 +39,7 @@ def truth(x, y, metric):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("M,N,D", SIZES)
+@pytest.mark.parametrize(("M", "N", "D"), SIZES)
 def test_values(backend, metric, M, N, D):
     x, y = features(M, D), features(N, D, 1)
     got = pairwise_distance(x, y, metric=metric)
@@ -64,6 +65,29 @@ def test_other_dtypes(backend, dtype):
     got = pairwise_distance(x, y)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(got.double(), truth(x, y, "euclidean"), rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("M", "N", "D"), [(1, 1, 1), (3, 70, 5), (65, 66, 33)])
+def test_small_blocks_by_the_own_kernel(backend, metric, M, N, D):
+    """On a GPU, and where its kernels are executed, small blocks are one kernel's work; elsewhere it does not exist."""
+    x, y = features(M, D), features(N, D, 1)
+    y[0] = x[0]
+    native = _native.module() if backend != "reference" else None
+    if not hasattr(native, "pairwise_distance_tiled"):
+        assert backend != "cuda_on_cpu"
+        return
+    if not (x.is_cuda or backend == "cuda_on_cpu"):
+        return
+    filtered = Filter([x, y], ["x", "y"], metric)
+    out, view = torch.empty(M, N), _native.view
+    native.pairwise_distance_tiled(
+        view(filtered.block(0, 0, M, 0)), view(filtered.block(1, 0, N, 1)), view(out), view(x),
+        view(filtered.factors[0]), view(y), view(filtered.factors[1]), view(filtered.norms[0]),
+        view(filtered.norms[1]), METRICS.index(metric), filtered.unscale, 0,
+    )  # fmt: skip
+    assert out[0, 0] == 0
+    torch.testing.assert_close(out.double(), truth(x, y, metric), rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -40,7 +40,9 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 _module, _missing_reason = _load()
-_forced_reference: contextvars.ContextVar[bool] = contextvars.ContextVar("vareid_reference", default=False)
+# Of the process, not of a thread: the backward pass on a GPU runs in threads of autograd.
+_forced_reference = 0
+_forced_reference_lock = threading.Lock()
 _told: set[str] = set()
 
 
@@ -64,18 +66,22 @@ _environment_reference = _environment_choice() == "reference"
 def reference_backend() -> Iterator[None]:
     """Run every op inside the ``with`` block as plain PyTorch, as ``VAREID_BACKEND=reference`` does for a process.
 
-    The backward pass of a result follows the setting in force when ``backward`` runs.
+    It holds for every thread until the block ends. The backward pass of a result follows the setting in force when
+    ``backward`` runs.
     """
-    token = _forced_reference.set(True)
+    global _forced_reference
+    with _forced_reference_lock:
+        _forced_reference += 1
     try:
         yield
     finally:
-        _forced_reference.reset(token)
+        with _forced_reference_lock:
+            _forced_reference -= 1
 
 
 def reference_forced() -> bool:
     """Whether the environment or :func:`reference_backend` asks for plain PyTorch."""
-    return _environment_reference or _forced_reference.get()
+    return _environment_reference or _forced_reference > 0
 
 
 def loaded() -> bool:

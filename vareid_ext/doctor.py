@@ -28,11 +28,14 @@ CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16",
 def _version(module: str) -> tuple[bool, str]:
     """Whether a package imports, and its version or why it does not."""
     try:
-        importlib.import_module(module)
+        imported = importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: torchvision beside another torch's build
         lines = str(error).splitlines() or [type(error).__name__]
         return False, f"does not import: {lines[0]}"
-    return True, importlib.metadata.version(DISTRIBUTION.get(module, module))
+    try:
+        return True, importlib.metadata.version(DISTRIBUTION.get(module, module))
+    except importlib.metadata.PackageNotFoundError:  # CuPy's distributions carry the CUDA version in their name
+        return True, str(getattr(imported, "__version__", "of unknown version"))
 
 
 def _cpu() -> tuple[str, list[str]]:

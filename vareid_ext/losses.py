@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from vareid_ext.ops._checks import check_dtype, check_floating, check_shape
 from vareid_ext.ops._labels import check_scalars, warn_of_alpha
 from vareid_ext.ops.angular_center import angular_center_regularizer
+from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy, viewpoint_aware_cross_entropy
 
+_LINEAR_FROM_BYTES = 64 * 2**20  # of logits: above this, not holding them is faster, and memory stays bounded
 _INITIAL_STD = 0.001  # of the centres: small, so that training starts from a uniform prediction
 
 
@@ -31,7 +33,9 @@ class LossParts(NamedTuple):
 class ViewpointAwareLoss(nn.Module):
     """The VA-reID loss ``L_y + view_weight * L_v + beta * L_R`` on features, with its centres as parameters.
 
-    The two heads are bias-free: identity logits are ``feature @ W.T``, viewpoint logits ``feature @ U.T``. The switches
+    The two heads are bias-free: identity logits are ``feature @ W.T``, viewpoint logits ``feature @ U.T``. Where the
+    logits of a batch would take more than 64 MiB, they are never held at once
+    (:func:`vareid_ext.linear_viewpoint_aware_cross_entropy`). The switches
     give the ablations of the paper: Xent (smoothing="none", neither viewpoint nor regularizer), LSR
     (smoothing="uniform"), L_y (smoothing="adaptive"), L_y + L_v, L_y + L_R, and all.
 
@@ -139,22 +143,17 @@ class ViewpointAwareLoss(nn.Module):
         """
         check_floating("feature", feature)
         check_shape("feature", feature, ("N", self.feature_dim))
-        identity_logits = nn.functional.linear(feature, self.identity_centers)
         zero = torch.zeros((), device=feature.device)
         viewpoint_loss = regularizer = zero
         if self.use_viewpoint:
             if viewpoint is None:
                 raise ValueError("viewpoint: None was given; use_viewpoint=True needs a label for each sample")
-            assert self.viewpoint_centers is not None
-            viewpoint_logits = nn.functional.linear(feature, self.viewpoint_centers.flatten(0, 1))
-            identity_loss, viewpoint_loss = viewpoint_aware_cross_entropy(
-                identity_logits, viewpoint_logits.unflatten(1, (self.num_identities, self.num_viewpoints)),
-                identity, viewpoint, smoothing=self.smoothing, alpha=self.alpha, epsilon=self.epsilon, mask=self.mask,
-            )  # fmt: skip
+            identity_loss, viewpoint_loss = self._both_losses(feature, identity, viewpoint)
         else:
             identity_loss = identity_cross_entropy(
-                identity_logits, identity, smoothing=self.smoothing, alpha=self.alpha, epsilon=self.epsilon
-            )
+                nn.functional.linear(feature, self.identity_centers), identity, smoothing=self.smoothing,
+                alpha=self.alpha, epsilon=self.epsilon,
+            )  # fmt: skip
         total = identity_loss
         if self.use_viewpoint:
             total = total + self.view_weight * viewpoint_loss
@@ -163,3 +162,19 @@ class ViewpointAwareLoss(nn.Module):
             regularizer = angular_center_regularizer(self.identity_centers, self.viewpoint_centers, mask=self.mask)
             total = total + self.beta * regularizer
         return LossParts(total, identity_loss, viewpoint_loss, regularizer)
+
+    def _both_losses(self, feature: Tensor, identity: Tensor, viewpoint: Tensor) -> tuple[Tensor, Tensor]:
+        """(L_y, L_v), from logits where these are small, else without holding them."""
+        W, U = self.identity_centers, self.viewpoint_centers
+        assert U is not None
+        logits = feature.shape[0] * self.num_identities * (1 + self.num_viewpoints)
+        if logits * feature.element_size() > _LINEAR_FROM_BYTES:
+            return linear_viewpoint_aware_cross_entropy(
+                feature, W, U, identity, viewpoint, smoothing=self.smoothing, alpha=self.alpha, epsilon=self.epsilon,
+                mask=self.mask,
+            )  # fmt: skip
+        viewpoint_logits = nn.functional.linear(feature, U.flatten(0, 1))
+        return viewpoint_aware_cross_entropy(
+            nn.functional.linear(feature, W), viewpoint_logits.unflatten(1, (self.num_identities, self.num_viewpoints)),
+            identity, viewpoint, smoothing=self.smoothing, alpha=self.alpha, epsilon=self.epsilon, mask=self.mask,
+        )  # fmt: skip

@@ -57,3 +57,11 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """ValueError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} was given; allowed are {', '.join(map(repr, allowed))}")
+
+
+def refuse_forward_mode(function: str, *values: Tensor) -> None:
+    """RuntimeError if a tensor carries a forward-mode tangent, which an operator would drop without a word."""
+    if torch.compiler.is_compiling():
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(value).tangent is not None for value in values):
+        raise RuntimeError(f"{function}: forward-mode differentiation (jvp) is not supported; use backward")

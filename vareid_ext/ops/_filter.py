@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _native
-from vareid_ext.ops._features import row_magnitudes
+from vareid_ext.ops._features import row_magnitudes, stream_of
 
 BLOCK_ROWS = 1024  # rows and columns of a block of products: 4 MiB, which stays in a third-level cache
 _UNIT = 2.0**-24
@@ -48,11 +48,6 @@ def common_scale(largest: float) -> float:
 def contiguous_rows(x: Tensor) -> Tensor:
     """x, or a copy of it if its rows are not contiguous."""
     return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
-
-
-def stream_of(tensor: Tensor) -> int:
-    """The current stream of a CUDA tensor's device, 0 for others."""
-    return _native.stream(tensor) if tensor.is_cuda else 0
 
 
 class Filter:

@@ -106,6 +106,22 @@ def _first(bad: Tensor) -> int:
     return int(bad.nonzero()[0, 0])
 
 
+def transforms_active() -> bool:
+    """Whether a transform of ``torch.func`` (grad, vmap, jvp, ...) is being applied.
+
+    Operators with a closed-form gradient cannot be followed by these; the losses then run as a plain composition.
+    """
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def reduce_rows(loss: Tensor, reduction: str) -> Tensor:
+    """The mean or the sum of the rows' losses, added up in float64; or the rows as they are."""
+    if reduction == "none":
+        return loss
+    total = loss.to(torch.float64).sum()
+    return (total / loss.shape[0] if reduction == "mean" else total).to(loss.dtype)
+
+
 def check_label_values(
     identity: Tensor, viewpoint: Tensor | None, identities: int, views: int, mask: Tensor | None
 ) -> None:

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _native
-from vareid_ext.ops._checks import check_choice, check_dtype, check_floating, check_same_device, check_shape
+from vareid_ext.ops._checks import (
+    check_choice,
+    check_dtype,
+    check_floating,
+    check_same_device,
+    check_shape,
+    refuse_forward_mode,
+)
 from vareid_ext.reference import angular_center as reference
 
 
@@ -28,10 +35,14 @@ def _backward(
     cosine: Tensor,
     identity_norm: Tensor,
     viewpoint_norm: Tensor,
+    need_identity: bool,
+    need_viewpoint: bool,
 ) -> tuple[Tensor, Tensor]:
-    return reference.angular_center_backward(
+    # A gradient that is not needed comes back empty: an operator has to return something.
+    grad_W, grad_U = reference.angular_center_backward(
         upstream, identity_centers, viewpoint_centers, mask, cosine, identity_norm, viewpoint_norm
     )
+    return grad_W if need_identity else grad_W.new_empty(0), grad_U if need_viewpoint else grad_U.new_empty(0)
 
 
 @_forward.register_fake
@@ -53,8 +64,13 @@ def _(
     cosine: Tensor,
     identity_norm: Tensor,
     viewpoint_norm: Tensor,
+    need_identity: bool,
+    need_viewpoint: bool,
 ) -> tuple[Tensor, Tensor]:
-    return identity_centers.new_empty(identity_centers.shape), viewpoint_centers.new_empty(viewpoint_centers.shape)
+    return (
+        identity_centers.new_empty(identity_centers.shape if need_identity else 0),
+        viewpoint_centers.new_empty(viewpoint_centers.shape if need_viewpoint else 0),
+    )
 
 
 def _stream(tensor: Tensor) -> int:
@@ -85,14 +101,17 @@ def _native_backward(
     cosine: Tensor,
     identity_norm: Tensor,
     viewpoint_norm: Tensor,
+    need_identity: bool,
+    need_viewpoint: bool,
 ) -> tuple[Tensor, Tensor]:
     W, U = identity_centers.contiguous(), viewpoint_centers.contiguous()
     mask = None if mask is None else mask.contiguous()
-    grad_W, grad_U = W.new_empty(W.shape), U.new_empty(U.shape)
+    grad_W, grad_U = W.new_empty(W.shape if need_identity else 0), U.new_empty(U.shape if need_viewpoint else 0)
     view = _native.view
     _native.module().angular_center_backward(
         view(upstream), view(W), view(U), view(mask), view(cosine.contiguous()), view(identity_norm.contiguous()),
-        view(viewpoint_norm.contiguous()), view(grad_W), view(grad_U), torch.get_num_threads(), _stream(W),
+        view(viewpoint_norm.contiguous()), view(grad_W if need_identity else None),
+        view(grad_U if need_viewpoint else None), torch.get_num_threads(), _stream(W),
     )  # fmt: skip
     return grad_W, grad_U
 
@@ -108,8 +127,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-    grad_W, grad_U = _backward(upstream, *ctx.saved_tensors)
-    return grad_W, grad_U, None
+    need_identity, need_viewpoint = ctx.needs_input_grad[:2]
+    grad_W, grad_U = _backward(upstream, *ctx.saved_tensors, need_identity, need_viewpoint)
+    return grad_W if need_identity else None, grad_U if need_viewpoint else None, None
 
 
 def _refuse_double_backward(ctx: Any, *_grads: Tensor) -> None:
@@ -142,6 +162,7 @@ def angular_center_regularizer(
     Raises:
         TypeError: a dtype that is not floating, or two that differ.
         ValueError: shapes, devices or the reduction do not fit.
+        RuntimeError: forward-mode differentiation (jvp) or double backward.
     """
     check_floating("identity_centers", identity_centers)
     check_shape("identity_centers", identity_centers, ("K", "D"))
@@ -154,6 +175,7 @@ def angular_center_regularizer(
         check_shape("mask", mask, (K, viewpoint_centers.shape[1]))
         check_dtype("mask", mask, torch.bool)
         check_same_device("mask", mask, "identity_centers", identity_centers)
+    refuse_forward_mode("angular_center_regularizer", identity_centers, viewpoint_centers)
     total = _forward(identity_centers, viewpoint_centers, mask)[0]
     if reduction == "sum":
         return total

@@ -12,10 +12,16 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _native
-from vareid_ext.ops._filter import contiguous_rows, stream_of
+from vareid_ext.ops._features import stream_of
+from vareid_ext.ops._filter import contiguous_rows
 from vareid_ext.reference import k_reciprocal as reference
 from vareid_ext.reference import nearest_neighbors as neighbor_reference
 from vareid_ext.reference.pairwise_distance import exact_distance, rows_per_block
+
+# Limits of the CUDA kernels, as in csrc/k_reciprocal.h.
+_CUDA_MOST_MEMBERS = 1024
+_CUDA_MOST_LISTED = 159
+_CUDA_BLEND_BLOCKS = 256
 
 
 def _pattern_sizes(like: Tensor, rows: int) -> tuple[Tensor, Any]:
@@ -189,10 +195,12 @@ def _scratch(like: Tensor, size: int) -> Tensor:
     return like.new_empty((size,), dtype=torch.uint8)
 
 
-def _native_sets(neighbor: Tensor, k1: int) -> tuple[Tensor, Tensor]:
+def _native_sets(neighbor: Tensor, k1: int) -> Any:
     native, view, threads, stream = _native.module(), _native.view, torch.get_num_threads(), stream_of(neighbor)
     neighbor = neighbor.contiguous()
     M, width = neighbor.shape
+    if neighbor.is_cuda and min(k1 + 1, width) > _CUDA_MOST_MEMBERS:
+        return NotImplemented
     sets = []
     for k in (k1, reference.half_k(k1)):
         members = neighbor.new_empty((M, min(k + 1, width)))
@@ -275,7 +283,7 @@ def invert(indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: in
     entries = index.shape[0] - int(indptr[first])
     start = indptr.new_empty((columns + 1,))
     owner, weight = index.new_empty((entries,)), value.new_empty((entries,))
-    workspace = _scratch(index, 8 * columns)
+    workspace = _scratch(index, 8 * (columns + entries))
     _native.module().k_reciprocal_invert(
         view(indptr), view(index), view(value), first, columns, view(start), view(owner), view(weight),
         view(workspace), threads, stream_of(index),
@@ -291,14 +299,14 @@ def _native_blend(
     value: Tensor,
     lambda_value: float,
     columns: int | None = None,
-) -> None:
+) -> Any:
     view, threads = _native.view, torch.get_num_threads()
     Q, G = distance.shape
     if distance.stride(1) != 1 and G > 1:
         return NotImplemented
     index, value = index.contiguous(), value.contiguous()
     inverted = invert(indptr, index, value, Q, Q + G if columns is None else columns)
-    workspace = _scratch(distance, 4 * G * threads)
+    workspace = _scratch(distance, 4 * G * (min(Q, _CUDA_BLEND_BLOCKS) if distance.is_cuda else threads))
     _native.module().k_reciprocal_blend(
         view(distance), view(row_max.contiguous()), view(indptr), view(index), view(value), *map(view, inverted),
         lambda_value, view(workspace), threads, stream_of(distance),
@@ -332,7 +340,9 @@ def _native_topk(
     return distance, gallery_index
 
 
-def _native_matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _native_matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> Any:
+    if q_g.is_cuda and k > _CUDA_MOST_LISTED:
+        return NotImplemented
     view, threads = _native.view, torch.get_num_threads()
     Q, G = q_g.shape
     neighbor = q_g.new_empty((Q + G, k), dtype=torch.int32)
@@ -345,11 +355,11 @@ def _native_matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> t
     return neighbor, row_max
 
 
-for _device_type in ("cpu",):
+_native.register(k_reciprocal_topk, "cpu")(_native_topk)  # on a GPU the default: whole rows of some queries at a time
+for _device_type in ("cpu", "cuda"):
     _native.register(k_reciprocal_sets, _device_type)(_native_sets)
     _native.register(listed_distance, _device_type)(_native_listed_distance)
     _native.register(k_reciprocal_encode, _device_type)(_native_encode)
     _native.register(k_reciprocal_expand, _device_type)(_native_expand)
     _native.register(k_reciprocal_blend, _device_type)(_native_blend)
-    _native.register(k_reciprocal_topk, _device_type)(_native_topk)
     _native.register(matrix_neighbors, _device_type)(_native_matrix_neighbors)

@@ -23,9 +23,12 @@ from vareid_ext.ops._labels import (
     check_scalars,
     check_viewpoint,
     plain_viewpoint,
+    reduce_rows,
+    transforms_active,
     warn_of_alpha,
 )
 from vareid_ext.reference import linear_viewpoint_aware_cross_entropy as reference
+from vareid_ext.reference import viewpoint_aware_cross_entropy as rows
 from vareid_ext.reference.angular_center import accumulator_dtype
 
 MEMORY_BUDGET = 256 * 2**20
@@ -37,13 +40,6 @@ _IDENTITY, _VIEWPOINT = 0, 1
 
 def _mean_share(reduction: str, N: int) -> float:
     return 1 / N if reduction == "mean" else 1.0
-
-
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    total = loss.to(torch.float64).sum()
-    return (total * _mean_share(reduction, loss.shape[0])).to(loss.dtype)
 
 
 def _later_share(feature: Tensor, reduction: str) -> float:
@@ -134,7 +130,7 @@ def _forward_impl(native: bool, call: _Call) -> tuple[Tensor, Tensor, Tensor, Te
     one = call.feature.new_ones((), dtype=accumulator_dtype(call.feature.dtype))
     share = _forward_share(call.feature, call.reduction)
     losses, feature_gradients, centers_gradients = _run_heads(call, (one, one), share, native)
-    identity_loss, viewpoint_loss = (_reduce(loss, call.reduction) for loss in losses)
+    identity_loss, viewpoint_loss = (reduce_rows(loss, call.reduction) for loss in losses)
     return (
         identity_loss, viewpoint_loss, feature_gradients[0], feature_gradients[1], centers_gradients[0],
         centers_gradients[1],
@@ -208,14 +204,6 @@ def _backward(
     return _backward_impl(False, identity_upstream, viewpoint_upstream, call)
 
 
-@torch.library.custom_op("vareid::linear_viewpoint_aware_cross_entropy_scale", mutates_args=("gradient",))
-def _scale(gradient: Tensor, upstream: Tensor, share: float) -> None:
-    """``gradient *= upstream * share``, in place; where that is 1, it is found out only if that needs no waiting."""
-    if upstream.device.type == "cpu" and float(upstream) * share == 1:
-        return
-    gradient.mul_(upstream * share)
-
-
 @_forward.register_fake
 def _(
     feature: Tensor,
@@ -278,11 +266,6 @@ def _(
     )
 
 
-@_scale.register_fake
-def _(gradient: Tensor, upstream: Tensor, share: float) -> None:
-    return None
-
-
 def _native_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _forward_impl(True, _Call(*arguments))
 
@@ -314,7 +297,7 @@ def _differentiate(
     tensors = ctx.saved_tensors
     feature, need = tensors[0], ctx.needs_input_grad[:3]
     gradients, ctx.gradients = ctx.gradients, None
-    if gradients is not None:
+    if gradients is not None and not torch.is_grad_enabled():
         made = _scaled(gradients, feature, ctx.reduction, identity_upstream, viewpoint_upstream, need)
         return *made, *(None,) * 14
     zero = feature.new_zeros(
@@ -326,6 +309,18 @@ def _differentiate(
         *tensors, *ctx.mode, *need,
     )  # fmt: skip
     return *(gradient if wanted else None for gradient, wanted in zip(computed, need, strict=True)), *(None,) * 14
+
+
+def _times(gradient: Tensor, upstream: Tensor, share: float) -> Tensor:
+    """``gradient * upstream * share``: in place, or out of place while a compiler traces it.
+
+    Where the factor is 1, nothing is done, if that is found out without waiting for a device.
+    """
+    if type(gradient) is not Tensor or type(upstream) is not Tensor:
+        return gradient * (upstream * share).to(gradient.dtype)
+    if upstream.device.type == "cpu" and float(upstream) * share == 1:
+        return gradient
+    return gradient.mul_(upstream * share)
 
 
 def _scaled(
@@ -344,11 +339,10 @@ def _scaled(
         if upstream is None:
             continue
         if need[0]:
-            _scale(gradients[h], upstream, share)
-            feature_gradient = gradients[h] if feature_gradient is None else feature_gradient + gradients[h]
+            part = _times(gradients[h], upstream, share)
+            feature_gradient = part if feature_gradient is None else feature_gradient + part
         if need[1 + h]:
-            _scale(gradients[2 + h], upstream, share)
-            centers_gradients[h] = gradients[2 + h]
+            centers_gradients[h] = _times(gradients[2 + h], upstream, share)
     return feature_gradient, centers_gradients[_IDENTITY], centers_gradients[_VIEWPOINT]
 
 
@@ -439,11 +433,21 @@ def linear_viewpoint_aware_cross_entropy(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows: {chunk_rows} was given; it must be at least 1, or None")
     warn_of_alpha(alpha, V)
+    identity, viewpoint = identity.to(torch.int64), plain_viewpoint(viewpoint)
+    if transforms_active():
+        constant = epsilon if smoothing == "uniform" else 0.0
+        identity_logits = reference.linear_logits(feature, identity_centers[:, None], normalize, scale)
+        viewpoint_logits = reference.linear_logits(feature, viewpoint_centers, normalize, scale)
+        adaptive = smoothing == "adaptive"
+        losses = (
+            rows.differentiable(identity_logits, identity, None, None, adaptive, alpha, constant),
+            rows.differentiable(viewpoint_logits, identity, viewpoint, mask, True, alpha, 0.0),
+        )
+        return reduce_rows(losses[0], reduction), reduce_rows(losses[1], reduction)
     in_forward = torch.is_grad_enabled() and reduction != "none"
     identity_loss, viewpoint_loss, *_ = _forward(
-        feature, identity_centers, viewpoint_centers, identity.to(torch.int64), plain_viewpoint(viewpoint), mask,
-        smoothing, alpha, epsilon, reduction, normalize, float(scale), chunk_rows or 0, MEMORY_BUDGET,
-        in_forward and feature.requires_grad, in_forward and identity_centers.requires_grad,
-        in_forward and viewpoint_centers.requires_grad,
+        feature, identity_centers, viewpoint_centers, identity, viewpoint, mask, smoothing, alpha, epsilon, reduction,
+        normalize, float(scale), chunk_rows or 0, MEMORY_BUDGET, in_forward and feature.requires_grad,
+        in_forward and identity_centers.requires_grad, in_forward and viewpoint_centers.requires_grad,
     )  # fmt: skip
     return identity_loss, viewpoint_loss

@@ -18,13 +18,13 @@ from torch import Tensor
 from vareid_ext import _native
 from vareid_ext.ops import _progress
 from vareid_ext.ops._checks import check_choice
-from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
-from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks, stream_of
+from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes, stream_of
+from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import nearest_neighbors as reference
 from vareid_ext.reference.pairwise_distance import METRICS, result_dtype
 
-_CPU_K = 2048
+_MOST = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
 _EQUAL_CHUNK = 1 << 18  # elements compared at once
 _BITS = {
     torch.float64: torch.int64,
@@ -89,8 +89,10 @@ class _Scan:
         same = self._equal_rows()
         step = max(1, min(BLOCK_ROWS, (1 << 22) // self.columns))
         block = filtered.norm.new_empty((step, self.columns))
-        places = self.columns + (self.columns + 1) // 2
-        workspace = filtered.norm.new_empty(filtered.threads * places * 16, dtype=torch.uint8)
+        places = filtered.threads * (self.columns + (self.columns + 1) // 2) * 16
+        if block.is_cuda:
+            places = block.numel() * 8
+        workspace = filtered.norm.new_empty(places, dtype=torch.uint8)
         for begin in range(0, again.numel(), step):
             rows = again[begin : begin + step]
             products = block[: rows.numel()]
@@ -202,7 +204,7 @@ def _(x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int) -> tupl
 def _native_nearest_neighbors(
     x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int
 ) -> tuple[Tensor, Tensor]:
-    if k > _CPU_K:
+    if k > _MOST[x.device.type]:
         return NotImplemented
     if y is None:
         filtered = Filter([x], ["x"], metric)
@@ -216,7 +218,8 @@ def _native_nearest_neighbors(
     return distance, index.to(torch.int64)
 
 
-_native.register(_nearest_neighbors, "cpu")(_native_nearest_neighbors)
+for _device_type in _MOST:
+    _native.register(_nearest_neighbors, _device_type)(_native_nearest_neighbors)
 
 
 @torch.library.custom_op("vareid::joint_neighbors", mutates_args=("out",))
@@ -244,7 +247,7 @@ def _(
 def _native_joint_neighbors(
     query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
 ) -> Any:
-    if max(k, nearest) > _CPU_K:
+    if max(k, nearest) > _MOST[query.device.type]:
         return NotImplemented
     filtered = Filter([query, gallery], ["query", "gallery"], "sqeuclidean", scale=scale)
     scans = [_Scan(filtered, [0, 1], [0, 1], k, "sqeuclidean")]
@@ -261,7 +264,8 @@ def _native_joint_neighbors(
     return index, distance, row_max, *scans[0].select(torch.float32)
 
 
-_native.register(joint_neighbors, "cpu")(_native_joint_neighbors)
+for _device_type in _MOST:
+    _native.register(joint_neighbors, _device_type)(_native_joint_neighbors)
 
 
 def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops._checks import check_choice
-from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
-from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks, stream_of
+from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes, stream_of
+from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import pairwise_distance as reference
+
+# On a GPU, blocks of up to so many pairs are computed by the package's own kernel, which needs one launch; larger ones
+# by the vendor's product and a second kernel that turns it into distances.
+_TILED_PAIRS = 1 << 16
 
 
 def _check_rows(x: Tensor, y: Tensor | None, metric: str) -> None:
@@ -66,6 +70,15 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
                     continue  # the mirror image of a block that was done
                 columns, to = filtered.block(other, other_first, other_last, 1), slice(other_first, other_last)
                 block = out[at, to]
+                if x.is_cuda and block.numel() <= _TILED_PAIRS:
+                    _native.module().pairwise_distance_tiled(
+                        view(rows.contiguous()), view(columns.contiguous()), view(block), *features(0, at),
+                        *features(other, to), view(filtered.norms[0][at]), view(filtered.norms[other][to]),
+                        reference.METRICS.index(metric), filtered.unscale, stream_of(x),
+                    )  # fmt: skip
+                    if symmetric and other_first > first:
+                        out[to, at] = block.T
+                    continue
                 torch.mm(rows, columns.T, out=block)
                 _native.module().pairwise_distance_block(
                     view(block), *features(0, at), *features(other, to),
@@ -76,7 +89,8 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
     return out
 
 
-_native.register(_forward, "cpu")(_native_forward)
+for _device_type in ("cpu", "cuda"):
+    _native.register(_forward, _device_type)(_native_forward)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -19,6 +19,8 @@ from vareid_ext.ops._labels import (
     check_viewpoint,
     label_error_slot,
     plain_viewpoint,
+    reduce_rows,
+    transforms_active,
     warn_of_alpha,
 )
 from vareid_ext.reference import viewpoint_aware_cross_entropy as reference
@@ -31,13 +33,6 @@ def _anchor(identity_logits: Tensor | None, viewpoint_logits: Tensor | None) -> 
     present = identity_logits if identity_logits is not None else viewpoint_logits
     assert present is not None
     return present
-
-
-def _reduce(loss: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    total = loss.to(torch.float64).sum()
-    return (total / loss.shape[0] if reduction == "mean" else total).to(loss.dtype)
 
 
 @torch.library.custom_op("vareid::viewpoint_aware_cross_entropy_forward", mutates_args=())
@@ -61,14 +56,14 @@ def _forward(
         loss, statistics[_IDENTITY] = reference.cross_entropy_forward(
             identity_logits[:, :, None], identity, None, None, smoothing == "adaptive", alpha, constant
         )
-        identity_loss = _reduce(loss, reduction)
+        identity_loss = reduce_rows(loss, reduction)
     if viewpoint_logits is not None:
         _, K, V = viewpoint_logits.shape
         check_label_values(identity, viewpoint, K, V, mask)
         loss, statistics[_VIEWPOINT] = reference.cross_entropy_forward(
             viewpoint_logits, identity, viewpoint, mask, True, alpha, 0.0
         )
-        viewpoint_loss = _reduce(loss, reduction)
+        viewpoint_loss = reduce_rows(loss, reduction)
     return identity_loss, viewpoint_loss, statistics
 
 
@@ -169,7 +164,7 @@ def _native_forward(
     wide, shape = accumulator_dtype(some.dtype), (N,) if reduction == "none" else ()
     identity_loss = some.new_empty((0,) if identity_logits is None else shape, dtype=wide)
     viewpoint_loss = some.new_empty((0,) if viewpoint_logits is None else shape, dtype=wide)
-    statistics = some.new_empty((2, reference.STATISTICS, N), dtype=torch.float64)
+    statistics = some.new_zeros((2, reference.STATISTICS, N), dtype=torch.float64)  # an absent head's part stays 0
     workspace = some.new_empty(
         module.viewpoint_aware_cross_entropy_workspace_bytes(
             N, K, V, identity_logits is not None, viewpoint_logits is not None, some.is_cuda, threads
@@ -254,6 +249,37 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse_double_backward)
 
 
+def _losses(
+    identity_logits: Tensor | None,
+    viewpoint_logits: Tensor | None,
+    identity: Tensor,
+    viewpoint: Tensor | None,
+    mask: Tensor | None,
+    smoothing: str,
+    alpha: float,
+    epsilon: float,
+    reduction: str,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The losses of the heads that have logits, by the operator, or composed where torch.func asks for it."""
+    identity = identity.to(torch.int64)
+    viewpoint = None if viewpoint is None else plain_viewpoint(viewpoint)
+    if not transforms_active():
+        identity_loss, viewpoint_loss, _ = _forward(
+            identity_logits, viewpoint_logits, identity, viewpoint, mask, smoothing, alpha, epsilon, reduction
+        )
+        return identity_loss, viewpoint_loss
+    composed: list[Tensor | None] = [None, None]
+    if identity_logits is not None:
+        constant = epsilon if smoothing == "uniform" else 0.0
+        composed[_IDENTITY] = reference.differentiable(
+            identity_logits[:, :, None], identity, None, None, smoothing == "adaptive", alpha, constant
+        )
+    if viewpoint_logits is not None:
+        composed[_VIEWPOINT] = reference.differentiable(viewpoint_logits, identity, viewpoint, mask, True, alpha, 0.0)
+    identity_rows, viewpoint_rows = (None if loss is None else reduce_rows(loss, reduction) for loss in composed)
+    return identity_rows, viewpoint_rows
+
+
 def identity_cross_entropy(
     logits: Tensor,
     identity: Tensor,
@@ -292,8 +318,9 @@ def identity_cross_entropy(
     check_identity(identity, N, "logits", logits)
     check_scalars(smoothing, alpha, epsilon, reduction)
     check_batch(N, K, reduction, "logits")
-    identity = identity.to(torch.int64)
-    return _forward(logits, None, identity, None, None, smoothing, alpha, epsilon, reduction)[0]
+    loss, _ = _losses(logits, None, identity, None, None, smoothing, alpha, epsilon, reduction)
+    assert loss is not None
+    return loss
 
 
 def viewpoint_cross_entropy(
@@ -337,8 +364,9 @@ def viewpoint_cross_entropy(
     check_scalars("adaptive", alpha, 0.0, reduction)
     check_batch(N, K * V, reduction, "logits")
     warn_of_alpha(alpha, V)
-    identity, viewpoint = identity.to(torch.int64), plain_viewpoint(viewpoint)
-    return _forward(None, logits, identity, viewpoint, mask, "adaptive", alpha, 0.0, reduction)[1]
+    _, loss = _losses(None, logits, identity, viewpoint, mask, "adaptive", alpha, 0.0, reduction)
+    assert loss is not None
+    return loss
 
 
 def viewpoint_aware_cross_entropy(
@@ -389,8 +417,9 @@ def viewpoint_aware_cross_entropy(
     check_scalars(smoothing, alpha, epsilon, reduction)
     check_batch(N, K * V, reduction, "identity_logits")
     warn_of_alpha(alpha, V)
-    identity_loss, viewpoint_loss, _ = _forward(
-        identity_logits, viewpoint_logits, identity.to(torch.int64), plain_viewpoint(viewpoint), mask,
-        smoothing, alpha, epsilon, reduction,
-    )  # fmt: skip
+    identity_loss, viewpoint_loss = _losses(
+        identity_logits, viewpoint_logits, identity, viewpoint, mask, smoothing, alpha, epsilon, reduction
+    )
+    assert identity_loss is not None
+    assert viewpoint_loss is not None
     return identity_loss, viewpoint_loss

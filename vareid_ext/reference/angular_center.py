@@ -58,7 +58,7 @@ def angular_center_forward(W: Tensor, U: Tensor, mask: Tensor | None) -> tuple[T
     W, U = W.to(wide), U.to(wide)
     exists = torch.ones(U.shape[:2], dtype=torch.bool, device=U.device) if mask is None else mask
     identity_norm, viewpoint_norm = W.norm(dim=1), torch.where(exists, U.norm(dim=2), 0)
-    dot = (U @ W[:, :, None]).squeeze(2)
+    dot = (U * W[:, None]).sum(2)  # no matrix product: autocast, TF32 and the matmul precision would round its inputs
     pair_norm = identity_norm[:, None] * viewpoint_norm
     cosine = torch.where(pair_norm == 0, 0, dot / pair_norm)
     loss = torch.where(exists, 1 - cosine.to(torch.float64), 0).sum().to(wide)

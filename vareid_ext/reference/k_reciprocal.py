@@ -121,9 +121,7 @@ def expand_query(
     end = count.cumsum(0)
     total = int(end[-1]) if end.numel() else 0
     entry = torch.arange(total, device=near.device) + torch.repeat_interleave(indptr[source] - end + count, count)
-    key, inverse = torch.unique(
-        torch.repeat_interleave(target, count) * M + index[entry].long(), return_inverse=True
-    )
+    key, inverse = torch.unique(torch.repeat_interleave(target, count) * M + index[entry].long(), return_inverse=True)
     summed = torch.zeros(key.shape, dtype=torch.float64, device=value.device)
     summed.index_add_(0, inverse, value[entry].double())
     new_indptr, new_index = _to_csr(key, M, M)

@@ -1,8 +1,8 @@
 """Viewpoint-aware cross-entropy of linear heads, from features and centres.
 
 For each head, with features ``f [N, D]`` and centres ``C [K, V, D]`` (V = 1 for the identity head), the logits are
-``x_ijk = f_i . C_jk``, or with ``normalize`` the hyper-sphere form ``x_ijk = scale cos(f_i, C_jk)``; the loss is that of
-:mod:`vareid_ext.reference.viewpoint_aware_cross_entropy`. With ``g = d loss / d x`` (softmax - target, closed form)::
+``x_ijk = f_i . C_jk``, or with ``normalize`` the hyper-sphere form ``x_ijk = scale cos(f_i, C_jk)``; the loss is that
+of :mod:`vareid_ext.reference.viewpoint_aware_cross_entropy`. With ``g = d loss / d x`` (softmax - target)::
 
     d loss / d f_i  = sum_jk g_ijk C_jk        d loss / d C_jk = sum_i g_ijk f_i
 
@@ -28,6 +28,15 @@ def unit_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
     norm = x.norm(dim=-1, keepdim=True)
     inverse = torch.where(norm == 0, 0, 1 / norm)
     return x * inverse, inverse
+
+
+def linear_logits(feature: Tensor, centers: Tensor, normalize: bool, scale: float) -> Tensor:
+    """The logits [N, K, V] of ``feature [N, D]`` and ``centers [K, V, D]``, in the type they are computed in."""
+    wide = accumulator_dtype(feature.dtype)
+    f, C = feature.to(wide), centers.to(wide).flatten(0, 1)
+    if normalize:
+        f, C = scale * unit_vectors(f)[0], unit_vectors(C)[0]
+    return (f @ C.T).unflatten(1, centers.shape[:2])
 
 
 def linear_head(
@@ -59,16 +68,11 @@ def linear_head(
     """
     wide = accumulator_dtype(feature.dtype)
     f, C = feature.to(wide), centers.to(wide).flatten(0, 1)
-    if normalize:
-        f_unit, f_inverse = unit_vectors(f)
-        C_unit, C_inverse = unit_vectors(C)
-        logits = scale * (f_unit @ C_unit.T)
-    else:
-        logits = f @ C.T
-    logits = logits.unflatten(1, centers.shape[:2])
+    logits = linear_logits(feature, centers, normalize, scale)
     loss, statistics = rows.cross_entropy_forward(logits, identity, viewpoint, mask, adaptive, alpha, epsilon)
     g = rows.cross_entropy_backward(upstream, logits, identity, viewpoint, mask, statistics).flatten(1)
     if normalize:
+        (f_unit, f_inverse), (C_unit, C_inverse) = unit_vectors(f), unit_vectors(C)
         f_grad, C_grad = g @ C_unit, g.T @ f_unit
         f_grad = scale * f_inverse * (f_grad - f_unit * (f_unit * f_grad).sum(1, keepdim=True))
         C_grad = scale * C_inverse * (C_grad - C_unit * (C_unit * C_grad).sum(1, keepdim=True))

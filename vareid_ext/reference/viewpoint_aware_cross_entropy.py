@@ -54,7 +54,7 @@ def view_distribution(
     else:
         exists = mask[identity].to(dtype)
         unknown = exists / exists.sum(1, keepdim=True)
-    one_hot = torch.nn.functional.one_hot(viewpoint.clamp(min=0), views).to(dtype)
+    one_hot = (torch.arange(views, device=identity.device) == viewpoint[:, None]).to(dtype)
     return torch.where((viewpoint < 0)[:, None], unknown, one_hot)
 
 
@@ -69,6 +69,16 @@ def _existing_views(identity: Tensor, views: int, mask: Tensor | None) -> Tensor
     if mask is None:
         return torch.ones(identity.shape[0], views, dtype=torch.bool, device=identity.device)
     return mask[identity]
+
+
+def _is_own(identity: Tensor, identities: int) -> Tensor:
+    """bool [N, K, 1]: which subclasses belong to the sample's identity."""
+    return (torch.arange(identities, device=identity.device) == identity[:, None])[:, :, None]
+
+
+def _own(values: Tensor, identity: Tensor) -> Tensor:
+    """The values [N, V] of each sample's identity, of ``values [N, K, V]``."""
+    return torch.take_along_dim(values, identity[:, None, None], 1)[:, 0]
 
 
 def _own_target(w: Tensor, statistics: Tensor, exists: Tensor) -> Tensor:
@@ -100,16 +110,16 @@ def cross_entropy_forward(
     Returns:
         loss [N] (float64 for float64 logits, else float32) and statistics [5, N] (float64).
     """
-    N, K, V = logits.shape
+    _, K, V = logits.shape
     x = _wide(logits, mask)
     exists = _existing_views(identity, V, mask)
     w = view_distribution(identity, viewpoint, V, mask, x.dtype)
-    rows = torch.arange(N, device=x.device)
+    is_own = _is_own(identity, K)
 
     largest = x.flatten(1).amax(1)
     shifted = x - largest[:, None, None]
     total = shifted.exp().flatten(1).sum(1)
-    own_shifted = shifted[rows, identity]
+    own_shifted = _own(shifted, identity)
     own_probability = own_shifted.exp() / total[:, None]
 
     existing_of_identity = exists.sum(1)
@@ -123,9 +133,7 @@ def cross_entropy_forward(
     spread = eps2 / (existing_of_identity - 1).clamp(min=1)
     statistics = torch.stack([largest, 1 / total, other, 1 - eps1 - eps2, spread]).to(torch.float64)
 
-    is_other = torch.ones(N, K, 1, dtype=torch.bool, device=x.device)
-    is_other[rows, identity] = False
-    counted = is_other & (other > 0)[:, None, None]
+    counted = ~is_own & (other > 0)[:, None, None]
     if mask is not None:
         counted = counted & mask
     sum_of_others = torch.where(counted, shifted, 0).flatten(1).sum(1)
@@ -150,18 +158,29 @@ def cross_entropy_backward(
         logits: x [N, K, V]; identity, viewpoint and mask as in :func:`cross_entropy_forward`.
         statistics: float64 [5, N] of :func:`cross_entropy_forward`.
     """
-    N, _, V = logits.shape
+    N, K, V = logits.shape
     x = _wide(logits, mask)
-    exists = _existing_views(identity, V, mask)
-    w = view_distribution(identity, viewpoint, V, mask, x.dtype)
-    rows = torch.arange(N, device=x.device)
-    largest, inverse, other = (statistics[column, :, None, None].to(x.dtype) for column in range(3))
-
+    largest, inverse = (statistics[column, :, None, None].to(x.dtype) for column in range(2))
     probability = (x - largest).exp() * inverse
-    gradient = probability - other
-    gradient[rows, identity] = probability[rows, identity] - _own_target(w, statistics, exists)
+    gradient = probability - _target(identity, viewpoint, mask, statistics, K, V, x.dtype)
     gradient = gradient * upstream.to(x.dtype).expand(N)[:, None, None]
     return (gradient if mask is None else torch.where(mask, gradient, 0)).to(logits.dtype)
+
+
+def _target(
+    identity: Tensor,
+    viewpoint: Tensor | None,
+    mask: Tensor | None,
+    statistics: Tensor,
+    K: int,
+    V: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """t [N, K, V], from the statistics."""
+    w = view_distribution(identity, viewpoint, V, mask, dtype)
+    own = _own_target(w, statistics, _existing_views(identity, V, mask))
+    target = torch.where(_is_own(identity, K), own[:, None], statistics[2, :, None, None].to(dtype))
+    return target if mask is None else torch.where(mask, target, 0)
 
 
 def soft_target(
@@ -178,12 +197,26 @@ def soft_target(
 
     Arguments as in :func:`cross_entropy_forward`; the result has the type the logits are computed in.
     """
-    N, K, V = logits.shape
+    _, K, V = logits.shape
     _, statistics = cross_entropy_forward(logits.detach(), identity, viewpoint, mask, adaptive, alpha, epsilon)
-    wide = accumulator_dtype(logits.dtype)
-    target = statistics[2].to(wide)[:, None, None].repeat(1, K, V)
-    w = view_distribution(identity, viewpoint, V, mask, wide)
-    target[torch.arange(N, device=logits.device), identity] = _own_target(
-        w, statistics, _existing_views(identity, V, mask)
-    )
-    return target if mask is None else torch.where(mask, target, 0)
+    return _target(identity, viewpoint, mask, statistics, K, V, accumulator_dtype(logits.dtype))
+
+
+def differentiable(
+    logits: Tensor,
+    identity: Tensor,
+    viewpoint: Tensor | None,
+    mask: Tensor | None,
+    adaptive: bool,
+    alpha: float,
+    epsilon: float,
+) -> Tensor:
+    """The loss of every row, [N], as a composition that any differentiation can follow: targets are constants.
+
+    Arguments as in :func:`cross_entropy_forward`.
+    """
+    target = soft_target(
+        logits, identity, viewpoint, mask=mask, adaptive=adaptive, alpha=alpha, epsilon=epsilon
+    ).flatten(1)
+    log_probability = _wide(logits, mask).flatten(1).log_softmax(1)
+    return -torch.where(target == 0, 0, target * log_probability).sum(1)

@@ -1,0 +1,156 @@
+"""The losses under torch.compile, opcheck and torch.func: the same values and gradients as without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vareid_ext import (
+    ViewpointAwareLoss,
+    identity_cross_entropy,
+    linear_viewpoint_aware_cross_entropy,
+    viewpoint_aware_cross_entropy,
+    viewpoint_cross_entropy,
+)
+
+N, K, V, D = 5, 7, 3, 8
+RNG = torch.Generator().manual_seed(0)
+Z, S = torch.randn(N, K, generator=RNG), torch.randn(N, K, V, generator=RNG)
+F, W, U = (torch.randn(shape, generator=RNG) for shape in ((N, D), (K, D), (K, V, D)))
+Y, VIEW = torch.randint(K, (N,), generator=RNG), torch.randint(-1, V, (N,), generator=RNG)
+MASK = torch.rand(K, V, generator=RNG) < 0.5
+MASK[:, 1] = True
+MASK[Y[VIEW >= 0], VIEW[VIEW >= 0]] = True
+
+
+def both(z: Tensor, s: Tensor) -> Tensor:
+    L_y, L_v = viewpoint_aware_cross_entropy(z, s, Y, VIEW, mask=MASK)
+    return L_y + 0.3 * L_v
+
+
+def linear(f: Tensor, w: Tensor, u: Tensor) -> Tensor:
+    L_y, L_v = linear_viewpoint_aware_cross_entropy(f, w, u, Y, VIEW, normalize=True, scale=5.0)
+    return L_y + 0.3 * L_v
+
+
+def soft(s: Tensor) -> Tensor:
+    return viewpoint_cross_entropy(s, Y, torch.full((N, V), 1 / V), reduction="sum")
+
+
+def uniform(z: Tensor) -> Tensor:
+    return identity_cross_entropy(z, Y, smoothing="uniform", reduction="none").square().sum()
+
+
+CASES: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
+    (both, (Z, S)), (linear, (F, W, U)), (soft, (S,)), (uniform, (Z,))
+]  # fmt: skip
+
+
+def leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.clone().requires_grad_() for x in inputs)
+
+
+def value_and_gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    variables = leaves(inputs)
+    value = function(*variables)
+    return value.detach(), *torch.autograd.grad(value, variables)
+
+
+@pytest.mark.parametrize(("function", "inputs"), CASES)
+def test_compiled_without_a_graph_break(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(value_and_gradients(compiled, inputs), value_and_gradients(function, inputs))
+
+
+def test_module_compiled_with_the_default_backend_and_sizes_that_change() -> None:
+    torch._dynamo.reset()
+    loss = ViewpointAwareLoss(K, D, mask=MASK)
+    with torch.no_grad():
+        for centers in loss.parameters():
+            centers.mul_(300)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    for count in (N, N - 1):
+        loss.zero_grad()
+        parts = compiled(F[:count], Y[:count], VIEW[:count])
+        parts.total.backward()
+        gradients = [centers.grad.clone() for centers in loss.parameters()]
+        loss.zero_grad()
+        want = loss(F[:count], Y[:count], VIEW[:count])
+        want.total.backward()
+        torch.testing.assert_close(parts, want)
+        torch.testing.assert_close(gradients, [centers.grad for centers in loss.parameters()])
+
+
+OPS = torch.ops.vareid
+LABELS = (Y, VIEW, MASK)
+SOFT = torch.full((N, V), 1 / V, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("viewpoint_aware_cross_entropy_forward", (Z, S, *LABELS, "adaptive", 0.2, 0.1, "mean")),
+        ("viewpoint_aware_cross_entropy_forward", (Z, None, Y, None, None, "uniform", 0.2, 0.1, "none")),
+        ("viewpoint_aware_cross_entropy_forward", (None, S.double(), Y, SOFT, None, "adaptive", 0.2, 0.0, "sum")),
+        (
+            "linear_viewpoint_aware_cross_entropy_forward",
+            (F, W, U, *LABELS, "none", 0.2, 0.1, "mean", False, 1.0, 0, 2**20, True, True, True),
+        ),
+        (
+            "linear_viewpoint_aware_cross_entropy_forward",
+            (F, W, U, *LABELS, "adaptive", 0.2, 0.1, "none", True, 4.0, 2, 2**20, False, False, False),
+        ),
+    ],
+)
+def test_operators_are_well_formed(name: str, arguments: tuple[Any, ...]) -> None:
+    floating = [
+        x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() and x is not SOFT else x
+        for x in arguments
+    ]
+    torch.library.opcheck(getattr(OPS, name).default, tuple(floating))
+
+
+@pytest.mark.parametrize(("function", "inputs"), CASES)
+def test_func_grad_is_the_gradient(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    gradients, value = torch.func.grad_and_value(function, argnums=tuple(range(len(inputs))))(*inputs)
+    want, *want_gradients = value_and_gradients(function, inputs)
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(gradients, tuple(want_gradients))
+
+
+@pytest.mark.parametrize(("function", "inputs"), CASES)
+def test_vmap_is_a_loop(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    scales = torch.tensor([0.5, 1.0, 2.0])
+    batches = [scales.view(-1, *[1] * x.dim()) * x for x in inputs]
+    want = torch.stack([function(*(scale * x for x in inputs)) for scale in scales])
+    torch.testing.assert_close(torch.func.vmap(function)(*batches), want)
+    first = torch.stack([value_and_gradients(function, tuple(scale * x for x in inputs))[1] for scale in scales])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(function))(*batches), first)
+
+
+def test_vmap_over_labels() -> None:
+    identities, viewpoints = torch.stack([Y, Y.flip(0)]), torch.stack([VIEW, VIEW.flip(0)])
+
+    def total(identity: Tensor, viewpoint: Tensor) -> Tensor:
+        L_y, L_v = viewpoint_aware_cross_entropy(Z, S, identity, viewpoint)
+        return L_y + L_v
+
+    want = torch.stack([total(y, v) for y, v in zip(identities, viewpoints, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(total)(identities, viewpoints), want)
+
+
+@pytest.mark.parametrize(("function", "inputs"), CASES)
+def test_forward_mode_is_the_gradient_times_the_direction(
+    function: Callable[..., Tensor], inputs: tuple[Tensor, ...]
+) -> None:
+    directions = tuple(torch.randn(x.shape, generator=torch.Generator().manual_seed(2)) for x in inputs)
+    value, slope = torch.func.jvp(function, inputs, directions)
+    want, *gradients = value_and_gradients(function, inputs)
+    torch.testing.assert_close(value, want)
+    want_slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+    torch.testing.assert_close(slope, want_slope, check_dtype=False)  # PyTorch widens the slope of a widened sum
