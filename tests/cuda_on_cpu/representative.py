@@ -77,6 +77,35 @@ def _ranking(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
     return call
 
 
+def _people(rows: int, D: int) -> Tensor:
+    """Unit features of four images each."""
+    noisy = _random(rows // 4, D).repeat_interleave(4, 0) + 0.7 * _random(rows, D, seed=1)
+    return torch.nn.functional.normalize(noisy)
+
+
+def _pairwise_distance(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
+    def call(device: torch.device) -> list[Tensor]:
+        x = _random(64, 256).to(device, dtype)
+        return [vareid_ext.pairwise_distance(x), vareid_ext.pairwise_distance(x, x[:32], metric="cosine")]
+
+    return call
+
+
+def _nearest_neighbors(device: torch.device) -> list[Tensor]:
+    return list(vareid_ext.nearest_neighbors(_people(256, 64).to(device), k=21))
+
+
+def _k_reciprocal(device: torch.device) -> list[Tensor]:
+    x = _people(256, 64).to(device)
+    return [vareid_ext.k_reciprocal_rerank(x[:64], x[64:])]
+
+
+def _re_ranking(device: torch.device) -> list[Tensor]:
+    x = _people(128, 64).double()
+    d = (x[:, None] - x[None]).square().sum(-1).sqrt().float().to(device)
+    return [vareid_ext.re_ranking(d[:32, 32:], d[:32, :32], d[32:, 32:])]
+
+
 REPRESENTATIVE: dict[str, list[Shape]] = {
     "angular_center": [
         Shape(
@@ -112,4 +141,10 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
         )
         for dtype in (torch.float32, torch.bfloat16)
     ],
+    "pairwise_distance": [
+        Shape(f"M 64, D 256, {str(dtype).removeprefix('torch.')}", _pairwise_distance(dtype), {})
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
+    "nearest_neighbors": [Shape("N 256, D 64, k 21", _nearest_neighbors, {})],
+    "k_reciprocal": [Shape("Q 64, G 192, D 64", _k_reciprocal, {}), Shape("Q 32, G 96", _re_ranking, {})],
 }
