@@ -9,7 +9,7 @@
 namespace vareid {
 namespace {
 
-constexpr int kRowWarps = 4;  // rows for each block, where a warp does a row
+constexpr int kRowWarps = 4;   // rows for each block, where a warp does a row
 constexpr int kThreads = 128;  // where a block does a row
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kWordsPerThread = 16;
@@ -36,8 +36,8 @@ __device__ __forceinline__ int64_t find(const int32_t* __restrict__ list, int64_
 }
 
 // One warp for each row.
-__global__ void sets_kernel(const int32_t* __restrict__ neighbor, int64_t rows, int64_t width, int n,
-                            int32_t* __restrict__ reciprocal, int32_t* __restrict__ size) {
+__global__ void k_reciprocal_sets_kernel(const int32_t* __restrict__ neighbor, int64_t rows, int64_t width, int n,
+                                         int32_t* __restrict__ reciprocal, int32_t* __restrict__ size) {
   __shared__ int32_t members[kRowWarps][kWidth];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t i = blockIdx.x * static_cast<int64_t>(kRowWarps) + warp;
@@ -104,10 +104,10 @@ struct Bits {
 };
 
 // One block for each row. With index null, the sizes go to indptr[i + 1].
-__global__ void expanded_kernel(const int32_t* __restrict__ reciprocal, const int32_t* __restrict__ size, int64_t width,
-                                const int32_t* __restrict__ half, const int32_t* __restrict__ half_size,
-                                int64_t half_width, int64_t rows, int64_t* __restrict__ indptr,
-                                int32_t* __restrict__ index) {
+__global__ void k_reciprocal_expanded_kernel(const int32_t* __restrict__ reciprocal, const int32_t* __restrict__ size,
+                                             int64_t width, const int32_t* __restrict__ half,
+                                             const int32_t* __restrict__ half_size, int64_t half_width, int64_t rows,
+                                             int64_t* __restrict__ indptr, int32_t* __restrict__ index) {
   __shared__ unsigned words[kWords];
   __shared__ int partial[kWarps];
   const Bits set{words, partial};
@@ -137,7 +137,7 @@ __global__ void expanded_kernel(const int32_t* __restrict__ reciprocal, const in
 }
 
 // indptr[r + 1] holds the size of row r; it becomes where row r ends. One block.
-__global__ void prefix_kernel(int64_t* __restrict__ indptr, int64_t rows) {
+__global__ void k_reciprocal_prefix_kernel(int64_t* __restrict__ indptr, int64_t rows) {
   __shared__ int64_t sums[kScanThreads / kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   int64_t carry = 0;
@@ -163,10 +163,10 @@ __global__ void prefix_kernel(int64_t* __restrict__ indptr, int64_t rows) {
 
 // One block for each row, one warp for each of its entries.
 template <typename T>
-__global__ void listed_distance_kernel(DeviceRows<T> x, int64_t D, const int32_t* __restrict__ neighbor,
-                                       const float* __restrict__ neighbor_distance, int64_t width,
-                                       const int64_t* __restrict__ indptr, const int32_t* __restrict__ index,
-                                       float* __restrict__ out) {
+__global__ void k_reciprocal_listed_distance_kernel(DeviceRows<T> x, int64_t D, const int32_t* __restrict__ neighbor,
+                                                    const float* __restrict__ neighbor_distance, int64_t width,
+                                                    const int64_t* __restrict__ indptr,
+                                                    const int32_t* __restrict__ index, float* __restrict__ out) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t i = blockIdx.x;
   for (int64_t e = indptr[i] + warp; e < indptr[i + 1]; e += kWarps) {
@@ -177,15 +177,15 @@ __global__ void listed_distance_kernel(DeviceRows<T> x, int64_t D, const int32_t
       const unsigned mask = __ballot_sync(kFullWarp, here);
       if (mask) at = base + __ffs(static_cast<int>(mask)) - 1;
     }
-    const float value = at >= 0 ? neighbor_distance[i * width + at]
-                                : static_cast<float>(warp_exact_distance(x, i, x, j, D));
+    const float value =
+        at >= 0 ? neighbor_distance[i * width + at] : static_cast<float>(warp_exact_distance(x, i, x, j, D));
     if (lane == 0) out[e] = value;
   }
 }
 
 // One warp for each row.
-__global__ void encode_kernel(const int64_t* __restrict__ indptr, const float* __restrict__ distance,
-                              const float* __restrict__ row_max, int64_t rows, float* __restrict__ value) {
+__global__ void k_reciprocal_encode_kernel(const int64_t* __restrict__ indptr, const float* __restrict__ distance,
+                                           const float* __restrict__ row_max, int64_t rows, float* __restrict__ value) {
   const int lane = threadIdx.x % kWarp;
   const int64_t i = blockIdx.x * static_cast<int64_t>(kRowWarps) + threadIdx.x / kWarp;
   if (i >= rows) return;
@@ -198,10 +198,10 @@ __global__ void encode_kernel(const int64_t* __restrict__ indptr, const float* _
 }
 
 // One block for each row. With new_index null, the sizes go to new_indptr[i + 1].
-__global__ void expand_kernel(const int32_t* __restrict__ neighbor, int64_t rows, int64_t width, int n,
-                              const int64_t* __restrict__ indptr, const int32_t* __restrict__ index,
-                              const float* __restrict__ value, int64_t* __restrict__ new_indptr, int32_t* new_index,
-                              float* __restrict__ new_value) {
+__global__ void k_reciprocal_expand_kernel(const int32_t* __restrict__ neighbor, int64_t rows, int64_t width, int n,
+                                           const int64_t* __restrict__ indptr, const int32_t* __restrict__ index,
+                                           const float* __restrict__ value, int64_t* __restrict__ new_indptr,
+                                           int32_t* new_index, float* __restrict__ new_value) {
   __shared__ unsigned words[kWords];
   __shared__ int partial[kWarps];
   const Bits set{words, partial};
@@ -231,38 +231,38 @@ __global__ void expand_kernel(const int32_t* __restrict__ neighbor, int64_t rows
   }
 }
 
-__global__ void clear_kernel(int64_t* __restrict__ start, int64_t count) {
+__global__ void k_reciprocal_clear_kernel(int64_t* __restrict__ start, int64_t count) {
   for (int64_t c = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; c < count;
        c += static_cast<int64_t>(gridDim.x) * kThreads)
     start[c] = 0;
 }
 
-__global__ void count_kernel(const int64_t* __restrict__ indptr, const int32_t* __restrict__ index, int64_t first,
-                             int64_t rows, int64_t* start) {
+__global__ void k_reciprocal_count_kernel(const int64_t* __restrict__ indptr, const int32_t* __restrict__ index,
+                                          int64_t first, int64_t rows, int64_t* start) {
   for (int64_t e = indptr[first] + blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; e < indptr[rows];
        e += static_cast<int64_t>(gridDim.x) * kThreads)
     atomicAdd(reinterpret_cast<unsigned long long*>(start + index[e] + 1), 1ull);
 }
 
 // Entries go to their columns in any order. One warp for each row; `next` counts down from each column's size.
-__global__ void scatter_kernel(const int64_t* __restrict__ indptr, const int32_t* __restrict__ index,
-                               const float* __restrict__ value, int64_t first, int64_t rows,
-                               const int64_t* __restrict__ start, int64_t* next, int32_t* __restrict__ owner,
-                               float* __restrict__ weight) {
+__global__ void k_reciprocal_scatter_kernel(const int64_t* __restrict__ indptr, const int32_t* __restrict__ index,
+                                            const float* __restrict__ value, int64_t first, int64_t rows,
+                                            const int64_t* __restrict__ start, int64_t* next,
+                                            int32_t* __restrict__ owner, float* __restrict__ weight) {
   const int64_t r = first + blockIdx.x * static_cast<int64_t>(kRowWarps) + threadIdx.x / kWarp;
   if (r >= rows) return;
   for (int64_t e = indptr[r] + threadIdx.x % kWarp; e < indptr[r + 1]; e += kWarp) {
-    const int64_t within = static_cast<int64_t>(
-        atomicAdd(reinterpret_cast<unsigned long long*>(next + index[e]), 1ull));
+    const int64_t within =
+        static_cast<int64_t>(atomicAdd(reinterpret_cast<unsigned long long*>(next + index[e]), 1ull));
     owner[start[index[e]] + within] = static_cast<int32_t>(r - first);
     weight[start[index[e]] + within] = value[e];
   }
 }
 
 // Each column's entries in the order of their rows. One warp for each column.
-__global__ void order_kernel(const int64_t* __restrict__ start, int64_t columns, const int32_t* __restrict__ owner,
-                             const float* __restrict__ weight, int32_t* __restrict__ sorted_owner,
-                             float* __restrict__ sorted_weight) {
+__global__ void k_reciprocal_order_kernel(const int64_t* __restrict__ start, int64_t columns,
+                                          const int32_t* __restrict__ owner, const float* __restrict__ weight,
+                                          int32_t* __restrict__ sorted_owner, float* __restrict__ sorted_weight) {
   const int64_t column = blockIdx.x * static_cast<int64_t>(kRowWarps) + threadIdx.x / kWarp;
   if (column >= columns) return;
   const int64_t begin = start[column], end = start[column + 1];
@@ -277,12 +277,12 @@ __global__ void order_kernel(const int64_t* __restrict__ start, int64_t columns,
 
 // A block takes queries in turn. A column's owners are distinct, so its entries are added side by side; columns follow
 // each other, so that every sum has one order.
-__global__ void blend_kernel(float* __restrict__ distance, int64_t ld, int64_t queries, int64_t gallery,
-                             const float* __restrict__ row_max, const int64_t* __restrict__ indptr,
-                             const int32_t* __restrict__ index, const float* __restrict__ value,
-                             const int64_t* __restrict__ start, const int32_t* __restrict__ owner,
-                             const float* __restrict__ weight, float lambda_value, double lambda_double,
-                             float* __restrict__ workspace) {
+__global__ void k_reciprocal_blend_kernel(float* __restrict__ distance, int64_t ld, int64_t queries, int64_t gallery,
+                                          const float* __restrict__ row_max, const int64_t* __restrict__ indptr,
+                                          const int32_t* __restrict__ index, const float* __restrict__ value,
+                                          const int64_t* __restrict__ start, const int32_t* __restrict__ owner,
+                                          const float* __restrict__ weight, float lambda_value, double lambda_double,
+                                          float* __restrict__ workspace) {
   float* const shared = workspace + blockIdx.x * gallery;
   for (int64_t g = threadIdx.x; g < gallery; g += kThreads) shared[g] = 0;
   __syncthreads();
@@ -388,9 +388,9 @@ struct Smallest {
 // One warp for each row: rows of `first` (Q values, stride first_row) and then of `second` (G values). With turned, the
 // Q values are a column of `first`, read in tiles.
 template <typename T, bool kTurned>
-__global__ void matrix_neighbors_kernel(const T* __restrict__ first, const T* __restrict__ second, int64_t rows,
-                                        int64_t Q, int64_t G, int k, int32_t* __restrict__ neighbor,
-                                        double* __restrict__ row_max) {
+__global__ void k_reciprocal_matrix_neighbors_kernel(const T* __restrict__ first, const T* __restrict__ second,
+                                                     int64_t rows, int64_t Q, int64_t G, int k,
+                                                     int32_t* __restrict__ neighbor, double* __restrict__ row_max) {
   __shared__ double values[kListRows][kListCapacity];
   __shared__ int32_t indices[kListRows][kListCapacity];
   __shared__ double tile[kWarp][kListRows + 1];
@@ -433,8 +433,8 @@ void k_reciprocal_sets_cuda(const int32_t* neighbor, int64_t rows, int64_t width
   if (n > kCudaMaxWidth) throw std::invalid_argument("k1: at most 1023 on a GPU");
   if (rows == 0) return;
   const DeviceGuard guard(device);
-  launch(sets_kernel, warp_grid(rows), kRowWarps * kWarp, 0, static_cast<cudaStream_t>(stream), neighbor, rows, width,
-         static_cast<int>(n), reciprocal, size);
+  launch(k_reciprocal_sets_kernel, warp_grid(rows), kRowWarps * kWarp, 0, static_cast<cudaStream_t>(stream), neighbor,
+         rows, width, static_cast<int>(n), reciprocal, size);
 }
 
 void k_reciprocal_expanded_cuda(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
@@ -442,9 +442,9 @@ void k_reciprocal_expanded_cuda(const int32_t* reciprocal, const int32_t* size, 
                                 int32_t* index, int device, void* stream) {
   const DeviceGuard guard(device);
   if (rows > 0)
-    launch(expanded_kernel, grid_size(rows), kThreads, 0, static_cast<cudaStream_t>(stream), reciprocal, size, width,
-           half, half_size, half_width, rows, indptr, index);
-  if (!index) launch(prefix_kernel, 1, kScanThreads, 0, static_cast<cudaStream_t>(stream), indptr, rows);
+    launch(k_reciprocal_expanded_kernel, grid_size(rows), kThreads, 0, static_cast<cudaStream_t>(stream), reciprocal,
+           size, width, half, half_size, half_width, rows, indptr, index);
+  if (!index) launch(k_reciprocal_prefix_kernel, 1, kScanThreads, 0, static_cast<cudaStream_t>(stream), indptr, rows);
 }
 
 void k_reciprocal_listed_distance_cuda(const void* x, const double* x_factor, int64_t x_rows, int64_t x_stride,
@@ -456,9 +456,9 @@ void k_reciprocal_listed_distance_cuda(const void* x, const double* x_factor, in
   const DeviceGuard guard(device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(listed_distance_kernel<T>, grid_size(x_rows + y_rows), kThreads, 0, static_cast<cudaStream_t>(stream),
-           device_rows<T>(x, x_factor, x_rows, x_stride, y, y_factor, y_stride), D, neighbor, neighbor_distance, width,
-           indptr, index, out);
+    launch(k_reciprocal_listed_distance_kernel<T>, grid_size(x_rows + y_rows), kThreads, 0,
+           static_cast<cudaStream_t>(stream), device_rows<T>(x, x_factor, x_rows, x_stride, y, y_factor, y_stride), D,
+           neighbor, neighbor_distance, width, indptr, index, out);
   });
 }
 
@@ -466,8 +466,8 @@ void k_reciprocal_encode_cuda(const int64_t* indptr, const float* distance, cons
                               float* value, int device, void* stream) {
   if (rows == 0) return;
   const DeviceGuard guard(device);
-  launch(encode_kernel, warp_grid(rows), kRowWarps * kWarp, 0, static_cast<cudaStream_t>(stream), indptr, distance,
-         row_max, rows, value);
+  launch(k_reciprocal_encode_kernel, warp_grid(rows), kRowWarps * kWarp, 0, static_cast<cudaStream_t>(stream), indptr,
+         distance, row_max, rows, value);
 }
 
 void k_reciprocal_expand_cuda(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k2, const int64_t* indptr,
@@ -475,9 +475,10 @@ void k_reciprocal_expand_cuda(const int32_t* neighbor, int64_t rows, int64_t wid
                               float* new_value, int device, void* stream) {
   const DeviceGuard guard(device);
   if (rows > 0)
-    launch(expand_kernel, grid_size(rows), kThreads, 0, static_cast<cudaStream_t>(stream), neighbor, rows, width,
-           static_cast<int>(std::min(k2, width)), indptr, index, value, new_indptr, new_index, new_value);
-  if (!new_index) launch(prefix_kernel, 1, kScanThreads, 0, static_cast<cudaStream_t>(stream), new_indptr, rows);
+    launch(k_reciprocal_expand_kernel, grid_size(rows), kThreads, 0, static_cast<cudaStream_t>(stream), neighbor, rows,
+           width, static_cast<int>(std::min(k2, width)), indptr, index, value, new_indptr, new_index, new_value);
+  if (!new_index)
+    launch(k_reciprocal_prefix_kernel, 1, kScanThreads, 0, static_cast<cudaStream_t>(stream), new_indptr, rows);
 }
 
 void k_reciprocal_invert_cuda(const int64_t* indptr, const int32_t* index, const float* value, int64_t rows,
@@ -488,16 +489,16 @@ void k_reciprocal_invert_cuda(const int64_t* indptr, const int32_t* index, const
   auto* const next = static_cast<int64_t*>(workspace);
   auto* const loose_owner = reinterpret_cast<int32_t*>(next + columns);
   auto* const loose_weight = reinterpret_cast<float*>(loose_owner + entries);
-  launch(clear_kernel, thread_grid(columns + 1), kThreads, 0, queue, start, columns + 1);
-  if (columns > 0) launch(clear_kernel, thread_grid(columns), kThreads, 0, queue, next, columns);
+  launch(k_reciprocal_clear_kernel, thread_grid(columns + 1), kThreads, 0, queue, start, columns + 1);
+  if (columns > 0) launch(k_reciprocal_clear_kernel, thread_grid(columns), kThreads, 0, queue, next, columns);
   if (entries > 0)
-    launch(count_kernel, thread_grid(entries), kThreads, 0, queue, indptr, index, first, rows, start);
-  launch(prefix_kernel, 1, kScanThreads, 0, queue, start, columns);
+    launch(k_reciprocal_count_kernel, thread_grid(entries), kThreads, 0, queue, indptr, index, first, rows, start);
+  launch(k_reciprocal_prefix_kernel, 1, kScanThreads, 0, queue, start, columns);
   if (entries == 0) return;
-  launch(scatter_kernel, warp_grid(rows - first), kRowWarps * kWarp, 0, queue, indptr, index, value, first, rows,
-         static_cast<const int64_t*>(start), next, loose_owner, loose_weight);
-  launch(order_kernel, warp_grid(columns), kRowWarps * kWarp, 0, queue, static_cast<const int64_t*>(start), columns,
-         static_cast<const int32_t*>(loose_owner), static_cast<const float*>(loose_weight), owner, weight);
+  launch(k_reciprocal_scatter_kernel, warp_grid(rows - first), kRowWarps * kWarp, 0, queue, indptr, index, value, first,
+         rows, static_cast<const int64_t*>(start), next, loose_owner, loose_weight);
+  launch(k_reciprocal_order_kernel, warp_grid(columns), kRowWarps * kWarp, 0, queue, static_cast<const int64_t*>(start),
+         columns, static_cast<const int32_t*>(loose_owner), static_cast<const float*>(loose_weight), owner, weight);
 }
 
 void k_reciprocal_blend_cuda(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
@@ -506,9 +507,9 @@ void k_reciprocal_blend_cuda(float* distance, int64_t ld, int64_t queries, int64
                              int device, void* stream) {
   if (queries == 0 || gallery == 0) return;
   const DeviceGuard guard(device);
-  launch(blend_kernel, grid_size(std::min(queries, kCudaBlendBlocks)), kThreads, 0, static_cast<cudaStream_t>(stream),
-         distance, ld, queries, gallery, row_max, indptr, index, value, start, owner, weight,
-         static_cast<float>(lambda_value), lambda_value, static_cast<float*>(workspace));
+  launch(k_reciprocal_blend_kernel, grid_size(std::min(queries, kCudaBlendBlocks)), kThreads, 0,
+         static_cast<cudaStream_t>(stream), distance, ld, queries, gallery, row_max, indptr, index, value, start, owner,
+         weight, static_cast<float>(lambda_value), lambda_value, static_cast<float*>(workspace));
 }
 
 void k_reciprocal_matrix_neighbors_cuda(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q,
@@ -520,12 +521,13 @@ void k_reciprocal_matrix_neighbors_cuda(const void* q_g, const void* q_q, const 
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (Q > 0)
-      launch(matrix_neighbors_kernel<T, false>, grid_size((Q + kListRows - 1) / kListRows), kListRows * kWarp, 0, queue,
-             static_cast<const T*>(q_q), static_cast<const T*>(q_g), Q, Q, G, static_cast<int>(k), neighbor, row_max);
+      launch(k_reciprocal_matrix_neighbors_kernel<T, false>, grid_size((Q + kListRows - 1) / kListRows),
+             kListRows * kWarp, 0, queue, static_cast<const T*>(q_q), static_cast<const T*>(q_g), Q, Q, G,
+             static_cast<int>(k), neighbor, row_max);
     if (G > 0)
-      launch(matrix_neighbors_kernel<T, true>, grid_size((G + kListRows - 1) / kListRows), kListRows * kWarp, 0, queue,
-             static_cast<const T*>(q_g), static_cast<const T*>(g_g), G, Q, G, static_cast<int>(k), neighbor + Q * k,
-             row_max + Q);
+      launch(k_reciprocal_matrix_neighbors_kernel<T, true>, grid_size((G + kListRows - 1) / kListRows),
+             kListRows * kWarp, 0, queue, static_cast<const T*>(q_g), static_cast<const T*>(g_g), G, Q, G,
+             static_cast<int>(k), neighbor + Q * k, row_max + Q);
   });
 }
 

@@ -120,24 +120,28 @@ _LINEAR = {
 
 # Sparse rows, sorted lists and candidates: what is read again depends on the data. These hold what was measured, with a
 # margin, so that a change for the worse shows; docs/kernels.md has the numbers.
-_FEATURES = {"max_abs_kernel": Limit(), "norm_kernel": Limit()}
-_NEIGHBORS = {**_FEATURES, "scan_rows_kernel": Limit(2.7, 0.9), "select_kernel": Limit(5.2, 0.9)}
+_FEATURES = {"pairwise_distance_max_abs_kernel": Limit(), "pairwise_distance_norm_kernel": Limit()}
+_NEIGHBORS = {
+    **_FEATURES,
+    "nearest_neighbors_scan_rows_kernel": Limit(2.7, 0.9),
+    "nearest_neighbors_select_kernel": Limit(5.2, 0.9),
+}
 _RERANK = {
     **_FEATURES,
-    "scan_rows_kernel": Limit(2.2, 0.9),
-    "scan_columns_kernel": Limit(2.0),
-    "select_kernel": Limit(13, 0.9),
-    "sets_kernel": Limit(10, 0.15),
-    "expanded_kernel": Limit(11.5, 0.65, 9),
-    "prefix_kernel": Limit(coalescing=0.85),
-    "listed_distance_kernel": Limit(4.7, 0.9),
-    "encode_kernel": Limit(1.8, 0.85),
-    "expand_kernel": Limit(5.5, 0.7, 9),
-    "clear_kernel": Limit(),
-    "count_kernel": Limit(3.3, 0.5),
-    "scatter_kernel": Limit(2.4, 0.3),
-    "order_kernel": Limit(1.9),
-    "blend_kernel": Limit(29, 0.7),
+    "nearest_neighbors_scan_rows_kernel": Limit(2.2, 0.9),
+    "nearest_neighbors_scan_columns_kernel": Limit(2.0),
+    "nearest_neighbors_select_kernel": Limit(13, 0.9),
+    "k_reciprocal_sets_kernel": Limit(10, 0.15),
+    "k_reciprocal_expanded_kernel": Limit(11.5, 0.65, 9),
+    "k_reciprocal_prefix_kernel": Limit(coalescing=0.85),
+    "k_reciprocal_listed_distance_kernel": Limit(4.7, 0.9),
+    "k_reciprocal_encode_kernel": Limit(1.8, 0.85),
+    "k_reciprocal_expand_kernel": Limit(5.5, 0.7, 9),
+    "k_reciprocal_clear_kernel": Limit(),
+    "k_reciprocal_count_kernel": Limit(3.3, 0.5),
+    "k_reciprocal_scatter_kernel": Limit(2.4, 0.3),
+    "k_reciprocal_order_kernel": Limit(1.9),
+    "k_reciprocal_blend_kernel": Limit(29, 0.7),
 }
 
 REPRESENTATIVE: dict[str, list[Shape]] = {
@@ -156,7 +160,9 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
     "k_reciprocal": [Shape("Q 32, G 160, D 64, float32", _rerank, _RERANK)],
     "nearest_neighbors": [Shape("64 x 256, D 128, k 10, float32", _nearest_neighbors, _NEIGHBORS)],
     "pairwise_distance": [
-        Shape("128 x 192, D 256, float32", _pairwise_distance, {**_FEATURES, "block_kernel": Limit(1.6)})
+        Shape(
+            "128 x 192, D 256, float32", _pairwise_distance, {**_FEATURES, "pairwise_distance_block_kernel": Limit(1.6)}
+        )
     ],
     "linear_viewpoint_aware_cross_entropy": [Shape("N 16, K 751, V 3, D 32, float32", _linear_cross_entropy, _LINEAR)],
     "viewpoint_aware_cross_entropy": [
