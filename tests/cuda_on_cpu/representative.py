@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import vareid_ext
+from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,22 @@ def _cross_entropy(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]
     return call
 
 
+def _linear_cross_entropy(device: torch.device) -> list[Tensor]:
+    N, K, V, D = 16, 751, 3, 32
+    rng = torch.Generator().manual_seed(2)
+    feature = _leaf(_random(N, D), device)
+    W, U = _leaf(_random(K, D, seed=1), device), _leaf(_random(K, V, D, seed=2), device)
+    identity, viewpoint = torch.randint(K, (N,), generator=rng), torch.randint(-1, V, (N,), generator=rng)
+    L_y, L_v = linear_viewpoint_aware_cross_entropy(
+        feature, W, U, identity.to(device), viewpoint.to(device), normalize=True, scale=10.0
+    )
+    (L_y + L_v).backward()
+    assert feature.grad is not None
+    assert W.grad is not None
+    assert U.grad is not None
+    return [L_y.detach(), L_v.detach(), feature.grad, W.grad, U.grad]
+
+
 def _ranking(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
     def call(device: torch.device) -> list[Tensor]:
         Q, G, rng = 4, 8192, torch.Generator().manual_seed(0)
@@ -77,34 +94,55 @@ def _ranking(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
     return call
 
 
-def _people(rows: int, D: int) -> Tensor:
-    """Unit features of four images each."""
-    noisy = _random(rows // 4, D).repeat_interleave(4, 0) + 0.7 * _random(rows, D, seed=1)
-    return torch.nn.functional.normalize(noisy)
-
-
-def _pairwise_distance(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
-    def call(device: torch.device) -> list[Tensor]:
-        x = _random(64, 256).to(device, dtype)
-        return [vareid_ext.pairwise_distance(x), vareid_ext.pairwise_distance(x, x[:32], metric="cosine")]
-
-    return call
+def _pairwise_distance(device: torch.device) -> list[Tensor]:
+    return [vareid_ext.pairwise_distance(_random(128, 256).to(device), _random(192, 256, seed=1).to(device))]
 
 
 def _nearest_neighbors(device: torch.device) -> list[Tensor]:
-    return list(vareid_ext.nearest_neighbors(_people(256, 64).to(device), k=21))
+    x, y = _random(64, 128).to(device), _random(256, 128, seed=1).to(device)
+    index, distance = vareid_ext.nearest_neighbors(x, y, k=10)
+    return [index, distance]
 
 
-def _k_reciprocal(device: torch.device) -> list[Tensor]:
-    x = _people(256, 64).to(device)
-    return [vareid_ext.k_reciprocal_rerank(x[:64], x[64:])]
+def _rerank(device: torch.device) -> list[Tensor]:
+    query, gallery = _random(32, 64).to(device), _random(160, 64, seed=1).to(device)
+    return [vareid_ext.k_reciprocal_rerank(query, gallery)]
 
 
-def _re_ranking(device: torch.device) -> list[Tensor]:
-    x = _people(128, 64).double()
-    d = (x[:, None] - x[None]).square().sum(-1).sqrt().float().to(device)
-    return [vareid_ext.re_ranking(d[:32, 32:], d[:32, :32], d[32:, 32:])]
+# Normalised centres: the inverse norms are read again for every row of logits, and a vector is read twice to project.
+_LINEAR = {
+    "linear_viewpoint_aware_cross_entropy_summarise_kernel": Limit(moved=2.0, coalescing=0.4),
+    "linear_viewpoint_aware_cross_entropy_finish_kernel": Limit(moved=1.4, coalescing=0.6),
+    "linear_viewpoint_aware_cross_entropy_gradient_kernel": Limit(moved=1.6, coalescing=0.5),
+    "linear_viewpoint_aware_cross_entropy_inverse_norms_kernel": Limit(),
+    "linear_viewpoint_aware_cross_entropy_project_kernel": Limit(moved=1.7),
+}
 
+# Sparse rows, sorted lists and candidates: what is read again depends on the data. These hold what was measured, with a
+# margin, so that a change for the worse shows; docs/kernels.md has the numbers.
+_FEATURES = {"pairwise_distance_max_abs_kernel": Limit(), "pairwise_distance_norm_kernel": Limit()}
+_NEIGHBORS = {
+    **_FEATURES,
+    "nearest_neighbors_scan_rows_kernel": Limit(2.7, 0.9),
+    "nearest_neighbors_select_kernel": Limit(5.2, 0.9),
+}
+_RERANK = {
+    **_FEATURES,
+    "nearest_neighbors_scan_rows_kernel": Limit(2.2, 0.9),
+    "nearest_neighbors_scan_columns_kernel": Limit(2.0),
+    "nearest_neighbors_select_kernel": Limit(13, 0.9),
+    "k_reciprocal_sets_kernel": Limit(10, 0.15),
+    "k_reciprocal_expanded_kernel": Limit(11.5, 0.65, 9),
+    "k_reciprocal_prefix_kernel": Limit(coalescing=0.85),
+    "k_reciprocal_listed_distance_kernel": Limit(4.7, 0.9),
+    "k_reciprocal_encode_kernel": Limit(1.8, 0.85),
+    "k_reciprocal_expand_kernel": Limit(5.5, 0.7, 9),
+    "k_reciprocal_clear_kernel": Limit(),
+    "k_reciprocal_count_kernel": Limit(3.3, 0.5),
+    "k_reciprocal_scatter_kernel": Limit(2.4, 0.3),
+    "k_reciprocal_order_kernel": Limit(1.9),
+    "k_reciprocal_blend_kernel": Limit(29, 0.7),
+}
 
 REPRESENTATIVE: dict[str, list[Shape]] = {
     "angular_center": [
@@ -119,6 +157,14 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
         )
         for dtype in (torch.float32, torch.bfloat16)
     ],
+    "k_reciprocal": [Shape("Q 32, G 160, D 64, float32", _rerank, _RERANK)],
+    "nearest_neighbors": [Shape("64 x 256, D 128, k 10, float32", _nearest_neighbors, _NEIGHBORS)],
+    "pairwise_distance": [
+        Shape(
+            "128 x 192, D 256, float32", _pairwise_distance, {**_FEATURES, "pairwise_distance_block_kernel": Limit(1.6)}
+        )
+    ],
+    "linear_viewpoint_aware_cross_entropy": [Shape("N 16, K 751, V 3, D 32, float32", _linear_cross_entropy, _LINEAR)],
     "viewpoint_aware_cross_entropy": [
         Shape(
             f"N 16, K 751, V 3, {str(dtype).removeprefix('torch.')}",
@@ -141,10 +187,4 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
         )
         for dtype in (torch.float32, torch.bfloat16)
     ],
-    "pairwise_distance": [
-        Shape(f"M 64, D 256, {str(dtype).removeprefix('torch.')}", _pairwise_distance(dtype), {})
-        for dtype in (torch.float32, torch.bfloat16)
-    ],
-    "nearest_neighbors": [Shape("N 256, D 64, k 21", _nearest_neighbors, {})],
-    "k_reciprocal": [Shape("Q 64, G 192, D 64", _k_reciprocal, {}), Shape("Q 32, G 96", _re_ranking, {})],
 }

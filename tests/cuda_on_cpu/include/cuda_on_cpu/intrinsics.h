@@ -28,11 +28,11 @@ inline void __trap(CUDA_ON_CPU_SITE) { cuda_on_cpu::trap({file, line}); }
 namespace cuda_on_cpu {
 template <typename T>
 __attribute__((no_sanitize("thread"))) T shuffle(unsigned mask, T value, unsigned source, Site site) {
-  static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>, "shuffles move at most 8 bytes");
+  static_assert(sizeof(T) <= 8 && std::is_trivially_copy_constructible_v<T>, "shuffles move at most 8 bytes");
   uint64_t bits = 0;
   __builtin_memcpy(&bits, &value, sizeof(T));
   bits = warp_operation(WarpOp::kShuffle, mask, bits, source, site);
-  __builtin_memcpy(&value, &bits, sizeof(T));
+  __builtin_memcpy(static_cast<void*>(&value), &bits, sizeof(T));
   return value;
 }
 template <typename T>

@@ -1,10 +1,18 @@
 // The part common to __half and __nv_bfloat16: a 16-bit storage type that computes in float and rounds to nearest even.
+// Assignment from a function's result is spelled out, because g++ does not instrument `*p = f()` for a class: without
+// it the checker would not see the store.
 #pragma once
 
 #define CUDA_ON_CPU_SMALL_FLOAT(T, encode, decode)                                              \
   struct alignas(2) T {                                                                         \
     unsigned short bits;                                                                        \
     T() = default;                                                                              \
+    T(const T&) = default;                                                                      \
+    T& operator=(const T&) = default;                                                           \
+    __attribute__((always_inline)) T& operator=(T&& b) {                                        \
+      bits = b.bits;                                                                            \
+      return *this;                                                                             \
+    }                                                                                           \
     T(float x) : bits(encode(x)) {}                                                             \
     T(double x) : T(static_cast<float>(x)) {}                                                   \
     T(int x) : T(static_cast<float>(x)) {}                                                      \
