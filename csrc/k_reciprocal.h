@@ -63,10 +63,8 @@ void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType
                            const int32_t* owner, const float* weight, double lambda_value, int64_t k, float* distance,
                            int64_t* gallery_index, void* workspace, int threads);
 
-// The same on a GPU. Workspaces: expanded and expand take none; invert: 8 bytes times (columns + entries); blend: 4
-// bytes times gallery for each of min(queries, kCudaBlendBlocks) blocks. sets: at most kCudaMaxWidth members;
-// matrix_neighbors: k at most 159 (else std::invalid_argument).
-constexpr int64_t kCudaBlendBlocks = 256;
+// The same on a GPU. invert's workspace: 8 bytes times (columns + entries); the others need none. sets: at most
+// kCudaMaxWidth members; matrix_neighbors: k at most 159 (else std::invalid_argument).
 constexpr int64_t kCudaMaxWidth = 1024;
 void k_reciprocal_sets_cuda(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
                             int32_t* size, int device, void* stream);
@@ -88,8 +86,7 @@ void k_reciprocal_invert_cuda(const int64_t* indptr, const int32_t* index, const
                               float* weight, void* workspace, int device, void* stream);
 void k_reciprocal_blend_cuda(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
                              const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
-                             const int32_t* owner, const float* weight, double lambda_value, void* workspace,
-                             int device, void* stream);
+                             const int32_t* owner, const float* weight, double lambda_value, int device, void* stream);
 void k_reciprocal_matrix_neighbors_cuda(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q,
                                         int64_t G, int64_t k, int32_t* neighbor, double* row_max, int device,
                                         void* stream);

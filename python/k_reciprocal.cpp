@@ -155,8 +155,7 @@ void blend(const TensorView& distance, const TensorView& row_max, const TensorVi
                             array<float>(row_max, "row_max", queries), array<int64_t>(indptr, "indptr", queries + 1),
                             array<int32_t>(index, "index", 0), array<float>(value, "value", index.numel()),
                             array<int64_t>(start, "start", 1), array<int32_t>(owner, "owner", 0),
-                            array<float>(weight, "weight", owner.numel()), lambda_value,
-                            scratch(workspace, 4 * gallery * std::min(queries, kCudaBlendBlocks)), distance.device_id,
+                            array<float>(weight, "weight", owner.numel()), lambda_value, distance.device_id,
                             reinterpret_cast<void*>(stream));
 #endif
     return;
