@@ -1,7 +1,7 @@
 // k-reciprocal re-ranking after the neighbour lists: the definitions are in vareid_ext/reference/k_reciprocal.py.
 //
-// Sparse rows are CSR: indptr int64 [rows + 1], index int32 ascending within a row, value float32. Where a result's size
-// is not known before, a first call with null arrays writes indptr only; the caller allocates and calls again.
+// Sparse rows are CSR: indptr int64 [rows + 1], index int32 ascending within a row, value float32. Where a result's
+// size is not known before, a first call with null arrays writes indptr only; the caller allocates and calls again.
 #pragma once
 
 #include <cstdint>
@@ -13,56 +13,58 @@ namespace vareid {
 
 // reciprocal[i] = the members of R(i, k), ascending, in [rows, min(k + 1, width)]; size[i] = how many.
 void k_reciprocal_sets_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
-                         int32_t* size, int threads);
+                           int32_t* size, int threads);
 
 // R* as a CSR pattern, from R(., k1) and R(., h). workspace: 8 bytes times `rows` for each thread.
 void k_reciprocal_expanded_cpu(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
-                       const int32_t* half_size, int64_t half_width, int64_t rows, int64_t* indptr, int32_t* index,
-                       void* workspace, int threads);
+                               const int32_t* half_size, int64_t half_width, int64_t rows, int64_t* indptr,
+                               int32_t* index, void* workspace, int threads);
 
 // Squared distances of a CSR pattern's pairs over x and y together, known ones from the neighbour lists.
-void k_reciprocal_listed_distance_cpu(const Features& x, const Features& y, DType dtype, int64_t D, const int32_t* neighbor,
-                         const float* neighbor_distance, int64_t width, const int64_t* indptr, const int32_t* index,
-                         float* out, int threads);
+void k_reciprocal_listed_distance_cpu(const Features& x, const Features& y, DType dtype, int64_t D,
+                                      const int32_t* neighbor, const float* neighbor_distance, int64_t width,
+                                      const int64_t* indptr, const int32_t* index, float* out, int threads);
 
 // value = exp(-distance / row_max), each row divided by its sum. distance and value may be the same array.
-void k_reciprocal_encode_cpu(const int64_t* indptr, const float* distance, const float* row_max, int64_t rows, float* value,
-                int threads);
+void k_reciprocal_encode_cpu(const int64_t* indptr, const float* distance, const float* row_max, int64_t rows,
+                             float* value, int threads);
 
 // The mean of the encodings of each row's k2 first neighbours. workspace: 16 bytes times `rows` for each thread.
 void k_reciprocal_expand_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k2, const int64_t* indptr,
-                      const int32_t* index, const float* value, int64_t* new_indptr, int32_t* new_index,
-                      float* new_value, void* workspace, int threads);
+                             const int32_t* index, const float* value, int64_t* new_indptr, int32_t* new_index,
+                             float* new_value, void* workspace, int threads);
 
 // The inverted index of rows first.. of a CSR matrix with `columns` columns: start [columns + 1], and for each column
 // the rows (counted from `first`) and their values, rows ascending. workspace: 8 bytes times `columns`.
-void k_reciprocal_invert_cpu(const int64_t* indptr, const int32_t* index, const float* value, int64_t rows, int64_t first,
-                int64_t columns, int64_t* start, int32_t* owner, float* weight, void* workspace);
+void k_reciprocal_invert_cpu(const int64_t* indptr, const int32_t* index, const float* value, int64_t rows,
+                             int64_t first, int64_t columns, int64_t* start, int32_t* owner, float* weight,
+                             void* workspace);
 
 // distance[q, g] (leading dimension ld) becomes (1 - lambda) Jaccard + lambda distance / row_max[q], for the queries
 // 0..queries. workspace: 4 bytes times `gallery` for each thread.
 void k_reciprocal_blend_cpu(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
-               const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
-               const int32_t* owner, const float* weight, double lambda_value, void* workspace, int threads);
+                            const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
+                            const int32_t* owner, const float* weight, double lambda_value, void* workspace,
+                            int threads);
 
 // The k nearest rows and the row maxima of the symmetric matrix [[q_q, q_g], [q_g^T, g_g]] (dense, row-major), ties by
 // the lower index. workspace: 128 Q + 32 k + 1024 bytes for each thread.
-void k_reciprocal_matrix_neighbors_cpu(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q, int64_t G,
-                          int64_t k, int32_t* neighbor, double* row_max, void* workspace, int threads);
+void k_reciprocal_matrix_neighbors_cpu(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q,
+                                       int64_t G, int64_t k, int32_t* neighbor, double* row_max, void* workspace,
+                                       int threads);
 
 // The k smallest final distances of each query without its whole row, ties by the lower index. nearest [Q, listed] are
 // the gallery rows of smallest original distance, in order, with `original` [Q, listed] their squared distances; listed
-// is at least min(k, G). Squared distances of others are summed in float64. workspace: 24 bytes times G for each thread.
-void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType dtype, int64_t D, const int32_t* nearest,
-                    const float* original, int64_t listed, const float* row_max, const int64_t* indptr,
-                    const int32_t* index, const float* value, const int64_t* start, const int32_t* owner,
-                    const float* weight, double lambda_value, int64_t k, float* distance, int64_t* gallery_index,
-                    void* workspace, int threads);
+// is at least min(k, G). Squared distances of others are summed in float64. workspace: 24 bytes times G for each
+// thread.
+void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType dtype, int64_t D,
+                           const int32_t* nearest, const float* original, int64_t listed, const float* row_max,
+                           const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
+                           const int32_t* owner, const float* weight, double lambda_value, int64_t k, float* distance,
+                           int64_t* gallery_index, void* workspace, int threads);
 
-// The same on a GPU. Workspaces: expanded and expand take none; invert: 8 bytes times (columns + entries); blend: 4
-// bytes times gallery for each of min(queries, kCudaBlendBlocks) blocks. sets: at most kCudaMaxWidth members;
-// matrix_neighbors: k at most 159 (else std::invalid_argument).
-constexpr int64_t kCudaBlendBlocks = 256;
+// The same on a GPU. invert's workspace: 8 bytes times (columns + entries); the others need none. sets: at most
+// kCudaMaxWidth members; matrix_neighbors: k at most 159 (else std::invalid_argument).
 constexpr int64_t kCudaMaxWidth = 1024;
 void k_reciprocal_sets_cuda(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
                             int32_t* size, int device, void* stream);
@@ -84,8 +86,7 @@ void k_reciprocal_invert_cuda(const int64_t* indptr, const int32_t* index, const
                               float* weight, void* workspace, int device, void* stream);
 void k_reciprocal_blend_cuda(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
                              const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
-                             const int32_t* owner, const float* weight, double lambda_value, void* workspace,
-                             int device, void* stream);
+                             const int32_t* owner, const float* weight, double lambda_value, int device, void* stream);
 void k_reciprocal_matrix_neighbors_cuda(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q,
                                         int64_t G, int64_t k, int32_t* neighbor, double* row_max, int device,
                                         void* stream);

@@ -19,13 +19,13 @@ namespace vareid {
 
 // What is known of each row while the blocks go by. All arrays are indexed by row.
 struct Candidates {
-  float* lower;        // [rows, capacity]
-  int32_t* index;      // [rows, capacity]
-  int32_t* count;      // starts at 0
-  float* threshold;    // lower bounds above it are not kept; starts at +Inf
-  float* cut;          // starts at +Inf
-  float* row_max;      // the largest distance seen, in the products' unit; starts at 0
-  int64_t capacity;    // at least k + 1
+  float* lower;      // [rows, capacity]
+  int32_t* index;    // [rows, capacity]
+  int32_t* count;    // starts at 0
+  float* threshold;  // lower bounds above it are not kept; starts at +Inf
+  float* cut;        // starts at +Inf
+  float* row_max;    // the largest distance seen, in the products' unit; starts at 0
+  int64_t capacity;  // at least k + 1
   int64_t k;
 };
 
@@ -39,26 +39,27 @@ struct Bounds {
 // right one. `left` receives candidates of the block's rows; `right`, if not null, those of its columns (a set against
 // itself: every block serves both). Both are indexed from the first row of their set, as are the bounds. With write,
 // the products are replaced by distances, clamped at 0.
-void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin, int64_t column_begin,
-                    const Bounds& left_bounds, const Bounds& right_bounds, const Candidates& left,
-                    const Candidates* right, bool write, int threads);
+void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
+                                int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                                const Candidates& left, const Candidates* right, bool write, int threads);
 
 // The k nearest of each row in exact order, from its candidates. The left set's rows are x's and then x2's, the right
 // set's y's and then y2's. Writes index [rows, k], distance [rows, k] (float32 or float64, null for none), and for
-// rows that need nearest_neighbors_rescan unsure[row] = 1 and reach[row] = the k-th smallest upper bound (else unsure[row] = 0).
-void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
-                          int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
-                          const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
-                          DType distance_dtype, uint8_t* unsure, float* reach, int threads);
+// rows that need nearest_neighbors_rescan unsure[row] = 1 and reach[row] = the k-th smallest upper bound (else
+// unsure[row] = 0).
+void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2,
+                                  DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
+                                  const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
+                                  DType distance_dtype, uint8_t* unsure, float* reach, int threads);
 
 // The same for `count` whole rows rows[0..]: block [count, columns] holds their products with the whole right set.
 // same[j], if not null, is the first row of the right set that is equal to row j. workspace: 16 bytes times (columns +
 // half of them, rounded up) for each thread.
 void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, int64_t columns,
-                     const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
-                     int64_t D, Metric metric, double unscale, const Bounds& left_bounds, const Bounds& right_bounds,
-                     const float* reach, const int32_t* same, int64_t k, int32_t* index, void* distance,
-                     DType distance_dtype, void* workspace, int threads);
+                                  const Features& x, const Features& x2, const Features& y, const Features& y2,
+                                  DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
+                                  const Bounds& right_bounds, const float* reach, const int32_t* same, int64_t k,
+                                  int32_t* index, void* distance, DType distance_dtype, void* workspace, int threads);
 
 // The same on a GPU. k is at most kCudaMaxNeighbors and capacity at most kCudaMaxCapacity (else
 // std::invalid_argument). `both` means that the candidates are the columns' too. x2 and y2 may be empty.

@@ -30,8 +30,8 @@ void pairwise_distance_max_abs_cpu(const Features& x, DType dtype, int64_t D, do
 void pairwise_distance_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, int threads);
 
 // out[r] = float32(factor_r x_r - center), norm[r] = |out_r|^2. center is double [D] or null; out is [rows, D].
-void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out, float* norm,
-                         int threads);
+void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out,
+                                   float* norm, int threads);
 
 // Turns products [rows, columns] (leading dimension ld) into distances, in place. Distances that are small against the
 // norms, where the product has lost digits, are summed again in float64 from the features, so equal rows are at 0.

@@ -1,4 +1,5 @@
-// Features as the bindings of the retrieval ops take them: a matrix with contiguous rows and an optional factor per row.
+// Features as the bindings of the retrieval ops take them: a matrix with contiguous rows and an optional factor per
+// row.
 #pragma once
 
 #include "pairwise_distance.h"

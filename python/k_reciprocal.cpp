@@ -19,7 +19,8 @@ void* scratch(const TensorView& workspace, int64_t bytes) {
   return workspace.data;
 }
 
-void reciprocal(const TensorView& neighbor, int64_t k, const TensorView& out, const TensorView& size, int threads, uintptr_t stream) {
+void reciprocal(const TensorView& neighbor, int64_t k, const TensorView& out, const TensorView& size, int threads,
+                uintptr_t stream) {
   const int64_t rows = neighbor.shape[0], width = width_of(neighbor);
   if (on_gpu(neighbor, "neighbor")) {
 #ifdef VAREID_WITH_CUDA
@@ -31,12 +32,13 @@ void reciprocal(const TensorView& neighbor, int64_t k, const TensorView& out, co
   }
   (void)stream;
   k_reciprocal_sets_cpu(array<int32_t>(neighbor, "neighbor", 0), rows, width, k,
-                      array<int32_t>(out, "reciprocal", rows * std::min(k + 1, width)),
-                      array<int32_t>(size, "size", rows), threads);
+                        array<int32_t>(out, "reciprocal", rows * std::min(k + 1, width)),
+                        array<int32_t>(size, "size", rows), threads);
 }
 
 void expanded(const TensorView& sets, const TensorView& size, const TensorView& half, const TensorView& half_size,
-              const TensorView& indptr, const OptionalView& index, const TensorView& workspace, int threads, uintptr_t stream) {
+              const TensorView& indptr, const OptionalView& index, const TensorView& workspace, int threads,
+              uintptr_t stream) {
   const int64_t rows = sets.shape[0];
   if (on_gpu(sets, "sets")) {
 #ifdef VAREID_WITH_CUDA
@@ -50,9 +52,9 @@ void expanded(const TensorView& sets, const TensorView& size, const TensorView& 
   }
   (void)stream;
   k_reciprocal_expanded_cpu(array<int32_t>(sets, "reciprocal", 0), array<int32_t>(size, "size", rows), width_of(sets),
-                    array<int32_t>(half, "half", 0), array<int32_t>(half_size, "half_size", rows), width_of(half), rows,
-                    array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
-                    scratch(workspace, 8 * rows * threads), threads);
+                            array<int32_t>(half, "half", 0), array<int32_t>(half_size, "half_size", rows),
+                            width_of(half), rows, array<int64_t>(indptr, "indptr", rows + 1),
+                            array<int32_t>(index, "index", 0), scratch(workspace, 8 * rows * threads), threads);
 }
 
 void listed(const TensorView& x, const OptionalView& x_factor, const TensorView& y, const OptionalView& y_factor,
@@ -72,10 +74,11 @@ void listed(const TensorView& x, const OptionalView& x_factor, const TensorView&
     return;
   }
   (void)stream;
-  k_reciprocal_listed_distance_cpu(left, right, x.dtype(), x.shape[1], array<int32_t>(neighbor, "neighbor", rows * width),
-                      array<float>(neighbor_distance, "neighbor_distance", rows * width), width,
-                      array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
-                      array<float>(out, "out", index.numel()), threads);
+  k_reciprocal_listed_distance_cpu(left, right, x.dtype(), x.shape[1],
+                                   array<int32_t>(neighbor, "neighbor", rows * width),
+                                   array<float>(neighbor_distance, "neighbor_distance", rows * width), width,
+                                   array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
+                                   array<float>(out, "out", index.numel()), threads);
 }
 
 void encode(const TensorView& indptr, const TensorView& distance, const TensorView& row_max, const TensorView& value,
@@ -92,7 +95,8 @@ void encode(const TensorView& indptr, const TensorView& distance, const TensorVi
   }
   (void)stream;
   k_reciprocal_encode_cpu(array<int64_t>(indptr, "indptr", 1), array<float>(distance, "distance", 0),
-             array<float>(row_max, "row_max", rows), rows, array<float>(value, "value", distance.numel()), threads);
+                          array<float>(row_max, "row_max", rows), rows, array<float>(value, "value", distance.numel()),
+                          threads);
 }
 
 void expand(const TensorView& neighbor, int64_t k2, const TensorView& indptr, const TensorView& index,
@@ -112,30 +116,30 @@ void expand(const TensorView& neighbor, int64_t k2, const TensorView& indptr, co
   }
   (void)stream;
   k_reciprocal_expand_cpu(array<int32_t>(neighbor, "neighbor", 0), rows, width_of(neighbor), k2,
-                   array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
-                   array<float>(value, "value", index.numel()), array<int64_t>(new_indptr, "new_indptr", rows + 1),
-                   array<int32_t>(new_index, "new_index", 0), array<float>(new_value, "new_value", 0),
-                   scratch(workspace, 16 * rows * threads), threads);
+                          array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
+                          array<float>(value, "value", index.numel()),
+                          array<int64_t>(new_indptr, "new_indptr", rows + 1), array<int32_t>(new_index, "new_index", 0),
+                          array<float>(new_value, "new_value", 0), scratch(workspace, 16 * rows * threads), threads);
 }
 
 void invert(const TensorView& indptr, const TensorView& index, const TensorView& value, int64_t first, int64_t columns,
-            const TensorView& start, const TensorView& owner, const TensorView& weight, const TensorView& workspace, int, uintptr_t stream) {
+            const TensorView& start, const TensorView& owner, const TensorView& weight, const TensorView& workspace,
+            int, uintptr_t stream) {
   if (on_gpu(index, "index")) {
 #ifdef VAREID_WITH_CUDA
-    k_reciprocal_invert_cuda(array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0),
-                             array<float>(value, "value", 0), indptr.numel() - 1, first, columns, owner.numel(),
-                             array<int64_t>(start, "start", columns + 1), array<int32_t>(owner, "owner", 0),
-                             array<float>(weight, "weight", owner.numel()),
-                             scratch(workspace, 8 * (columns + owner.numel())), index.device_id,
-                             reinterpret_cast<void*>(stream));
+    k_reciprocal_invert_cuda(
+        array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0), array<float>(value, "value", 0),
+        indptr.numel() - 1, first, columns, owner.numel(), array<int64_t>(start, "start", columns + 1),
+        array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()),
+        scratch(workspace, 8 * (columns + owner.numel())), index.device_id, reinterpret_cast<void*>(stream));
 #endif
     return;
   }
   (void)stream;
-  k_reciprocal_invert_cpu(array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0), array<float>(value, "value", 0),
-             indptr.numel() - 1, first, columns, array<int64_t>(start, "start", columns + 1),
-             array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()),
-             scratch(workspace, 8 * columns));
+  k_reciprocal_invert_cpu(array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0),
+                          array<float>(value, "value", 0), indptr.numel() - 1, first, columns,
+                          array<int64_t>(start, "start", columns + 1), array<int32_t>(owner, "owner", 0),
+                          array<float>(weight, "weight", owner.numel()), scratch(workspace, 8 * columns));
 }
 
 void blend(const TensorView& distance, const TensorView& row_max, const TensorView& indptr, const TensorView& index,
@@ -147,22 +151,21 @@ void blend(const TensorView& distance, const TensorView& row_max, const TensorVi
   const int64_t queries = distance.shape[0], gallery = distance.shape[1];
   if (on_gpu(distance, "distance")) {
 #ifdef VAREID_WITH_CUDA
-    k_reciprocal_blend_cuda(
-        distance.as<float>(), distance.strides[0], queries, gallery, array<float>(row_max, "row_max", queries),
-        array<int64_t>(indptr, "indptr", queries + 1), array<int32_t>(index, "index", 0),
-        array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1),
-        array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()), lambda_value,
-        scratch(workspace, 4 * gallery * std::min(queries, kCudaBlendBlocks)), distance.device_id,
-        reinterpret_cast<void*>(stream));
+    k_reciprocal_blend_cuda(distance.as<float>(), distance.strides[0], queries, gallery,
+                            array<float>(row_max, "row_max", queries), array<int64_t>(indptr, "indptr", queries + 1),
+                            array<int32_t>(index, "index", 0), array<float>(value, "value", index.numel()),
+                            array<int64_t>(start, "start", 1), array<int32_t>(owner, "owner", 0),
+                            array<float>(weight, "weight", owner.numel()), lambda_value, distance.device_id,
+                            reinterpret_cast<void*>(stream));
 #endif
     return;
   }
   (void)stream;
-  k_reciprocal_blend_cpu(distance.as<float>(), distance.strides[0], queries, gallery, array<float>(row_max, "row_max", queries),
-            array<int64_t>(indptr, "indptr", queries + 1), array<int32_t>(index, "index", 0),
-            array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1),
-            array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()), lambda_value,
-            scratch(workspace, 4 * gallery * threads), threads);
+  k_reciprocal_blend_cpu(
+      distance.as<float>(), distance.strides[0], queries, gallery, array<float>(row_max, "row_max", queries),
+      array<int64_t>(indptr, "indptr", queries + 1), array<int32_t>(index, "index", 0),
+      array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1), array<int32_t>(owner, "owner", 0),
+      array<float>(weight, "weight", owner.numel()), lambda_value, scratch(workspace, 4 * gallery * threads), threads);
 }
 
 void matrix_neighbors(const TensorView& q_g, const TensorView& q_q, const TensorView& g_g, int64_t k,
@@ -181,17 +184,16 @@ void matrix_neighbors(const TensorView& q_g, const TensorView& q_q, const Tensor
   if (k < 1 || k > Q + G) refuse("k", "is out of range");
   if (on_gpu(q_g, "q_g")) {
 #ifdef VAREID_WITH_CUDA
-    k_reciprocal_matrix_neighbors_cuda(q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k,
-                                       array<int32_t>(neighbor, "neighbor", (Q + G) * k),
-                                       array<double>(row_max, "row_max", Q + G), q_g.device_id,
-                                       reinterpret_cast<void*>(stream));
+    k_reciprocal_matrix_neighbors_cuda(
+        q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k, array<int32_t>(neighbor, "neighbor", (Q + G) * k),
+        array<double>(row_max, "row_max", Q + G), q_g.device_id, reinterpret_cast<void*>(stream));
 #endif
     return;
   }
   (void)stream;
-  k_reciprocal_matrix_neighbors_cpu(q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k,
-                       array<int32_t>(neighbor, "neighbor", (Q + G) * k), array<double>(row_max, "row_max", Q + G),
-                       scratch(workspace, (128 * Q + 32 * k + 1024) * threads), threads);
+  k_reciprocal_matrix_neighbors_cpu(
+      q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k, array<int32_t>(neighbor, "neighbor", (Q + G) * k),
+      array<double>(row_max, "row_max", Q + G), scratch(workspace, (128 * Q + 32 * k + 1024) * threads), threads);
 }
 
 void blend_topk(const TensorView& query, const OptionalView& query_factor, const TensorView& gallery,
@@ -207,13 +209,13 @@ void blend_topk(const TensorView& query, const OptionalView& query_factor, const
   if (query.device_type != kDeviceCpu) refuse("query", "must be on the CPU");
   (void)stream;
   if (k < 1 || k > listed || listed > G) refuse("nearest", "must list between k and G rows");
-  k_reciprocal_topk_cpu(left, right, query.dtype(), query.shape[1], array<int32_t>(nearest, "nearest", Q * listed),
-                 array<float>(original, "original", Q * listed), listed, array<float>(row_max, "row_max", Q),
-                 array<int64_t>(indptr, "indptr", Q + 1), array<int32_t>(index, "index", 0),
-                 array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1),
-                 array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()), lambda_value, k,
-                 array<float>(distance, "distance", Q * k), array<int64_t>(gallery_index, "gallery_index", Q * k),
-                 scratch(workspace, 24 * G * threads), threads);
+  k_reciprocal_topk_cpu(
+      left, right, query.dtype(), query.shape[1], array<int32_t>(nearest, "nearest", Q * listed),
+      array<float>(original, "original", Q * listed), listed, array<float>(row_max, "row_max", Q),
+      array<int64_t>(indptr, "indptr", Q + 1), array<int32_t>(index, "index", 0),
+      array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1), array<int32_t>(owner, "owner", 0),
+      array<float>(weight, "weight", owner.numel()), lambda_value, k, array<float>(distance, "distance", Q * k),
+      array<int64_t>(gallery_index, "gallery_index", Q * k), scratch(workspace, 24 * G * threads), threads);
 }
 
 }  // namespace

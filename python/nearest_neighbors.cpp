@@ -74,15 +74,15 @@ void scan(const TensorView& block, int64_t row_begin, int64_t column_begin, cons
     if (right && column_state.lower != row_state.lower) refuse("candidates", "on a GPU rows and columns share them");
     nearest_neighbors_scan_cuda(block.as<float>(), ld, rows, columns, row_begin, column_begin, row_bounds.norm,
                                 row_bounds.window, column_bounds.norm, column_bounds.window, row_state.lower,
-                                row_state.index, row_state.count, row_state.threshold, row_state.cut,
-                                row_state.row_max, row_state.capacity, k, right.has_value(), write, block.device_id,
+                                row_state.index, row_state.count, row_state.threshold, row_state.cut, row_state.row_max,
+                                row_state.capacity, k, right.has_value(), write, block.device_id,
                                 reinterpret_cast<void*>(stream));
 #endif
     return;
   }
   (void)stream;
-  nearest_neighbors_scan_cpu(block.as<float>(), ld, rows, columns, row_begin, column_begin, row_bounds, column_bounds, row_state,
-                 right ? &column_state : nullptr, write, threads);
+  nearest_neighbors_scan_cpu(block.as<float>(), ld, rows, columns, row_begin, column_begin, row_bounds, column_bounds,
+                             row_state, right ? &column_state : nullptr, write, threads);
 }
 
 void select(const Parts& x, const Parts& y, int metric, double unscale, const Views& left_bounds,
@@ -110,10 +110,11 @@ void select(const Parts& x, const Parts& y, int metric, double unscale, const Vi
   }
   (void)stream;
   nearest_neighbors_select_cpu(left.first, left.second, right.first, right.second, left.dtype, left.D,
-                       static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows),
-                       make_bounds(right_bounds, right.rows), state, array<int32_t>(index, "index", left.rows * k),
-                       distance ? distance->data : nullptr, distance ? distance->dtype() : DType::kFloat32,
-                       unsure.as<uint8_t>(), array<float>(reach, "reach", left.rows), threads);
+                               static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows),
+                               make_bounds(right_bounds, right.rows), state,
+                               array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
+                               distance ? distance->dtype() : DType::kFloat32, unsure.as<uint8_t>(),
+                               array<float>(reach, "reach", left.rows), threads);
 }
 
 void rescan(const TensorView& block, const TensorView& rows, const Parts& x, const Parts& y, int metric, double unscale,
@@ -127,28 +128,30 @@ void rescan(const TensorView& block, const TensorView& rows, const Parts& x, con
   if (on_gpu(x[0].first, "x")) {
 #ifdef VAREID_WITH_CUDA
     const Features &l = left.first, &l2 = left.second, &r = right.first, &r2 = right.second;
-    const Bounds row_bounds = make_bounds(left_bounds, left.rows), column_bounds = make_bounds(right_bounds, right.rows);
+    const Bounds row_bounds = make_bounds(left_bounds, left.rows),
+                 column_bounds = make_bounds(right_bounds, right.rows);
     if (!workspace.is_byte() || workspace.numel() < rows.numel() * right.rows * 8) refuse("workspace", "is too small");
-    nearest_neighbors_rescan_cuda(
-        block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), l.data, l.factor, l.rows, l.stride,
-        l2.data, l2.factor, l2.rows, l2.stride, r.data, r.factor, r.rows, r.stride, r2.data, r2.factor, r2.rows,
-        r2.stride, left.dtype, left.D, static_cast<Metric>(metric), unscale, row_bounds.norm, row_bounds.window,
-        column_bounds.norm, column_bounds.window, array<float>(reach, "reach", left.rows), k,
-        array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
-        distance ? distance->dtype() : DType::kFloat32, static_cast<double*>(workspace.data), index.device_id,
-        reinterpret_cast<void*>(stream));
+    nearest_neighbors_rescan_cuda(block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), l.data,
+                                  l.factor, l.rows, l.stride, l2.data, l2.factor, l2.rows, l2.stride, r.data, r.factor,
+                                  r.rows, r.stride, r2.data, r2.factor, r2.rows, r2.stride, left.dtype, left.D,
+                                  static_cast<Metric>(metric), unscale, row_bounds.norm, row_bounds.window,
+                                  column_bounds.norm, column_bounds.window, array<float>(reach, "reach", left.rows), k,
+                                  array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
+                                  distance ? distance->dtype() : DType::kFloat32, static_cast<double*>(workspace.data),
+                                  index.device_id, reinterpret_cast<void*>(stream));
 #endif
     return;
   }
   (void)stream;
   if (!workspace.is_byte() || workspace.numel() < threads * (right.rows + (right.rows + 1) / 2) * 16)
     refuse("workspace", "is too small");
-  nearest_neighbors_rescan_cpu(block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), right.rows, left.first,
-                  left.second, right.first, right.second, left.dtype, left.D, static_cast<Metric>(metric), unscale,
-                  make_bounds(left_bounds, left.rows), make_bounds(right_bounds, right.rows),
-                  array<float>(reach, "reach", left.rows), array<int32_t>(same, "same", right.rows), k,
-                  array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
-                  distance ? distance->dtype() : DType::kFloat32, workspace.data, threads);
+  nearest_neighbors_rescan_cpu(block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), right.rows,
+                               left.first, left.second, right.first, right.second, left.dtype, left.D,
+                               static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows),
+                               make_bounds(right_bounds, right.rows), array<float>(reach, "reach", left.rows),
+                               array<int32_t>(same, "same", right.rows), k,
+                               array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
+                               distance ? distance->dtype() : DType::kFloat32, workspace.data, threads);
 }
 
 }  // namespace

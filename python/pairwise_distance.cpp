@@ -51,8 +51,8 @@ void prepare(const TensorView& x, const OptionalView& factor, const OptionalView
 }
 
 void block(const TensorView& products, const TensorView& x, const OptionalView& x_factor, const TensorView& y,
-           const OptionalView& y_factor, const TensorView& x_norm, const TensorView& y_norm, int metric,
-           double unscale, const OptionalView& mirror, int threads, uintptr_t stream) {
+           const OptionalView& y_factor, const TensorView& x_norm, const TensorView& y_norm, int metric, double unscale,
+           const OptionalView& mirror, int threads, uintptr_t stream) {
   const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
   const int64_t D = x.shape[1], ld = leading_dimension(products, "products");
   check_shape(products, "products", {left.rows, right.rows});

@@ -162,6 +162,19 @@ def test_a_faulty_file_is_named_with_its_key(tmp_path, text, words):
         assert word in str(error.value)
 
 
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    path = tmp_path / "latin1.yaml"
+    path.write_bytes("data:\n  root: caf\u00e9\n".encode("latin1"))
+    with pytest.raises(CommandLineError, match=r"latin1\.yaml: not UTF-8"):
+        parse(["--config", str(path)])
+
+
+def test_a_run_folder_with_an_edited_configuration_is_checked_as_any_file(tmp_path):
+    (tmp_path / "config.yaml").write_text(to_yaml(Config()).replace("epochs: 60", "epochs: many"))
+    with pytest.raises(CommandLineError, match=r"optimizer\.epochs.*many"):
+        parse(["--resume", str(tmp_path)])
+
+
 def test_help_shows_every_field_with_its_default_and_meaning(capsys):
     with pytest.raises(SystemExit) as end:
         parse(["--recipe", "market1501-lsr", "--help"])
@@ -195,6 +208,7 @@ def test_help_shows_every_field_with_its_default_and_meaning(capsys):
         (EvaluationConfig, {"k1": 0}),
         (EvaluationConfig, {"lambda_value": 1.1}),
         (RunConfig, {"threads": -1}),
+        (RunConfig, {"seed": 2**63}),
     ],
 )
 def test_values_out_of_range_are_errors_that_name_the_field(section, changes):

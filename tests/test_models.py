@@ -159,6 +159,29 @@ def test_weights_that_do_not_fit_are_errors(tmp_path):
         load_backbone_weights(backbone, str(path))
 
 
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_weights_that_cannot_be_read_are_errors(tmp_path, name):
+    path = tmp_path / name
+    torch.save(tiny().backbone.state_dict(), path)
+    for content in (b"", b"not a file of weights", path.read_bytes()[:2000]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"weights: .*{name}.* cannot be read: ."):
+            ReidModel("resnet10t", backbone_options=TINY, weights=str(path))
+
+
+def test_weights_that_are_no_tensors_are_errors(tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(dict.fromkeys(tiny().backbone.state_dict(), 0), path)
+    with pytest.raises(ValueError, match="does not fit the backbone"):
+        ReidModel("resnet10t", backbone_options=TINY, weights=str(path))
+
+
+@pytest.mark.parametrize("options", [{"foo": 1}, {"num_classes": 3}, {"channels": 3}])
+def test_options_that_the_backbone_does_not_take_are_errors(options):
+    with pytest.raises(ValueError, match=r"backbone_options: .*resnet10t"):
+        ReidModel("resnet10t", backbone_options=options)
+
+
 def test_a_failed_download_says_what_to_do(monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route to host")

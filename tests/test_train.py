@@ -6,15 +6,17 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import vareid_ext
-from vareid_ext import extraction, report, train
+from vareid_ext import extraction, report, run_folder, train
 from vareid_ext.checkpoint import atomic_file, load_checkpoint, random_state, save_checkpoint, set_random_state
 from vareid_ext.data import ImageList, SyntheticSettings, build_transform, load, synthetic_data
 from vareid_ext.figures import choose_queries
@@ -167,6 +169,109 @@ def test_a_finished_run_can_be_evaluated_again(finished, capsys):
     after = load_checkpoint(finished / "last.pt")
     assert_same(before["model"], after["model"])
     assert after["progress"]["evaluations"] == before["progress"]["evaluations"]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A run of one epoch of four steps, to be copied and resumed."""
+    output = tmp_path_factory.mktemp("runs") / "short"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "draw_figures", lambda *args: None)
+        assert start(output, "--epochs=1", "--baselines=false") == 0
+    return output
+
+
+@pytest.fixture
+def copied(short, tmp_path):
+    return shutil.copytree(short, tmp_path / "copy")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_resumed_run_keeps_the_options_it_was_given(copied):
+    assert train.main(["--resume", str(copied), "--epochs=2", "--weight-decay=0.5"]) == 0
+    assert yaml.safe_load((copied / "config.yaml").read_text())["optimizer"]["epochs"] == 2
+    (group,) = load_checkpoint(copied / "last.pt")["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.5
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_log_that_a_kill_left_behind_is_put_in_order(copied):
+    entries = log_of(copied)
+    with (copied / "log.jsonl").open("a") as file:
+        # Killed after the evaluation was logged and before it was saved, and again in the middle of a line.
+        file.write(json.dumps({**entries[-1], "epoch": 7}) + '\n{"step": 4, "ep')
+    assert train.main(["--resume", str(copied)]) == 0
+    assert log_of(copied) == entries
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_another_optimizer_is_refused_when_a_run_is_resumed(copied, capsys, name):
+    assert train.main(["--resume", str(copied), f"--optimizer.name={name}", "--epochs=2"]) == 2
+    error = capsys.readouterr().err
+    assert "optimizer.name" in error
+    assert "adamw" in error
+
+
+def test_a_checkpoint_without_its_entries_is_refused(copied, capsys):
+    save_checkpoint(copied / "last.pt", {"model": {}})
+    assert train.main(["--resume", str(copied)]) == 2
+    assert "last.pt" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_signal_in_an_evaluation_loses_no_epoch(tmp_path, monkeypatch):
+    extract = train.extract
+
+    def extract_and_signal(config, data, model, device, what):
+        if what == "epoch 1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return extract(config, data, model, device, what)
+
+    monkeypatch.setattr(train, "extract", extract_and_signal)
+    assert start(tmp_path / "run", "--save-every=50", "--baselines=false") == 128 + signal.SIGTERM
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 4
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_weights_that_are_not_finite_are_not_saved(copied, capsys, monkeypatch):
+    before = (copied / "last.pt").read_bytes()
+    step = torch.optim.AdamW.step
+
+    def spoil(self, *arguments, **options):
+        step(self, *arguments, **options)
+        self.param_groups[0]["params"][0].data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spoil)
+    assert train.main(["--resume", str(copied), "--epochs=2", "--batches-per-epoch=5", "--lr=1"]) == 3
+    assert "step 5" in capsys.readouterr().err
+    assert (copied / "last.pt").read_bytes() == before
+    assert yaml.safe_load((copied / "config.yaml").read_text())["optimizer"]["epochs"] == 1
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "ranking.png", "best.pt"])
+def test_files_of_others_are_not_overwritten(tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert start(tmp_path) == 2
+    assert name in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_that_ended_before_its_first_step_can_be_started_again(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "measure_baselines", interrupted)
+        assert start(tmp_path / "run") == 130
+    assert start(tmp_path / "run", "--epochs=3") == 2
+    assert start(tmp_path / "run") == 0
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "now")
+    assert [str(run_folder.default_folder("a")) for _ in range(3)] == ["runs/a-now", "runs/a-now-2", "runs/a-now-3"]
 
 
 def test_a_run_folder_is_not_overwritten(finished, capsys):

@@ -51,14 +51,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: there is no file {str(path)!r}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint: {str(path)!r} cannot be read: {error}") from error
+    state = read_tensors(path, "checkpoint")
     found = state.get("format") if isinstance(state, dict) else None
     if found != FORMAT:
         raise ValueError(f"checkpoint: {str(path)!r} has format {found!r}; this program reads format {FORMAT}")
     return state
+
+
+def read_tensors(path: Path, what: str) -> Any:
+    """A file of ``torch.save``, to the CPU, without running code; a ValueError that begins with `what` if damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{what}: {str(path)!r} cannot be read: {reason}") from error
 
 
 def random_state() -> dict[str, Any]:

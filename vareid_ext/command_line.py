@@ -238,19 +238,20 @@ def parse(arguments: Sequence[str]) -> Request:
         saved = Path(resume) / "config.yaml"
         if not saved.is_file():
             raise CommandLineError(f"--resume: {resume!r} is not a run folder (there is no {saved})")
-        defaults = _check_file(saved.read_text(encoding="utf-8"), str(saved))
+        defaults = _check_file(_read_text(saved), str(saved))
         name = Path(resume).name
     else:
         name = recipe or DEFAULT_RECIPE
         defaults = _check_file(recipe_text(name), f"recipe {name}")
-    overrides: list[str] = []
+    # A file's values are given as options, whose types are checked; those of a recipe need not be.
+    overrides = [f"--{key}={_as_text(value)}" for key, value in _pairs(defaults)] if resume is not None else []
     if file is not None:
         if not Path(file).is_file():
             raise CommandLineError(f"--config: there is no file {file!r}")
-        tree = _check_file(Path(file).read_text(encoding="utf-8"), file)
+        tree = _check_file(_read_text(Path(file)), file)
         overrides = [f"--{key}={_as_text(value)}" for key, value in _pairs(tree)]
         name = recipe or Path(file).stem
-    parser = _parser(defaults)
+    parser = _parser({} if resume is not None else defaults)
     try:
         namespace = parser.parse_args([*overrides, *options])
         config = parser.instantiate(namespace)
@@ -259,6 +260,13 @@ def parse(arguments: Sequence[str]) -> Request:
     sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
     folder = resume if resume is not None else output
     return Request(Config(**sections), name, None if folder is None else Path(folder), resume is not None)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandLineError(f"{path}: not UTF-8 text: {error}") from error
 
 
 def _as_text(value: Any) -> str:

@@ -273,7 +273,8 @@ class RunConfig:
     """write TensorBoard event files to the run folder"""
 
     def __post_init__(self) -> None:
-        _at_least("run.seed", self.seed, 0)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"run.seed: {self.seed!r} was given; allowed are values in [0, 2^63)")
         _at_least("run.threads", self.threads, 0)
         _at_least("run.log_every", self.log_every, 1)
         _at_least("run.save_every", self.save_every, 1)

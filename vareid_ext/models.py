@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vareid_ext.checkpoint import read_tensors
+
 STRIPES = (1, 2, 3)
 """The stripe branch cuts the feature map into this many horizontal stripes, one cut after the other: 6 in all."""
 
@@ -164,11 +166,15 @@ def _create_backbone(name: str, options: dict[str, Any], pretrained: bool) -> nn
         raise ValueError(
             f"backbone: timm has no model {name!r}" + (f"; similar are {', '.join(close)}" if close else "")
         )
-    if not pretrained:
-        return timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **options)
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0, global_pool="", **options)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **options)
+    except TypeError as error:
+        raise ValueError(
+            f"backbone_options: {options!r} was given; timm's {name!r} does not take it: {error}"
+        ) from error
     except _download_errors() as error:
+        if not pretrained:
+            raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
             f"the pretrained weights of {name!r} could not be downloaded ({reason}). Give a local file "
@@ -195,16 +201,12 @@ def load_backbone_weights(backbone: nn.Module, path: str) -> None:
 
     Raises:
         OSError: there is no such file.
-        ValueError: weights are missing or of another shape; the first ones are named.
+        ValueError: the file is damaged or holds other than tensors; weights are missing or of another shape, and the
+            first ones are named.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights: there is no file {path!r}")
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
-
-        found: Any = load_file(path)
-    else:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+    found = _read_weights(path)
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
@@ -212,13 +214,26 @@ def load_backbone_weights(backbone: nn.Module, path: str) -> None:
         raise ValueError(f"weights: {path!r} holds {type(found).__name__}, not a dictionary of weights")
     weights = {str(key).removeprefix("module.").removeprefix("backbone."): value for key, value in found.items()}
     expected = backbone.state_dict()
-    wrong = [key for key, value in expected.items() if key not in weights or weights[key].shape != value.shape]
+    wrong = [key for key, value in expected.items() if getattr(weights.get(key), "shape", None) != value.shape]
     if wrong:
         raise ValueError(
             f"weights: {path!r} does not fit the backbone: {len(wrong)} of {len(expected)} entries are missing or have "
             f"another shape, the first are {', '.join(wrong[:3])}"
         )
     backbone.load_state_dict({key: weights[key] for key in expected})
+
+
+def _read_weights(path: str) -> Any:
+    """What a file of weights holds; ValueError where it cannot be read."""
+    if path.endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"weights: {path!r} cannot be read: {error}") from error
+    return read_tensors(Path(path), "weights")
 
 
 _StridedModule = tuple[nn.Module, str, nn.Module, int]

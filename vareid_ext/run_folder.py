@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,16 @@ class RunFolder:
 
     Args:
         path: the folder, made where it does not exist.
-        resume: go on with the run it holds; otherwise it must not hold one.
+        resume: go on with the run it holds; otherwise it must hold no file that a run writes.
+        config_text: the new run's config.yaml. A folder with no more than this very file, and environment.json, is that
+            of the same run, ended before its first step, and is taken.
 
     Raises:
-        FileExistsError: the folder holds a run and `resume` is off.
+        FileExistsError: the folder holds a run, or files that one would overwrite, and `resume` is off.
         FileNotFoundError: the folder holds no run and `resume` is on.
     """
 
-    def __init__(self, path: Path, *, resume: bool) -> None:
+    def __init__(self, path: Path, *, resume: bool, config_text: str = "") -> None:
         self.path = path
         self.config, self.environment = path / "config.yaml", path / "environment.json"
         self.log, self.metrics = path / "log.jsonl", path / "metrics.json"
@@ -44,11 +48,26 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         if resume and not self.last.is_file():
             raise FileNotFoundError(f"resume: {str(path)!r} holds no checkpoint to go on from (there is no last.pt)")
-        if not resume and (self.last.exists() or self.log.exists()):
-            raise FileExistsError(
-                f"output: {str(path)!r} holds a run already; go on with it by --resume {path}, or choose another folder"
-            )
+        if not resume:
+            self._check_that_nothing_is_lost(config_text)
         path.mkdir(parents=True, exist_ok=True)
+
+    def _check_that_nothing_is_lost(self, config_text: str) -> None:
+        if self.last.exists() or self.log.exists():
+            raise FileExistsError(
+                f"output: {str(self.path)!r} holds a run already; go on with it by --resume {self.path}, or choose "
+                "another folder"
+            )
+        written = [value for value in vars(self).values() if value != self.path]
+        found = [path for path in written if path.exists()]
+        # A run that ended before its first step has left these two; the same run may start again.
+        if set(found) <= {self.config, self.environment} and self.config.is_file():
+            found = [] if self.config.read_bytes() == config_text.encode() else [self.config]
+        if found:
+            raise FileExistsError(
+                f"output: {str(self.path)!r} holds {found[0].name} already, which a run would overwrite; "
+                "choose another folder"
+            )
 
     def write_text(self, path: Path, text: str) -> None:
         """Write a text file of the folder atomically."""
@@ -65,20 +84,32 @@ class RunFolder:
             file.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl; none where it does not exist."""
+        """The lines of log.jsonl; none where it does not exist. A last line that was not finished is left out."""
         if not self.log.is_file():
             return []
-        return [json.loads(line) for line in self.log.read_text(encoding="utf-8").splitlines() if line]
+        *lines, _ = self.log.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
 
-    def rewind_log(self, step: int) -> None:
-        """Drop the lines of log.jsonl that a resumed run will write again: those of steps after `step`."""
-        kept = [entry for entry in self.read_log() if entry["step"] <= step]
+    def rewind_log(self, step: int, evaluations: Sequence[Mapping[str, Any]]) -> None:
+        """Keep the lines of log.jsonl that a resumed run will not write again.
+
+        Args:
+            step: steps that the checkpoint has done.
+            evaluations: those the checkpoint knows of.
+        """
+        kept = [e for e in self.read_log() if (e["step"] <= step if "loss" in e else e in evaluations)]
         self.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def default_folder(name: str) -> Path:
-    """runs/<name>-<date and time>."""
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """Make runs/<name>-<date and time>, with a number behind it where another run has just taken the name."""
+    first = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    for number in itertools.count(1):
+        path = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("never reached: the numbers do not end")
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -40,7 +40,7 @@ _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite."""
+    """The loss, or a weight, became NaN or infinite."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +83,9 @@ def run(request: Request) -> dict[str, Any]:
     device = choose_device(config)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    folder = RunFolder(request.output or default_folder(request.name), resume=request.resume)
+    folder = RunFolder(
+        request.output or default_folder(request.name), resume=request.resume, config_text=to_yaml(config)
+    )
 
     data = datasets.load_data(
         config.data.kind,
@@ -104,7 +106,7 @@ def run(request: Request) -> dict[str, Any]:
     state = build(config, data, device, load_weights=not request.resume)
     if request.resume:
         state.restore(folder.last)
-        folder.rewind_log(state.progress.step)
+        folder.rewind_log(state.progress.step, state.progress.evaluations)
     else:
         folder.write_text(folder.config, to_yaml(config))
     folder.write_json(folder.environment, environment(device))
@@ -231,14 +233,16 @@ def train(
                     writer.add("loss", values, progress.step)
                     writer.add("optimizer", {"lr": rate}, progress.step)
                 if signals.received:
-                    state.save(folder.last, time.monotonic() - started)
+                    save(state, folder, started)
                     raise RunInterruptedError(signals.received, f"saved; go on with --resume {folder.path}")
 
             last, every = epoch + 1 == epochs, config.evaluation.every
-            if last or (epoch + 1) % config.run.save_every == 0:
-                state.save(folder.last, time.monotonic() - started)
             evaluated = any(entry["epoch"] == epoch + 1 for entry in progress.evaluations)
-            if every and (epoch + 1) % every == 0 and not last and not evaluated:
+            evaluate = bool(every) and (epoch + 1) % every == 0 and not last and not evaluated
+            # A signal ends an evaluation at once, so that all must be saved before it.
+            if last or evaluate or (epoch + 1) % config.run.save_every == 0:
+                save(state, folder, started)
+            if evaluate:
                 with bar.paused(), signals.immediate():
                     query, gallery = extract(config, data, state.evaluated_model, device, f"epoch {epoch + 1}")
                     scores = extraction.score(extraction.feature_distances(query, gallery), query, gallery)
@@ -409,9 +413,26 @@ def record(state: TrainingState, folder: RunFolder, epoch: int, values: Mapping[
     entry = {"step": state.progress.step, "epoch": epoch, **values}
     folder.append_log(entry)
     state.progress.evaluations.append(entry)
-    state.save(folder.last, time.monotonic() - started)
+    # The best weights first: a run killed between the two evaluates again when it is resumed.
     if values["mAP"] >= max(e["mAP"] for e in state.progress.evaluations):
         state.save(folder.best, time.monotonic() - started)
+    save(state, folder, started)
+
+
+def save(state: TrainingState, folder: RunFolder, started: float) -> None:
+    """Write last.pt, and config.yaml where a resumed run goes on with other options than it holds.
+
+    Raises:
+        NonFiniteLossError: the last step has spoiled the weights, though its loss was finite; nothing is written.
+    """
+    if not all(bool(torch.isfinite(p).all()) for p in state.parameters):
+        raise NonFiniteLossError(
+            f"the weights are not finite after step {state.progress.step}; the checkpoints are as they were"
+        )
+    state.save(folder.last, time.monotonic() - started)
+    text = to_yaml(state.config)
+    if folder.config.read_text(encoding="utf-8") != text:
+        folder.write_text(folder.config, text)
 
 
 def save_batch(folder: RunFolder, data: ReidData, batch: Batch, step: int, values: Mapping[str, float]) -> None:

@@ -80,19 +80,33 @@ class TrainingState:
             ValueError: it is damaged, or of another data set or network.
         """
         state = load_checkpoint(path)
+        entries = ("config", "identity_names", "model", "loss", "optimizer", "scaler", "average", "random", "progress")
+        missing = [entry for entry in entries if entry not in state]
+        if missing:
+            raise ValueError(f"resume: {str(path)!r} is not a run's checkpoint: it has no {missing[0]!r}")
         if state["identity_names"] != list(self.identity_names):
             raise ValueError(f"resume: {str(path)!r} was trained on other identities than the data set has now")
         if (state["average"] is None) != (self.average is None):
             raise ValueError("optimizer.ema_decay: cannot be switched on or off when a run is resumed")
+        trained_by = state["config"]["optimizer"]["name"]
+        if trained_by != self.config.optimizer.name:
+            raise ValueError(
+                f"optimizer.name: {self.config.optimizer.name!r} was given; the run was trained by {trained_by!r} and "
+                "cannot change it when it is resumed"
+            )
+        # The optimizer's settings are the configuration's, which may differ from those it was saved with.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             self.model.load_state_dict(state["model"])
             self.loss.load_state_dict(state["loss"])
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"resume: {str(path)!r} does not fit the configuration: {error}") from error
-        self.scaler.load_state_dict(state["scaler"])
+        for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(setting)
         self.progress = Progress(**state["progress"])
         set_random_state(state["random"])
 

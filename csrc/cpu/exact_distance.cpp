@@ -30,14 +30,14 @@ VAREID_INLINE double squared_distance(const T* __restrict__ x, const T* __restri
   return sums[0];
 }
 
-#define VAREID_EXACT_DISTANCE(T, name)                                                                             \
-  VAREID_MULTIVERSION double name(const Features& x, int64_t i, const Features& y, int64_t j, int64_t D) {         \
-    return squared_distance<T, false>(static_cast<const T*>(x.data) + i * x.stride,                                \
-                                      static_cast<const T*>(y.data) + j * y.stride, 1.0, 1.0, D);                  \
-  }                                                                                                                \
+#define VAREID_EXACT_DISTANCE(T, name)                                                                              \
+  VAREID_MULTIVERSION double name(const Features& x, int64_t i, const Features& y, int64_t j, int64_t D) {          \
+    return squared_distance<T, false>(static_cast<const T*>(x.data) + i * x.stride,                                 \
+                                      static_cast<const T*>(y.data) + j * y.stride, 1.0, 1.0, D);                   \
+  }                                                                                                                 \
   VAREID_MULTIVERSION double scaled_##name(const Features& x, int64_t i, const Features& y, int64_t j, int64_t D) { \
-    return squared_distance<T, true>(static_cast<const T*>(x.data) + i * x.stride,                                 \
-                                     static_cast<const T*>(y.data) + j * y.stride, x.factor[i], y.factor[j], D);   \
+    return squared_distance<T, true>(static_cast<const T*>(x.data) + i * x.stride,                                  \
+                                     static_cast<const T*>(y.data) + j * y.stride, x.factor[i], y.factor[j], D);    \
   }
 
 VAREID_EXACT_DISTANCE(float, exact_float32)

@@ -146,7 +146,7 @@ void matrix_neighbors(const T* q_g, const T* q_q, const T* g_g, int64_t Q, int64
 }  // namespace
 
 void k_reciprocal_sets_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
-                         int32_t* size, int threads) {
+                           int32_t* size, int threads) {
   const int64_t n = std::min(k + 1, width);
   parallel_for(rows, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
@@ -163,8 +163,8 @@ void k_reciprocal_sets_cpu(const int32_t* neighbor, int64_t rows, int64_t width,
 }
 
 void k_reciprocal_expanded_cpu(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
-                       const int32_t* half_size, int64_t half_width, int64_t rows, int64_t* indptr, int32_t* index,
-                       void* workspace, int threads) {
+                               const int32_t* half_size, int64_t half_width, int64_t rows, int64_t* indptr,
+                               int32_t* index, void* workspace, int threads) {
   constexpr uint8_t kOriginal = 1, kAdded = 2;
   parallel_for(rows, threads, [&](int64_t begin, int64_t end, int thread) {
     MarkedRows set(workspace, rows, 8, thread);
@@ -192,9 +192,9 @@ void k_reciprocal_expanded_cpu(const int32_t* reciprocal, const int32_t* size, i
   if (!index) accumulate(indptr, rows);
 }
 
-void k_reciprocal_listed_distance_cpu(const Features& x, const Features& y, DType dtype, int64_t D, const int32_t* neighbor,
-                         const float* neighbor_distance, int64_t width, const int64_t* indptr, const int32_t* index,
-                         float* out, int threads) {
+void k_reciprocal_listed_distance_cpu(const Features& x, const Features& y, DType dtype, int64_t D,
+                                      const int32_t* neighbor, const float* neighbor_distance, int64_t width,
+                                      const int64_t* indptr, const int32_t* index, float* out, int threads) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
   parallel_for(x.rows + y.rows, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
@@ -208,15 +208,15 @@ void k_reciprocal_listed_distance_cpu(const Features& x, const Features& y, DTyp
           continue;
         }
         const bool other_in_x = j < x.rows;
-        out[e] = static_cast<float>(exact(in_x ? x : y, in_x ? i : i - x.rows, other_in_x ? x : y,
-                                          other_in_x ? j : j - x.rows, D));
+        out[e] = static_cast<float>(
+            exact(in_x ? x : y, in_x ? i : i - x.rows, other_in_x ? x : y, other_in_x ? j : j - x.rows, D));
       }
     }
   });
 }
 
-void k_reciprocal_encode_cpu(const int64_t* indptr, const float* distance, const float* row_max, int64_t rows, float* value,
-                int threads) {
+void k_reciprocal_encode_cpu(const int64_t* indptr, const float* distance, const float* row_max, int64_t rows,
+                             float* value, int threads) {
   parallel_for(rows, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       const double scale = row_max[i] > 0 ? 1.0 / row_max[i] : 0.0;
@@ -229,8 +229,8 @@ void k_reciprocal_encode_cpu(const int64_t* indptr, const float* distance, const
 }
 
 void k_reciprocal_expand_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k2, const int64_t* indptr,
-                      const int32_t* index, const float* value, int64_t* new_indptr, int32_t* new_index,
-                      float* new_value, void* workspace, int threads) {
+                             const int32_t* index, const float* value, int64_t* new_indptr, int32_t* new_index,
+                             float* new_value, void* workspace, int threads) {
   const int64_t n = std::min(k2, width);
   parallel_for(rows, threads, [&](int64_t begin, int64_t end, int thread) {
     MarkedRows set(workspace, rows, 16, thread);
@@ -258,8 +258,9 @@ void k_reciprocal_expand_cpu(const int32_t* neighbor, int64_t rows, int64_t widt
   if (!new_index) accumulate(new_indptr, rows);
 }
 
-void k_reciprocal_invert_cpu(const int64_t* indptr, const int32_t* index, const float* value, int64_t rows, int64_t first,
-                int64_t columns, int64_t* start, int32_t* owner, float* weight, void* workspace) {
+void k_reciprocal_invert_cpu(const int64_t* indptr, const int32_t* index, const float* value, int64_t rows,
+                             int64_t first, int64_t columns, int64_t* start, int32_t* owner, float* weight,
+                             void* workspace) {
   std::memset(start, 0, static_cast<size_t>(columns + 1) * sizeof(int64_t));
   for (int64_t e = indptr[first]; e < indptr[rows]; ++e) ++start[index[e] + 1];
   accumulate(start, columns);
@@ -274,8 +275,9 @@ void k_reciprocal_invert_cpu(const int64_t* indptr, const int32_t* index, const 
 }
 
 void k_reciprocal_blend_cpu(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
-               const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
-               const int32_t* owner, const float* weight, double lambda_value, void* workspace, int threads) {
+                            const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
+                            const int32_t* owner, const float* weight, double lambda_value, void* workspace,
+                            int threads) {
   parallel_for(queries, threads, [&](int64_t begin, int64_t end, int thread) {
     float* const shared = static_cast<float*>(workspace) + thread * gallery;
     std::fill(shared, shared + gallery, 0.0f);
@@ -291,8 +293,9 @@ void k_reciprocal_blend_cpu(float* distance, int64_t ld, int64_t queries, int64_
   });
 }
 
-void k_reciprocal_matrix_neighbors_cpu(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q, int64_t G,
-                          int64_t k, int32_t* neighbor, double* row_max, void* workspace, int threads) {
+void k_reciprocal_matrix_neighbors_cpu(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q,
+                                       int64_t G, int64_t k, int32_t* neighbor, double* row_max, void* workspace,
+                                       int threads) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     matrix_neighbors(static_cast<const T*>(q_g), static_cast<const T*>(q_q), static_cast<const T*>(g_g), Q, G, k,
@@ -300,11 +303,11 @@ void k_reciprocal_matrix_neighbors_cpu(const void* q_g, const void* q_q, const v
   });
 }
 
-void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType dtype, int64_t D, const int32_t* nearest,
-                    const float* original, int64_t listed, const float* row_max, const int64_t* indptr,
-                    const int32_t* index, const float* value, const int64_t* start, const int32_t* owner,
-                    const float* weight, double lambda_value, int64_t k, float* distance, int64_t* gallery_index,
-                    void* workspace, int threads) {
+void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType dtype, int64_t D,
+                           const int32_t* nearest, const float* original, int64_t listed, const float* row_max,
+                           const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
+                           const int32_t* owner, const float* weight, double lambda_value, int64_t k, float* distance,
+                           int64_t* gallery_index, void* workspace, int threads) {
   const ExactDistance exact = exact_distance_function(dtype, query.factor != nullptr);
   const int64_t G = gallery.rows;
   parallel_for(query.rows, threads, [&](int64_t begin, int64_t end, int thread) {

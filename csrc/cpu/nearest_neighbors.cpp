@@ -122,12 +122,12 @@ VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_
     }
 }
 
-#define VAREID_SCAN(name, two_sided, write)                                                                      \
-  VAREID_MULTIVERSION void name(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,      \
-                                int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,     \
-                                const Candidates& left, const Candidates* right) {                               \
+#define VAREID_SCAN(name, two_sided, write)                                                                        \
+  VAREID_MULTIVERSION void name(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,        \
+                                int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,       \
+                                const Candidates& left, const Candidates* right) {                                 \
     scan_rectangle<two_sided, write>(block, ld, rows, columns, row_begin, column_begin, left_bounds, right_bounds, \
-                                     left, right);                                                               \
+                                     left, right);                                                                 \
   }
 VAREID_SCAN(scan_left, false, false)
 VAREID_SCAN(scan_left_write, false, true)
@@ -184,9 +184,9 @@ struct Output {
 
 }  // namespace
 
-void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin, int64_t column_begin,
-                    const Bounds& left_bounds, const Bounds& right_bounds, const Candidates& left,
-                    const Candidates* right, bool write, int threads) {
+void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
+                                int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                                const Candidates& left, const Candidates* right, bool write, int threads) {
   const auto scan = right ? (write ? scan_both_write : scan_both) : (write ? scan_left_write : scan_left);
   // With T threads, T rounds: in each, every thread has rows and columns of its own.
   const int64_t parts = usable_threads(std::min(rows, columns), threads);
@@ -205,10 +205,10 @@ void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t 
     });
 }
 
-void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
-                          int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
-                          const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
-                          DType distance_dtype, uint8_t* unsure, float* reach, int threads) {
+void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2,
+                                  DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
+                                  const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
+                                  DType distance_dtype, uint8_t* unsure, float* reach, int threads) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
   const Rows rows{x, x2}, columns{y, y2};
   const Output output{index, distance, distance_dtype, left.k, metric, unscale};
@@ -238,10 +238,10 @@ void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const F
 }
 
 void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, int64_t columns,
-                     const Features& x, const Features& x2, const Features& y, const Features& y2, DType dtype,
-                     int64_t D, Metric metric, double unscale, const Bounds& left_bounds, const Bounds& right_bounds,
-                     const float* reach, const int32_t* same, int64_t k, int32_t* index, void* distance,
-                     DType distance_dtype, void* workspace, int threads) {
+                                  const Features& x, const Features& x2, const Features& y, const Features& y2,
+                                  DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
+                                  const Bounds& right_bounds, const float* reach, const int32_t* same, int64_t k,
+                                  int32_t* index, void* distance, DType distance_dtype, void* workspace, int threads) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
   const Rows left{x, x2}, right{y, y2};
   const Output output{index, distance, distance_dtype, k, metric, unscale};

@@ -62,19 +62,19 @@ VAREID_INLINE float prepare_row(const T* x, double factor, const double* center,
 
 VAREID_INLINE double factor_of(const Features& x, int64_t row) { return x.factor ? x.factor[row] : 1.0; }
 
-#define VAREID_FEATURE_ROWS(T)                                                                                     \
-  VAREID_MULTIVERSION void max_abs_rows(const T* data, const Features& x, int64_t D, double* out, int64_t begin,   \
-                                        int64_t end) {                                                             \
-    for (int64_t r = begin; r < end; ++r) out[r] = max_abs_row<T>(data + r * x.stride, D);                         \
-  }                                                                                                                \
-  VAREID_MULTIVERSION void norm_rows(const T* data, const Features& x, int64_t D, double* out, int64_t begin,      \
-                                     int64_t end) {                                                                \
-    for (int64_t r = begin; r < end; ++r) out[r] = norm_row<T>(data + r * x.stride, factor_of(x, r), D);           \
-  }                                                                                                                \
-  VAREID_MULTIVERSION void prepare_rows(const T* data, const Features& x, int64_t D, const double* center,         \
-                                        float* out, float* norm, int64_t begin, int64_t end) {                     \
-    for (int64_t r = begin; r < end; ++r)                                                                          \
-      norm[r] = prepare_row<T>(data + r * x.stride, factor_of(x, r), center, out + r * D, D);                      \
+#define VAREID_FEATURE_ROWS(T)                                                                                         \
+  VAREID_MULTIVERSION void max_abs_rows(const T* data, const Features& x, int64_t D, double* out, int64_t begin,       \
+                                        int64_t end) {                                                                 \
+    for (int64_t r = begin; r < end; ++r) out[r] = max_abs_row<T>(data + r * x.stride, D);                             \
+  }                                                                                                                    \
+  VAREID_MULTIVERSION void norm_rows(const T* data, const Features& x, int64_t D, double* out, int64_t begin,          \
+                                     int64_t end) {                                                                    \
+    for (int64_t r = begin; r < end; ++r) out[r] = norm_row<T>(data + r * x.stride, factor_of(x, r), D);               \
+  }                                                                                                                    \
+  VAREID_MULTIVERSION void prepare_rows(const T* data, const Features& x, int64_t D, const double* center, float* out, \
+                                        float* norm, int64_t begin, int64_t end) {                                     \
+    for (int64_t r = begin; r < end; ++r)                                                                              \
+      norm[r] = prepare_row<T>(data + r * x.stride, factor_of(x, r), center, out + r * D, D);                          \
   }
 
 VAREID_FEATURE_ROWS(float)
@@ -131,8 +131,8 @@ void pairwise_distance_norm_cpu(const Features& x, DType dtype, int64_t D, doubl
   });
 }
 
-void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out, float* norm,
-                         int threads) {
+void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out,
+                                   float* norm, int threads) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     parallel_for(x.rows, threads, [&](int64_t begin, int64_t end, int) {

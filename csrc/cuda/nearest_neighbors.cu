@@ -10,7 +10,9 @@ namespace vareid {
 namespace {
 
 constexpr int kCapacity = static_cast<int>(kCudaMaxCapacity);
-constexpr int kListWarps = 4;     // rows for each block
+constexpr int kListWarps = 4;  // rows for each block, in selecting
+constexpr int kRowWarps = 8;   // and in scanning
+constexpr int kRowThreads = kRowWarps * kWarp;
 constexpr int kColumnWarps = 32;  // columns for each block
 constexpr int kRescanThreads = 256;
 
@@ -136,44 +138,58 @@ struct State {
 };
 
 __device__ __forceinline__ float warp_max(float value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2)
-    value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, offset));
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, offset));
   return value;
 }
 
-// One warp for each row of the block.
-__global__ void scan_rows_kernel(float* __restrict__ block, int64_t ld, int64_t rows, int64_t columns,
-                                 int64_t row_begin, int64_t column_begin, const float* __restrict__ left_norm,
-                                 const float* __restrict__ left_window, const float* __restrict__ right_norm,
-                                 const float* __restrict__ right_window, State state, bool write) {
-  __shared__ float scratch[kListWarps][kCapacity];
+// One warp for each row of the block; the block's warps share the columns' bounds.
+__global__ void nearest_neighbors_scan_rows_kernel(float* __restrict__ block, int64_t ld, int64_t rows, int64_t columns,
+                                                   int64_t row_begin, int64_t column_begin,
+                                                   const float* __restrict__ left_norm,
+                                                   const float* __restrict__ left_window,
+                                                   const float* __restrict__ right_norm,
+                                                   const float* __restrict__ right_window, State state, bool write) {
+  __shared__ float scratch[kRowWarps][kCapacity];
+  __shared__ float norms[kRowThreads], shrunks[kRowThreads];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t r = blockIdx.x * static_cast<int64_t>(kListWarps) + warp;
-  if (r >= rows) return;
-  const int64_t i = row_begin + r;
-  const float norm = left_norm[i], window = left_window[i], shrunk = norm - window;
-  List list = state.open(i);
+  const int64_t r = blockIdx.x * static_cast<int64_t>(kRowWarps) + warp, i = row_begin + r;
+  const bool active = r < rows;
+  const float norm = active ? left_norm[i] : 0.0f, window = active ? left_window[i] : 0.0f, shrunk = norm - window;
+  List list = {nullptr, nullptr, 0, 0.0f, 0.0f};
+  if (active) list = state.open(i);
   float largest = -INFINITY;
-  for (int64_t base = 0; base < columns; base += kWarp) {
-    const int64_t c = base + lane, j = column_begin + c;
-    const bool valid = c < columns;
-    const float product = valid ? -2 * block[r * ld + c] : 0.0f;
-    const float other = valid ? right_norm[j] : 0.0f, other_shrunk = valid ? other - right_window[j] : 0.0f;
-    if (valid) largest = fmaxf(largest, product + other);
-    if (valid && write) block[r * ld + c] = fmaxf(product + other + norm, 0.0f);
-    offer(list, valid, product + other_shrunk, shrunk, j, state.k, static_cast<int>(state.capacity), window,
-          right_window, scratch[warp]);
+  for (int64_t tile = 0; tile < columns; tile += kRowThreads) {
+    if (tile + threadIdx.x < columns) {
+      const float other = right_norm[column_begin + tile + threadIdx.x];
+      norms[threadIdx.x] = other;
+      shrunks[threadIdx.x] = other - right_window[column_begin + tile + threadIdx.x];
+    }
+    __syncthreads();
+    for (int base = 0; active && base < kRowThreads && tile + base < columns; base += kWarp) {
+      const int64_t c = tile + base + lane;
+      const bool valid = c < columns;
+      const float product = valid ? -2 * block[r * ld + c] : 0.0f;
+      const float other = valid ? norms[base + lane] : 0.0f, other_shrunk = valid ? shrunks[base + lane] : 0.0f;
+      if (valid) largest = fmaxf(largest, product + other);
+      if (valid && write) block[r * ld + c] = fmaxf(product + other + norm, 0.0f);
+      offer(list, valid, product + other_shrunk, shrunk, column_begin + c, state.k, static_cast<int>(state.capacity),
+            window, right_window, scratch[warp]);
+    }
+    __syncthreads();
   }
-  state.close(i, list, warp_max(largest) + norm);
+  if (active) state.close(i, list, warp_max(largest) + norm);
 }
 
 // One warp for each column: tiles of the block are turned over in shared memory.
-__global__ void scan_columns_kernel(const float* __restrict__ block, int64_t ld, int64_t rows, int64_t columns,
-                                    int64_t row_begin, int64_t column_begin, const float* __restrict__ left_norm,
-                                    const float* __restrict__ left_window, const float* __restrict__ right_norm,
-                                    const float* __restrict__ right_window, State state) {
+__global__ void nearest_neighbors_scan_columns_kernel(const float* __restrict__ block, int64_t ld, int64_t rows,
+                                                      int64_t columns, int64_t row_begin, int64_t column_begin,
+                                                      const float* __restrict__ left_norm,
+                                                      const float* __restrict__ left_window,
+                                                      const float* __restrict__ right_norm,
+                                                      const float* __restrict__ right_window, State state) {
   __shared__ float scratch[kColumnWarps][kCapacity];
   __shared__ float tile[kWarp][kColumnWarps + 1];
+  __shared__ float norms[kWarp], shrunks[kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t c0 = blockIdx.x * static_cast<int64_t>(kColumnWarps), c = c0 + warp, j = column_begin + c;
   const bool active = c < columns;
@@ -183,15 +199,18 @@ __global__ void scan_columns_kernel(const float* __restrict__ block, int64_t ld,
   float largest = -INFINITY;
   for (int64_t base = 0; base < rows; base += kWarp) {
     if (base + warp < rows && c0 + lane < columns) tile[warp][lane] = block[(base + warp) * ld + c0 + lane];
+    if (warp == 0 && base + lane < rows) {
+      norms[lane] = left_norm[row_begin + base + lane];
+      shrunks[lane] = norms[lane] - left_window[row_begin + base + lane];
+    }
     __syncthreads();
     if (active) {
-      const int64_t r = base + lane, i = row_begin + r;
-      const bool valid = r < rows;
+      const bool valid = base + lane < rows;
       const float product = valid ? -2 * tile[lane][warp] : 0.0f;
-      const float other = valid ? left_norm[i] : 0.0f, other_shrunk = valid ? other - left_window[i] : 0.0f;
+      const float other = valid ? norms[lane] : 0.0f, other_shrunk = valid ? shrunks[lane] : 0.0f;
       if (valid) largest = fmaxf(largest, product + other);
-      offer(list, valid, product + other_shrunk, shrunk, i, state.k, static_cast<int>(state.capacity), window,
-            left_window, scratch[warp]);
+      offer(list, valid, product + other_shrunk, shrunk, row_begin + base + lane, state.k,
+            static_cast<int>(state.capacity), window, left_window, scratch[warp]);
     }
     __syncthreads();
   }
@@ -220,11 +239,13 @@ struct Result {
 
 // One warp for each row.
 template <typename T>
-__global__ void select_kernel(DeviceRows<T> x, DeviceRows<T> y, int64_t rows, int64_t D,
-                              const float* __restrict__ left_window, const float* __restrict__ right_window,
-                              const float* __restrict__ lower, const int32_t* __restrict__ candidate,
-                              const int32_t* __restrict__ counts, const float* __restrict__ cut, int64_t capacity,
-                              int k, Result result, uint8_t* __restrict__ unsure, float* __restrict__ reach) {
+__global__ void nearest_neighbors_select_kernel(DeviceRows<T> x, DeviceRows<T> y, int64_t rows, int64_t D,
+                                                const float* __restrict__ left_window,
+                                                const float* __restrict__ right_window, const float* __restrict__ lower,
+                                                const int32_t* __restrict__ candidate,
+                                                const int32_t* __restrict__ counts, const float* __restrict__ cut,
+                                                int64_t capacity, int k, Result result, uint8_t* __restrict__ unsure,
+                                                float* __restrict__ reach) {
   __shared__ float upper[kListWarps][kCapacity];
   __shared__ double distance[kListWarps][kCapacity];
   __shared__ int32_t index[kListWarps][kCapacity];
@@ -234,8 +255,7 @@ __global__ void select_kernel(DeviceRows<T> x, DeviceRows<T> y, int64_t rows, in
   const int count = counts[i];
   const float* const bounds = lower + i * capacity;
   const int32_t* const found = candidate + i * capacity;
-  for (int c = lane; c < count; c += kWarp)
-    upper[warp][c] = bounds[c] + 2 * (left_window[i] + right_window[found[c]]);
+  for (int c = lane; c < count; c += kWarp) upper[warp][c] = bounds[c] + 2 * (left_window[i] + right_window[found[c]]);
   __syncwarp();
   const float limit = value_of_rank(upper[warp], count, k - 1);
   const bool again = limit >= cut[i];
@@ -270,11 +290,13 @@ __global__ void select_kernel(DeviceRows<T> x, DeviceRows<T> y, int64_t rows, in
 
 // One block for each row that is done again: exact distances of all that may be near, then the k smallest in turn.
 template <typename T>
-__global__ void rescan_kernel(const float* __restrict__ block, int64_t ld, const int64_t* __restrict__ rows,
-                              int64_t columns, DeviceRows<T> x, DeviceRows<T> y, int64_t D,
-                              const float* __restrict__ left_norm, const float* __restrict__ left_window,
-                              const float* __restrict__ right_norm, const float* __restrict__ right_window,
-                              const float* __restrict__ reach, Result result, double* __restrict__ workspace) {
+__global__ void nearest_neighbors_rescan_kernel(const float* __restrict__ block, int64_t ld,
+                                                const int64_t* __restrict__ rows, int64_t columns, DeviceRows<T> x,
+                                                DeviceRows<T> y, int64_t D, const float* __restrict__ left_norm,
+                                                const float* __restrict__ left_window,
+                                                const float* __restrict__ right_norm,
+                                                const float* __restrict__ right_window, const float* __restrict__ reach,
+                                                Result result, double* __restrict__ workspace) {
   constexpr int kWarps = kRescanThreads / kWarp;
   __shared__ double least[kWarps];
   __shared__ int64_t where[kWarps];
@@ -284,8 +306,7 @@ __global__ void rescan_kernel(const float* __restrict__ block, int64_t ld, const
   double* const exact = workspace + r * columns;
   for (int64_t base = static_cast<int64_t>(warp) * kWarp; base < columns; base += kRescanThreads) {
     const int64_t j = base + lane;
-    const bool near = j < columns &&
-                      -2 * block[r * ld + j] + (right_norm[j] - right_window[j]) + shrunk <= limit;
+    const bool near = j < columns && -2 * block[r * ld + j] + (right_norm[j] - right_window[j]) + shrunk <= limit;
     unsigned mask = __ballot_sync(kFullWarp, near);
     double own = INFINITY;
     while (mask) {
@@ -353,11 +374,12 @@ void nearest_neighbors_scan_cuda(float* block, int64_t ld, int64_t rows, int64_t
   const DeviceGuard guard(device);
   const State state{lower, index, count, threshold, cut, row_max, capacity, static_cast<int>(k)};
   if (both)  // before the rows, which may overwrite the products
-    launch(scan_columns_kernel, grid_size((columns + kColumnWarps - 1) / kColumnWarps), kColumnWarps * kWarp, 0,
-           static_cast<cudaStream_t>(stream), static_cast<const float*>(block), ld, rows, columns, row_begin,
-           column_begin, left_norm, left_window, right_norm, right_window, state);
-  launch(scan_rows_kernel, list_grid(rows), kListWarps * kWarp, 0, static_cast<cudaStream_t>(stream), block, ld, rows,
-         columns, row_begin, column_begin, left_norm, left_window, right_norm, right_window, state, write);
+    launch(nearest_neighbors_scan_columns_kernel, grid_size((columns + kColumnWarps - 1) / kColumnWarps),
+           kColumnWarps * kWarp, 0, static_cast<cudaStream_t>(stream), static_cast<const float*>(block), ld, rows,
+           columns, row_begin, column_begin, left_norm, left_window, right_norm, right_window, state);
+  launch(nearest_neighbors_scan_rows_kernel, grid_size((rows + kRowWarps - 1) / kRowWarps), kRowThreads, 0,
+         static_cast<cudaStream_t>(stream), block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
+         right_norm, right_window, state, write);
 }
 
 void nearest_neighbors_select_cuda(const void* x, const double* x_factor, int64_t x_rows, int64_t x_stride,
@@ -376,8 +398,8 @@ void nearest_neighbors_select_cuda(const void* x, const double* x_factor, int64_
   const Result result{index, distance, distance_dtype, k, metric, unscale};
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(select_kernel<T>, list_grid(rows), kListWarps * kWarp, 0, static_cast<cudaStream_t>(stream),
-           device_rows<T>(x, x_factor, x_rows, x_stride, x2, x2_factor, x2_stride),
+    launch(nearest_neighbors_select_kernel<T>, list_grid(rows), kListWarps * kWarp, 0,
+           static_cast<cudaStream_t>(stream), device_rows<T>(x, x_factor, x_rows, x_stride, x2, x2_factor, x2_stride),
            device_rows<T>(y, y_factor, y_rows, y_stride, y2, y2_factor, y2_stride), rows, D, left_window, right_window,
            lower, candidate, count, cut, capacity, static_cast<int>(k), result, unsure, reach);
   });
@@ -398,8 +420,8 @@ void nearest_neighbors_rescan_cuda(const float* block, int64_t ld, const int64_t
   const Result result{index, distance, distance_dtype, k, metric, unscale};
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(rescan_kernel<T>, grid_size(count), kRescanThreads, 0, static_cast<cudaStream_t>(stream), block, ld, rows,
-           y_rows + y2_rows, device_rows<T>(x, x_factor, x_rows, x_stride, x2, x2_factor, x2_stride),
+    launch(nearest_neighbors_rescan_kernel<T>, grid_size(count), kRescanThreads, 0, static_cast<cudaStream_t>(stream),
+           block, ld, rows, y_rows + y2_rows, device_rows<T>(x, x_factor, x_rows, x_stride, x2, x2_factor, x2_stride),
            device_rows<T>(y, y_factor, y_rows, y_stride, y2, y2_factor, y2_stride), D, left_norm, left_window,
            right_norm, right_window, reach, result, workspace);
   });

@@ -10,17 +10,17 @@ namespace {
 
 constexpr int kRowThreads = 128;  // one warp for each row
 constexpr int kRowWarps = kRowThreads / kWarp;
-constexpr int kTile = 32;       // rows and columns finished by one block
+constexpr int kTile = 32;  // rows and columns finished by one block
 constexpr int kTileWarps = 8;
-constexpr int kProductTile = 64;  // rows and columns of a block's products, 4 x 4 for each of 256 threads
-constexpr int kDepth = 16;        // elements of a feature held in shared memory at once
+constexpr int kProductTile = 64;            // rows and columns of a block's products, 4 x 4 for each of 256 threads
+constexpr int kDepth = 16;                  // elements of a feature held in shared memory at once
 constexpr float kCancellation = 1.0f / 32;  // as in csrc/cpu/pairwise_distance.cpp
 
 __device__ __forceinline__ double double_from_bits(unsigned long long bits) { return __longlong_as_double(bits); }
 
 template <typename T>
-__global__ void max_abs_kernel(const T* __restrict__ x, double* __restrict__ max_abs, int64_t rows, int64_t D,
-                               int64_t stride) {
+__global__ void pairwise_distance_max_abs_kernel(const T* __restrict__ x, double* __restrict__ max_abs, int64_t rows,
+                                                 int64_t D, int64_t stride) {
   const int lane = threadIdx.x % kWarp;
   for (int64_t r = blockIdx.x * static_cast<int64_t>(kRowWarps) + threadIdx.x / kWarp; r < rows;
        r += static_cast<int64_t>(gridDim.x) * kRowWarps) {
@@ -38,8 +38,8 @@ __global__ void max_abs_kernel(const T* __restrict__ x, double* __restrict__ max
 }
 
 template <typename T>
-__global__ void norm_kernel(const T* __restrict__ x, const double* __restrict__ factor, double* __restrict__ norm,
-                            int64_t rows, int64_t D, int64_t stride) {
+__global__ void pairwise_distance_norm_kernel(const T* __restrict__ x, const double* __restrict__ factor,
+                                              double* __restrict__ norm, int64_t rows, int64_t D, int64_t stride) {
   const int lane = threadIdx.x % kWarp;
   for (int64_t r = blockIdx.x * static_cast<int64_t>(kRowWarps) + threadIdx.x / kWarp; r < rows;
        r += static_cast<int64_t>(gridDim.x) * kRowWarps) {
@@ -55,9 +55,9 @@ __global__ void norm_kernel(const T* __restrict__ x, const double* __restrict__ 
 }
 
 template <typename T>
-__global__ void prepare_kernel(const T* __restrict__ x, const double* __restrict__ factor,
-                               const double* __restrict__ center, float* __restrict__ out, float* __restrict__ norm,
-                               int64_t rows, int64_t D, int64_t stride) {
+__global__ void pairwise_distance_prepare_kernel(const T* __restrict__ x, const double* __restrict__ factor,
+                                                 const double* __restrict__ center, float* __restrict__ out,
+                                                 float* __restrict__ norm, int64_t rows, int64_t D, int64_t stride) {
   const int lane = threadIdx.x % kWarp;
   for (int64_t r = blockIdx.x * static_cast<int64_t>(kRowWarps) + threadIdx.x / kWarp; r < rows;
        r += static_cast<int64_t>(gridDim.x) * kRowWarps) {
@@ -95,18 +95,19 @@ __device__ __forceinline__ float finish_distance(float product, bool valid, int6
 }
 
 template <typename T>
-__global__ void block_kernel(float* __restrict__ block, int64_t ld, DeviceRows<T> x, DeviceRows<T> y, int64_t rows,
-                             int64_t columns, int64_t D, const float* __restrict__ x_norm,
-                             const float* __restrict__ y_norm, bool rooted, double scale, float* __restrict__ mirror,
-                             int64_t mirror_ld) {
+__global__ void pairwise_distance_block_kernel(float* __restrict__ block, int64_t ld, DeviceRows<T> x, DeviceRows<T> y,
+                                               int64_t rows, int64_t columns, int64_t D,
+                                               const float* __restrict__ x_norm, const float* __restrict__ y_norm,
+                                               bool rooted, double scale, float* __restrict__ mirror,
+                                               int64_t mirror_ld) {
   __shared__ float tile[kTile][kTile + 1];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t r0 = static_cast<int64_t>(blockIdx.y) * kTile, c0 = static_cast<int64_t>(blockIdx.x) * kTile;
   for (int t = warp; t < kTile; t += kTileWarps) {
     const int64_t r = r0 + t, c = c0 + lane;
     const bool valid = r < rows && c < columns;
-    const float distance = finish_distance(valid ? block[r * ld + c] : 0.0f, valid, r, c, x, y, D, x_norm, y_norm,
-                                           rooted, scale);
+    const float distance =
+        finish_distance(valid ? block[r * ld + c] : 0.0f, valid, r, c, x, y, D, x_norm, y_norm, rooted, scale);
     if (valid) block[r * ld + c] = distance;
     tile[t][lane] = distance;
   }
@@ -117,13 +118,15 @@ __global__ void block_kernel(float* __restrict__ block, int64_t ld, DeviceRows<T
 }
 
 template <typename T>
-__global__ void tiled_kernel(const float* __restrict__ p, const float* __restrict__ q, float* __restrict__ block,
-                             int64_t ld, DeviceRows<T> x, DeviceRows<T> y, int64_t rows, int64_t columns, int64_t D,
-                             const float* __restrict__ x_norm, const float* __restrict__ y_norm, bool rooted,
-                             double scale) {
+__global__ void pairwise_distance_tiled_kernel(const float* __restrict__ p, const float* __restrict__ q,
+                                               float* __restrict__ block, int64_t ld, DeviceRows<T> x, DeviceRows<T> y,
+                                               int64_t rows, int64_t columns, int64_t D,
+                                               const float* __restrict__ x_norm, const float* __restrict__ y_norm,
+                                               bool rooted, double scale) {
   __shared__ float left[kDepth][kProductTile + 1], right[kDepth][kProductTile + 1];
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
-  const int64_t r0 = static_cast<int64_t>(blockIdx.y) * kProductTile, c0 = static_cast<int64_t>(blockIdx.x) * kProductTile;
+  const int64_t r0 = static_cast<int64_t>(blockIdx.y) * kProductTile,
+                c0 = static_cast<int64_t>(blockIdx.x) * kProductTile;
   float sums[4][4] = {};
   for (int64_t d0 = 0; d0 < D; d0 += kDepth) {
     for (int at = threadIdx.x; at < kDepth * kProductTile; at += 256) {
@@ -154,8 +157,7 @@ __global__ void tiled_kernel(const float* __restrict__ p, const float* __restric
     for (int j = 0; j < 4; ++j) {
       const int64_t r = r0 + ty + 16 * i, c = c0 + tx + 16 * j;
       const bool valid = r < rows && c < columns;
-      const float distance =
-          finish_distance(sums[i][j], valid, r, c, x, y, D, x_norm, y_norm, rooted, scale);
+      const float distance = finish_distance(sums[i][j], valid, r, c, x, y, D, x_norm, y_norm, rooted, scale);
       if (valid) block[r * ld + c] = distance;
     }
 }
@@ -180,7 +182,7 @@ void pairwise_distance_max_abs_cuda(const void* x, DType dtype, int64_t rows, in
   const DeviceGuard guard(device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(max_abs_kernel<T>, row_grid(rows), kRowThreads, 0, static_cast<cudaStream_t>(stream),
+    launch(pairwise_distance_max_abs_kernel<T>, row_grid(rows), kRowThreads, 0, static_cast<cudaStream_t>(stream),
            static_cast<const T*>(x), max_abs, rows, D, stride);
   });
 }
@@ -191,8 +193,8 @@ void pairwise_distance_norm_cuda(const void* x, const double* factor, DType dtyp
   const DeviceGuard guard(device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(norm_kernel<T>, row_grid(rows), kRowThreads, 0, static_cast<cudaStream_t>(stream), static_cast<const T*>(x),
-           factor, norm, rows, D, stride);
+    launch(pairwise_distance_norm_kernel<T>, row_grid(rows), kRowThreads, 0, static_cast<cudaStream_t>(stream),
+           static_cast<const T*>(x), factor, norm, rows, D, stride);
   });
 }
 
@@ -203,7 +205,7 @@ void pairwise_distance_prepare_cuda(const void* x, const double* factor, DType d
   const DeviceGuard guard(device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(prepare_kernel<T>, row_grid(rows), kRowThreads, 0, static_cast<cudaStream_t>(stream),
+    launch(pairwise_distance_prepare_kernel<T>, row_grid(rows), kRowThreads, 0, static_cast<cudaStream_t>(stream),
            static_cast<const T*>(x), factor, center, out, norm, rows, D, stride);
   });
 }
@@ -217,9 +219,10 @@ void pairwise_distance_block_cuda(float* block, int64_t ld, const void* x, const
   const DeviceGuard guard(device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(block_kernel<T>, tile_grid(rows, columns, kTile), kTileWarps * kWarp, 0, static_cast<cudaStream_t>(stream),
-           block, ld, device_rows<T>(x, x_factor, rows, x_stride), device_rows<T>(y, y_factor, columns, y_stride), rows,
-           columns, D, x_norm, y_norm, metric == Metric::kEuclidean, metric_scale(metric, unscale), mirror, mirror_ld);
+    launch(pairwise_distance_block_kernel<T>, tile_grid(rows, columns, kTile), kTileWarps * kWarp, 0,
+           static_cast<cudaStream_t>(stream), block, ld, device_rows<T>(x, x_factor, rows, x_stride),
+           device_rows<T>(y, y_factor, columns, y_stride), rows, columns, D, x_norm, y_norm,
+           metric == Metric::kEuclidean, metric_scale(metric, unscale), mirror, mirror_ld);
   });
 }
 
@@ -232,10 +235,10 @@ void pairwise_distance_tiled_cuda(const float* x_prepared, const float* y_prepar
   const DeviceGuard guard(device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(tiled_kernel<T>, tile_grid(rows, columns, kProductTile), 256, 0, static_cast<cudaStream_t>(stream),
-           x_prepared, y_prepared, block, ld, device_rows<T>(x, x_factor, rows, x_stride),
-           device_rows<T>(y, y_factor, columns, y_stride), rows, columns, D, x_norm, y_norm,
-           metric == Metric::kEuclidean, metric_scale(metric, unscale));
+    launch(pairwise_distance_tiled_kernel<T>, tile_grid(rows, columns, kProductTile), 256, 0,
+           static_cast<cudaStream_t>(stream), x_prepared, y_prepared, block, ld,
+           device_rows<T>(x, x_factor, rows, x_stride), device_rows<T>(y, y_factor, columns, y_stride), rows, columns,
+           D, x_norm, y_norm, metric == Metric::kEuclidean, metric_scale(metric, unscale));
   });
 }
 

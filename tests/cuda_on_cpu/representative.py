@@ -94,6 +94,21 @@ def _ranking(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
     return call
 
 
+def _pairwise_distance(device: torch.device) -> list[Tensor]:
+    return [vareid_ext.pairwise_distance(_random(128, 256).to(device), _random(192, 256, seed=1).to(device))]
+
+
+def _nearest_neighbors(device: torch.device) -> list[Tensor]:
+    x, y = _random(64, 128).to(device), _random(256, 128, seed=1).to(device)
+    index, distance = vareid_ext.nearest_neighbors(x, y, k=10)
+    return [index, distance]
+
+
+def _rerank(device: torch.device) -> list[Tensor]:
+    query, gallery = _random(32, 64).to(device), _random(160, 64, seed=1).to(device)
+    return [vareid_ext.k_reciprocal_rerank(query, gallery)]
+
+
 # Normalised centres: the inverse norms are read again for every row of logits, and a vector is read twice to project.
 _LINEAR = {
     "linear_viewpoint_aware_cross_entropy_summarise_kernel": Limit(moved=2.0, coalescing=0.4),
@@ -101,6 +116,32 @@ _LINEAR = {
     "linear_viewpoint_aware_cross_entropy_gradient_kernel": Limit(moved=1.6, coalescing=0.5),
     "linear_viewpoint_aware_cross_entropy_inverse_norms_kernel": Limit(),
     "linear_viewpoint_aware_cross_entropy_project_kernel": Limit(moved=1.7),
+}
+
+# Sparse rows, sorted lists and candidates: what is read again depends on the data. These hold what was measured, with a
+# margin, so that a change for the worse shows; docs/kernels.md has the numbers.
+_FEATURES = {"pairwise_distance_max_abs_kernel": Limit(), "pairwise_distance_norm_kernel": Limit()}
+_NEIGHBORS = {
+    **_FEATURES,
+    "nearest_neighbors_scan_rows_kernel": Limit(2.7, 0.9),
+    "nearest_neighbors_select_kernel": Limit(5.2, 0.9),
+}
+_RERANK = {
+    **_FEATURES,
+    "nearest_neighbors_scan_rows_kernel": Limit(2.2, 0.9),
+    "nearest_neighbors_scan_columns_kernel": Limit(2.0),
+    "nearest_neighbors_select_kernel": Limit(13, 0.9),
+    "k_reciprocal_sets_kernel": Limit(10, 0.15),
+    "k_reciprocal_expanded_kernel": Limit(11.5, 0.65, 9),
+    "k_reciprocal_prefix_kernel": Limit(coalescing=0.85),
+    "k_reciprocal_listed_distance_kernel": Limit(4.7, 0.9),
+    "k_reciprocal_encode_kernel": Limit(1.8, 0.85),
+    "k_reciprocal_expand_kernel": Limit(5.5, 0.7, 9),
+    "k_reciprocal_clear_kernel": Limit(),
+    "k_reciprocal_count_kernel": Limit(3.3, 0.5),
+    "k_reciprocal_scatter_kernel": Limit(2.4, 0.3),
+    "k_reciprocal_order_kernel": Limit(1.9),
+    "k_reciprocal_blend_kernel": Limit(29, 0.7),
 }
 
 REPRESENTATIVE: dict[str, list[Shape]] = {
@@ -115,6 +156,13 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
             },
         )
         for dtype in (torch.float32, torch.bfloat16)
+    ],
+    "k_reciprocal": [Shape("Q 32, G 160, D 64, float32", _rerank, _RERANK)],
+    "nearest_neighbors": [Shape("64 x 256, D 128, k 10, float32", _nearest_neighbors, _NEIGHBORS)],
+    "pairwise_distance": [
+        Shape(
+            "128 x 192, D 256, float32", _pairwise_distance, {**_FEATURES, "pairwise_distance_block_kernel": Limit(1.6)}
+        )
     ],
     "linear_viewpoint_aware_cross_entropy": [Shape("N 16, K 751, V 3, D 32, float32", _linear_cross_entropy, _LINEAR)],
     "viewpoint_aware_cross_entropy": [

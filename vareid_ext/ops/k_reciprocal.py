@@ -21,7 +21,6 @@ from vareid_ext.reference.pairwise_distance import exact_distance, rows_per_bloc
 # Limits of the CUDA kernels, as in csrc/k_reciprocal.h.
 _CUDA_MOST_MEMBERS = 1024
 _CUDA_MOST_LISTED = 159
-_CUDA_BLEND_BLOCKS = 256
 
 
 def _pattern_sizes(like: Tensor, rows: int) -> tuple[Tensor, Any]:
@@ -306,7 +305,7 @@ def _native_blend(
         return NotImplemented
     index, value = index.contiguous(), value.contiguous()
     inverted = invert(indptr, index, value, Q, Q + G if columns is None else columns)
-    workspace = _scratch(distance, 4 * G * (min(Q, _CUDA_BLEND_BLOCKS) if distance.is_cuda else threads))
+    workspace = _scratch(distance, 0 if distance.is_cuda else 4 * G * threads)
     _native.module().k_reciprocal_blend(
         view(distance), view(row_max.contiguous()), view(indptr), view(index), view(value), *map(view, inverted),
         lambda_value, view(workspace), threads, stream_of(distance),

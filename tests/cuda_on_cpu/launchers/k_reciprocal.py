@@ -6,8 +6,6 @@ from typing import Any
 
 from tests.cuda_on_cpu.harness import InOut, Partial, Workspace, dtype_code
 
-_BLEND_BLOCKS = 256
-
 
 def k_reciprocal_sets(launch: Any, neighbor: Any, k: int, out: Any, size: Any, threads: int, stream: int) -> None:
     rows, width = neighbor.shape
@@ -72,7 +70,7 @@ def k_reciprocal_blend(
     dense = distance.contiguous()
     launch(
         "k_reciprocal_blend_cuda", InOut(dense), gallery, queries, gallery, row_max, indptr, index, value, start, owner,
-        weight, lambda_value, Workspace(4 * gallery * min(queries, _BLEND_BLOCKS)),
+        weight, lambda_value,
     )  # fmt: skip
     distance.copy_(dense)
 

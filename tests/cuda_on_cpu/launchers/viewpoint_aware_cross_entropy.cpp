@@ -32,10 +32,11 @@ int64_t cross_entropy_workspace_flat(int64_t N, int64_t K, int64_t views0, int64
 }
 
 void cross_entropy_forward_flat(bool has0, const void* logits0, int64_t row_stride0, bool has1, const void* logits1,
-                  int64_t row_stride1, int64_t views, const int64_t* identity, const int64_t* viewpoint,
-                  const double* distribution, const uint8_t* mask, void* loss0, void* loss1, double* statistics,
-                  bool adaptive, double alpha, double epsilon, DType dtype, int64_t N, int64_t K, int reduction,
-                  int64_t* label_error, void* workspace, int device, void* stream) {
+                                int64_t row_stride1, int64_t views, const int64_t* identity, const int64_t* viewpoint,
+                                const double* distribution, const uint8_t* mask, void* loss0, void* loss1,
+                                double* statistics, bool adaptive, double alpha, double epsilon, DType dtype, int64_t N,
+                                int64_t K, int reduction, int64_t* label_error, void* workspace, int device,
+                                void* stream) {
   CrossEntropyHead heads[2] = {
       identity_head(has0, logits0, row_stride0),
       viewpoint_head(has1, logits1, row_stride1, views, viewpoint, distribution, mask),
@@ -48,15 +49,15 @@ void cross_entropy_forward_flat(bool has0, const void* logits0, int64_t row_stri
     heads[h].alpha = alpha;
     heads[h].statistics = statistics + h * 5 * N;
   }
-  viewpoint_aware_cross_entropy_forward_cuda(heads, identity, dtype, N, K, static_cast<Reduction>(reduction), label_error,
-                                             workspace, device, stream);
+  viewpoint_aware_cross_entropy_forward_cuda(heads, identity, dtype, N, K, static_cast<Reduction>(reduction),
+                                             label_error, workspace, device, stream);
 }
 
 void cross_entropy_backward_flat(bool has0, const void* logits0, int64_t row_stride0, bool has1, const void* logits1,
-                   int64_t row_stride1, int64_t views, const int64_t* identity, const int64_t* viewpoint,
-                   const double* distribution, const uint8_t* mask, const double* statistics, const void* upstream0,
-                   const void* upstream1, void* grad0, void* grad1, DType dtype, int64_t N, int64_t K, int reduction,
-                   int device, void* stream) {
+                                 int64_t row_stride1, int64_t views, const int64_t* identity, const int64_t* viewpoint,
+                                 const double* distribution, const uint8_t* mask, const double* statistics,
+                                 const void* upstream0, const void* upstream1, void* grad0, void* grad1, DType dtype,
+                                 int64_t N, int64_t K, int reduction, int device, void* stream) {
   CrossEntropyHead heads[2] = {
       identity_head(has0, logits0, row_stride0),
       viewpoint_head(has1, logits1, row_stride1, views, viewpoint, distribution, mask),
