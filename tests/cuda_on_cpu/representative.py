@@ -123,25 +123,25 @@ _LINEAR = {
 _FEATURES = {"pairwise_distance_max_abs_kernel": Limit(), "pairwise_distance_norm_kernel": Limit()}
 _NEIGHBORS = {
     **_FEATURES,
-    "nearest_neighbors_scan_rows_kernel": Limit(2.7, 0.9),
+    "nearest_neighbors_scan_rows_kernel": Limit(1.75, 0.92),
     "nearest_neighbors_select_kernel": Limit(5.2, 0.9),
 }
 _RERANK = {
     **_FEATURES,
-    "nearest_neighbors_scan_rows_kernel": Limit(2.2, 0.9),
-    "nearest_neighbors_scan_columns_kernel": Limit(2.0),
+    "nearest_neighbors_scan_rows_kernel": Limit(1.7, 0.88),
+    "nearest_neighbors_scan_columns_kernel": Limit(1.5),
     "nearest_neighbors_select_kernel": Limit(13, 0.9),
-    "k_reciprocal_sets_kernel": Limit(10, 0.15),
-    "k_reciprocal_expanded_kernel": Limit(11.5, 0.65, 9),
+    "k_reciprocal_sets_kernel": Limit(13.2, 0.85),
+    "k_reciprocal_expanded_kernel": Limit(4.6, 0.85),
     "k_reciprocal_prefix_kernel": Limit(coalescing=0.85),
-    "k_reciprocal_listed_distance_kernel": Limit(4.7, 0.9),
-    "k_reciprocal_encode_kernel": Limit(1.8, 0.85),
-    "k_reciprocal_expand_kernel": Limit(5.5, 0.7, 9),
+    "k_reciprocal_listed_distance_kernel": Limit(2.8),
+    "k_reciprocal_encode_kernel": Limit(1.15, 0.88),
+    "k_reciprocal_expand_kernel": Limit(3.3, 0.88),
     "k_reciprocal_clear_kernel": Limit(),
     "k_reciprocal_count_kernel": Limit(3.3, 0.5),
     "k_reciprocal_scatter_kernel": Limit(2.4, 0.3),
     "k_reciprocal_order_kernel": Limit(1.9),
-    "k_reciprocal_blend_kernel": Limit(29, 0.7),
+    "k_reciprocal_blend_kernel": Limit(13, 0.88, 2.0),
 }
 
 REPRESENTATIVE: dict[str, list[Shape]] = {
