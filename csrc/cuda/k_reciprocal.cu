@@ -393,7 +393,6 @@ struct Smallest {
       const unsigned mask = __ballot_sync(kFullWarp, rank == k - 1);
       if (mask) last = __shfl_sync(kFullWarp, rank == k - 1 ? value[c] : 0.0, __ffs(static_cast<int>(mask)) - 1);
     }
-    __syncwarp();
     for (int base = 0; base < kListCapacity; base += kWarp) {
       const int c = base + static_cast<int>(threadIdx.x % kWarp);
       const bool stay = stays[base / kWarp];
@@ -406,7 +405,6 @@ struct Smallest {
         index[kept + __popc(mask & lanes_below())] = own_index;
       }
       kept += __popc(mask);
-      __syncwarp();
     }
     count = kept;
     threshold = last;

@@ -79,7 +79,6 @@ __device__ void compact(List& list, int k, int capacity, float window, const flo
     scratch[c] = list.lower[c] + 2 * (window + other_window[list.index[c]]);
   __syncwarp();
   float threshold = value_of_rank(scratch, list.count, k - 1);
-  __syncwarp();
   filter_list(list, [&](int, float lower) { return lower <= threshold; });
   const int limit = capacity - (capacity - k) / 2;
   if (list.count > limit) {
@@ -318,7 +317,6 @@ __global__ void nearest_neighbors_rescan_kernel(const float* __restrict__ block,
     }
     if (j < columns) exact[j] = own;
   }
-  __syncthreads();
   double last = -1;
   int64_t last_index = -1;
   for (int rank = 0; rank < static_cast<int>(result.k); ++rank) {

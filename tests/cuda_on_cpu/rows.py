@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cuda_on_cpu import backend
+from tests.cuda_on_cpu import backend, more_cases
 from tests.cuda_on_cpu.harness import Launcher, _copy_output, package
 
 _TESTS = Path(__file__).resolve().parent.parent
 # A call larger than this is not worth replaying once for each barrier.
-_REPLAYED_BYTES, _REPLAYED_SWITCHES = 1 << 20, 200_000
+_REPLAYED_BYTES, _REPLAYED_SWITCHES = 4 << 20, 3_000_000
 
 
 def row_names() -> list[str]:
@@ -28,11 +28,12 @@ def row_names() -> list[str]:
 
 
 def backend_tests(row: str) -> dict[str, Callable[..., Any]]:
-    """The test functions of a row that take the fixture ``backend``, by name."""
-    module = importlib.import_module(f"tests.test_{row}")
+    """The test functions of a row that take the fixture ``backend``, by name: its own, and those of more_cases.py."""
+    own = vars(importlib.import_module(f"tests.test_{row}"))
+    more = {n.replace(f"test_{row}__", "test_", 1): f for n, f in vars(more_cases).items() if f"test_{row}__" in n}
     return {
         name: function
-        for name, function in vars(module).items()
+        for name, function in {**own, **more}.items()
         if name.startswith("test_") and callable(function) and "backend" in inspect.signature(function).parameters
     }
 
