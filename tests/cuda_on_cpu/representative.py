@@ -132,16 +132,16 @@ _RERANK = {
     "nearest_neighbors_scan_columns_kernel": Limit(1.5),
     "nearest_neighbors_select_kernel": Limit(13, 0.9),
     "k_reciprocal_sets_kernel": Limit(13.2, 0.85),
-    "k_reciprocal_expanded_kernel": Limit(4.6, 0.85),
+    "k_reciprocal_expanded_kernel": Limit(7.5, 0.85),
     "k_reciprocal_prefix_kernel": Limit(coalescing=0.85),
-    "k_reciprocal_listed_distance_kernel": Limit(2.8),
-    "k_reciprocal_encode_kernel": Limit(1.15, 0.88),
-    "k_reciprocal_expand_kernel": Limit(3.3, 0.88),
+    "k_reciprocal_listed_distance_kernel": Limit(4.7, 0.9),
+    "k_reciprocal_encode_kernel": Limit(1.1, 0.85),
+    "k_reciprocal_expand_kernel": Limit(4, 0.85),
     "k_reciprocal_clear_kernel": Limit(),
     "k_reciprocal_count_kernel": Limit(3.3, 0.5),
     "k_reciprocal_scatter_kernel": Limit(2.4, 0.3),
     "k_reciprocal_order_kernel": Limit(1.9),
-    "k_reciprocal_blend_kernel": Limit(13, 0.88, 2.0),
+    "k_reciprocal_blend_kernel": Limit(18, 0.88, 3),
 }
 
 REPRESENTATIVE: dict[str, list[Shape]] = {
