@@ -364,7 +364,6 @@ __global__ void k_reciprocal_blend_kernel(float* __restrict__ distance, int64_t 
       const float m = fminf(shared[g], 1.0f);
       row[g] = (1.0f - lambda_value) * (1.0f - m / (2.0f - m)) + fminf(row[g] * scale, lambda_value);
     }
-    __syncthreads();
   }
 }
 

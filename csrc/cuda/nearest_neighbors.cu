@@ -128,7 +128,6 @@ struct State {
     return {lower + row * capacity, index + row * capacity, count[row], threshold[row], cut[row]};
   }
   __device__ __forceinline__ void close(int64_t row, const List& list, float largest) const {
-    __syncwarp();
     if (threadIdx.x % kWarp != 0) return;
     count[row] = list.count;
     threshold[row] = list.threshold;

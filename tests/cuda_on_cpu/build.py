@@ -1,6 +1,6 @@
 """Compiles the kernels with g++ into shared objects that run them on the CPU; cached under ``build/cuda_on_cpu``.
 
-Three flavours of the same sources: ``fast`` (plain -O2), ``checker`` (every access reported to runtime/checker.cpp) and
+Three flavours of the same sources: ``fast`` (plain), ``checker`` (every access reported to runtime/checker.cpp) and
 ``asan`` (address and undefined-behaviour sanitizers).
 """
 
@@ -29,7 +29,7 @@ _COMMON = [
 ]  # fmt: skip
 _DEFINE = {"fast": [], "checker": ["-DCUDA_ON_CPU_CHECKER"], "asan": ["-DCUDA_ON_CPU_ASAN"]}
 _KERNEL_FLAGS = {
-    "fast": ["-O2"],
+    "fast": ["-O1"],
     # Scalar replacement would split a float4 access in four and falsify the traffic.
     "checker": ["-O1", "-fno-tree-sra", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"],
     "asan": [
@@ -123,8 +123,8 @@ def _jobs(kernels: Sequence[Path], glue: Sequence[Path], flavour: str) -> list[t
     parts = ["scheduler", "memory", "export"]
     parts += {"fast": ["no_checker"], "checker": ["checker", "traffic"], "asan": ["no_checker", "asan_report"]}[flavour]
     # The linker keeps the first copy of an inline function: the runtime's, which is not instrumented.
-    plain = [*(HERE / "runtime" / f"{part}.cpp" for part in parts), *glue]
-    jobs = [(source, ("-O2", *_DEFINE[flavour])) for source in plain]
+    jobs = [(HERE / "runtime" / f"{part}.cpp", ("-O2", *_DEFINE[flavour])) for part in parts]
+    jobs += [(source, ("-O0",)) for source in glue]  # the same object in every flavour
     return jobs + [(source, (*_KERNEL_FLAGS[flavour], *_DEFINE[flavour])) for source in kernels]
 
 

@@ -123,15 +123,15 @@ _LINEAR = {
 _FEATURES = {"pairwise_distance_max_abs_kernel": Limit(), "pairwise_distance_norm_kernel": Limit()}
 _NEIGHBORS = {
     **_FEATURES,
-    "nearest_neighbors_scan_rows_kernel": Limit(2.7, 0.9),
+    "nearest_neighbors_scan_rows_kernel": Limit(1.75, 0.92),
     "nearest_neighbors_select_kernel": Limit(5.2, 0.9),
 }
 _RERANK = {
     **_FEATURES,
-    "nearest_neighbors_scan_rows_kernel": Limit(2.2, 0.9),
-    "nearest_neighbors_scan_columns_kernel": Limit(2.0),
+    "nearest_neighbors_scan_rows_kernel": Limit(1.7, 0.88),
+    "nearest_neighbors_scan_columns_kernel": Limit(1.5),
     "nearest_neighbors_select_kernel": Limit(13, 0.9),
-    "k_reciprocal_sets_kernel": Limit(12, 0.85),
+    "k_reciprocal_sets_kernel": Limit(13.2, 0.85),
     "k_reciprocal_expanded_kernel": Limit(7.5, 0.85),
     "k_reciprocal_prefix_kernel": Limit(coalescing=0.85),
     "k_reciprocal_listed_distance_kernel": Limit(4.7, 0.9),
