@@ -310,7 +310,11 @@ def test_rerank_stopped_half_way_leaves_nothing_behind(sides, tmp_path, capsys, 
 
     monkeypatch.setattr("vareid_ext.rerank.k_reciprocal_rerank", half_way)
     before = signal.getsignal(signal.SIGTERM)
-    assert rerank([query_file, gallery_file, "--output", str(output)]) == 130
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us ignoring it
+    try:
+        assert rerank([query_file, gallery_file, "--output", str(output)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert signal.getsignal(signal.SIGTERM) is before
     assert "is as it was" in capsys.readouterr().err
     assert output.read_text() == "an older result"
