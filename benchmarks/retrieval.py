@@ -4,14 +4,18 @@
 ``--only small`` and the like choose, ``--size Q G D`` runs one size of your own, ``--msmt17`` adds that data set's size
 (minutes). The features are random with the structure that features of people have (identities in a low-rank space,
 a bias for each camera, noise); their seed is fixed.
+
+Public tools are compared where they are installed: ``pip install --no-deps fastreid torchreid`` (they ask for old
+releases of PyTorch; only their re-ranking module is loaded). They run at the small sizes, and at all with ``--peers``,
+where they need minutes and 10 GiB.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
+import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -36,7 +40,8 @@ SIZES = {
     "market1501 D=2048": (3368, 15913, 2048),
     "market1501 D=512": (3368, 15913, 512),
     "market1501 D=256": (3368, 15913, 256),
-    "small": (500, 3000, 2048),
+    "small D=2048": (500, 3000, 2048),
+    "small D=256": (500, 3000, 256),
 }
 MSMT17 = (11659, 82161, 2048)
 
@@ -102,12 +107,20 @@ def dense_numpy(query: np.ndarray, gallery: np.ndarray, k1: int = 20, k2: int = 
     return final[:, Q:]
 
 
+_PEERS = {"fastreid": "evaluation/rerank.py", "torchreid": "reid/utils/rerank.py"}
+
+
 def other_tools() -> dict[str, Callable[..., Any]]:
-    """re_ranking functions of installed packages that take three rooted distance matrices."""
+    """re_ranking functions of installed packages that take three rooted distance matrices.
+
+    The packages themselves are not imported: they need much that re-ranking does not.
+    """
     found = {}
-    for package, module in (("torchreid", "torchreid.utils.rerank"), ("fastreid", "fastreid.evaluation.rank_rerank")):
-        with contextlib.suppress(ImportError):
-            found[package] = importlib.import_module(module).re_ranking
+    for package, path in _PEERS.items():
+        installed = importlib.util.find_spec(package)
+        for folder in (installed and installed.submodule_search_locations) or ():
+            if (file := Path(folder) / path).exists():
+                found[package] = runpy.run_path(str(file))["re_ranking"]
     return found
 
 
@@ -163,8 +176,19 @@ def measure_memory(Q: int, G: int, D: int, topk: int, folder: str) -> None:
     print(f"  measured peak beyond input and result: {(_memory('VmHWM') - before) / 2**20:.0f} MiB ({seconds:.1f} s)")
 
 
-def run_size(name: str, size: tuple[int, int, int], rounds: int) -> None:
-    """One size: the comparison with the product, the stages, the memory and the quality."""
+def run_peers(query: torch.Tensor, gallery: torch.Tensor, result: Any, ours: float) -> None:
+    """The installed public tools, from the three distance matrices that they take."""
+    for package, tool in other_tools().items():
+        matrices = [pairwise_distance(*pair).numpy() for pair in ((query, gallery), (query,), (gallery,))]
+        elapsed, theirs = _timed(lambda tool=tool, matrices=matrices: tool(*matrices, 20, 6, 0.3))
+        difference = float(np.abs(np.asarray(theirs) - np.asarray(result)).max())
+        print(f"  {package:<28}{elapsed:9.3f} s  {elapsed / ours:.0f}x ours without its distances, "
+              f"largest difference {difference:.1e}")  # fmt: skip
+        del matrices, theirs
+
+
+def run_size(name: str, size: tuple[int, int, int], rounds: int, peers: bool) -> None:
+    """One size: the comparison with the product, the stages, the memory, the quality, and other tools."""
     Q, G, D = size
     data = features(Q, G, D)
     query, gallery = data.feature[:Q], data.feature[Q:]
@@ -195,10 +219,8 @@ def run_size(name: str, size: tuple[int, int, int], rounds: int) -> None:
         with reference_backend():
             elapsed, _ = _timed(lambda: k_reciprocal_rerank(query, gallery))
         print(f"  {'plain PyTorch reference':<28}{elapsed:9.3f} s  {elapsed / middle['ours']:.0f}x ours")
-        for package, tool in other_tools().items():
-            matrices = [pairwise_distance(*pair).numpy() for pair in ((query, gallery), (query,), (gallery,))]
-            elapsed, _ = _timed(lambda tool=tool, matrices=matrices: tool(*matrices, 20, 6, 0.3))
-            print(f"  {package:<28}{elapsed:9.3f} s  {elapsed / middle['ours']:.0f}x ours (without its distances)")
+    if peers or Q + G <= 4000:
+        run_peers(query, gallery, result, middle["ours"])
     _measure_in_new_process(size, 0)
 
 
@@ -214,6 +236,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="run the sizes whose name contains this text")
     parser.add_argument("--size", type=int, nargs=3, metavar=("Q", "G", "D"), help="run this size alone")
     parser.add_argument("--msmt17", action="store_true", help="also MSMT17's size: time and memory with topk=100")
+    parser.add_argument("--peers", action="store_true", help="public tools at every size (minutes, 10 GiB)")
     parser.add_argument("--quick", action="store_true", help="a tiny size, to see that it runs")
     parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -234,7 +257,7 @@ def main() -> None:
     if arguments.size:
         sizes = {"chosen": tuple(arguments.size)}
     for name, size in sizes.items():
-        run_size(name, size, arguments.rounds)
+        run_size(name, size, arguments.rounds, arguments.peers)
     if arguments.msmt17:
         print(f"\nmsmt17, topk=100: Q={MSMT17[0]} G={MSMT17[1]} D={MSMT17[2]}")
         _measure_in_new_process(MSMT17, 100)
