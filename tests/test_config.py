@@ -6,8 +6,6 @@ import math
 import pytest
 import yaml
 
-from vareid_ext import command_line
-from vareid_ext.command_line import FIELD_NAMES, CommandLineError, fields, parse, recipe_names, recipe_text, to_yaml
 from vareid_ext.config import (
     Config,
     DataConfig,
@@ -17,7 +15,17 @@ from vareid_ext.config import (
     RunConfig,
     SamplerConfig,
 )
-from vareid_ext.schedule import learning_rate, view_weight
+from vareid_ext.training import command_line
+from vareid_ext.training.command_line import (
+    FIELD_NAMES,
+    CommandLineError,
+    fields,
+    parse,
+    recipe_names,
+    recipe_text,
+    to_yaml,
+)
+from vareid_ext.training.schedule import learning_rate, view_weight
 
 
 def flat(config):

@@ -16,14 +16,15 @@ import yaml
 from PIL import Image
 
 import vareid_ext
-from vareid_ext import extraction, report, run_folder, train
+from vareid_ext import train
 from vareid_ext.checkpoint import atomic_file, load_checkpoint, random_state, save_checkpoint, set_random_state
 from vareid_ext.data import ImageList, SyntheticSettings, build_transform, load, synthetic_data
-from vareid_ext.figures import choose_queries
 from vareid_ext.models import ReidModel
-from vareid_ext.report import METRIC_NAMES, table
-from vareid_ext.signals import RunInterruptedError, Signals
-from vareid_ext.terminal import TrainingBar
+from vareid_ext.training import extraction, report, run_folder
+from vareid_ext.training.figures import choose_queries
+from vareid_ext.training.report import METRIC_NAMES, table
+from vareid_ext.training.signals import RunInterruptedError, Signals
+from vareid_ext.training.terminal import TrainingBar
 
 SMALL = [
     "--synthetic-identities=8", "--synthetic-test-identities=4", "--data.synthetic.distractors=2",

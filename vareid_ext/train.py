@@ -19,22 +19,22 @@ from tqdm import tqdm
 
 import vareid_ext
 from vareid_ext import data as datasets
-from vareid_ext import extraction
 from vareid_ext.checkpoint import save_checkpoint
-from vareid_ext.command_line import Request, parse_or_exit, to_yaml
 from vareid_ext.config import Config
 from vareid_ext.data import Batch, PKSampler, ReidData, ReidDataset
-from vareid_ext.extraction import Features
 from vareid_ext.losses import ViewpointAwareLoss
 from vareid_ext.models import ModelOutput, ReidModel
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
-from vareid_ext.report import LABELS, closing_tables, draw_figures, metrics_of, one_line, per_viewpoint
-from vareid_ext.run_folder import RunFolder, TensorBoard, default_folder, environment
-from vareid_ext.schedule import learning_rate, view_weight
-from vareid_ext.signals import RunInterruptedError, Signals, ignore_in_worker
-from vareid_ext.terminal import TrainingBar, tell
-from vareid_ext.training_state import TrainingState, build
-from vareid_ext.triplet import batch_hard_triplet
+from vareid_ext.training import extraction
+from vareid_ext.training.command_line import Request, parse_or_exit, to_yaml
+from vareid_ext.training.extraction import Features
+from vareid_ext.training.report import LABELS, closing_tables, draw_figures, metrics_of, one_line, per_viewpoint
+from vareid_ext.training.run_folder import RunFolder, TensorBoard, default_folder, environment
+from vareid_ext.training.schedule import learning_rate, view_weight
+from vareid_ext.training.signals import RunInterruptedError, Signals, ignore_in_worker
+from vareid_ext.training.state import TrainingState, build
+from vareid_ext.training.terminal import TrainingBar, tell
+from vareid_ext.training.triplet import batch_hard_triplet
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

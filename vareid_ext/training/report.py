@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vareid_ext.config import Config
 from vareid_ext.data import ReidData
-from vareid_ext.extraction import Features, Scores
-from vareid_ext.figures import TOP, choose_queries, draw_curves, draw_ranking
-from vareid_ext.run_folder import RunFolder
-from vareid_ext.schedule import view_weight
-from vareid_ext.training_state import Progress
+from vareid_ext.training.extraction import Features, Scores
+from vareid_ext.training.figures import TOP, choose_queries, draw_curves, draw_ranking
+from vareid_ext.training.run_folder import RunFolder
+from vareid_ext.training.schedule import view_weight
+from vareid_ext.training.state import Progress
 
 METRIC_NAMES = ("mAP", "mINP", "rank1", "rank5", "rank10")
 """The entries of every set of metrics, all fractions in [0, 1]."""
