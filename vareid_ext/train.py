@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import vareid_ext
+from vareid_ext import _native
 from vareid_ext import data as datasets
 from vareid_ext.checkpoint import save_checkpoint
 from vareid_ext.config import Config
@@ -126,7 +126,6 @@ def introduce(
 ) -> None:
     """Say what is about to happen."""
     config, loss = request.config, state.loss
-    native = vareid_ext.backends().get(device.type, "")
     parts = [{"adaptive": "L_y", "uniform": "LSR", "none": "cross entropy"}[config.loss.smoothing]]
     parts += [f"{config.loss.view_weight:g} L_v"] * loss.use_viewpoint + [
         f"{config.loss.beta:g} L_R"
@@ -143,9 +142,8 @@ def introduce(
     tell(f"loss     {' + '.join(parts)}")
     plan = f"{config.optimizer.epochs} epochs of {sampler.batches_per_epoch} steps, {steps} in all"
     tell(f"training {plan}, {images} images each")
-    tell(
-        f"device   {device}, {torch.get_num_threads()} threads, losses: {'native' if native == 'native' else 'PyTorch'}"
-    )
+    losses = "native" if _native.available(device) else "PyTorch"
+    tell(f"device   {device}, {torch.get_num_threads()} threads, losses: {losses}")
     tell(f"output   {folder.path}")
     if state.progress.step:
         tell(f"resumed  at step {state.progress.step}")

@@ -20,6 +20,7 @@ import torch
 import torchvision
 
 import vareid_ext
+from vareid_ext import _native
 from vareid_ext.checkpoint import atomic_file
 
 
@@ -129,6 +130,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "backends": vareid_ext.backends(),
+        "backend": _native.unavailable_reason(device) or "native",
     }
 
 
