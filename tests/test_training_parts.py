@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from vareid_ext.training.figures import choose_queries
 from vareid_ext.training.report import table
 from vareid_ext.training.run_folder import RunFolder
 from vareid_ext.training.signals import RunInterruptedError, Signals
+from vareid_ext.training.terminal import tell
 
 
 def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
@@ -189,6 +191,13 @@ def test_signals_are_kept_until_asked_for_and_handlers_restored():
     assert signal.getsignal(signal.SIGTERM) is before
     with Signals() as signals, pytest.raises(RunInterruptedError), signals.immediate("all is saved"):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_terminal_of_few_letters_is_no_reason_to_stop(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    tell("\u2500 Zo\u00eb \udcff")
+    assert written.getvalue() == b"? Zo? ?\n"
 
 
 def test_table_lines_up():
