@@ -28,6 +28,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk says no more than that
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
