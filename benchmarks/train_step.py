@@ -8,12 +8,12 @@ import torch
 
 from benchmarks.harness import Suite
 from vareid_ext import ViewpointAwareLoss
-from vareid_ext.command_line import parse
 from vareid_ext.config import Config
 from vareid_ext.data import PKSampler, ReidDataset, SyntheticSettings, build_transform, collate, synthetic_data
 from vareid_ext.models import ReidModel
 from vareid_ext.train import training_loss
-from vareid_ext.training_state import build_optimizer
+from vareid_ext.training.command_line import parse
+from vareid_ext.training.state import build_optimizer
 
 
 def run_case(suite: Suite, name: str, config: Config, num_identities: int, *, rounds: int | None = None) -> None:

@@ -7,7 +7,7 @@ interface: int
 with_cuda: bool
 cuda_architectures: str
 
-def cuda_unusable_reason() -> str: ...
+def cuda_unusable_reason(device: int) -> str: ...
 def angular_center_forward(
     W: Any,
     U: Any,

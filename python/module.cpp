@@ -13,8 +13,8 @@ PYBIND11_MODULE(_vareid_native, m, py::mod_gil_not_used()) {
 #ifdef VAREID_WITH_CUDA
   m.attr("with_cuda") = true;
   m.attr("cuda_architectures") = VAREID_CUDA_ARCHITECTURES;
-  m.def("cuda_unusable_reason", &vareid::cuda_unusable_reason,
-        "Why the CUDA kernels cannot run here, or an empty string");
+  m.def("cuda_unusable_reason", &vareid::cuda_unusable_reason, py::arg("device"),
+        "Why the CUDA kernels cannot run on a device, or an empty string");
 #else
   m.attr("with_cuda") = false;
   m.attr("cuda_architectures") = "";

@@ -6,8 +6,6 @@ import math
 import pytest
 import yaml
 
-from vareid_ext import command_line
-from vareid_ext.command_line import FIELD_NAMES, CommandLineError, fields, parse, recipe_names, recipe_text, to_yaml
 from vareid_ext.config import (
     Config,
     DataConfig,
@@ -17,7 +15,17 @@ from vareid_ext.config import (
     RunConfig,
     SamplerConfig,
 )
-from vareid_ext.schedule import learning_rate, view_weight
+from vareid_ext.training import command_line
+from vareid_ext.training.command_line import (
+    FIELD_NAMES,
+    CommandLineError,
+    fields,
+    parse,
+    recipe_names,
+    recipe_text,
+    to_yaml,
+)
+from vareid_ext.training.schedule import learning_rate, view_weight
 
 
 def flat(config):
@@ -240,3 +248,17 @@ def test_view_weight_falls_at_its_epoch():
     config = LossConfig(view_weight=1.0, view_weight_late=0.3, view_weight_drop=80)
     assert [view_weight(config, e) for e in (0, 79, 80, 200)] == [1.0, 1.0, 0.3, 0.3]
     assert view_weight(LossConfig(), 10_000) == 1.0
+
+
+def test_the_evaluation_s_batch_size_is_not_taken_for_the_training_batch():
+    with pytest.raises(CommandLineError, match=r"--batch-size: a training batch is --sampler\.identities x"):
+        parse(["--batch-size", "32"])
+    assert parse(["--evaluation.batch-size", "32"]).config.evaluation.batch_size == 32
+
+
+def test_an_error_of_a_file_that_is_no_yaml_is_one_line(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("optimizer: [3\n")
+    with pytest.raises(CommandLineError, match=r"a\.yaml: not a YAML file: .*line 2") as error:
+        parse(["--config", str(path)])
+    assert "\n" not in str(error.value)

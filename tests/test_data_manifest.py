@@ -99,6 +99,18 @@ def test_errors_name_the_line(tmp_path, text, message):
         read_manifest(write(tmp_path, text))
 
 
+def test_a_path_through_a_link_is_the_file_that_the_system_finds(tmp_path):
+    elsewhere, folder = tmp_path / "elsewhere" / "inner", tmp_path / "folder"
+    elsewhere.mkdir(parents=True)
+    folder.mkdir()
+    (folder / "link").symlink_to(elsewhere)
+    for place, colour in ((elsewhere.parent, 10), (folder, 20)):
+        Image.new("L", (4, 4), colour).save(place / "a.png")
+    rows = "link/../a.png,1,train\na.png,1,query\nlink/../inner/b.png,1,gallery\n"
+    data = read_manifest(write(folder, "path,identity,split\n" + rows))
+    assert [images.load(0).getpixel((0, 0))[0] for images in (data.train, data.query)] == [10, 20]
+
+
 def test_a_missing_manifest(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"(?s)path,identity,camera,viewpoint,split.*nothing\.csv does not exist"

@@ -89,6 +89,29 @@ def test_open_image_converts_and_names_bad_files(tmp_path):
             open_image(str(tmp_path / name))
 
 
+def test_sixteen_bit_grey_keeps_its_contrast(tmp_path):
+    """As infrared cameras store it; clipped at 255 it would be white."""
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "deep.tif")
+    Image.fromarray(np.array([[0, 7, 255]], dtype=np.int32)).save(tmp_path / "shallow.tif")
+    for name, expected in (("deep.png", [0, 0, 1, 128, 255]), ("deep.tif", [0, 0, 1, 128, 255])):
+        assert np.asarray(open_image(str(tmp_path / name)))[0].tolist() == [[value] * 3 for value in expected]
+    assert np.asarray(open_image(str(tmp_path / "shallow.tif")))[0, :, 1].tolist() == [0, 7, 255]
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("pixel format 0"), IndexError(), MemoryError()])
+def test_whatever_a_decoder_fails_with_names_the_file(tmp_path, monkeypatch, error):
+    """A damaged .dds file, for one, makes Pillow raise NotImplementedError."""
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match=rf"odd\.dds: ({type(error).__name__}|pixel format 0)"):
+        open_image(str(tmp_path / "odd.dds"))
+
+
 def make_data(train, names=("a", "b")):
     return ReidData("made", train, make_list([1]), make_list([1, 2]), names)
 

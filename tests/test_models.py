@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vareid_ext import models
 from vareid_ext.models import STRIPES, GeneralizedMeanPooling, ReidModel, StripeBranch, load_backbone_weights
-from vareid_ext.triplet import batch_hard_triplet
+from vareid_ext.training.triplet import batch_hard_triplet
 
 TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
 import threading
+import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -111,7 +114,7 @@ def test_the_module_says_what_it_is():
     assert (module.version, module.interface) == (_version.__version__, _version.NATIVE_INTERFACE)
     assert isinstance(module.with_cuda, bool)
     if module.with_cuda and not torch.cuda.is_available():
-        assert "CUDA" in module.cuda_unusable_reason()
+        assert "CUDA" in module.cuda_unusable_reason(0)
 
 
 @pytest.mark.skipif(_native.backends()["cpu"] != "native", reason="needs the compiled module")
@@ -126,6 +129,59 @@ def test_the_binding_checks_what_it_is_given():
         module.angular_center_forward(view(W), view(U), None, *map(view, outputs), 1, 0)
     with pytest.raises(TypeError):
         module.angular_center_forward(W, U, None, *map(view, outputs), 1, 0)
+
+
+class OnSecondGpu(torch.Tensor):
+    """A tensor that says it lies on the second GPU of a machine."""
+
+    device = property(lambda self: torch.device("cuda", 1))
+
+
+@pytest.fixture
+def mixed_gpus(monkeypatch):
+    """A machine whose first GPU runs the kernels and whose second one does not; the devices asked about."""
+    asked = []
+
+    def probe(device):
+        asked.append(device)
+        return "" if device == 0 else "no kernel image is available"
+
+    monkeypatch.setattr(_native, "_module", types.SimpleNamespace(with_cuda=True, cuda_unusable_reason=probe))
+    monkeypatch.setattr(_native, "_missing_reason", "")
+    monkeypatch.setattr(_native, "_environment_reference", False)
+    monkeypatch.setattr(_native, "_cuda_reasons", {})
+    monkeypatch.setattr(_native, "_told", set())
+    return asked
+
+
+def test_each_gpu_is_asked_once_and_only_the_unusable_one_is_told(mixed_gpus):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _native.available("cuda:0")
+        assert _native.available(torch.device("cuda"))  # the current one
+        assert backends()["cuda"] == "native"
+    with pytest.warns(RuntimeWarning, match="plain PyTorch runs on cuda:1: no kernel image") as told:
+        assert [_native.available("cuda:1") for _ in range(2)] == [False, False]
+    assert len(told) == 1
+    assert sorted(mixed_gpus) == [0, 1]
+
+
+def test_an_op_runs_the_reference_on_the_gpu_that_cannot_run_its_kernel(mixed_gpus):
+    kernels = {}
+    op = types.SimpleNamespace(
+        _init_fn=lambda x: "reference", register_kernel=lambda kind: functools.partial(kernels.__setitem__, kind)
+    )
+    _native.register(op, "cuda")(lambda x: "kernel")
+    assert kernels["cuda"](torch.ones(1)) == "kernel"
+    with pytest.warns(RuntimeWarning, match="cuda:1"):
+        assert kernels["cuda"](torch.ones(1).as_subclass(OnSecondGpu)) == "reference"
+
+
+def test_the_probe_refuses_a_device_that_does_not_exist():
+    if not _native.loaded() or not _native.module().with_cuda:
+        pytest.skip("needs the CUDA build")
+    for device in (-1, 10**6):
+        assert "CUDA" in _native.module().cuda_unusable_reason(device)
 
 
 def test_works_on_a_meta_device_without_running():

@@ -16,14 +16,11 @@ import yaml
 from PIL import Image
 
 import vareid_ext
-from vareid_ext import extraction, report, run_folder, train
-from vareid_ext.checkpoint import atomic_file, load_checkpoint, random_state, save_checkpoint, set_random_state
-from vareid_ext.data import ImageList, SyntheticSettings, build_transform, load, synthetic_data
-from vareid_ext.figures import choose_queries
-from vareid_ext.models import ReidModel
-from vareid_ext.report import METRIC_NAMES, table
-from vareid_ext.signals import RunInterruptedError, Signals
-from vareid_ext.terminal import TrainingBar
+from vareid_ext import train
+from vareid_ext.checkpoint import load_checkpoint, save_checkpoint
+from vareid_ext.data import SyntheticSettings, load, synthetic_data
+from vareid_ext.training.report import METRIC_NAMES
+from vareid_ext.training.terminal import TrainingBar
 
 SMALL = [
     "--synthetic-identities=8", "--synthetic-test-identities=4", "--data.synthetic.distractors=2",
@@ -212,10 +209,36 @@ def test_another_optimizer_is_refused_when_a_run_is_resumed(copied, capsys, name
     assert "adamw" in error
 
 
-def test_a_checkpoint_without_its_entries_is_refused(copied, capsys):
-    save_checkpoint(copied / "last.pt", {"model": {}})
+@pytest.mark.parametrize(
+    "change", [None, {"progress": []}, {"progress": {"speed": 1}}, {"config": {}}, {"random": {}}, {"model": []}]
+)
+def test_a_checkpoint_of_other_entries_is_refused(copied, capsys, change):
+    state = load_checkpoint(copied / "last.pt")
+    state.pop("format")
+    save_checkpoint(copied / "last.pt", {"model": {}} if change is None else {**state, **change})
+    before = (copied / "environment.json").read_bytes()
     assert train.main(["--resume", str(copied)]) == 2
     assert "last.pt" in capsys.readouterr().err
+    assert (copied / "environment.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_resumed_run_removes_what_a_killed_one_left(copied):
+    left = copied / ".last.pt.999999999.tmp"
+    left.write_bytes(b"half")
+    assert train.main(["--resume", str(copied)]) == 0
+    assert not left.exists()
+
+
+def test_metrics_are_kept_where_the_figures_cannot_be_drawn(copied, monkeypatch, capsys):
+    def full(*arguments):
+        raise OSError("disk full")
+
+    (copied / "metrics.json").unlink()
+    monkeypatch.setattr(train, "draw_figures", full)
+    assert train.main(["--resume", str(copied)]) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert json.loads((copied / "metrics.json").read_text())["trained"]["mAP"] > 0
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -230,6 +253,12 @@ def test_a_signal_in_an_evaluation_loses_no_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "extract", extract_and_signal)
     assert start(tmp_path / "run", "--save-every=50", "--baselines=false") == 128 + signal.SIGTERM
     assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 4
+
+
+def test_a_signal_before_the_first_step_says_that_nothing_was_lost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "extract", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+    assert start(tmp_path / "run") == 128 + signal.SIGTERM
+    assert "before the first step; nothing was lost" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -266,12 +295,6 @@ def test_a_run_that_ended_before_its_first_step_can_be_started_again(tmp_path, m
         assert start(tmp_path / "run") == 130
     assert start(tmp_path / "run", "--epochs=3") == 2
     assert start(tmp_path / "run") == 0
-
-
-def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "now")
-    assert [str(run_folder.default_folder("a")) for _ in range(3)] == ["runs/a-now", "runs/a-now-2", "runs/a-now-3"]
 
 
 def test_a_run_folder_is_not_overwritten(finished, capsys):
@@ -360,8 +383,8 @@ def test_no_epochs_evaluate_the_untrained_network(tmp_path):
         (["--device=tpu"], "run.device"),
         (["--device=cuda:99"], "run.device"),
         (["--precision=fp16", "--device=cpu"], "run.precision"),
-        (["--backbone=resnet10x"], "resnet10x"),
-        (["--sampler.identities=9"], "identities_per_batch"),
+        (["--backbone=resnet10x"], "the nearest are resnet10t"),
+        (["--sampler.identities=9"], "sampler.identities: 9 was given; the training split has only 8 identities"),
         (["--recipe=coil20", "--root=no/such.csv"], "no/such.csv"),
     ],
 )
@@ -370,116 +393,10 @@ def test_a_request_that_cannot_be_met_ends_with_one_line(tmp_path, capsys, argum
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert words in error
-    assert not (tmp_path / "run" / "last.pt").exists()
+    assert not (tmp_path / "run").exists()
 
 
-def test_features_do_not_depend_on_batches_workers_or_generators():
-    data = synthetic_data(SyntheticSettings(1, 3, 12, 0, height=32, width=16))
-    torch.manual_seed(0)
-    model = ReidModel("resnet10t", backbone_options={"channels": (8, 8, 8, 8), "stem_width": 8}).train()
-    transform = build_transform(32, 16, train=False)
-    state = torch.get_rng_state()
-    whole = extraction.extract_features(model, data.gallery, transform, batch_size=64)
-    parts = extraction.extract_features(model, data.gallery, transform, batch_size=5, workers=1)
-    torch.testing.assert_close(whole.feature, parts.feature, rtol=1e-5, atol=1e-6)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training
-    assert whole.feature.shape == (len(data.gallery), 8)
-    torch.testing.assert_close(whole.feature.norm(dim=1), torch.ones(len(data.gallery)))
-    assert whole.identity is data.gallery.identity
-
-
-def plain_images(*colours):
-    pictures = {f"{i}": Image.new("RGB", (20, 40), colour) for i, colour in enumerate(colours)}
-    labels = np.arange(len(colours))
-    return ImageList(tuple(pictures), labels, labels, labels * 0, ("",) * len(colours), None, pictures.__getitem__)
-
-
-def test_baselines_on_plain_colours():
-    images = plain_images((255, 0, 0), (250, 5, 10), (0, 0, 255))
-    histogram = extraction.colour_histogram_features(images).feature
-    torch.testing.assert_close(histogram @ histogram.T, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]))
-    pixels = extraction.raw_pixel_features(images).feature
-    assert pixels.shape == (3, 3 * 64 * 32)
-    assert pixels[0] @ pixels[1] > 0.99
-    assert pixels[0] @ pixels[2] == 0
-
-
-def test_ranking_rows_leave_out_what_the_protocol_leaves_out():
-    query = extraction.Features(torch.zeros(1, 2), np.array([7]), np.array([1]), np.array([0]))
-    gallery = extraction.Features(
-        torch.zeros(5, 2), np.array([7, 7, 3, 7, 3]), np.array([1, 2, 1, -1, 2]), np.zeros(5, int)
-    )
-    distances = torch.tensor([[0.1, 0.4, 0.2, 0.4, 0.3]])
-    scores = extraction.score(distances, query, gallery)
-    (row,) = report.ranking_rows({"a": (distances, scores)}, query, gallery, 3)
-    assert row[0] == 0
-    ((name, order, precision),) = row[1]
-    assert (name, order.tolist()) == ("a", [2, 4, 1, 3])
-    assert precision == pytest.approx((1 / 3 + 2 / 4) / 2)
-    assert scores.overall.mAP == pytest.approx(precision)
-    assert set(scores.by_viewpoint) == {"front"}
-
-
-def test_choose_queries_takes_every_viewpoint_in_turn():
-    viewpoint = np.array([0, 0, 0, 1, 1, 2, -1])
-    precision = np.array([0.1, 0.9, 0.5, 0.2, 0.8, 0.3, 0.4])
-    chosen = choose_queries(viewpoint, precision, np.array([True] * 5 + [False, True]), 4)
-    assert len(chosen) == len(set(chosen)) == 4
-    assert {int(viewpoint[q]) for q in chosen} == {-1, 0, 1}
-    assert choose_queries(viewpoint, precision, np.ones(7, bool), 99) == [6, 1, 2, 0, 4, 3, 5]
-    assert choose_queries(viewpoint, precision, np.zeros(7, bool), 4) == []
-
-
-def test_random_states_go_through_a_checkpoint(tmp_path):
-    import random
-
-    save_checkpoint(tmp_path / "a.pt", {"random": random_state()})
-    drawn = (random.random(), np.random.rand(), np.random.standard_normal(), torch.rand(1).item())
-    set_random_state(load_checkpoint(tmp_path / "a.pt")["random"])
-    assert drawn == (random.random(), np.random.rand(), np.random.standard_normal(), torch.rand(1).item())
-
-
-def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
-        load_checkpoint(tmp_path / "missing.pt")
-    save_checkpoint(tmp_path / "cut.pt", {"a": torch.zeros(1000)})
-    data = (tmp_path / "cut.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"cut\.pt"):
-        load_checkpoint(tmp_path / "cut.pt")
-    torch.save({"format": 999}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="format 999"):
-        load_checkpoint(tmp_path / "other.pt")
-
-
-def test_an_unfinished_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def half():
-        with atomic_file(path) as file:
-            file.write(b"ne")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        half()
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_signals_are_kept_until_asked_for_and_handlers_restored():
-    before = signal.getsignal(signal.SIGTERM)
-    with Signals() as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.received == signal.SIGTERM
-        with pytest.raises(RunInterruptedError), signals.immediate():
-            pass
-    assert signal.getsignal(signal.SIGTERM) is before
-    with Signals() as signals, pytest.raises(RunInterruptedError), signals.immediate():
-        os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_table_lines_up():
-    lines = table(("a", "long"), [("row", "1"), ("r", "22")]).splitlines()
-    assert lines == ["a    long", "\u2500\u2500\u2500  \u2500\u2500\u2500\u2500", "row     1", "r      22"]
+def test_a_request_that_cannot_be_met_leaves_no_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--recipe=coil20", "--root=no/such.csv"]) == 2
+    assert not list(tmp_path.iterdir())

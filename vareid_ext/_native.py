@@ -96,46 +96,64 @@ def module() -> Any:
     return _module
 
 
-def _cuda_reason() -> str:
-    """ "" if the CUDA kernels can run, else why they cannot."""
+_cuda_reasons: dict[int, str] = {}  # by device, of those that were asked about
+
+
+def _cuda_reason(device: int) -> str:
+    """ "" if the CUDA kernels can run on a device, else why they cannot."""
     if _module is None:
         return _missing_reason
     if not _module.with_cuda:
         return "the compiled module was built without CUDA (VAREID_CUDA=OFF, or no usable nvcc at build time)"
-    return str(_module.cuda_unusable_reason())
+    if device not in _cuda_reasons:
+        _cuda_reasons[device] = str(_module.cuda_unusable_reason(device))
+    return _cuda_reasons[device]
 
 
-def _reason(device_type: str) -> str:
+def _with_index(device: torch.device | str) -> torch.device:
+    """The device; "cuda" is the current one."""
+    device = torch.device(device)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+
+
+def unavailable_reason(device: torch.device | str) -> str:
+    """Why plain PyTorch runs for tensors of this device now, or "" if native kernels do. "cuda" is the current GPU."""
     if reference_forced():
         return "plain PyTorch was asked for (VAREID_BACKEND=reference or reference_backend())"
-    if device_type == "cpu":
+    device = _with_index(device)
+    if device.type == "cpu":
         return _missing_reason
-    if device_type == "cuda":
-        global _cuda_reason_cached
-        if _cuda_reason_cached is None:
-            _cuda_reason_cached = _cuda_reason()
-        return _cuda_reason_cached
-    return f"there are no native kernels for device type {device_type!r}"
-
-
-_cuda_reason_cached: str | None = None
+    if device.type == "cuda":
+        return _cuda_reason(device.index)
+    return f"there are no native kernels for device type {device.type!r}"
 
 
 def backends() -> dict[str, str]:
     """Which native backends are loaded, and why the others are not.
 
     Returns:
-        ``{"cpu": ..., "cuda": ...}``; each value is ``"native"``, or the reason why plain PyTorch runs instead.
+        ``{"cpu": ..., "cuda": ...}``; each value is ``"native"``, or the reason why plain PyTorch runs instead. "cuda"
+        is the current GPU; ``python -m vareid_ext.doctor`` asks every one.
     """
-    return {device_type: _reason(device_type) or "native" for device_type in ("cpu", "cuda")}
+    return {device_type: unavailable_reason(device_type) or "native" for device_type in ("cpu", "cuda")}
 
 
-def available(device_type: str) -> bool:
-    """Whether native kernels run for tensors of this device type now; where they cannot, the reason is told once."""
-    reason = _reason(device_type)
+def available(device: torch.device | str) -> bool:
+    """Whether native kernels run for tensors of this device now; where they cannot, the reason is told once."""
+    reason = unavailable_reason(device)
     if reason and not reference_forced():
-        _tell_once(f"vareid_ext: plain PyTorch runs on {device_type}: {reason}")
+        _tell_once(f"vareid_ext: plain PyTorch runs on {_with_index(device)}: {reason}")
     return not reason
+
+
+def _device_of(args: tuple[Any, ...], device_type: str) -> torch.device | str:
+    """The device of this type on which the arguments lie: one GPU may run the kernels where another cannot."""
+    if device_type == "cpu":
+        return device_type
+    found = (a.device for a in args if isinstance(a, torch.Tensor) and a.device.type == device_type)
+    return next(found, device_type)
 
 
 def register(op: torch.library.CustomOpDef, device_type: str) -> Callable[[_F], _F]:
@@ -149,7 +167,7 @@ def register(op: torch.library.CustomOpDef, device_type: str) -> Callable[[_F], 
 
     def decorate(kernel: _F) -> _F:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if available(device_type):
+            if available(_device_of(args, device_type)):
                 result = kernel(*args, **kwargs)
                 if result is not NotImplemented:
                     return result

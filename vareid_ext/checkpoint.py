@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import pickle
 import random
@@ -27,8 +28,30 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk says no more than that
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what :func:`atomic_file` left beside `path` in processes that were killed; those that run keep theirs."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = temporary.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        if number.isascii() and number.isdigit() and not _runs(int(number)):
+            temporary.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return process not in (0, os.getpid())
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What a training run is: frozen dataclasses, checked when they are built, one docstring per field.
 
-``vareid_ext.command_line`` turns them into the command line and reads recipes and configuration files. Units stand in
-the docstrings; fractions are in [0, 1].
+``vareid_ext.training.command_line`` turns them into the command line and reads recipes and configuration files. Units
+stand in the docstrings; fractions are in [0, 1].
 """
 
 from __future__ import annotations

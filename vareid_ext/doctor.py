@@ -73,7 +73,9 @@ def report() -> tuple[list[tuple[str, str]], list[str]]:
         for index in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(index)
             memory = device.total_memory / 2**30
-            lines.append((f"GPU {index}", f"{device.name}, sm_{device.major}{device.minor}, {memory:.1f} GiB"))
+            state = _native.unavailable_reason(f"cuda:{index}") or "native"
+            what = f"{device.name}, sm_{device.major}{device.minor}, {memory:.1f} GiB"
+            lines.append((f"GPU {index}", f"{what}, kernels: {state}"))
     else:
         lines.append(("GPU", "none that PyTorch can use"))
     for package in REQUIRED:

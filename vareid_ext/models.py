@@ -5,6 +5,7 @@ The classifiers of the global feature (the identity and viewpoint centres) belon
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,9 +163,9 @@ def test_feature(output: ModelOutput) -> Tensor:
 
 def _create_backbone(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
     if not timm.is_model(name):
-        close = timm.list_models(f"*{name.split('.')[0]}*")[:5]
+        close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise ValueError(
-            f"backbone: timm has no model {name!r}" + (f"; similar are {', '.join(close)}" if close else "")
+            f"backbone: timm has no model {name!r}" + (f"; the nearest are {', '.join(close)}" if close else "")
         )
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **options)

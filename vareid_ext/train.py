@@ -17,24 +17,31 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import vareid_ext
 from vareid_ext import data as datasets
-from vareid_ext import extraction
 from vareid_ext.checkpoint import save_checkpoint
-from vareid_ext.command_line import Request, parse_or_exit, to_yaml
 from vareid_ext.config import Config
 from vareid_ext.data import Batch, PKSampler, ReidData, ReidDataset
-from vareid_ext.extraction import Features
 from vareid_ext.losses import ViewpointAwareLoss
 from vareid_ext.models import ModelOutput, ReidModel
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
-from vareid_ext.report import LABELS, closing_tables, draw_figures, metrics_of, one_line, per_viewpoint
-from vareid_ext.run_folder import RunFolder, TensorBoard, default_folder, environment
-from vareid_ext.schedule import learning_rate, view_weight
-from vareid_ext.signals import RunInterruptedError, Signals, ignore_in_worker
-from vareid_ext.terminal import TrainingBar, tell
-from vareid_ext.training_state import TrainingState, build
-from vareid_ext.triplet import batch_hard_triplet
+from vareid_ext.training import extraction
+from vareid_ext.training.command_line import Request, parse_or_exit, to_yaml
+from vareid_ext.training.extraction import Features
+from vareid_ext.training.report import (
+    LABELS,
+    closing_tables,
+    draw_figures,
+    introduction,
+    metrics_of,
+    one_line,
+    per_viewpoint,
+)
+from vareid_ext.training.run_folder import RunFolder, TensorBoard, default_folder, environment
+from vareid_ext.training.schedule import learning_rate, view_weight
+from vareid_ext.training.signals import RunInterruptedError, Signals, ignore_in_worker
+from vareid_ext.training.state import TrainingState, build
+from vareid_ext.training.terminal import TrainingBar, tell
+from vareid_ext.training.triplet import batch_hard_triplet
 
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,14 +86,28 @@ def run(request: Request) -> dict[str, Any]:
         RunInterruptedError: by SIGINT or SIGTERM, with everything saved.
     """
     started = time.monotonic()
+    with Signals() as signals:
+        with signals.immediate("before the first step; nothing was lost"):
+            config, device, folder, data, sampler, state = prepare(request)
+            tell(introduction(request, folder, data, state, device, sampler.batches_per_epoch))
+            if not request.resume:
+                measure_baselines(config, data, state, device)
+        train(config, data, sampler, state, folder, device, signals, started)
+        with signals.immediate(f"everything was saved; go on with --resume {folder.path}"):
+            return conclude(config, data, state, folder, device, request.name, started)
+
+
+def prepare(request: Request) -> tuple[Config, torch.device, RunFolder, ReidData, PKSampler, TrainingState]:
+    """Check the request, load the data set, build or restore the state, and begin the run folder."""
     config = request.config
     device = choose_device(config)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    folder = RunFolder(
-        request.output or default_folder(request.name), resume=request.resume, config_text=to_yaml(config)
-    )
-
+    text = to_yaml(config)
+    # A folder that was asked for is looked at before the data set is read, which takes its time.
+    folder = None
+    if request.output is not None:
+        folder = RunFolder(request.output, resume=request.resume, config_text=text)
     data = datasets.load_data(
         config.data.kind,
         config.data.root,
@@ -95,6 +116,11 @@ def run(request: Request) -> dict[str, Any]:
         skip_bad_images=config.data.skip_bad_images,
         synthetic=config.data.synthetic,
     )
+    if config.sampler.identities > data.num_identities:
+        raise ValueError(
+            f"sampler.identities: {config.sampler.identities} was given; the training split has only "
+            f"{data.num_identities} identities"
+        )
     sampler = PKSampler(
         data.train,
         identities_per_batch=config.sampler.identities,
@@ -104,52 +130,16 @@ def run(request: Request) -> dict[str, Any]:
         batches_per_epoch=config.sampler.batches_per_epoch,
     )
     state = build(config, data, device, load_weights=not request.resume)
+    if folder is None:
+        folder = RunFolder(default_folder(request.name), resume=False)
+    folder.create()
     if request.resume:
         state.restore(folder.last)
         folder.rewind_log(state.progress.step, state.progress.evaluations)
     else:
-        folder.write_text(folder.config, to_yaml(config))
+        folder.write_text(folder.config, text)
     folder.write_json(folder.environment, environment(device))
-    introduce(request, folder, data, state, device, sampler)
-
-    if not request.resume:
-        measure_baselines(config, data, state, device)
-    with Signals() as signals:
-        train(config, data, sampler, state, folder, device, signals, started)
-        with signals.immediate():
-            results = conclude(config, data, state, folder, device, request.name, started)
-    return results
-
-
-def introduce(
-    request: Request, folder: RunFolder, data: ReidData, state: TrainingState, device: torch.device, sampler: PKSampler
-) -> None:
-    """Say what is about to happen."""
-    config, loss = request.config, state.loss
-    native = vareid_ext.backends().get(device.type, "")
-    parts = [{"adaptive": "L_y", "uniform": "LSR", "none": "cross entropy"}[config.loss.smoothing]]
-    parts += [f"{config.loss.view_weight:g} L_v"] * loss.use_viewpoint + [
-        f"{config.loss.beta:g} L_R"
-    ] * loss.use_regularizer
-    parts += ["stripes", f"{config.loss.triplet_weight:g} triplet"] if config.model.local else []
-    size = sum(p.numel() for p in state.model.parameters()) / 1e6
-    steps = config.optimizer.epochs * sampler.batches_per_epoch
-    images = config.sampler.identities * config.sampler.instances
-    tell(data.summary())
-    tell()
-    tell(f"recipe   {request.name}")
-    size_and_input = f"{size:.2f} M parameters, {config.data.height} x {config.data.width} images"
-    tell(f"network  {config.model.backbone}, {size_and_input}, feature length {state.model.feature_dim}")
-    tell(f"loss     {' + '.join(parts)}")
-    plan = f"{config.optimizer.epochs} epochs of {sampler.batches_per_epoch} steps, {steps} in all"
-    tell(f"training {plan}, {images} images each")
-    tell(
-        f"device   {device}, {torch.get_num_threads()} threads, losses: {'native' if native == 'native' else 'PyTorch'}"
-    )
-    tell(f"output   {folder.path}")
-    if state.progress.step:
-        tell(f"resumed  at step {state.progress.step}")
-    tell()
+    return config, device, folder, data, sampler, state
 
 
 def measure_baselines(config: Config, data: ReidData, state: TrainingState, device: torch.device) -> None:
@@ -243,7 +233,7 @@ def train(
             if last or evaluate or (epoch + 1) % config.run.save_every == 0:
                 save(state, folder, started)
             if evaluate:
-                with bar.paused(), signals.immediate():
+                with bar.paused(), signals.immediate(f"everything was saved; go on with --resume {folder.path}"):
                     query, gallery = extract(config, data, state.evaluated_model, device, f"epoch {epoch + 1}")
                     scores = extraction.score(extraction.feature_distances(query, gallery), query, gallery)
                 record(state, folder, epoch + 1, metrics_of(scores), started)
@@ -309,6 +299,10 @@ def conclude(
         query.save(folder.query_features)
         gallery.save(folder.gallery_features)
     main_results = {**state.progress.baselines, "trained": metrics_of(trained), "reranked": metrics_of(reranked)}
+    seconds = state.progress.seconds + time.monotonic() - started
+    views = {key: per_viewpoint(scores) for key, scores in (("trained", trained), ("reranked", reranked))}
+    results: dict[str, Any] = {**main_results, "seconds": round(seconds, 1), "by_query_viewpoint": views}
+    folder.write_json(folder.metrics, results)
     draw_figures(
         config,
         data,
@@ -318,11 +312,6 @@ def conclude(
         (query, gallery),
         {"trained": (distances, trained), "re-ranked": (reranked_distances, reranked)},
     )
-
-    seconds = state.progress.seconds + time.monotonic() - started
-    views = {key: per_viewpoint(scores) for key, scores in (("trained", trained), ("reranked", reranked))}
-    results: dict[str, Any] = {**main_results, "seconds": round(seconds, 1), "by_query_viewpoint": views}
-    folder.write_json(folder.metrics, results)
     tell()
     tell(closing_tables(main_results, trained, reranked))
     tell()

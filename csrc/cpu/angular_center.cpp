@@ -127,13 +127,23 @@ void backward(const void* upstream, const void* W, const void* U, const uint8_t*
               const void* identity_norm, const void* viewpoint_norm, void* grad_W, void* grad_U, int64_t K, int64_t V,
               int64_t D, int threads) {
   using Acc = typename Accumulator<T>::type;
-  if (grad_W) prefer_large_pages(grad_W, K * D * static_cast<int64_t>(sizeof(T)));
-  if (grad_U) prefer_large_pages(grad_U, K * V * D * static_cast<int64_t>(sizeof(T)));
+  const int64_t row = D * static_cast<int64_t>(sizeof(T));  // bytes
+  if (grad_W) prefer_large_pages(grad_W, K * row);
+  if (grad_U) prefer_large_pages(grad_U, K * V * row);
   parallel_for(K, threads, [&](int64_t begin, int64_t end, int) {
-    backward_rows(*static_cast<const Acc*>(upstream), static_cast<const T*>(W), static_cast<const T*>(U), mask,
-                  static_cast<const Acc*>(cosine), static_cast<const Acc*>(identity_norm),
-                  static_cast<const Acc*>(viewpoint_norm), static_cast<T*>(grad_W), static_cast<T*>(grad_U), V, D,
-                  begin, end);
+    char* const bytes_W = static_cast<char*>(grad_W);
+    char* const bytes_U = static_cast<char*>(grad_U);
+    FreshPages pages_W(bytes_W ? bytes_W + begin * row : nullptr, bytes_W ? (end - begin) * row : 0, K * row);
+    FreshPages pages_U(bytes_U ? bytes_U + begin * V * row : nullptr, bytes_U ? (end - begin) * V * row : 0,
+                       K * V * row);
+    for (int64_t j = begin; j < end; ++j) {
+      if (bytes_W) pages_W.reach(bytes_W + (j + 1) * row);
+      if (bytes_U) pages_U.reach(bytes_U + (j + 1) * V * row);
+      backward_rows(*static_cast<const Acc*>(upstream), static_cast<const T*>(W), static_cast<const T*>(U), mask,
+                    static_cast<const Acc*>(cosine), static_cast<const Acc*>(identity_norm),
+                    static_cast<const Acc*>(viewpoint_norm), static_cast<T*>(grad_W), static_cast<T*>(grad_U), V, D, j,
+                    j + 1);
+    }
   });
 }
 

@@ -92,15 +92,25 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
   using Acc = typename Accumulator<T>::type;
   const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
   const int64_t parts = parts_of_row(N, K, views, threads);
-  for (int h = 0; h < 2; ++h)
-    if (heads[h].present) prefer_large_pages(heads[h].grad, N * K * heads[h].views * static_cast<int64_t>(sizeof(T)));
+  int64_t row_bytes[2];
+  for (int h = 0; h < 2; ++h) {
+    row_bytes[h] = K * views[h] * static_cast<int64_t>(sizeof(T));
+    if (heads[h].present) prefer_large_pages(heads[h].grad, N * row_bytes[h]);
+  }
   const double share = reduction == Reduction::kMean ? 1 / static_cast<double>(N) : 1.0;
   parallel_for(N * parts, threads, [&](int64_t begin, int64_t end, int) {
+    const auto pages_of = [&](int h) {
+      const int64_t first = begin / parts, rows = (end - 1) / parts + 1 - first;
+      char* const grad = static_cast<char*>(heads[h].grad);
+      return FreshPages(grad ? grad + first * row_bytes[h] : nullptr, grad ? rows * row_bytes[h] : 0, N * row_bytes[h]);
+    };
+    FreshPages pages[2] = {pages_of(0), pages_of(1)};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / parts, part = task % parts, y = identity[i];
       for (int h = 0; h < 2; ++h) {
         if (!heads[h].present) continue;
         const int64_t V = heads[h].views, own = y * V;
+        pages[h].reach(static_cast<char*>(heads[h].grad) + (i + 1) * row_bytes[h]);
         const RowStatistics row = load_statistics(heads[h].statistics, N, i);
         const Acc* const upstream = static_cast<const Acc*>(heads[h].upstream);
         const double factor = static_cast<double>(upstream[reduction == Reduction::kNone ? i : 0]) * share;

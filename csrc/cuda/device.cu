@@ -1,4 +1,4 @@
-// The device probe: asks the runtime whether a kernel of this build can run.
+// The device probe: asks the runtime whether a kernel of this build can run on a device.
 #include "device.h"
 
 #include <cuda_runtime.h>
@@ -8,9 +8,15 @@ namespace {
 
 __global__ void probe_kernel() {}
 
+// Loads the probe on the current device.
+cudaError_t load_probe() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, probe_kernel);
+}
+
 }  // namespace
 
-std::string cuda_unusable_reason() {
+std::string cuda_unusable_reason(int device) {
   int devices = 0;
   const cudaError_t counted = cudaGetDeviceCount(&devices);
   if (counted != cudaSuccess) {
@@ -18,8 +24,15 @@ std::string cuda_unusable_reason() {
     return std::string("no usable CUDA device: ") + cudaGetErrorString(counted);
   }
   if (devices == 0) return "no CUDA device";
-  cudaFuncAttributes attributes;
-  const cudaError_t loaded = cudaFuncGetAttributes(&attributes, probe_kernel);
+  if (device < 0 || device >= devices)
+    return "no CUDA device " + std::to_string(device) + ": there are " + std::to_string(devices);
+  int previous = 0;
+  cudaError_t loaded = cudaGetDevice(&previous);
+  if (loaded == cudaSuccess) {
+    loaded = cudaSetDevice(device);
+    if (loaded == cudaSuccess) loaded = load_probe();
+    if (previous != device) cudaSetDevice(previous);
+  }
   if (loaded != cudaSuccess) {
     cudaGetLastError();
     return std::string("the GPU cannot run this build's kernels: ") + cudaGetErrorString(loaded);

@@ -38,7 +38,15 @@ def _numbers(texts: set[str], first: int) -> dict[str, int]:
     return {text: first + place for place, text in enumerate(sorted(texts))}
 
 
+def _file_id(folder: str, path: str) -> str:
+    """One text for all ways to write the path of a file; `folder`, which relative ones start from, is a real path."""
+    joined = os.path.join(folder, path)
+    # "link/.." is the folder above the link's target, which only the file system knows.
+    return os.path.realpath(joined) if ".." in Path(path).parts else os.path.normpath(joined)
+
+
 def _read_rows(path: Path) -> list[_Row]:
+    folder = os.path.realpath(path.parent)
     rows: list[_Row] = []
     lines: dict[str, int] = {}
     try:
@@ -72,10 +80,11 @@ def _read_rows(path: Path) -> list[_Row]:
                     raise ValueError(
                         f"{where}: viewpoint must be empty or one of {', '.join(HARD_LABELS)}, got {view!r}"
                     )
-                image = os.path.normpath(path.parent / row["path"])
-                if image in lines:
-                    raise ValueError(f"{where}: path {row['path']!r} was already given in line {lines[image]}")
-                lines[image] = reader.line_num
+                image = str(path.parent / row["path"])
+                file_id = _file_id(folder, row["path"])
+                if file_id in lines:
+                    raise ValueError(f"{where}: path {row['path']!r} was already given in line {lines[file_id]}")
+                lines[file_id] = reader.line_num
                 rows.append(_Row(image, row["identity"], row.get("camera", ""), view, row["split"]))
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"manifest {path}: not a readable CSV file: {error}") from None

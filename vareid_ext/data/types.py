@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,22 +18,26 @@ UNKNOWN = -1
 def open_image(path: str) -> Image.Image:
     """Read the image file at `path` completely and return it upright, as RGB (8 bits per channel).
 
+    16-bit grey values are divided by 256.
+
     Raises OSError, naming the file, when it is missing, cut short, damaged or no image.
     """
     try:
         with Image.open(path) as image:
             # Phones store pictures as the sensor saw them, with a note which way is up.
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise OSError(f"cannot read the image {path}: {error}") from error
+            return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+    except Exception as error:  # the decoders fail on damaged files with whatever they happen to run into
+        raise OSError(f"cannot read the image {path}: {str(error) or type(error).__name__}") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The picture with 16-bit grey values made 8-bit ones; Pillow would clip them, and nearly all would be white."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    # Mode I is 32 bits wide, and holds 8- or 16-bit values.
+    sixteen = image.mode != "I" or values.max(initial=0) > 255
+    return Image.fromarray(np.clip(values >> 8 if sixteen else values, 0, 255).astype(np.uint8))
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ def row_magnitudes(name: str, value: Tensor, *, nonzero: bool = False) -> Tensor
     """
     out = torch.empty(value.shape[0], dtype=torch.float64, device=value.device)
     contiguous = value.shape[1] <= 1 or value.stride(1) == 1
-    if value.device.type in ("cpu", "cuda") and contiguous and _native.available(value.device.type):
+    if value.device.type in ("cpu", "cuda") and contiguous and _native.available(value.device):
         _native.module().pairwise_distance_max_abs(
             _native.view(value), _native.view(out), torch.get_num_threads(), stream_of(value)
         )

@@ -88,7 +88,11 @@ class TrainingState:
             raise ValueError(f"resume: {str(path)!r} was trained on other identities than the data set has now")
         if (state["average"] is None) != (self.average is None):
             raise ValueError("optimizer.ema_decay: cannot be switched on or off when a run is resumed")
-        trained_by = state["config"]["optimizer"]["name"]
+        try:
+            trained_by = state["config"]["optimizer"]["name"]
+            progress = Progress(**state["progress"])
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"resume: {str(path)!r} is not a run's checkpoint: {error}") from error
         if trained_by != self.config.optimizer.name:
             raise ValueError(
                 f"optimizer.name: {self.config.optimizer.name!r} was given; the run was trained by {trained_by!r} and "
@@ -103,12 +107,12 @@ class TrainingState:
             self.scaler.load_state_dict(state["scaler"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
-        except (RuntimeError, ValueError, KeyError) as error:
+            set_random_state(state["random"])
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             raise ValueError(f"resume: {str(path)!r} does not fit the configuration: {error}") from error
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
-        self.progress = Progress(**state["progress"])
-        set_random_state(state["random"])
+        self.progress = progress
 
 
 def build(config: Config, data: ReidData, device: torch.device, *, load_weights: bool = True) -> TrainingState:

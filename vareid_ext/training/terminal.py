@@ -16,8 +16,9 @@ _INTERVAL, _INTERVAL_OF_FILE = 0.2, 20.0
 
 
 def tell(message: str = "") -> None:
-    """Print a line to standard output without disturbing a progress bar."""
-    tqdm.write(message, file=sys.stdout)
+    """Print a line to standard output without disturbing a progress bar; a letter it lacks becomes a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    tqdm.write(message.encode(encoding, "replace").decode(encoding), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -20,20 +20,24 @@ import torch
 import torchvision
 
 import vareid_ext
-from vareid_ext.checkpoint import atomic_file
+from vareid_ext import _native
+from vareid_ext.checkpoint import atomic_file, remove_unfinished
 
 
 class RunFolder:
     """The files of one run.
 
+    Nothing is written before :meth:`create`.
+
     Args:
-        path: the folder, made where it does not exist.
+        path: the folder.
         resume: go on with the run it holds; otherwise it must hold no file that a run writes.
         config_text: the new run's config.yaml. A folder with no more than this very file, and environment.json, is that
             of the same run, ended before its first step, and is taken.
 
     Raises:
         FileExistsError: the folder holds a run, or files that one would overwrite, and `resume` is off.
+        NotADirectoryError, PermissionError: there can be no folder of that path, or nothing be written to it.
         FileNotFoundError: the folder holds no run and `resume` is on.
     """
 
@@ -48,18 +52,38 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         if resume and not self.last.is_file():
             raise FileNotFoundError(f"resume: {str(path)!r} holds no checkpoint to go on from (there is no last.pt)")
+        self._check_that_it_can_be_written()
         if not resume:
             self._check_that_nothing_is_lost(config_text)
-        path.mkdir(parents=True, exist_ok=True)
+
+    def create(self) -> None:
+        """Make the folder where it does not exist, and remove half-written files that a killed run has left."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for path in self._files():
+            remove_unfinished(path)
+
+    def _files(self) -> list[Path]:
+        return [value for value in vars(self).values() if value != self.path]
+
+    def _check_that_it_can_be_written(self) -> None:
+        place = next(p for p in (self.path, *self.path.absolute().parents) if os.path.lexists(p))
+        if not place.is_dir():
+            raise NotADirectoryError(f"output: {str(self.path)!r} was given, but {str(place)!r} is not a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise PermissionError(f"output: {str(self.path)!r} was given, but {str(place)!r} cannot be written to")
 
     def _check_that_nothing_is_lost(self, config_text: str) -> None:
-        if self.last.exists() or self.log.exists():
+        if self.last.exists():
             raise FileExistsError(
                 f"output: {str(self.path)!r} holds a run already; go on with it by --resume {self.path}, or choose "
                 "another folder"
             )
-        written = [value for value in vars(self).values() if value != self.path]
-        found = [path for path in written if path.exists()]
+        if self.log.exists():
+            raise FileExistsError(
+                f"output: {str(self.path)!r} holds the log of a run that ended before it saved anything; remove the "
+                "folder or choose another"
+            )
+        found = [path for path in self._files() if path.exists()]
         # A run that ended before its first step has left these two; the same run may start again.
         if set(found) <= {self.config, self.environment} and self.config.is_file():
             found = [] if self.config.read_bytes() == config_text.encode() else [self.config]
@@ -129,6 +153,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "backends": vareid_ext.backends(),
+        "backend": _native.unavailable_reason(device) or "native",
     }
 
 

@@ -36,6 +36,12 @@ _EXTRA_NAMES = {
 }
 """Short names of options that their last name would not find, or not as the most likely meaning."""
 
+_MISLEADING = {
+    "batch_size": "a training batch is --sampler.identities x --sampler.instances images; --evaluation.batch_size is "
+    "for the evaluation",
+}
+"""Last names that a user may well take for another field."""
+
 _EPILOG = """\
 a field's last name alone will do where only one section has it: --lr 1e-3, --alpha 0.1, --local, --skip-bad-images;
 --synthetic-identities N is --data.synthetic.identities_train N
@@ -116,7 +122,7 @@ def _check_file(text: str, source: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise CommandLineError(f"{source}: not a YAML file: {error}") from error
+        raise CommandLineError(f"{source}: not a YAML file: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -139,6 +145,8 @@ def _full_name(option: str) -> str:
         return name
     if name in _EXTRA_NAMES:
         return _EXTRA_NAMES[name]
+    if name in _MISLEADING:
+        raise CommandLineError(f"--{option}: {_MISLEADING[name]}")
     matches = [known for known in FIELD_NAMES if known.rsplit(".", 1)[-1] == name]
     if len(matches) == 1:
         return matches[0]

@@ -1,4 +1,4 @@
-"""What is told of the results: tables on the terminal, entries of metrics.json, rows of the figures."""
+"""What is told of a run and its results: tables on the terminal, entries of metrics.json, rows of the figures."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vareid_ext import _native
 from vareid_ext.config import Config
 from vareid_ext.data import ReidData
-from vareid_ext.extraction import Features, Scores
-from vareid_ext.figures import TOP, choose_queries, draw_curves, draw_ranking
-from vareid_ext.run_folder import RunFolder
-from vareid_ext.schedule import view_weight
-from vareid_ext.training_state import Progress
+from vareid_ext.training.command_line import Request
+from vareid_ext.training.extraction import Features, Scores
+from vareid_ext.training.figures import TOP, choose_queries, draw_curves, draw_ranking
+from vareid_ext.training.run_folder import RunFolder
+from vareid_ext.training.schedule import view_weight
+from vareid_ext.training.state import Progress, TrainingState
 
 METRIC_NAMES = ("mAP", "mINP", "rank1", "rank5", "rank10")
 """The entries of every set of metrics, all fractions in [0, 1]."""
@@ -48,6 +50,33 @@ def per_viewpoint(scores: Scores) -> dict[str, dict[str, float]]:
 def one_line(name: str, values: Mapping[str, float]) -> str:
     """A set of metrics as a line of text."""
     return f"{name:<17} mAP {100 * values['mAP']:5.1f} %   rank-1 {100 * values['rank1']:5.1f} %"
+
+
+def introduction(
+    request: Request, folder: RunFolder, data: ReidData, state: TrainingState, device: torch.device, batches: int
+) -> str:
+    """What a run of so many batches per epoch is about to do, in lines of text."""
+    config, loss = request.config, state.loss
+    parts = [{"adaptive": "L_y", "uniform": "LSR", "none": "cross entropy"}[config.loss.smoothing]]
+    parts += [f"{config.loss.view_weight:g} L_v"] * loss.use_viewpoint
+    parts += [f"{config.loss.beta:g} L_R"] * loss.use_regularizer
+    parts += ["stripes", f"{config.loss.triplet_weight:g} triplet"] if config.model.local else []
+    size = sum(p.numel() for p in state.model.parameters()) / 1e6
+    size_and_input = f"{size:.2f} M parameters, {config.data.height} x {config.data.width} images"
+    epochs, images = config.optimizer.epochs, config.sampler.identities * config.sampler.instances
+    losses = "native" if _native.available(device) else "PyTorch"
+    lines = [
+        data.summary(),
+        "",
+        f"recipe   {request.name}",
+        f"network  {config.model.backbone}, {size_and_input}, feature length {state.model.feature_dim}",
+        f"loss     {' + '.join(parts)}",
+        f"training {epochs} epochs of {batches} steps, {epochs * batches} in all, {images} images each",
+        f"device   {device}, {torch.get_num_threads()} threads, losses: {losses}",
+        f"output   {folder.path}",
+    ]
+    lines += [f"resumed  at step {state.progress.step}"] if state.progress.step else []
+    return "\n".join([*lines, ""])
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

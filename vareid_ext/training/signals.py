@@ -21,7 +21,7 @@ class RunInterruptedError(Exception):
 
 
 class Signals:
-    """In its ``with`` block the first SIGINT or SIGTERM is only noted in `received`; a second one ends the program.
+    """In its ``with`` block the first SIGINT or SIGTERM is only noted in `received`; a second one raises at once.
 
     Outside the main thread, where Python allows no handlers, nothing is changed.
     """
@@ -31,7 +31,7 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         """number of the signal that came, 0 for none"""
-        self._immediate = False
+        self._reason = ""  # of a block in which a signal raises at once
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
@@ -47,20 +47,27 @@ class Signals:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._immediate or self.received:
-            raise RunInterruptedError(number, "before the step's end; the last checkpoint stands")
-        self.received = number
+        first, self.received = not self.received, self.received or number
+        if self._reason or not first:
+            raise RunInterruptedError(number, self._reason or "before the step's end; the last checkpoint stands")
 
     @contextlib.contextmanager
-    def immediate(self) -> Iterator[None]:
-        """A block, such as an evaluation, before which all was saved: a signal raises RunInterruptedError at once."""
+    def immediate(self, reason: str) -> Iterator[None]:
+        """A block in which nothing is lost, such as an evaluation: a signal raises RunInterruptedError at once.
+
+        Args:
+            reason: what the error says.
+        """
         if self.received:
-            raise RunInterruptedError(self.received, "everything was saved")
-        self._immediate = True
+            raise RunInterruptedError(self.received, reason)
+        self._reason = reason
         try:
             yield
         finally:
-            self._immediate = False
+            self._reason = ""
+        # What a handler raises is lost where Python happens to run a destructor.
+        if self.received:
+            raise RunInterruptedError(self.received, reason)
 
 
 def ignore_in_worker() -> None:

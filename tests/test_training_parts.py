@@ -1,0 +1,206 @@
+"""The parts of the training program, by themselves."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vareid_ext.checkpoint import (
+    atomic_file,
+    load_checkpoint,
+    random_state,
+    remove_unfinished,
+    save_checkpoint,
+    set_random_state,
+)
+from vareid_ext.data import ImageList, SyntheticSettings, build_transform, synthetic_data
+from vareid_ext.models import ReidModel
+from vareid_ext.training import extraction, report, run_folder
+from vareid_ext.training.figures import choose_queries
+from vareid_ext.training.report import table
+from vareid_ext.training.run_folder import RunFolder
+from vareid_ext.training.signals import RunInterruptedError, Signals
+from vareid_ext.training.terminal import tell
+
+
+def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    kept = [f".last.pt.{os.getppid()}.tmp", ".last.pt.x.tmp", f".last.pt2.{dead.pid}.tmp", "last.pt", ".last.pt..tmp"]
+    for name in (*kept, f".last.pt.{dead.pid}.tmp", f".last.pt.{os.getpid()}.tmp", f".last.pt.{10**30}.tmp"):
+        (tmp_path / name).write_bytes(b"half")
+    remove_unfinished(tmp_path / "last.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+@pytest.mark.parametrize("path", ["file", "file/sub", "dangling"])
+def test_a_path_that_can_be_no_folder_is_refused(tmp_path, path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    with pytest.raises(NotADirectoryError, match=f"output: .*{path}"):
+        RunFolder(tmp_path / path, resume=False)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder.os, "access", lambda place, mode: place != tmp_path)  # permissions do not bind root
+    with pytest.raises(PermissionError, match="cannot be written to"):
+        RunFolder(tmp_path / "new" / "run", resume=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_log_without_a_checkpoint_is_not_said_to_be_resumable(tmp_path):
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    with pytest.raises(FileExistsError, match="ended before it saved anything"):
+        RunFolder(tmp_path, resume=False)
+
+
+class SignalsWhenDeleted:
+    """What it raises is lost, as in the destructors that Python runs."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(1000))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_a_destructor_swallows_ends_the_block():
+    with (
+        Signals() as signals,
+        pytest.raises(RunInterruptedError, match="all is saved"),
+        signals.immediate("all is saved"),
+    ):
+        SignalsWhenDeleted()
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_folder.time, "strftime", lambda form: "now")
+    assert [str(run_folder.default_folder("a")) for _ in range(3)] == ["runs/a-now", "runs/a-now-2", "runs/a-now-3"]
+
+
+def test_features_do_not_depend_on_batches_workers_or_generators():
+    data = synthetic_data(SyntheticSettings(1, 3, 12, 0, height=32, width=16))
+    torch.manual_seed(0)
+    model = ReidModel("resnet10t", backbone_options={"channels": (8, 8, 8, 8), "stem_width": 8}).train()
+    transform = build_transform(32, 16, train=False)
+    state = torch.get_rng_state()
+    whole = extraction.extract_features(model, data.gallery, transform, batch_size=64)
+    parts = extraction.extract_features(model, data.gallery, transform, batch_size=5, workers=1)
+    torch.testing.assert_close(whole.feature, parts.feature, rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert whole.feature.shape == (len(data.gallery), 8)
+    torch.testing.assert_close(whole.feature.norm(dim=1), torch.ones(len(data.gallery)))
+    assert whole.identity is data.gallery.identity
+
+
+def plain_images(*colours):
+    pictures = {f"{i}": Image.new("RGB", (20, 40), colour) for i, colour in enumerate(colours)}
+    labels = np.arange(len(colours))
+    return ImageList(tuple(pictures), labels, labels, labels * 0, ("",) * len(colours), None, pictures.__getitem__)
+
+
+def test_baselines_on_plain_colours():
+    images = plain_images((255, 0, 0), (250, 5, 10), (0, 0, 255))
+    histogram = extraction.colour_histogram_features(images).feature
+    torch.testing.assert_close(histogram @ histogram.T, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]))
+    pixels = extraction.raw_pixel_features(images).feature
+    assert pixels.shape == (3, 3 * 64 * 32)
+    assert pixels[0] @ pixels[1] > 0.99
+    assert pixels[0] @ pixels[2] == 0
+
+
+def test_ranking_rows_leave_out_what_the_protocol_leaves_out():
+    query = extraction.Features(torch.zeros(1, 2), np.array([7]), np.array([1]), np.array([0]))
+    gallery = extraction.Features(
+        torch.zeros(5, 2), np.array([7, 7, 3, 7, 3]), np.array([1, 2, 1, -1, 2]), np.zeros(5, int)
+    )
+    distances = torch.tensor([[0.1, 0.4, 0.2, 0.4, 0.3]])
+    scores = extraction.score(distances, query, gallery)
+    (row,) = report.ranking_rows({"a": (distances, scores)}, query, gallery, 3)
+    assert row[0] == 0
+    ((name, order, precision),) = row[1]
+    assert (name, order.tolist()) == ("a", [2, 4, 1, 3])
+    assert precision == pytest.approx((1 / 3 + 2 / 4) / 2)
+    assert scores.overall.mAP == pytest.approx(precision)
+    assert set(scores.by_viewpoint) == {"front"}
+
+
+def test_choose_queries_takes_every_viewpoint_in_turn():
+    viewpoint = np.array([0, 0, 0, 1, 1, 2, -1])
+    precision = np.array([0.1, 0.9, 0.5, 0.2, 0.8, 0.3, 0.4])
+    chosen = choose_queries(viewpoint, precision, np.array([True] * 5 + [False, True]), 4)
+    assert len(chosen) == len(set(chosen)) == 4
+    assert {int(viewpoint[q]) for q in chosen} == {-1, 0, 1}
+    assert choose_queries(viewpoint, precision, np.ones(7, bool), 99) == [6, 1, 2, 0, 4, 3, 5]
+    assert choose_queries(viewpoint, precision, np.zeros(7, bool), 4) == []
+
+
+def test_random_states_go_through_a_checkpoint(tmp_path):
+    import random
+
+    save_checkpoint(tmp_path / "a.pt", {"random": random_state()})
+    drawn = (random.random(), np.random.rand(), np.random.standard_normal(), torch.rand(1).item())
+    set_random_state(load_checkpoint(tmp_path / "a.pt")["random"])
+    assert drawn == (random.random(), np.random.rand(), np.random.standard_normal(), torch.rand(1).item())
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
+        load_checkpoint(tmp_path / "missing.pt")
+    save_checkpoint(tmp_path / "cut.pt", {"a": torch.zeros(1000)})
+    data = (tmp_path / "cut.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"cut\.pt"):
+        load_checkpoint(tmp_path / "cut.pt")
+    torch.save({"format": 999}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="format 999"):
+        load_checkpoint(tmp_path / "other.pt")
+
+
+def test_an_unfinished_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def half():
+        with atomic_file(path) as file:
+            file.write(b"ne")
+            raise OSError(errno.ENOSPC, "disk full")
+
+    with pytest.raises(OSError, match=f"disk full: '{path}'"):
+        half()
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_signals_are_kept_until_asked_for_and_handlers_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with Signals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == signal.SIGTERM
+        with pytest.raises(RunInterruptedError), signals.immediate("all is saved"):
+            pass
+    assert signal.getsignal(signal.SIGTERM) is before
+    with Signals() as signals, pytest.raises(RunInterruptedError), signals.immediate("all is saved"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_terminal_of_few_letters_is_no_reason_to_stop(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    tell("\u2500 Zo\u00eb \udcff")
+    assert written.getvalue() == b"? Zo? ?\n"
+
+
+def test_table_lines_up():
+    lines = table(("a", "long"), [("row", "1"), ("r", "22")]).splitlines()
+    assert lines == ["a    long", "\u2500\u2500\u2500  \u2500\u2500\u2500\u2500", "row     1", "r      22"]

@@ -1,0 +1,1 @@
+"""The parts of the training program: its command line, its state, what it measures, and what it leaves behind."""
