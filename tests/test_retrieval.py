@@ -75,6 +75,48 @@ def test_read_only_and_reversed_arrays():
     assert np.array_equal(pairwise_distance(q.astype(">f4"), g), expected)
 
 
+class Failing:
+    def __dlpack__(self, **keywords):
+        raise BufferError("not on this device")
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.eye(4).to_sparse(), "x: a tensor of layout torch.sparse_coo was given"),
+        (np.ma.masked_array(features(4), features(4) > 0), "x: a masked array was given"),
+        (Failing(), "x: Failing was given, but its __dlpack__ fails: not on this device"),
+        (features(4).astype(np.longdouble), "x: dtype float128 was given"),
+    ],
+)
+@pytest.mark.parametrize("function", [lambda x: nearest_neighbors(x, k=1), pairwise_distance])
+def test_arrays_that_cannot_be_taken(function, value, message):
+    with pytest.raises(TypeError, match=message):
+        function(value)
+
+
+def test_arrays_at_odd_addresses():
+    """Fields of packed records, and views into bytes: strides and addresses that are no multiple of an element."""
+    q = features(8)
+    records = np.zeros(8, dtype=[("tag", "i1"), ("feature", np.float32, 6)])
+    records["feature"] = q
+    shifted = np.frombuffer(b"x" + q.tobytes(), dtype=np.uint8)[1:].view(np.float32).reshape(8, 6)
+    expected = pairwise_distance(q)
+    assert np.array_equal(pairwise_distance(records["feature"]), expected)
+    assert np.array_equal(pairwise_distance(shifted), expected)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    q, g = features(8), features(20, seed=1)
+    assert np.array_equal(nearest_neighbors(q, g, k=np.int64(3))[1], nearest_neighbors(q, g, k=3)[1])
+    numbers = {"k1": 5, "k2": 3, "lambda_value": 0.5, "block_rows": 200}
+    small = {"k1": np.int64(5), "k2": np.int32(3), "lambda_value": np.float32(0.5), "block_rows": np.uint8(200)}
+    assert np.array_equal(k_reciprocal_rerank(q, g, **small), k_reciprocal_rerank(q, g, **numbers))
+
+
 def test_out_receives_the_result(tmp_path):
     q, g = features(8), features(20, seed=1)
     expected = k_reciprocal_rerank(q, g)
@@ -142,6 +184,10 @@ def test_progress(capsys):
         ({"out": np.zeros((8, 20))}, TypeError, "out: dtype float64"),
         ({"out": np.zeros((20, 8), np.float32).T}, ValueError, "out: rows must be contiguous"),
         ({"out": np.zeros((8, 20), np.float32), "topk": 1}, ValueError, "out: was given together with topk"),
+        ({"out": torch.zeros(1, 20).expand(8, 20)}, ValueError, "out: rows that overlap"),
+        ({"out": torch.zeros(100).as_strided((8, 20), (7, 1))}, ValueError, "out: rows that overlap"),
+        ({"lambda_value": "much"}, TypeError, "lambda_value: str was given"),
+        ({"lambda_value": np.array([0.1, 0.2])}, TypeError, "lambda_value: ndarray was given"),
     ],
 )
 def test_parameters_that_do_not_fit(keywords, error, message):
@@ -175,8 +221,22 @@ def test_read_only_out_is_refused():
         k_reciprocal_rerank(features(8), features(20, seed=1), out=target)
 
 
+@pytest.mark.parametrize("name", ["query", "gallery"])
+def test_out_over_the_features_is_refused(name):
+    memory = torch.from_numpy(features(60, D=20))
+    arguments = {"query": memory[:8], "gallery": memory[20:40]}
+    before = memory.clone()
+    target = memory[4:12] if name == "query" else memory[36:44]
+    with pytest.raises(ValueError, match=f"out: shares memory with {name}"):
+        k_reciprocal_rerank(*arguments.values(), out=target)
+    assert torch.equal(memory, before)
+    k_reciprocal_rerank(*arguments.values(), out=memory[8:16])  # between the two
+
+
 def test_matrices_that_do_not_fit():
     q_g, q_q, g_g = matrices()
+    with pytest.raises(TypeError, match="q_q_dist: dtype float32 was given; float64 is needed"):
+        re_ranking(q_g, q_q.astype(np.float32), g_g)
     with pytest.raises(ValueError, match=r"q_q_dist: shape \[7, 7\] was given; \[8, 8\]"):
         re_ranking(q_g, q_q[:7, :7], g_g)
     with pytest.raises(ValueError, match="q_g_dist: shape"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops import _progress
-from vareid_ext.ops._checks import check_choice
+from vareid_ext.ops._checks import check_choice, check_count
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes, stream_of
 from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks
 from vareid_ext.ops._matmul import full_float32
@@ -275,8 +275,7 @@ def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple
         check_same_features("y", y, "x", x)
     check_choice("metric", metric, METRICS)
     name, rows = ("x", x.shape[0]) if y is None else ("y", y.shape[0])
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: {type(k).__name__} was given; an int is needed")
-    if not 1 <= k <= rows:
+    k = check_count("k", k, 1)
+    if k > rows:
         raise ValueError(f"k: {k} was given; allowed are 1 to {rows}, the number of rows of {name}")
     return _nearest_neighbors(x, y, k, metric, BLOCK_ROWS)
