@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from vareid_ext import k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
+from vareid_ext import _native, k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
+from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.retrieval import rerank_plan
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class OwnArray:
@@ -145,12 +152,76 @@ def test_plan():
     plan = rerank_plan(3368, 15913, 2048)
     assert plan.peak < 100 * 2**20
     assert rerank_plan(11659, 82161, 2048, topk=100).peak < 200 * 2**20
-    converted = rerank_plan(3368, 15913, 2048, direct=False)
-    smaller = rerank_plan(3368, 15913, 2048, direct=False, max_memory=converted.peak - 1)
-    assert smaller.block_rows < converted.block_rows
-    assert smaller.peak < converted.peak
+    wide = rerank_plan(3368, 15913, 8192)
+    smaller = rerank_plan(3368, 15913, 8192, max_memory=wide.peak - 1)
+    assert smaller.block_rows < wide.block_rows
+    assert smaller.peak < wide.peak
     with pytest.raises(ValueError, match=r"max_memory: 1000000 bytes were given, but the least needed is \d+"):
         rerank_plan(3368, 15913, 2048, max_memory=1_000_000)
+
+
+def test_encodings_beyond_the_plan_are_refused():
+    """What they need is known only when the sets are: it depends on the features."""
+    neighbor = torch.arange(12, dtype=torch.int32).repeat(12, 1)  # all rows are neighbours of each other
+    indptr, index = stages.k_reciprocal_sets(neighbor, 11)
+    assert index.numel() == 144
+    value = torch.full((144,), 1 / 12)
+    for most in (143, -5):
+        message = f"max_memory: .* have 144 entries, but what was given suffices for {max(most, 0)}"
+        with pytest.raises(ValueError, match=message):
+            stages.k_reciprocal_sets(neighbor, 11, most)
+        with pytest.raises(ValueError, match=message):
+            stages.k_reciprocal_expand(neighbor, 3, indptr, index, value, most)
+    assert torch.equal(stages.k_reciprocal_expand(neighbor, 3, indptr, index, value, 144)[1], index)
+    plan = rerank_plan(100, 900, 64)
+    exactly = plan.copies + plan.lists + plan.sparse
+    assert plan.most_entries(exactly) == plan.entries
+    assert plan.most_entries(exactly - 160) == plan.entries - 10
+
+
+_MEASURE = """
+import ctypes, sys
+import torch
+from vareid_ext import k_reciprocal_rerank
+from vareid_ext.retrieval import rerank_plan
+
+def field(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+Q, G, D, kind, dtype = 300, 5700, int(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
+small = torch.randn(60, D, dtype=dtype)
+k_reciprocal_rerank(small[:20], small[20:])
+torch.randn(600, D) @ torch.randn(D, 600)
+x = torch.randn(Q + G, D)
+if kind == "twins":
+    x = x[torch.randint(0, 30, (Q + G,))]
+x = x.to(dtype)
+query, gallery, out = x[:Q].clone(), x[Q:].clone(), torch.ones(Q, G)
+limit = rerank_plan(Q, G, D).peak
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+before = field("VmRSS")
+k_reciprocal_rerank(query, gallery, out=out, max_memory=limit)
+print(field("VmHWM") - before, limit)
+"""
+
+
+@pytest.mark.parametrize(
+    ("D", "kind", "dtype"), [(256, "random", "float32"), (256, "twins", "float32"), (1024, "twins", "float64")]
+)
+def test_the_plan_is_kept(D, kind, dtype):
+    """Also by rows that are done again, of which twins make thousands."""
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(D), kind, dtype], capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path)},
+    )  # fmt: skip
+    if "clear_refs" in done.stderr:
+        pytest.skip("the system does not let a process reset its peak")
+    assert done.returncode == 0, done.stderr
+    used, limit = map(int, done.stdout.split())
+    assert used <= limit + (6 << 20)  # what the allocator keeps
 
 
 def test_memory_limit_is_kept_before_any_work(capsys):
@@ -186,6 +257,7 @@ def test_progress(capsys):
         ({"out": np.zeros((8, 20), np.float32), "topk": 1}, ValueError, "out: was given together with topk"),
         ({"out": torch.zeros(1, 20).expand(8, 20)}, ValueError, "out: rows that overlap"),
         ({"out": torch.zeros(100).as_strided((8, 20), (7, 1))}, ValueError, "out: rows that overlap"),
+        ({"max_memory": "1G"}, TypeError, "max_memory: str was given"),
         ({"lambda_value": "much"}, TypeError, "lambda_value: str was given"),
         ({"lambda_value": np.array([0.1, 0.2])}, TypeError, "lambda_value: ndarray was given"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -22,9 +23,10 @@ from vareid_ext.ops import nearest_neighbors as _nearest
 from vareid_ext.ops import pairwise_distance as _pairwise
 from vareid_ext.ops._checks import check_count, check_dtype, check_floating, check_same_device, dtype_name
 from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude
-from vareid_ext.ops._filter import common_scale
+from vareid_ext.ops._filter import common_scale, contiguous_rows, has_contiguous_rows
 from vareid_ext.ops._progress import listen
 from vareid_ext.reference import k_reciprocal as reference
+from vareid_ext.reference.pairwise_distance import rows_per_block
 
 
 def _tensor(value: Any, name: str) -> Tensor:
@@ -96,29 +98,45 @@ class RerankPlan:
 
     block_rows: int
     """Rows and columns of a block of products."""
+    copies: int
+    """Copies of features whose rows are not contiguous."""
     candidates: int
     """Candidates of every row, while the products go by, and the rows' norms and bounds."""
     block: int
-    """A block of products, and blocks of features where they must be converted or centred."""
+    """A block of products, the product's own buffers, and two blocks of features for where they must be converted or
+    centred."""
     lists: int
     """The neighbour lists and their distances."""
+    again: int
+    """What the rows that have more near ties than candidates take beyond a block when they are done again."""
+    entries: int
+    """Entries of the sparse encodings, estimated: how many they have depends on the features."""
     sparse: int
-    """The sparse encodings, estimated: how many entries they have depends on the features."""
+    """The sparse encodings with so many entries."""
+
+    def most_entries(self, max_memory: int) -> int:
+        """Entries of the encodings for which ``max_memory`` bytes suffice."""
+        return self.entries + (max_memory - self.copies - self.lists - self.sparse) // _ENTRY
 
     @property
     def peak(self) -> int:
-        """The larger of the two phases: products, then encodings."""
-        return self.lists + max(self.candidates + self.block, self.sparse)
+        """The largest of the phases: products, rows done again, encodings."""
+        return self.copies + self.lists + max(max(self.candidates, self.again) + self.block, self.sparse)
 
     def __str__(self) -> str:
-        parts = ("candidates", "block", "lists", "sparse", "peak")
+        parts = ("copies", "candidates", "block", "lists", "again", "sparse", "peak")
         sizes = ", ".join(f"{name} {getattr(self, name) / 2**20:.1f} MiB" for name in parts)
         return f"re-ranking in blocks of {self.block_rows} rows: {sizes}"
 
 
+_PRODUCT_BUFFERS = 4 << 20  # what the vendor's product packs its operands into
+_ENTRY = 16  # bytes of an entry of the expanded encodings and of their inverted index
+_SIDES = (1024, 768, 512, 256, 128, 64)
+
+
 def rerank_plan(
     Q: int, G: int, D: int, *, k1: int = 20, k2: int = 6, topk: int | None = None, block_rows: int | None = None,
-    max_memory: int | None = None, direct: bool = True,
+    max_memory: int | None = None, copies: int = 0,
 ) -> RerankPlan:  # fmt: skip
     """The memory that :func:`k_reciprocal_rerank` will need on the CPU beyond its input and result.
 
@@ -131,22 +149,25 @@ def rerank_plan(
         topk: as in :func:`k_reciprocal_rerank`.
         block_rows: rows of a block of products; None chooses.
         max_memory: bytes that may be used; None for no limit.
-        direct: whether the features are float32 (others are converted block by block, which takes two more blocks).
+        copies: bytes of features whose rows are not contiguous.
 
     Raises:
         ValueError: ``max_memory`` does not suffice.
     """
-    M = Q + G
+    M, threads = Q + G, torch.get_num_threads()
     k = min(M, max(k1 + 1, k2))
-    candidates = M * (8 * _nearest.capacity(k) + 40) + (Q * (8 * _nearest.capacity(topk) + 24) if topk else 0)
     lists = M * (8 * k + 16)
-    encoded = 2 * min(M, k1 + 1)
-    sparse = M * 8 * (encoded + 2 * encoded) + M * 16 * torch.get_num_threads()
-    choices = [block_rows] if block_rows else [side for side in (1024, 768, 512, 256, 128, 64) if side <= max(64, M)]
-    for side in choices:
+    native = max(k, topk or 0) <= _nearest.MOST_NEIGHBORS["cpu"]
+    candidates = M * (8 * _nearest.capacity(k) + 40) + (Q * (8 * _nearest.capacity(topk) + 24) if topk else 0)
+    again = _nearest.again_bytes(M, threads)
+    if not native:  # whole rows in float64, of features in float64
+        candidates, again = 16 * M * D + 56 * M * min(M, rows_per_block(M)), 0
+    entries = M * min(M, math.ceil(2 * (k1 + 1) * math.sqrt(k2)))
+    sparse = _ENTRY * entries + M * (40 + 24 * threads)
+    for side in [block_rows] if block_rows else [side for side in _SIDES if side <= max(64, M)]:
         rows = min(side, M)
-        block = 4 * rows * rows + (0 if direct else 2 * 4 * rows * D)
-        plan = RerankPlan(side, candidates, block, lists, sparse)
+        block = 4 * rows * (rows + 2 * D) + _PRODUCT_BUFFERS
+        plan = RerankPlan(side, copies, candidates, block, lists, again, entries, sparse)
         if max_memory is None or plan.peak <= max_memory:
             return plan
     raise ValueError(f"max_memory: {max_memory} bytes were given, but the least needed is {plan.peak}: {plan}")
@@ -221,9 +242,11 @@ def k_reciprocal_rerank(
         topk: return only each query's topk best gallery rows (1 to G), where Q x G does not fit. Their order is that of
             the distances before they are rounded to float32, ties by the lower index.
         out: float32 [Q, G] that receives the result, a writable memory map for example; not with topk.
-        block_rows: rows and columns of a block of products; None chooses. The sets do not depend on it, and values only in
-            their last bits.
-        max_memory: bytes that may be used beyond input and result, by :func:`rerank_plan`; None for no limit.
+        block_rows: rows and columns of a block of products; None chooses. The sets do not depend on it, and values
+            only in their last bits.
+        max_memory: bytes that may be used beyond input and result, by :func:`rerank_plan`; None for no limit. How large
+            the sparse encodings get depends on the features: if they are found to be larger than what is left for
+            them, that is an error too, and ``out`` then holds unfinished values.
         show_plan: print the plan on standard error.
         progress: show a progress bar on standard error.
 
@@ -251,24 +274,28 @@ def k_reciprocal_rerank(
             raise ValueError("out: was given together with topk, whose result it cannot hold")
     if block_rows is not None:
         block_rows = check_count("block_rows", block_rows, 1)
+    if max_memory is not None:
+        max_memory = check_count("max_memory", max_memory, 0)
     plan = rerank_plan(
         Q, G, query.shape[1], k1=k1, k2=k2, topk=topk, block_rows=block_rows, max_memory=max_memory,
-        direct=query.dtype == torch.float32,
+        copies=sum(part.numel() * part.element_size() for part in (query, gallery) if not has_contiguous_rows(part)),
     )  # fmt: skip
+    most = None if max_memory is None else plan.most_entries(max_memory)
     if show_plan:
         print(plan, file=sys.stderr)
     result = None if out is None else _check_out(out, (Q, G), query, gallery)
     if result is None and topk is None:
         result = query.new_empty((Q, G), dtype=torch.float32)
+    query, gallery = contiguous_rows(query), contiguous_rows(gallery)
     scale = common_scale(largest_magnitude({"query": query, "gallery": gallery}))
     with _progress_bar(progress, Q + G):
         neighbor, near, row_max, gallery_index, gallery_distance = _nearest.joint_neighbors(
             query, gallery, scale, min(Q + G, max(k1 + 1, k2)), topk or 0, result, plan.block_rows
         )
-    indptr, index = _stages.k_reciprocal_sets(neighbor, k1)
+    indptr, index = _stages.k_reciprocal_sets(neighbor, k1, most)
     value = _stages.listed_distance(query, gallery, scale, neighbor, near, indptr, index)
     value = _stages.k_reciprocal_encode(indptr, value, row_max)
-    indptr, index, value = _stages.k_reciprocal_expand(neighbor, k2, indptr, index, value)
+    indptr, index, value = _stages.k_reciprocal_expand(neighbor, k2, indptr, index, value, most)
     if result is None:
         best = _stages.k_reciprocal_topk(
             query, gallery, scale, gallery_index, gallery_distance, row_max, indptr, index, value, lambda_value

@@ -57,7 +57,7 @@ def _reranked_rows(
     """
     Q, G = query.shape[0], gallery.shape[0]
     scale = common_scale(largest_magnitude({"query": query, "gallery": gallery}))
-    block_rows = rerank_plan(Q, G, query.shape[1], k1=k1, k2=k2, direct=query.dtype == torch.float32).block_rows
+    block_rows = rerank_plan(Q, G, query.shape[1], k1=k1, k2=k2).block_rows
     neighbor, near, row_max, _, _ = joint_neighbors(
         query, gallery, scale, min(Q + G, max(k1 + 1, k2)), 0, None, block_rows
     )
