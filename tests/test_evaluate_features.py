@@ -134,10 +134,16 @@ def test_kinds_of_arrays(tmp_path, capsys):
         ({"rerank": {"k3": 1}}, ValueError, "rerank: 'k3'"),
         ({"rerank": 20}, TypeError, "rerank: int"),
         ({"rerank": {"k1": 0}}, ValueError, "k1: 0"),
+        ({"rerank": {"k2": 0}, "block_rows": 2}, ValueError, "k2: 0"),
+        ({"rerank": {"lambda_value": 5}, "block_rows": 2}, ValueError, "lambda_value: 5 was given"),
+        ({"rerank": {"k1": 2.5}, "block_rows": 2}, TypeError, "k1: float"),
         ({"rerank": True, "metric": "cosine"}, ValueError, "metric: 'cosine'"),
         ({"block_rows": 0}, ValueError, "block_rows: 0"),
+        ({"block_rows": 2.5}, TypeError, "block_rows: float"),
+        ({"junk_identity": "x"}, TypeError, "junk_identity: str"),
         ({"max_rank": 0}, ValueError, "max_rank"),
-        ({"query": torch.full((5, 4), float("nan"))}, ValueError, "row 0 holds NaN or Inf"),
+        ({"query": torch.full((5, 4), float("nan"))}, ValueError, "query: row 0 holds NaN or Inf"),
+        ({"gallery": torch.eye(9, 4), "metric": "cosine"}, ValueError, "gallery: row 4 is all zeros"),
         ({"gallery_identity": [-1] * 9, "rerank": True}, ValueError, "every image has the junk identity"),
     ],
 )
@@ -150,6 +156,23 @@ def test_bad_arguments_are_named(change, error, message):
     }
     with pytest.raises(error, match=message):
         evaluate_features(**{**arguments, **change})
+
+
+def test_a_bad_row_is_named_before_any_block_is_made(monkeypatch):
+    query, gallery, *labels = people(8, 12, 20)
+    query[7, 3] = torch.nan
+    monkeypatch.setattr(features_module, "pairwise_distance", None)
+    with pytest.raises(ValueError, match="query: row 7 holds NaN or Inf"):
+        evaluate_features(query, gallery, *labels, block_rows=2)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_the_unit_of_the_features_does_not_matter(metric, scale):
+    """Squares of 2^-100 vanish in float32 and those of 2^100 overflow."""
+    query, gallery, *labels = people(9, 15, 40)
+    expected = rank_features(query, gallery, *labels, metric=metric)
+    assert_equal_results(rank_features(query * scale, gallery * scale, *labels, metric=metric), expected)
 
 
 def views(seed, N=240, identities=8):

@@ -139,8 +139,10 @@ def test_units_do_not_matter(backend, factor):
     expected = rerank(squared_distances(x, x), 10, 7, 3, 0.3)
     scaled = x.astype(np.float64) * factor
     np.testing.assert_allclose(k_reciprocal_rerank(scaled[:10], scaled[10:], k1=7, k2=3), expected, rtol=0, atol=1e-5)
-    d = np.sqrt(squared_distances(x, x)) * factor
-    np.testing.assert_allclose(re_ranking(d[:10, 10:], d[:10, :10], d[10:, 10:], 7, 3), expected, rtol=0, atol=1e-5)
+    for smaller in (1, 1e-280):  # 1e-310 has no reciprocal
+        d = np.sqrt(squared_distances(x, x)) * (factor * smaller)
+        got = re_ranking(d[:10, 10:], d[:10, :10], d[10:, 10:], 7, 3)
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("block_rows", [1, 9, 64])

@@ -219,8 +219,14 @@ def test_per_query_results_and_subsets():
     assert part.mAP == alone.mAP
     np.testing.assert_array_equal(part.cmc, alone.cmc)
     assert each.metrics(10, subset=np.flatnonzero(odd)).mINP == alone.mINP
-    with pytest.raises(ValueError, match="subset"):
+    with pytest.raises(ValueError, match="subset: shape"):
         each.metrics(subset=odd[:-1])
+    with pytest.raises(ValueError, match="subset: index 900 was given, but there are 30 queries"):
+        each.metrics(subset=[0, 900])
+    with pytest.raises(TypeError, match="subset: dtype"):
+        each.metrics(subset=[0.5])
+    with pytest.raises(ValueError, match="none of the 0 queries"):
+        each.metrics(subset=[])
 
 
 class Foreign:
@@ -304,6 +310,14 @@ D34 = torch.zeros(3, 4)
         ((D34, [1] * 3, [1] * 4), {"max_rank": 0}, ValueError, "max_rank"),
         ((D34, [1] * 3, [1] * 4), {"max_rank": 2.5}, ValueError, "max_rank"),
         ((D34, [1] * 3, [1] * 4), {"block_rows": 0}, ValueError, "block_rows"),
+        ((D34, [1] * 3, [1] * 4), {"block_rows": 1.5}, TypeError, "block_rows: float"),
+        ((D34, [1] * 3, [1] * 4), {"junk_identity": -1.0}, TypeError, "junk_identity: float"),
+        ((D34, None, [1] * 4), {}, TypeError, "query_identity: None"),
+        ((D34, [1, [2], 3], [1] * 4), {}, ValueError, "query_identity: lists of different lengths"),
+        ((D34, [1] * 3, np.full(4, 2**64 - 1, dtype=np.uint64)), {}, ValueError, "gallery_identity: holds numbers of"),
+        ((D34.to_sparse(), [1] * 3, [1] * 4), {}, TypeError, "distances: a tensor of layout torch.sparse_coo"),
+        ((lambda b, e: D34[b:e].tolist(), [1] * 3, [1] * 4), {}, TypeError, "distances: the function's result: list"),
+        ((lambda b, e: D34[0], [1] * 3, [1] * 4), {}, ValueError, r"distances: shape \(4,\)"),
         ((lambda b, e: D34[: e - b - 1], [1] * 3, [1] * 4), {}, ValueError, "the function gave 2 rows"),
         (([D34, D34], [1] * 3, [1] * 4), {}, ValueError, "distances has 6 rows"),
         (([D34], [1] * 4, [1] * 4), {}, ValueError, "distances has 3 rows"),

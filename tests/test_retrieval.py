@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from vareid_ext import k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
+from vareid_ext import _native, k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
+from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.retrieval import rerank_plan
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class OwnArray:
@@ -75,6 +82,48 @@ def test_read_only_and_reversed_arrays():
     assert np.array_equal(pairwise_distance(q.astype(">f4"), g), expected)
 
 
+class Failing:
+    def __dlpack__(self, **keywords):
+        raise BufferError("not on this device")
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.eye(4).to_sparse(), "x: a tensor of layout torch.sparse_coo was given"),
+        (np.ma.masked_array(features(4), features(4) > 0), "x: a masked array was given"),
+        (Failing(), "x: Failing was given, but its __dlpack__ fails: not on this device"),
+        (features(4).astype(np.longdouble), "x: dtype float128 was given"),
+    ],
+)
+@pytest.mark.parametrize("function", [lambda x: nearest_neighbors(x, k=1), pairwise_distance])
+def test_arrays_that_cannot_be_taken(function, value, message):
+    with pytest.raises(TypeError, match=message):
+        function(value)
+
+
+def test_arrays_at_odd_addresses():
+    """Fields of packed records, and views into bytes: strides and addresses that are no multiple of an element."""
+    q = features(8)
+    records = np.zeros(8, dtype=[("tag", "i1"), ("feature", np.float32, 6)])
+    records["feature"] = q
+    shifted = np.frombuffer(b"x" + q.tobytes(), dtype=np.uint8)[1:].view(np.float32).reshape(8, 6)
+    expected = pairwise_distance(q)
+    assert np.array_equal(pairwise_distance(records["feature"]), expected)
+    assert np.array_equal(pairwise_distance(shifted), expected)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    q, g = features(8), features(20, seed=1)
+    assert np.array_equal(nearest_neighbors(q, g, k=np.int64(3))[1], nearest_neighbors(q, g, k=3)[1])
+    numbers = {"k1": 5, "k2": 3, "lambda_value": 0.5, "block_rows": 200}
+    small = {"k1": np.int64(5), "k2": np.int32(3), "lambda_value": np.float32(0.5), "block_rows": np.uint8(200)}
+    assert np.array_equal(k_reciprocal_rerank(q, g, **small), k_reciprocal_rerank(q, g, **numbers))
+
+
 def test_out_receives_the_result(tmp_path):
     q, g = features(8), features(20, seed=1)
     expected = k_reciprocal_rerank(q, g)
@@ -103,12 +152,76 @@ def test_plan():
     plan = rerank_plan(3368, 15913, 2048)
     assert plan.peak < 100 * 2**20
     assert rerank_plan(11659, 82161, 2048, topk=100).peak < 200 * 2**20
-    converted = rerank_plan(3368, 15913, 2048, direct=False)
-    smaller = rerank_plan(3368, 15913, 2048, direct=False, max_memory=converted.peak - 1)
-    assert smaller.block_rows < converted.block_rows
-    assert smaller.peak < converted.peak
+    wide = rerank_plan(3368, 15913, 8192)
+    smaller = rerank_plan(3368, 15913, 8192, max_memory=wide.peak - 1)
+    assert smaller.block_rows < wide.block_rows
+    assert smaller.peak < wide.peak
     with pytest.raises(ValueError, match=r"max_memory: 1000000 bytes were given, but the least needed is \d+"):
         rerank_plan(3368, 15913, 2048, max_memory=1_000_000)
+
+
+def test_encodings_beyond_the_plan_are_refused():
+    """What they need is known only when the sets are: it depends on the features."""
+    neighbor = torch.arange(12, dtype=torch.int32).repeat(12, 1)  # all rows are neighbours of each other
+    indptr, index = stages.k_reciprocal_sets(neighbor, 11)
+    assert index.numel() == 144
+    value = torch.full((144,), 1 / 12)
+    for most in (143, -5):
+        message = f"max_memory: .* have 144 entries, but what was given suffices for {max(most, 0)}"
+        with pytest.raises(ValueError, match=message):
+            stages.k_reciprocal_sets(neighbor, 11, most)
+        with pytest.raises(ValueError, match=message):
+            stages.k_reciprocal_expand(neighbor, 3, indptr, index, value, most)
+    assert torch.equal(stages.k_reciprocal_expand(neighbor, 3, indptr, index, value, 144)[1], index)
+    plan = rerank_plan(100, 900, 64)
+    exactly = plan.copies + plan.lists + plan.sparse
+    assert plan.most_entries(exactly) == plan.entries
+    assert plan.most_entries(exactly - 160) == plan.entries - 10
+
+
+_MEASURE = """
+import ctypes, sys
+import torch
+from vareid_ext import k_reciprocal_rerank
+from vareid_ext.retrieval import rerank_plan
+
+def field(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+Q, G, D, kind, dtype = 300, 5700, int(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
+small = torch.randn(60, D, dtype=dtype)
+k_reciprocal_rerank(small[:20], small[20:])
+torch.randn(600, D) @ torch.randn(D, 600)
+x = torch.randn(Q + G, D)
+if kind == "twins":
+    x = x[torch.randint(0, 30, (Q + G,))]
+x = x.to(dtype)
+query, gallery, out = x[:Q].clone(), x[Q:].clone(), torch.ones(Q, G)
+limit = rerank_plan(Q, G, D).peak
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+before = field("VmRSS")
+k_reciprocal_rerank(query, gallery, out=out, max_memory=limit)
+print(field("VmHWM") - before, limit)
+"""
+
+
+@pytest.mark.parametrize(
+    ("D", "kind", "dtype"), [(256, "random", "float32"), (256, "twins", "float32"), (1024, "twins", "float64")]
+)
+def test_the_plan_is_kept(D, kind, dtype):
+    """Also by rows that are done again, of which twins make thousands."""
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, str(D), kind, dtype], capture_output=True, text=True, check=False, timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path)},
+    )  # fmt: skip
+    if "clear_refs" in done.stderr:
+        pytest.skip("the system does not let a process reset its peak")
+    assert done.returncode == 0, done.stderr
+    used, limit = map(int, done.stdout.split())
+    assert used <= limit + (6 << 20)  # what the allocator keeps
 
 
 def test_memory_limit_is_kept_before_any_work(capsys):
@@ -142,6 +255,11 @@ def test_progress(capsys):
         ({"out": np.zeros((8, 20))}, TypeError, "out: dtype float64"),
         ({"out": np.zeros((20, 8), np.float32).T}, ValueError, "out: rows must be contiguous"),
         ({"out": np.zeros((8, 20), np.float32), "topk": 1}, ValueError, "out: was given together with topk"),
+        ({"out": torch.zeros(1, 20).expand(8, 20)}, ValueError, "out: rows that overlap"),
+        ({"out": torch.zeros(100).as_strided((8, 20), (7, 1))}, ValueError, "out: rows that overlap"),
+        ({"max_memory": "1G"}, TypeError, "max_memory: str was given"),
+        ({"lambda_value": "much"}, TypeError, "lambda_value: str was given"),
+        ({"lambda_value": np.array([0.1, 0.2])}, TypeError, "lambda_value: ndarray was given"),
     ],
 )
 def test_parameters_that_do_not_fit(keywords, error, message):
@@ -175,8 +293,22 @@ def test_read_only_out_is_refused():
         k_reciprocal_rerank(features(8), features(20, seed=1), out=target)
 
 
+@pytest.mark.parametrize("name", ["query", "gallery"])
+def test_out_over_the_features_is_refused(name):
+    memory = torch.from_numpy(features(60, D=20))
+    arguments = {"query": memory[:8], "gallery": memory[20:40]}
+    before = memory.clone()
+    target = memory[4:12] if name == "query" else memory[36:44]
+    with pytest.raises(ValueError, match=f"out: shares memory with {name}"):
+        k_reciprocal_rerank(*arguments.values(), out=target)
+    assert torch.equal(memory, before)
+    k_reciprocal_rerank(*arguments.values(), out=memory[8:16])  # between the two
+
+
 def test_matrices_that_do_not_fit():
     q_g, q_q, g_g = matrices()
+    with pytest.raises(TypeError, match="q_q_dist: dtype float32 was given; float64 is needed"):
+        re_ranking(q_g, q_q.astype(np.float32), g_g)
     with pytest.raises(ValueError, match=r"q_q_dist: shape \[7, 7\] was given; \[8, 8\]"):
         re_ranking(q_g, q_q[:7, :7], g_g)
     with pytest.raises(ValueError, match="q_g_dist: shape"):

@@ -20,13 +20,18 @@ def to_tensor(value: Any, name: str) -> torch.Tensor:
         name: how errors call the argument.
 
     Raises:
-        TypeError: ``value`` is none of these, or holds a type that PyTorch does not know.
+        TypeError: ``value`` is none of these, is sparse or masked, or holds a type that PyTorch does not know.
     """
     if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided:
+            raise TypeError(f"{name}: a tensor of layout {value.layout} was given; a dense one is needed")
         return value.detach()
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name}: a masked array was given; a plain one is needed (its mask would be lost)")
     if isinstance(value, np.ndarray):
-        if not value.dtype.isnative or any(stride < 0 for stride in value.strides):
-            value = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("="))
+        odd = any(stride < 0 or stride % max(1, value.itemsize) for stride in value.strides)
+        if odd or not value.dtype.isnative or not value.flags.aligned:
+            value = np.array(value, dtype=value.dtype.newbyteorder("="), order="C", copy=True)
         with warnings.catch_warnings():  # the package writes to no input, so a read-only array is fine
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
             try:
@@ -34,7 +39,10 @@ def to_tensor(value: Any, name: str) -> torch.Tensor:
             except TypeError:
                 raise TypeError(f"{name}: dtype {value.dtype} was given, which PyTorch does not know") from None
     if hasattr(value, "__dlpack__"):
-        return torch.from_dlpack(value)
+        try:
+            return torch.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(f"{name}: {type(value).__name__} was given, but its __dlpack__ fails: {error}") from error
     raise TypeError(
         f"{name}: {type(value).__name__} was given; allowed are NumPy arrays, PyTorch tensors and objects with "
         "__dlpack__"

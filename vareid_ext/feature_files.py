@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import struct
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -125,15 +123,17 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, Any]:
             return _read_txt(path)
     except FeatureFileError:
         raise
-    except (OSError, EOFError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile,
-            pickle.UnpicklingError) as error:  # fmt: skip
+    except Exception as error:  # the readers of damaged bytes raise whatever they stumble over
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FeatureFileError(f"{path}: is damaged, truncated or not a {kind} file: {reason}") from error
     raise FeatureFileError(f"{path}: suffix {path.suffix!r} was given; allowed are {', '.join(SUFFIXES)}")
 
 
 def _describe(arrays: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key or '(one array)'} {list(np.shape(value))}" for key, value in arrays.items()) or "nothing"
+    def kind(value: Any) -> str:
+        return str(list(value.shape)) if hasattr(value, "shape") else f"({type(value).__name__})"
+
+    return ", ".join(f"{key or '(one array)'} {kind(value)}" for key, value in arrays.items()) or "nothing"
 
 
 def _pick(path: Path, arrays: Mapping[str, Any], what: str, side: str, key: str | None) -> Any:
@@ -189,6 +189,7 @@ def read_features(
     identity: str | None = None,
     camera: str | None = None,
     viewpoint: str | None = None,
+    labels: bool = True,
 ) -> FeatureSet:
     """The features of one side of a retrieval, with what labels there are.
 
@@ -199,6 +200,7 @@ def read_features(
         identity: a key of the same file; a file of its own; or ``file:key``. None for the usual names in the same file.
         camera: likewise.
         viewpoint: likewise.
+        labels: whether to look for labels at all.
 
     Raises:
         FeatureFileError: a file is missing, damaged, or does not hold what was asked for; lengths do not fit.
@@ -219,8 +221,9 @@ def read_features(
         raise FeatureFileError(f"{named}: dtype {found.dtype} was found; a floating type is needed")
     if feature.dim() != 2:
         raise FeatureFileError(f"{named}: shape {list(feature.shape)} was found; [images, D] is needed")
-    labels: dict[str, torch.Tensor | None] = {}
-    for what, given in (("identity", identity), ("camera", camera), ("viewpoint", viewpoint)):
+    given_labels = {"identity": identity, "camera": camera, "viewpoint": viewpoint}
+    found_labels: dict[str, torch.Tensor | None] = dict.fromkeys(given_labels)
+    for what, given in given_labels.items() if labels else ():
         source, content, label_key = path, arrays, given
         if given is not None and given not in arrays:
             name, _, label_key = (given, "", None) if Path(given).is_file() else given.rpartition(":")
@@ -235,8 +238,9 @@ def read_features(
             raise FeatureFileError(f"{source}: has no {what} under the usual names; it holds {_describe(content)}")
         if value is not None and _is_foreign(value):
             raise FeatureFileError(f"{source}: {side} {what} holds values that are not whole numbers")
-        labels[what] = None if value is None else _vector(value, f"{source}: {side} {what}", len(feature))
-    return FeatureSet(feature, labels["identity"], labels["camera"], labels["viewpoint"])
+        if value is not None:
+            found_labels[what] = _vector(value, f"{source}: {side} {what}", len(feature))
+    return FeatureSet(feature, **found_labels)
 
 
 def _is_foreign(value: Any) -> bool:
@@ -244,13 +248,16 @@ def _is_foreign(value: Any) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind not in "biuf"
 
 
-def check_writable(path: str | os.PathLike[str], suffixes: tuple[str, ...]) -> Path:
-    """The path as a Path, or a FeatureFileError if no such result can be written there."""
+def check_writable(path: str | os.PathLike[str], suffixes: tuple[str, ...], inputs: Iterable[str] = ()) -> Path:
+    """The path as a Path, or a FeatureFileError if no such result can be written there, or it is one of ``inputs``."""
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise FeatureFileError(f"{path}: suffix {path.suffix!r} was given; allowed are {', '.join(suffixes)}")
     if path.is_dir():
         raise FeatureFileError(f"{path}: is a folder; a file is needed")
+    for name in inputs:
+        if path.exists() and Path(name).exists() and path.samefile(name):
+            raise FeatureFileError(f"{path}: is one of the input files, which the result would replace")
     if not path.parent.is_dir():
         raise FeatureFileError(f"{path}: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):

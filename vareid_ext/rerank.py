@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -67,9 +68,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> str:
-    output = check_writable(options.output, (".npy",) if options.topk is None else (".npy", ".npz"))
-    query = read_features(options.query, "query", key=options.query_key).feature
-    gallery = read_features(options.gallery, "gallery", key=options.gallery_key).feature
+    suffixes = (".npy",) if options.topk is None else (".npy", ".npz")
+    output = check_writable(options.output, suffixes, (options.query, options.gallery))
+    query = read_features(options.query, "query", key=options.query_key, labels=False).feature
+    gallery = read_features(options.gallery, "gallery", key=options.gallery_key, labels=False).feature
     keywords = {
         "k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value, "block_rows": options.block_rows,
         "max_memory": options.max_memory, "show_plan": options.plan, "progress": not options.quiet,
@@ -81,15 +83,22 @@ def _run(options: argparse.Namespace) -> str:
         return f"{output}: the {options.topk} best of {len(gallery)} for each of {len(query)} queries"
     needed = 4 * len(query) * len(gallery)
     free = shutil.disk_usage(output.parent).free
-    if needed > free:  # writing to a memory map on a full disk would kill the process
+    if needed > free:
         raise ValueError(f"{output}: needs {needed} bytes, but {free} are free; --topk K keeps the best K only")
     with replacing(output) as part:
         shape = (max(1, len(query)), max(1, len(gallery)))  # a map cannot be empty; an empty side is refused below
         result = np.lib.format.open_memmap(part, "w+", dtype=np.float32, shape=shape)
+        _reserve(part)
         k_reciprocal_rerank(query, gallery, out=result, **keywords)
         result.flush()
         del result
     return f"{output}: distances [{len(query)}, {len(gallery)}]"
+
+
+def _reserve(path: Path) -> None:
+    """Takes the disk space of a file that is written through a memory map, where a full disk would kill the process."""
+    with path.open("rb+") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _write_best(path: Path, distance: np.ndarray, index: np.ndarray) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -20,15 +21,18 @@ from vareid_ext._arrays import returner, to_tensor
 from vareid_ext.ops import k_reciprocal as _stages
 from vareid_ext.ops import nearest_neighbors as _nearest
 from vareid_ext.ops import pairwise_distance as _pairwise
-from vareid_ext.ops._checks import check_same_device, dtype_name
-from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
-from vareid_ext.ops._filter import common_scale
+from vareid_ext.ops._checks import check_count, check_dtype, check_floating, check_same_device, dtype_name
+from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude
+from vareid_ext.ops._filter import common_scale, contiguous_rows, has_contiguous_rows
 from vareid_ext.ops._progress import listen
 from vareid_ext.reference import k_reciprocal as reference
+from vareid_ext.reference.pairwise_distance import rows_per_block
 
 
 def _tensor(value: Any, name: str) -> Tensor:
-    return value if isinstance(value, Tensor) else to_tensor(value, name)
+    """As :func:`to_tensor`, with the gradient's history."""
+    tensor = to_tensor(value, name)
+    return value if isinstance(value, Tensor) else tensor
 
 
 def pairwise_distance(x: Any, y: Any = None, *, metric: str = "euclidean") -> Any:
@@ -78,19 +82,14 @@ def nearest_neighbors(x: Any, y: Any = None, *, k: int, metric: str = "sqeuclide
     return back(distance), back(index)
 
 
-def _check_count(name: str, value: object, least: int, most: int | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}: {type(value).__name__} was given; an int is needed")
-    if value < least or (most is not None and value > most):
-        allowed = f"at least {least} is needed" if most is None else f"allowed are {least} to {most}"
-        raise ValueError(f"{name}: {value} was given; {allowed}")
-
-
-def _check_parameters(k1: int, k2: int, lambda_value: float) -> None:
-    _check_count("k1", k1, 1, None)
-    _check_count("k2", k2, 1, None)
+def check_parameters(k1: int, k2: int, lambda_value: float) -> tuple[int, int, float]:
+    """The parameters of a re-ranking as Python's numbers; TypeError or ValueError unless they can be that."""
+    k1, k2 = check_count("k1", k1, 1), check_count("k2", k2, 1)
+    if isinstance(lambda_value, bool) or not isinstance(lambda_value, int | float | np.integer | np.floating):
+        raise TypeError(f"lambda_value: {type(lambda_value).__name__} was given; a number is needed")
     if not 0 <= lambda_value <= 1:  # NaN fails too
         raise ValueError(f"lambda_value: {lambda_value} was given; allowed are 0 to 1")
+    return k1, k2, float(lambda_value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,29 +98,45 @@ class RerankPlan:
 
     block_rows: int
     """Rows and columns of a block of products."""
+    copies: int
+    """Copies of features whose rows are not contiguous."""
     candidates: int
     """Candidates of every row, while the products go by, and the rows' norms and bounds."""
     block: int
-    """A block of products, and blocks of features where they must be converted or centred."""
+    """A block of products, the product's own buffers, and two blocks of features for where they must be converted or
+    centred."""
     lists: int
     """The neighbour lists and their distances."""
+    again: int
+    """What the rows that have more near ties than candidates take beyond a block when they are done again."""
+    entries: int
+    """Entries of the sparse encodings, estimated: how many they have depends on the features."""
     sparse: int
-    """The sparse encodings, estimated: how many entries they have depends on the features."""
+    """The sparse encodings with so many entries."""
+
+    def most_entries(self, max_memory: int) -> int:
+        """Entries of the encodings for which ``max_memory`` bytes suffice."""
+        return self.entries + (max_memory - self.copies - self.lists - self.sparse) // _ENTRY
 
     @property
     def peak(self) -> int:
-        """The larger of the two phases: products, then encodings."""
-        return self.lists + max(self.candidates + self.block, self.sparse)
+        """The largest of the phases: products, rows done again, encodings."""
+        return self.copies + self.lists + max(max(self.candidates, self.again) + self.block, self.sparse)
 
     def __str__(self) -> str:
-        parts = ("candidates", "block", "lists", "sparse", "peak")
+        parts = ("copies", "candidates", "block", "lists", "again", "sparse", "peak")
         sizes = ", ".join(f"{name} {getattr(self, name) / 2**20:.1f} MiB" for name in parts)
         return f"re-ranking in blocks of {self.block_rows} rows: {sizes}"
 
 
+_PRODUCT_BUFFERS = 4 << 20  # what the vendor's product packs its operands into
+_ENTRY = 16  # bytes of an entry of the expanded encodings and of their inverted index
+_SIDES = (1024, 768, 512, 256, 128, 64)
+
+
 def rerank_plan(
     Q: int, G: int, D: int, *, k1: int = 20, k2: int = 6, topk: int | None = None, block_rows: int | None = None,
-    max_memory: int | None = None, direct: bool = True,
+    max_memory: int | None = None, copies: int = 0,
 ) -> RerankPlan:  # fmt: skip
     """The memory that :func:`k_reciprocal_rerank` will need on the CPU beyond its input and result.
 
@@ -134,22 +149,25 @@ def rerank_plan(
         topk: as in :func:`k_reciprocal_rerank`.
         block_rows: rows of a block of products; None chooses.
         max_memory: bytes that may be used; None for no limit.
-        direct: whether the features are float32 (others are converted block by block, which takes two more blocks).
+        copies: bytes of features whose rows are not contiguous.
 
     Raises:
         ValueError: ``max_memory`` does not suffice.
     """
-    M = Q + G
+    M, threads = Q + G, torch.get_num_threads()
     k = min(M, max(k1 + 1, k2))
-    candidates = M * (8 * _nearest.capacity(k) + 40) + (Q * (8 * _nearest.capacity(topk) + 24) if topk else 0)
     lists = M * (8 * k + 16)
-    encoded = 2 * min(M, k1 + 1)
-    sparse = M * 8 * (encoded + 2 * encoded) + M * 16 * torch.get_num_threads()
-    choices = [block_rows] if block_rows else [side for side in (1024, 768, 512, 256, 128, 64) if side <= max(64, M)]
-    for side in choices:
+    native = max(k, topk or 0) <= _nearest.MOST_NEIGHBORS["cpu"]
+    candidates = M * (8 * _nearest.capacity(k) + 40) + (Q * (8 * _nearest.capacity(topk) + 24) if topk else 0)
+    again = _nearest.again_bytes(M, threads)
+    if not native:  # whole rows in float64, of features in float64
+        candidates, again = 16 * M * D + 56 * M * min(M, rows_per_block(M)), 0
+    entries = M * min(M, math.ceil(2 * (k1 + 1) * math.sqrt(k2)))
+    sparse = _ENTRY * entries + M * (40 + 24 * threads)
+    for side in [block_rows] if block_rows else [side for side in _SIDES if side <= max(64, M)]:
         rows = min(side, M)
-        block = 4 * rows * rows + (0 if direct else 2 * 4 * rows * D)
-        plan = RerankPlan(side, candidates, block, lists, sparse)
+        block = 4 * rows * (rows + 2 * D) + _PRODUCT_BUFFERS
+        plan = RerankPlan(side, copies, candidates, block, lists, again, entries, sparse)
         if max_memory is None or plan.peak <= max_memory:
             return plan
     raise ValueError(f"max_memory: {max_memory} bytes were given, but the least needed is {plan.peak}: {plan}")
@@ -167,7 +185,14 @@ def _progress_bar(show: bool, M: int) -> Iterator[None]:
         yield
 
 
-def _check_out(out: Any, shape: tuple[int, int], query: Tensor) -> Tensor:
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory from the first to the last element of one matrix overlaps that of the other."""
+    begin = [t.data_ptr() for t in (a, b)]
+    size = [t.element_size() * (1 + (t.shape[0] - 1) * t.stride(0) + (t.shape[1] - 1) * t.stride(1)) for t in (a, b)]
+    return begin[0] < begin[1] + size[1] and begin[1] < begin[0] + size[0]
+
+
+def _check_out(out: Any, shape: tuple[int, int], query: Tensor, gallery: Tensor) -> Tensor:
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out: a read-only array was given; a writable one is needed")
     tensor = to_tensor(out, "out")
@@ -178,8 +203,13 @@ def _check_out(out: Any, shape: tuple[int, int], query: Tensor) -> Tensor:
     check_same_device("out", tensor, "query", query)
     if shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError("out: rows must be contiguous")
+    if shape[0] > 1 and tensor.stride(0) < shape[1]:
+        raise ValueError("out: rows that overlap were given; each needs memory of its own")
+    for name, features in (("query", query), ("gallery", gallery)):
+        if _share_memory(tensor, features):
+            raise ValueError(f"out: shares memory with {name}, which is read while out is written")
     if isinstance(out, np.ndarray) and tensor.data_ptr() != out.ctypes.data:
-        raise ValueError("out: an array in the machine's byte order and without negative strides is needed")
+        raise ValueError("out: an aligned array in the machine's byte order and without negative strides is needed")
     return tensor
 
 
@@ -209,16 +239,20 @@ def k_reciprocal_rerank(
         k1: size of the k-reciprocal neighbour sets, at least 1.
         k2: neighbours averaged in query expansion, at least 1.
         lambda_value: weight of the original distance, 0 to 1.
-        topk: return only each query's topk best gallery rows (1 to G), where Q x G does not fit.
+        topk: return only each query's topk best gallery rows (1 to G), where Q x G does not fit. Their order is that of
+            the distances before they are rounded to float32, ties by the lower index.
         out: float32 [Q, G] that receives the result, a writable memory map for example; not with topk.
-        block_rows: rows and columns of a block of products; None chooses. The result does not depend on it.
-        max_memory: bytes that may be used beyond input and result, by :func:`rerank_plan`; None for no limit.
+        block_rows: rows and columns of a block of products; None chooses. The sets do not depend on it, and values
+            only in their last bits.
+        max_memory: bytes that may be used beyond input and result, by :func:`rerank_plan`; None for no limit. How large
+            the sparse encodings get depends on the features: if they are found to be larger than what is left for
+            them, that is an error too, and ``out`` then holds unfinished values.
         show_plan: print the plan on standard error.
         progress: show a progress bar on standard error.
 
     Returns:
-        float32 [Q, G], the final distances, in [0, 1]; with topk: distance float32 [Q, topk], ascending, ties by the
-        lower index, and index int64 [Q, topk]. NumPy, PyTorch or CuPy as query was; ``out`` itself if it was given.
+        float32 [Q, G], the final distances, in [0, 1]; with topk: distance float32 [Q, topk], ascending, and index
+        int64 [Q, topk]. NumPy, PyTorch or CuPy as query was; ``out`` itself if it was given.
 
     Raises:
         TypeError: not arrays, or dtypes that are not floating or differ.
@@ -229,35 +263,39 @@ def k_reciprocal_rerank(
     query, gallery = to_tensor(query, "query"), to_tensor(gallery, "gallery")
     check_features("query", query)
     check_same_features("gallery", gallery, "query", query)
-    _check_parameters(k1, k2, lambda_value)
+    k1, k2, lambda_value = check_parameters(k1, k2, lambda_value)
     Q, G = query.shape[0], gallery.shape[0]
     for name, rows in (("query", Q), ("gallery", G)):
         if rows == 0:
             raise ValueError(f"{name}: no rows were given; at least one is needed")
     if topk is not None:
-        _check_count("topk", topk, 1, G)
+        topk = check_count("topk", topk, 1, G)
         if out is not None:
             raise ValueError("out: was given together with topk, whose result it cannot hold")
     if block_rows is not None:
-        _check_count("block_rows", block_rows, 1, None)
+        block_rows = check_count("block_rows", block_rows, 1)
+    if max_memory is not None:
+        max_memory = check_count("max_memory", max_memory, 0)
     plan = rerank_plan(
         Q, G, query.shape[1], k1=k1, k2=k2, topk=topk, block_rows=block_rows, max_memory=max_memory,
-        direct=query.dtype == torch.float32,
+        copies=sum(part.numel() * part.element_size() for part in (query, gallery) if not has_contiguous_rows(part)),
     )  # fmt: skip
+    most = None if max_memory is None else plan.most_entries(max_memory)
     if show_plan:
         print(plan, file=sys.stderr)
-    result = None if out is None else _check_out(out, (Q, G), query)
+    result = None if out is None else _check_out(out, (Q, G), query, gallery)
     if result is None and topk is None:
         result = query.new_empty((Q, G), dtype=torch.float32)
-    scale = common_scale(max(float(row_magnitudes(n, p).max()) for n, p in (("query", query), ("gallery", gallery))))
+    query, gallery = contiguous_rows(query), contiguous_rows(gallery)
+    scale = common_scale(largest_magnitude({"query": query, "gallery": gallery}))
     with _progress_bar(progress, Q + G):
         neighbor, near, row_max, gallery_index, gallery_distance = _nearest.joint_neighbors(
             query, gallery, scale, min(Q + G, max(k1 + 1, k2)), topk or 0, result, plan.block_rows
         )
-    indptr, index = _stages.k_reciprocal_sets(neighbor, k1)
+    indptr, index = _stages.k_reciprocal_sets(neighbor, k1, most)
     value = _stages.listed_distance(query, gallery, scale, neighbor, near, indptr, index)
     value = _stages.k_reciprocal_encode(indptr, value, row_max)
-    indptr, index, value = _stages.k_reciprocal_expand(neighbor, k2, indptr, index, value)
+    indptr, index, value = _stages.k_reciprocal_expand(neighbor, k2, indptr, index, value, most)
     if result is None:
         best = _stages.k_reciprocal_topk(
             query, gallery, scale, gallery_index, gallery_distance, row_max, indptr, index, value, lambda_value
@@ -281,9 +319,9 @@ def re_ranking(
     """Re-rank with k-reciprocal encoding, from three matrices of rooted Euclidean distances (fast-reid's signature).
 
     Args:
-        q_g_dist: [Q, G], distances between queries and gallery, floating point.
-        q_q_dist: [Q, Q], between queries; symmetric.
-        g_g_dist: [G, G], within the gallery; symmetric.
+        q_g_dist: [Q, G], distances between queries and gallery, float32, float16, bfloat16 or float64.
+        q_q_dist: [Q, Q], between queries; symmetric; of q_g_dist's dtype and device.
+        g_g_dist: [G, G], within the gallery; likewise.
         k1: size of the k-reciprocal neighbour sets, at least 1.
         k2: neighbours averaged in query expansion, at least 1.
         lambda_value: weight of the original distance, 0 to 1.
@@ -292,17 +330,18 @@ def re_ranking(
         float32 [Q, G], the final distances, in [0, 1]; NumPy, PyTorch or CuPy as q_g_dist was.
 
     Raises:
-        TypeError: not arrays, or not floating.
+        TypeError: not arrays, or dtypes that are not floating or differ.
         ValueError: an empty matrix; shapes or parameters do not fit; NaN, Inf or negative entries; asymmetry beyond
             1e-3 of the largest entry; similarities in place of distances.
     """
     back = returner(q_g_dist)
     names = ("q_g_dist", "q_q_dist", "g_g_dist")
     q_g, q_q, g_g = (to_tensor(value, name) for name, value in zip(names, (q_g_dist, q_q_dist, g_g_dist), strict=True))
-    for name, value in zip(names, (q_g, q_q, g_g), strict=True):
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: dtype {value.dtype} was given; a floating one is needed")
-    _check_parameters(k1, k2, lambda_value)
+    check_floating("q_g_dist", q_g)
+    for name, value in (("q_q_dist", q_q), ("g_g_dist", g_g)):
+        check_dtype(name, value, q_g.dtype)
+        check_same_device(name, value, "q_g_dist", q_g)
+    k1, k2, lambda_value = check_parameters(k1, k2, lambda_value)
     if q_g.dim() != 2 or 0 in q_g.shape:
         raise ValueError(f"q_g_dist: shape {list(q_g.shape)} was given; [Q, G], both at least 1, is needed")
     Q, G = q_g.shape
@@ -317,7 +356,8 @@ def re_ranking(
     for name, value in (("q_q_dist", q_q), ("g_g_dist", g_g)):
         if float((value - value.T).abs().max()) > 1e-3 * largest:
             raise ValueError(f"{name}: is not symmetric (beyond 1e-3 of the largest distance)")
-    scale = 1.0 if 1e-6 < largest < 1e6 or largest == 0 else 1 / largest  # squares within float32's range
+    # Squares stay within float32's range.
+    scale = 1.0 if 1e-6 < largest < 1e6 or largest == 0 else min(1 / largest, 2.0**1000)
     neighbor, row_max = _stages.matrix_neighbors(q_g, q_q, g_g, min(Q + G, max(k1 + 1, k2)))
     maximum = (row_max * scale).square().to(torch.float32)
     indptr, index = _stages.k_reciprocal_sets(neighbor, k1)

@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _arrays
-from vareid_ext.metrics.ranking import Labels, QueryRanking, RankingMetrics, check_max_rank, label_vector, rank_queries
+from vareid_ext.metrics.ranking import (
+    Labels,
+    QueryRanking,
+    RankingMetrics,
+    check_junk_identity,
+    check_max_rank,
+    label_vector,
+    rank_queries,
+)
 from vareid_ext.ops import k_reciprocal as stages
-from vareid_ext.ops._checks import check_choice
-from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
+from vareid_ext.ops._checks import check_choice, check_count
+from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude
 from vareid_ext.ops._filter import common_scale
 from vareid_ext.ops.nearest_neighbors import joint_neighbors
 from vareid_ext.ops.pairwise_distance import pairwise_distance
 from vareid_ext.reference.pairwise_distance import METRICS
-from vareid_ext.retrieval import k_reciprocal_rerank, rerank_plan
+from vareid_ext.retrieval import check_parameters, k_reciprocal_rerank, rerank_plan
 
 _DENSE_ELEMENTS = 1 << 26  # re-ranked matrices up to this size are made whole, which saves a second product
 _BLOCK_ELEMENTS = 1 << 23
@@ -26,7 +34,7 @@ _RERANK_DEFAULTS: Mapping[str, Any] = {"k1": 20, "k2": 6, "lambda_value": 0.3}
 
 
 def rerank_options(rerank: bool | Mapping[str, Any]) -> dict[str, Any] | None:
-    """k1, k2 and lambda_value of a ``rerank`` argument; None if it asks for none."""
+    """k1, k2 and lambda_value of a ``rerank`` argument, checked; None if it asks for none."""
     if isinstance(rerank, bool):
         return dict(_RERANK_DEFAULTS) if rerank else None
     if not isinstance(rerank, Mapping):
@@ -35,7 +43,8 @@ def rerank_options(rerank: bool | Mapping[str, Any]) -> dict[str, Any] | None:
     if unknown:
         allowed = ", ".join(_RERANK_DEFAULTS)
         raise ValueError(f"rerank: {', '.join(sorted(map(repr, unknown)))} was given; allowed keys are {allowed}")
-    return {**_RERANK_DEFAULTS, **rerank}
+    options = {**_RERANK_DEFAULTS, **rerank}
+    return dict(zip(_RERANK_DEFAULTS, check_parameters(**options), strict=True))
 
 
 def _reranked_rows(
@@ -47,8 +56,8 @@ def _reranked_rows(
     original distances, waits for the rows to be asked for.
     """
     Q, G = query.shape[0], gallery.shape[0]
-    scale = common_scale(max(float(row_magnitudes(n, p).max()) for n, p in (("query", query), ("gallery", gallery))))
-    block_rows = rerank_plan(Q, G, query.shape[1], k1=k1, k2=k2, direct=query.dtype == torch.float32).block_rows
+    scale = common_scale(largest_magnitude({"query": query, "gallery": gallery}))
+    block_rows = rerank_plan(Q, G, query.shape[1], k1=k1, k2=k2).block_rows
     neighbor, near, row_max, _, _ = joint_neighbors(
         query, gallery, scale, min(Q + G, max(k1 + 1, k2)), 0, None, block_rows
     )
@@ -102,8 +111,9 @@ def rank_features(
     for name, features, rows in (("query", query, Q), ("gallery", gallery, G)):
         if features.shape[0] != rows:
             raise ValueError(f"{name}_identity: length {rows} was given, expected {features.shape[0]} (as {name})")
-    if block_rows is not None and block_rows < 1:
-        raise ValueError(f"block_rows: {block_rows} was given; allowed are whole numbers >= 1")
+    if block_rows is not None:
+        block_rows = check_count("block_rows", block_rows, 1)
+    check_junk_identity(junk_identity)
     if options is not None and junk_identity is not None:  # junk must not be anybody's neighbour
         kept = label_vector(gallery_identity, "gallery_identity") != junk_identity
         if not bool(kept.all()):
@@ -117,6 +127,10 @@ def rank_features(
 
     distances: Any
     if options is None:
+        largest = largest_magnitude({"query": query, "gallery": gallery}, nonzero=metric == "cosine")
+        scale = 1.0 if metric == "cosine" else common_scale(largest)
+        if scale != 1:  # the order does not depend on it, but squares could leave float32's range
+            query, gallery = query * scale, gallery * scale
         distances = lambda begin, end: pairwise_distance(query[begin:end], gallery, metric)  # noqa: E731
     elif block_rows is None and Q * G <= _DENSE_ELEMENTS:
         distances = k_reciprocal_rerank(query, gallery, progress=progress, **options)
@@ -164,7 +178,8 @@ def evaluate_features(
 ) -> RankingMetrics:
     """CMC, mAP and mINP from features, without holding the Q x G distances.
 
-    Equivalent to ``evaluate_ranking(pairwise_distance(query, gallery, metric=metric), ...)``, or with re-ranking to
+    Equivalent to ``evaluate_ranking(pairwise_distance(query, gallery, metric=metric), ...)`` (but no distance leaves
+    float32's range, whatever the features' unit), or with re-ranking to
     ``evaluate_ranking(k_reciprocal_rerank(query, gallery, **rerank), ...)``.
 
     Args:

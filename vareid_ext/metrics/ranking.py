@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _arrays
+from vareid_ext.ops._checks import check_count
 from vareid_ext.ops.ranking import ranking_forward
 
 _DISTANCE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -86,7 +87,9 @@ class QueryRanking:
             subset: a boolean ``[Q]`` array or query indices, to count these queries only (those of one viewpoint, say).
 
         Raises:
-            ValueError: ``max_rank`` below 1, a ``subset`` of wrong length, or no query with a match.
+            ValueError: ``max_rank`` below 1, a ``subset`` of wrong length or with an index that no query has, or no
+                query with a match.
+            TypeError: a ``subset`` of another kind.
         """
         check_max_rank(max_rank)
         back = _arrays.returner(self.num_matches)
@@ -100,10 +103,7 @@ class QueryRanking:
             )
         )
         if subset is not None:
-            chosen = _arrays.to_tensor(np.asarray(subset) if isinstance(subset, list | tuple) else subset, "subset")
-            if chosen.dtype == torch.bool and chosen.shape != matches.shape:
-                raise ValueError(f"subset: shape {tuple(chosen.shape)} was given, expected {tuple(matches.shape)}")
-            chosen = chosen.to(matches.device)
+            chosen = _subset(subset, len(matches)).to(matches.device)
             ap, inp, first, matches = ap[chosen], inp[chosen], first[chosen], matches[chosen]
         counted = matches > 0
         num_valid = int(counted.sum())
@@ -123,16 +123,40 @@ class QueryRanking:
         )
 
 
+def _subset(subset: Any, queries: int) -> Tensor:
+    """A boolean mask or indices of queries, checked."""
+    if isinstance(subset, list | tuple):
+        subset = np.asarray(subset, dtype=np.int64 if len(subset) == 0 else None)
+    chosen = _arrays.to_tensor(subset, "subset")
+    if chosen.dtype != torch.bool:
+        chosen = label_vector(chosen, "subset")
+        outside = chosen[(chosen < -queries) | (chosen >= queries)]
+        if len(outside):
+            raise ValueError(f"subset: index {int(outside[0])} was given, but there are {queries} queries")
+    elif tuple(chosen.shape) != (queries,):
+        raise ValueError(f"subset: shape {tuple(chosen.shape)} was given, expected {(queries,)}")
+    return chosen
+
+
 def check_max_rank(max_rank: int) -> None:
     """ValueError unless ``max_rank`` is a whole number >= 1."""
     if isinstance(max_rank, bool) or not isinstance(max_rank, int | np.integer) or max_rank < 1:
         raise ValueError(f"max_rank: {max_rank!r} was given; allowed are whole numbers >= 1")
 
 
+def check_junk_identity(junk_identity: int | None) -> None:
+    """TypeError unless ``junk_identity`` is a whole number or None."""
+    if junk_identity is not None:
+        check_count("junk_identity", junk_identity, -(2**63), 2**63 - 1)
+
+
 def label_vector(value: Any, name: str, device: torch.device | None = None) -> Tensor:
     """Identities, cameras or viewpoints as an int64 vector; TypeError or ValueError if they are not one."""
     if isinstance(value, list | tuple | range):
-        value = np.asarray(value, dtype=np.int64 if len(value) == 0 else None)
+        try:
+            value = np.asarray(value, dtype=np.int64 if len(value) == 0 else None)
+        except ValueError:
+            raise ValueError(f"{name}: lists of different lengths were given, expected one dimension") from None
     tensor = _arrays.to_tensor(value, name)
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
         raise TypeError(f"{name}: dtype {tensor.dtype} was given; allowed are whole-number types")
@@ -140,7 +164,10 @@ def label_vector(value: Any, name: str, device: torch.device | None = None) -> T
         raise ValueError(f"{name}: shape {tuple(tensor.shape)} was given, expected one dimension")
     if isinstance(value, Tensor) and device is not None and tensor.device != device:
         raise ValueError(f"{name}: is on {tensor.device}, the distances are on {device}")
-    return tensor.to(device=device, dtype=torch.int64).contiguous()
+    whole = tensor.to(device=device, dtype=torch.int64).contiguous()
+    if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
+        raise ValueError(f"{name}: holds numbers of 2^63 or more; allowed are those that int64 holds")
+    return whole
 
 
 @dataclass(frozen=True)
@@ -154,6 +181,9 @@ class Labels:
 
     def check(self) -> tuple[int, int]:
         """(Q, G), or an error that names the argument."""
+        for name in ("query_identity", "gallery_identity"):
+            if getattr(self, name) is None:
+                raise TypeError(f"{name}: None was given; whole numbers are needed")
         lengths = {name: len(label_vector(value, name)) for name, value in vars(self).items() if value is not None}
         Q, G = lengths["query_identity"], lengths["gallery_identity"]
         if Q == 0:
@@ -196,9 +226,10 @@ def _check_block(tensor: Tensor, num_gallery: int) -> None:
 
 def _asked_rows(distances: Callable[[int, int], Any], begin: int, end: int) -> Any:
     block = distances(begin, end)
-    if block.shape[0] != end - begin:
+    shape = tuple(_arrays.to_tensor(block, "distances: the function's result").shape)
+    if len(shape) == 2 and shape[0] != end - begin:  # other shapes are refused as those of any block
         raise ValueError(
-            f"distances: the function gave {block.shape[0]} rows for queries {begin} to {end}, expected {end - begin}"
+            f"distances: the function gave {shape[0]} rows for queries {begin} to {end}, expected {end - begin}"
         )
     return block
 
@@ -245,8 +276,9 @@ def rank_queries(
     Raises:
         ValueError: as :func:`evaluate_ranking`, but for queries without a match, which have ``num_matches`` 0.
     """
-    if block_rows is not None and block_rows < 1:
-        raise ValueError(f"block_rows: {block_rows} was given; allowed are whole numbers >= 1")
+    if block_rows is not None:
+        check_count("block_rows", block_rows, 1)
+    check_junk_identity(junk_identity)
     labels = Labels(query_identity, gallery_identity, query_camera, gallery_camera)
     num_queries, num_gallery = labels.check()
     parts: list[tuple[Tensor, ...]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +58,16 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """ValueError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} was given; allowed are {', '.join(map(repr, allowed))}")
+
+
+def check_count(name: str, value: object, least: int, most: int | None = None) -> int:
+    """``value`` as an int; TypeError unless it is a whole number, ValueError unless it is in range."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: {type(value).__name__} was given; an int is needed")
+    if value < least or (most is not None and value > most):
+        allowed = f"at least {least} is needed" if most is None else f"allowed are {least} to {most}"
+        raise ValueError(f"{name}: {value} was given; {allowed}")
+    return int(value)
 
 
 def refuse_forward_mode(function: str, *values: Tensor) -> None:

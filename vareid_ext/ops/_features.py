@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -67,3 +69,8 @@ def row_magnitudes(name: str, value: Tensor, *, nonzero: bool = False) -> Tensor
     if nonzero and bool((out == 0).any()):
         refuse_row(name, int((out == 0).nonzero()[0]), "is all zeros, which has no cosine")
     return out
+
+
+def largest_magnitude(features: Mapping[str, Tensor], *, nonzero: bool = False) -> float:
+    """The largest absolute value of some sets of features, each with a row at least; errors as row_magnitudes."""
+    return max(float(row_magnitudes(name, value, nonzero=nonzero).max()) for name, value in features.items())

@@ -34,6 +34,7 @@ from vareid_ext.ops._features import row_magnitudes, stream_of
 
 BLOCK_ROWS = 1024  # rows and columns of a block of products: 4 MiB, which stays in a third-level cache
 _UNIT = 2.0**-24
+_FEW_ROWS = 32  # converted at once where no block is at hand: at most 2 MiB
 _SAMPLE = 1024  # rows that the mean is taken from: any centre is correct, a good one makes the window small
 _CENTERED_SHARE = 0.5  # the mean's share of the mean squared length from which on features are centred
 
@@ -45,9 +46,14 @@ def common_scale(largest: float) -> float:
     return 2.0 ** -min(1000, max(-1000, torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent.item() - 1))
 
 
+def has_contiguous_rows(x: Tensor) -> bool:
+    """Whether a row's elements lie one after another, as the kernels need them."""
+    return x.shape[1] <= 1 or x.stride(1) == 1
+
+
 def contiguous_rows(x: Tensor) -> Tensor:
     """x, or a copy of it if its rows are not contiguous."""
-    return x if x.shape[1] <= 1 or x.stride(1) == 1 else x.contiguous()
+    return x if has_contiguous_rows(x) else x.contiguous()
 
 
 class Filter:
@@ -112,10 +118,11 @@ class Filter:
         squares, count = 0.0, 0
         for part, factor in zip(self.parts, self.factors, strict=True):
             step = max(1, -(-part.shape[0] * len(self.parts) // _SAMPLE))
-            for begin in range(0, part.shape[0], 64 * step):
-                rows = part[begin : begin + 64 * step : step].double()
+            for begin in range(0, part.shape[0], _FEW_ROWS * step):
+                some = slice(begin, begin + _FEW_ROWS * step, step)
+                rows = part[some].double()
                 if factor is not None:
-                    rows = rows * factor[begin : begin + 64 * step : step, None]
+                    rows *= factor[some, None]
                 total += rows.sum(0)
                 squares, count = squares + float(rows.square().sum()), count + rows.shape[0]
         if count == 0:
@@ -128,8 +135,8 @@ class Filter:
         if self.direct:
             self.norms[which].copy_(self._norms_of(part, None))
             return
-        for begin in range(0, part.shape[0], 1024):
-            self.block(which, begin, min(part.shape[0], begin + 1024), 0)
+        for begin in range(0, part.shape[0], _FEW_ROWS):
+            self.block(which, begin, min(part.shape[0], begin + _FEW_ROWS), 0)
 
     def _prepare(self, x: Tensor, factor: Tensor | None, out: Tensor, norm: Tensor) -> Tensor:
         view = _native.view
@@ -150,14 +157,14 @@ class Filter:
         factor = None if factor is None else factor[begin:end]
         return self._prepare(part, factor, buffer[:rows], self.norms[which][begin:end])
 
-    def gather(self, which: int, rows: Tensor) -> Tensor:
-        """The float32 rows of these numbers of a part."""
-        part, factor = self.parts[which].index_select(0, rows), self.factors[which]
+    def gather(self, which: int, rows: Tensor, out: Tensor) -> None:
+        """Writes the float32 rows of these numbers of a part to ``out``."""
         if self.direct:
-            return part
+            torch.index_select(self.parts[which], 0, rows, out=out)
+            return
+        part, factor = self.parts[which].index_select(0, rows), self.factors[which]
         factor = None if factor is None else factor[rows]
-        norm = torch.empty(rows.numel(), dtype=torch.float32, device=part.device)
-        return self._prepare(part, factor, torch.empty(part.shape, dtype=torch.float32, device=part.device), norm)
+        self._prepare(part, factor, out, torch.empty(rows.numel(), dtype=torch.float32, device=part.device))
 
     def drop_buffers(self) -> None:
         """Gives the memory of converted blocks back."""

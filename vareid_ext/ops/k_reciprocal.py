@@ -27,14 +27,28 @@ def _pattern_sizes(like: Tensor, rows: int) -> tuple[Tensor, Any]:
     return like.new_empty((rows + 1,), dtype=torch.int64), torch.library.get_ctx().new_dynamic_size()
 
 
+def _check_entries(entries: int, most: int | None) -> None:
+    """ValueError if the encodings have more entries than memory was granted for."""
+    if most is not None and entries > most:
+        raise ValueError(
+            f"max_memory: the encodings of these features have {entries} entries, but what was given suffices for "
+            f"{max(most, 0)}"
+        )
+
+
 @torch.library.custom_op("vareid::k_reciprocal_sets", mutates_args=())
-def k_reciprocal_sets(neighbor: Tensor, k1: int) -> tuple[Tensor, Tensor]:
-    """R* of every row; see :func:`vareid_ext.reference.k_reciprocal.reciprocal_sets`."""
-    return reference.reciprocal_sets(neighbor, k1)
+def k_reciprocal_sets(neighbor: Tensor, k1: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """R* of every row; see :func:`vareid_ext.reference.k_reciprocal.reciprocal_sets`.
+
+    ValueError if it has more than ``most`` entries.
+    """
+    indptr, index = reference.reciprocal_sets(neighbor, k1)
+    _check_entries(index.numel(), most)
+    return indptr, index
 
 
 @k_reciprocal_sets.register_fake
-def _(neighbor: Tensor, k1: int) -> tuple[Tensor, Tensor]:
+def _(neighbor: Tensor, k1: int, most: int | None = None) -> tuple[Tensor, Tensor]:
     indptr, entries = _pattern_sizes(neighbor, neighbor.shape[0])
     return indptr, neighbor.new_empty((entries,), dtype=torch.int32)
 
@@ -79,14 +93,21 @@ def _(indptr: Tensor, distance: Tensor, row_max: Tensor) -> Tensor:
 
 @torch.library.custom_op("vareid::k_reciprocal_expand", mutates_args=())
 def k_reciprocal_expand(
-    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor
+    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, most: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query expansion; see :func:`vareid_ext.reference.k_reciprocal.expand_query`."""
-    return reference.expand_query(neighbor, k2, indptr, index, value)
+    """Query expansion; see :func:`vareid_ext.reference.k_reciprocal.expand_query`.
+
+    ValueError if the result has more than ``most`` entries.
+    """
+    expanded = reference.expand_query(neighbor, k2, indptr, index, value)
+    _check_entries(expanded[1].numel(), most)
+    return expanded
 
 
 @k_reciprocal_expand.register_fake
-def _(neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, most: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     new_indptr, entries = _pattern_sizes(neighbor, neighbor.shape[0])
     return new_indptr, index.new_empty((entries,)), value.new_empty((entries,))
 
@@ -194,7 +215,7 @@ def _scratch(like: Tensor, size: int) -> Tensor:
     return like.new_empty((size,), dtype=torch.uint8)
 
 
-def _native_sets(neighbor: Tensor, k1: int) -> Any:
+def _native_sets(neighbor: Tensor, k1: int, most: int | None = None) -> Any:
     native, view, threads, stream = _native.module(), _native.view, torch.get_num_threads(), stream_of(neighbor)
     neighbor = neighbor.contiguous()
     M, width = neighbor.shape
@@ -210,7 +231,9 @@ def _native_sets(neighbor: Tensor, k1: int) -> Any:
     workspace = _scratch(neighbor, 8 * M * threads)
     arrays = [view(array) for array in (*sets, indptr)]
     native.k_reciprocal_expanded(*arrays, None, view(workspace), threads, stream)
-    index = neighbor.new_empty((int(indptr[-1]),))
+    entries = int(indptr[-1])
+    _check_entries(entries, most)
+    index = neighbor.new_empty((entries,))
     native.k_reciprocal_expanded(*arrays, view(index), view(workspace), threads, stream)
     return indptr, index
 
@@ -253,7 +276,7 @@ def _native_encode(indptr: Tensor, distance: Tensor, row_max: Tensor) -> Tensor:
 
 
 def _native_expand(
-    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor
+    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, most: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if k2 == 1:
         return indptr.clone(), index.clone(), value.clone()
@@ -265,6 +288,7 @@ def _native_expand(
     arrays = [view(array) for array in (indptr, index, value, new_indptr)]
     native.k_reciprocal_expand(view(neighbor), k2, *arrays, None, None, view(workspace), threads, stream)
     entries = int(new_indptr[-1])
+    _check_entries(entries, most)
     new_index, new_value = index.new_empty((entries,)), value.new_empty((entries,))
     native.k_reciprocal_expand(
         view(neighbor), k2, *arrays, view(new_index), view(new_value), view(workspace), threads, stream

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops import _progress
-from vareid_ext.ops._checks import check_choice
+from vareid_ext.ops._checks import check_choice, check_count
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes, stream_of
 from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import nearest_neighbors as reference
 from vareid_ext.reference.pairwise_distance import METRICS, result_dtype
 
-_MOST = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
-_EQUAL_CHUNK = 1 << 18  # elements compared at once
+MOST_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
+_EQUAL_CHUNK = 1 << 16  # elements compared at once
 _BITS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -39,11 +39,18 @@ def capacity(k: int) -> int:
     return (k + max(k // 2, 40) + 15) // 16 * 16
 
 
+def again_bytes(columns: int, threads: int) -> int:
+    """What it takes, beside the products, to do rows again that have more near ties than places (on a CPU)."""
+    return columns * (24 * threads + 80) + 64 * _EQUAL_CHUNK
+
+
 class _Scan:
     """Candidates of the rows of some parts of a filter, gathered block by block."""
 
-    def __init__(self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str) -> None:
-        self.filtered, self.k, self.metric = filtered, k, METRICS.index(metric)
+    def __init__(
+        self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str, block_rows: int
+    ) -> None:
+        self.filtered, self.k, self.metric, self.block_rows = filtered, k, METRICS.index(metric), max(64, block_rows)
         self.left, self.right = filtered.sets(*left), filtered.sets(*right)
         self.left_parts, self.right_parts = list(left), list(right)
         self.left_bounds, self.right_bounds = ([_native.view(b) for b in filtered.bounds(w)] for w in (left, right))
@@ -87,8 +94,12 @@ class _Scan:
         """Computes some rows' products whole and takes every entry that may be among the nearest."""
         filtered, view = self.filtered, _native.view
         same = self._equal_rows()
-        step = max(1, min(BLOCK_ROWS, (1 << 22) // self.columns))
-        block = filtered.norm.new_empty((step, self.columns))
+        # As many rows at once as fit in the memory of a block of products and its features.
+        part = filtered.parts[0]
+        D = part.shape[1]
+        taken = self.block_rows * 4 * (self.block_rows + D)
+        step = max(1, min(self.block_rows, taken // (4 * self.columns + (4 + part.element_size()) * D)))
+        block, prepared = filtered.norm.new_empty((step, self.columns)), filtered.norm.new_empty((step, D))
         places = filtered.threads * (self.columns + (self.columns + 1) // 2) * 16
         if block.is_cuda:
             places = block.numel() * 8
@@ -97,8 +108,8 @@ class _Scan:
             rows = again[begin : begin + step]
             products = block[: rows.numel()]
             with full_float32(block.device.type):
-                chosen = self._gather(rows)
-                for which, first, last, offset in row_blocks(filtered, self.right_parts, BLOCK_ROWS):
+                chosen = self._gather(rows, prepared)
+                for which, first, last, offset in row_blocks(filtered, self.right_parts, self.block_rows):
                     columns = filtered.block(which, first, last, 1)
                     torch.mm(chosen, columns.T, out=products[:, offset : offset + last - first])
             _native.module().nearest_neighbors_rescan(
@@ -107,16 +118,15 @@ class _Scan:
                 filtered.threads, self.stream,
             )  # fmt: skip
 
-    def _gather(self, rows: Tensor) -> Tensor:
-        """The prepared float32 rows of these numbers."""
-        filtered, offset = self.filtered, 0
-        out = filtered.norm.new_empty((rows.numel(), filtered.parts[0].shape[1]))
+    def _gather(self, rows: Tensor, out: Tensor) -> Tensor:
+        """The prepared float32 rows of these ascending numbers, in the first rows of ``out``."""
+        filtered, offset, done = self.filtered, 0, 0
         for which in self.left_parts:
-            end = offset + filtered.parts[which].shape[0]
-            inside = (rows >= offset) & (rows < end)
-            out[inside] = filtered.gather(which, rows[inside] - offset)
-            offset = end
-        return out
+            of_part = rows[(rows >= offset) & (rows < offset + filtered.parts[which].shape[0])] - offset
+            filtered.gather(which, of_part, out[done : done + of_part.numel()])
+            offset += filtered.parts[which].shape[0]
+            done += of_part.numel()
+        return out[:done]
 
     def _equal_rows(self) -> Tensor:
         """int32 [columns]: the first row of the right set that each one is equal to, bit for bit."""
@@ -125,7 +135,12 @@ class _Scan:
         D, device = parts[0].shape[1], parts[0].device
         odd = torch.randint(-(2**62), 2**62, (D,), generator=torch.Generator().manual_seed(0)).to(device) * 2 + 1
         step = max(1, _EQUAL_CHUNK // D)
-        code = torch.cat([(rows.to(torch.int64) * odd).sum(1) for part in bits for rows in part.split(step)])
+        code = torch.empty(self.columns, dtype=torch.int64, device=device)
+        mixed, offset = code.new_empty((step, D)), 0
+        for rows in (rows for part in bits for rows in part.split(step)):
+            end = offset + rows.shape[0]
+            torch.sum(torch.mul(rows, odd, out=mixed[: rows.shape[0]]), 1, out=code[offset:end])
+            offset = end
         _, group = torch.unique(code, return_inverse=True)
         number = torch.arange(self.columns, device=device)
         first = torch.full_like(number, self.columns).scatter_reduce_(0, group, number, "amin")[group]
@@ -204,21 +219,21 @@ def _(x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int) -> tupl
 def _native_nearest_neighbors(
     x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int
 ) -> tuple[Tensor, Tensor]:
-    if k > _MOST[x.device.type]:
+    if k > MOST_NEIGHBORS[x.device.type]:
         return NotImplemented
     if y is None:
         filtered = Filter([x], ["x"], metric)
-        scan = _Scan(filtered, [0], [0], k, metric)
+        scan = _Scan(filtered, [0], [0], k, metric, block_rows)
         _symmetric_scan(filtered, [scan], block_rows, None)
     else:
         filtered = Filter([x, y], ["x", "y"], metric)
-        scan = _Scan(filtered, [0], [1], k, metric)
+        scan = _Scan(filtered, [0], [1], k, metric, block_rows)
         _one_sided_scan(filtered, scan, block_rows)
     index, distance = scan.select(result_dtype(x.dtype))
     return distance, index.to(torch.int64)
 
 
-for _device_type in _MOST:
+for _device_type in MOST_NEIGHBORS:
     _native.register(_nearest_neighbors, _device_type)(_native_nearest_neighbors)
 
 
@@ -247,12 +262,12 @@ def _(
 def _native_joint_neighbors(
     query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
 ) -> Any:
-    if max(k, nearest) > _MOST[query.device.type]:
+    if max(k, nearest) > MOST_NEIGHBORS[query.device.type]:
         return NotImplemented
     filtered = Filter([query, gallery], ["query", "gallery"], "sqeuclidean", scale=scale)
-    scans = [_Scan(filtered, [0, 1], [0, 1], k, "sqeuclidean")]
+    scans = [_Scan(filtered, [0, 1], [0, 1], k, "sqeuclidean", block_rows)]
     if nearest:
-        scans.append(_Scan(filtered, [0], [1], nearest, "sqeuclidean"))
+        scans.append(_Scan(filtered, [0], [1], nearest, "sqeuclidean", block_rows))
     _symmetric_scan(filtered, scans, block_rows, out)
     filtered.drop_buffers()
     row_max = scans[0].row_max
@@ -264,7 +279,7 @@ def _native_joint_neighbors(
     return index, distance, row_max, *scans[0].select(torch.float32)
 
 
-for _device_type in _MOST:
+for _device_type in MOST_NEIGHBORS:
     _native.register(joint_neighbors, _device_type)(_native_joint_neighbors)
 
 
@@ -275,8 +290,7 @@ def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple
         check_same_features("y", y, "x", x)
     check_choice("metric", metric, METRICS)
     name, rows = ("x", x.shape[0]) if y is None else ("y", y.shape[0])
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k: {type(k).__name__} was given; an int is needed")
-    if not 1 <= k <= rows:
+    k = check_count("k", k, 1)
+    if k > rows:
         raise ValueError(f"k: {k} was given; allowed are 1 to {rows}, the number of rows of {name}")
     return _nearest_neighbors(x, y, k, metric, BLOCK_ROWS)

@@ -1,0 +1,276 @@
+"""The command lines on feature files, rerank and evaluate: right results, named errors, outputs whole or untouched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.test_feature_files import images
+from vareid_ext import (
+    evaluate_cross_viewpoint,
+    evaluate_features,
+    evaluate_single_viewpoint,
+    k_reciprocal_rerank,
+)
+from vareid_ext.evaluate import main as evaluate
+from vareid_ext.rerank import main as rerank
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def sides(tmp_path):
+    """Two .npz files and what is in them."""
+    query, gallery = images(0, 14), images(1, 40)
+    np.savez(tmp_path / "q.npz", **query)
+    np.savez(tmp_path / "g.npz", **gallery)
+    return str(tmp_path / "q.npz"), str(tmp_path / "g.npz"), query, gallery
+
+
+# ---- python -m vareid_ext.rerank ----------------------------------------------------------------------------------
+
+
+def test_rerank_writes_the_matrix(sides, tmp_path, capsys):
+    query_file, gallery_file, query, gallery = sides
+    output = tmp_path / "result.npy"
+    output.write_text("an older result")
+    assert rerank([query_file, gallery_file, "--output", str(output), "--k1", "8", "--quiet"]) == 0
+    expected = k_reciprocal_rerank(query["feature"], gallery["feature"], k1=8)
+    np.testing.assert_array_equal(np.load(output), expected)
+    assert np.load(output).dtype == np.float32
+    assert str(output) in capsys.readouterr().out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.npz", "q.npz", "result.npy"]
+    assert output.stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_rerank_writes_the_best(sides, tmp_path, suffix):
+    query_file, gallery_file, query, gallery = sides
+    output = tmp_path / f"best{suffix}"
+    assert rerank([query_file, gallery_file, "--output", str(output), "--topk", "4", "--quiet"]) == 0
+    distance, index = k_reciprocal_rerank(query["feature"], gallery["feature"], topk=4)
+    found = np.load(output)
+    np.testing.assert_array_equal(found["index"], index)
+    np.testing.assert_array_equal(found["distance"], distance)
+
+
+def run(module, *arguments, **keywords):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path)}
+    return subprocess.run(
+        [sys.executable, "-m", f"vareid_ext.{module}", *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=120, check=False, **keywords,
+    )  # fmt: skip
+
+
+def test_rerank_as_a_command(sides, tmp_path):
+    query_file, gallery_file, query, gallery = sides
+    output = tmp_path / "result.npy"
+    done = run("rerank", query_file, gallery_file, "--output", output, "--plan", "--max-memory", "1G")
+    assert done.returncode == 0, done.stderr
+    assert "re-ranking" in done.stderr
+    np.testing.assert_allclose(np.load(output), k_reciprocal_rerank(query["feature"], gallery["feature"]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "arguments", "message"),
+    [
+        (lambda q, g: q.write_bytes(q.read_bytes()[:-300]), [], "q.npz: is damaged, truncated or not a .npz file"),
+        (lambda q, g: g.unlink(), [], "g.npz: does not exist"),
+        (lambda q, g: np.savez(g, stuff=np.zeros((3, 2))), [], r"g.npz: has no key of the usual names"),
+        (lambda q, g: np.savez(g, feature=np.zeros((3, 2), np.float32)), [], "gallery: features of 2 elements"),
+        (lambda q, g: np.savez(g, feature=np.zeros((0, 12), np.float32)), [], "gallery: no rows were given"),
+        (lambda q, g: np.savez(g, feature=np.full((9, 12), np.nan, np.float32)), [], "gallery: row 0 holds NaN or Inf"),
+        (lambda q, g: None, ["--k1", "0"], "k1: 0 was given"),
+        (lambda q, g: None, ["--lambda-value", "2"], "lambda_value: 2.0 was given"),
+        (lambda q, g: None, ["--topk", "41"], "topk: 41 was given; allowed are 1 to 40"),
+        (lambda q, g: None, ["--max-memory", "10"], "max_memory: 10 bytes were given"),
+        (lambda q, g: None, ["--gallery-key", "nothing"], "has no key 'nothing'"),
+    ],
+)
+def test_rerank_errors_leave_the_output_alone(sides, tmp_path, capsys, break_it, arguments, message):
+    query_file, gallery_file, *_ = sides
+    output = tmp_path / "result.npy"
+    output.write_text("an older result")
+    break_it(Path(query_file), Path(gallery_file))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert rerank([query_file, gallery_file, "--output", str(output), "--quiet", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert output.read_text() == "an older result"
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_rerank_checks_the_output_first(sides, tmp_path, capsys):
+    query_file, gallery_file, *_ = sides
+    for output, message in (
+        (tmp_path / "result.txt", "suffix '.txt'"),
+        (tmp_path / "nowhere" / "result.npy", "nowhere does not exist"),
+        (tmp_path / "result.npz", "suffix '.npz'"),
+    ):
+        assert rerank([query_file, gallery_file, "--output", str(output)]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "folder.npy").mkdir()
+    assert rerank([query_file, gallery_file, "--output", str(tmp_path / "folder.npy")]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["q.npy", "g.npy", "link.npy"])
+def test_rerank_does_not_replace_its_input(tmp_path, capsys, which):
+    for name, rows in (("q", 4), ("g", 9)):
+        np.save(tmp_path / f"{name}.npy", images(0, rows)["feature"])
+    (tmp_path / "link.npy").symlink_to("g.npy")
+    before = (tmp_path / which).read_bytes()
+    arguments = [str(tmp_path / "q.npy"), str(tmp_path / "g.npy"), "--output", str(tmp_path / which), "--quiet"]
+    assert rerank(arguments) == 2
+    assert f"{which}: is one of the input files" in capsys.readouterr().err
+    assert (tmp_path / which).read_bytes() == before
+
+
+def test_rerank_needs_no_labels(sides, tmp_path):
+    query_file, gallery_file, query, gallery = sides
+    np.savez(query_file, feature=query["feature"], identity=np.array(["anna", "bert"]))
+    output = tmp_path / "result.npy"
+    assert rerank([query_file, gallery_file, "--output", str(output), "--quiet"]) == 0
+    np.testing.assert_array_equal(np.load(output), k_reciprocal_rerank(query["feature"], gallery["feature"]))
+
+
+def test_rerank_takes_its_disk_space_first(sides, tmp_path, capsys, monkeypatch):
+    """The space can go between the look and the writing, and a quota is not seen by looking."""
+    query_file, gallery_file, *_ = sides
+    output = tmp_path / "result.npy"
+    output.write_text("an older result")
+
+    def full(file, begin, size):
+        assert size > 4 * 14 * 40
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    monkeypatch.setattr("vareid_ext.rerank.k_reciprocal_rerank", None)
+    assert rerank([query_file, gallery_file, "--output", str(output), "--quiet"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert output.read_text() == "an older result"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.npz", "q.npz", "result.npy"]
+
+
+def test_rerank_refuses_a_result_larger_than_the_disk(sides, tmp_path, capsys, monkeypatch):
+    query_file, gallery_file, *_ = sides
+    monkeypatch.setattr("vareid_ext.rerank.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    assert rerank([query_file, gallery_file, "--output", str(tmp_path / "result.npy")]) == 2
+    assert "needs 2240 bytes, but 100 are free" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_rerank_stopped_half_way_leaves_nothing_behind(sides, tmp_path, capsys, monkeypatch, number):
+    query_file, gallery_file, *_ = sides
+    output = tmp_path / "result.npy"
+    output.write_text("an older result")
+
+    def half_way(*features, out, **options):
+        out[0] = 1
+        assert len(list(tmp_path.glob(".result.*.part.npy"))) == 1
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("vareid_ext.rerank.k_reciprocal_rerank", half_way)
+    before = signal.getsignal(signal.SIGTERM)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us ignoring it
+    try:
+        assert rerank([query_file, gallery_file, "--output", str(output)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "is as it was" in capsys.readouterr().err
+    assert output.read_text() == "an older result"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["g.npz", "q.npz", "result.npy"]
+
+
+# ---- python -m vareid_ext.evaluate --------------------------------------------------------------------------------
+
+
+def labels(query, gallery, cameras=True):
+    names = ("identity", "camera") if cameras else ("identity",)
+    return [side[name] for name in names for side in (query, gallery)]
+
+
+def test_evaluate_reports_what_the_functions_give(sides, tmp_path, capsys):
+    query_file, gallery_file, query, gallery = sides
+    output = tmp_path / "metrics.json"
+    arguments = ["--features", query_file, gallery_file, "--rerank", "--k1", "8", "--output", str(output), "--quiet"]
+    assert evaluate(arguments) == 0
+    found = json.loads(output.read_text())
+    features = query["feature"], gallery["feature"]
+    for name, rerank_options in (("original", False), ("reranked", {"k1": 8})):
+        expected = evaluate_features(*features, *labels(query, gallery), rerank=rerank_options)
+        for key, value in expected.as_dict().items():
+            assert found[name][key] == pytest.approx(value, abs=1e-12)
+        assert len(found[name]["cmc"]) == 50
+        assert found[name]["num_queries"] == 14
+    table = capsys.readouterr().out
+    assert f"{100 * found['reranked']['mAP']:.2f}" in table
+    assert evaluate(["--features", query_file, gallery_file, "--no-cameras", "--metric", "cosine", "--quiet"]) == 0
+    expected = evaluate_features(*features, *labels(query, gallery, cameras=False), metric="cosine")
+    assert f"{100 * expected.mAP:.2f}" in capsys.readouterr().out
+
+
+def test_evaluate_as_a_command(sides):
+    query_file, gallery_file, *_ = sides
+    done = run("evaluate", "--features", query_file, gallery_file, "--rerank")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["mAP", "original", "reranked"]
+
+
+@pytest.mark.parametrize("protocol", ["cross-viewpoint", "single-viewpoint"])
+def test_evaluate_runs_the_viewpoint_protocols(sides, tmp_path, capsys, protocol):
+    query_file, gallery_file, query, gallery = sides
+    output = tmp_path / "metrics.json"
+    arguments = ["--protocol", protocol, "--no-cameras", "--repeats", "3", "--output", str(output), "--quiet"]
+    assert evaluate(["--features", query_file, gallery_file, *arguments]) == 0
+    found = json.loads(output.read_text())
+    assert list(found) == ["original front", "original side", "original back"]
+    together = [np.concatenate([query[name], gallery[name]]) for name in ("feature", "identity", "viewpoint")]
+    if protocol == "cross-viewpoint":
+        expected = {view: metrics.as_dict() for view, metrics in evaluate_cross_viewpoint(*together).items()}
+    else:
+        expected = {view: draws.mean() for view, draws in evaluate_single_viewpoint(*together, repeats=3).items()}
+        assert "±" in capsys.readouterr().out
+    for view, name in enumerate(found):
+        assert found[name]["mAP"] == pytest.approx(expected[view]["mAP"], abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"identity": None}, [], "q.npz: holds no identities; give --query-identity"),
+        ({"camera": None}, [], "--query-camera: is needed"),
+        ({"identity": np.zeros(3, dtype=int)}, [], "query identity: length 3 was given; 14 is needed"),
+        ({"camera": np.zeros(15, dtype=int)}, [], "query camera: length 15"),
+        ({"identity": np.full(14, 77)}, [], "none of the 14 queries has a match"),
+        ({"feature": np.full((14, 12), np.inf, np.float32)}, [], "row 0 holds NaN or Inf"),
+        ({"viewpoint": None}, ["--protocol", "cross-viewpoint"], "--query-viewpoint: is needed"),
+        ({}, ["--max-rank", "0"], "max_rank: 0"),
+        ({}, ["--rerank", "--k2", "0"], "k2: 0"),
+        ({}, ["--query-identity", "nobody"], "nobody: is neither a file nor a key"),
+    ],
+)
+def test_evaluate_errors_leave_the_output_alone(sides, tmp_path, capsys, change, arguments, message):
+    query_file, gallery_file, query, _ = sides
+    changed = {name: value for name, value in {**query, **change}.items() if value is not None}
+    np.savez(query_file, **changed)
+    output = tmp_path / "metrics.json"
+    output.write_text("an older result")
+    assert evaluate(["--features", query_file, gallery_file, "--output", str(output), "--quiet", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert output.read_text() == "an older result"
+    assert len(list(tmp_path.iterdir())) == 3
