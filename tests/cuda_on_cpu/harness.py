@@ -69,16 +69,18 @@ class Library:
 
     def __init__(self, path: Path, flavour: str) -> None:
         self.path, self.flavour = path, flavour
+        self._chains: dict[str, tuple[str, ...]] = {}
         self._lib = ctypes.CDLL(str(path))
         self._lib.cuda_on_cpu_allocate.restype = ctypes.c_void_p
         self._lib.cuda_on_cpu_allocate.argtypes = [ctypes.c_size_t, ctypes.c_char_p]
         self._lib.cuda_on_cpu_release.argtypes = [ctypes.c_void_p]
-        self._lib.cuda_on_cpu_upload.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+        self._lib.cuda_on_cpu_upload.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         self._lib.cuda_on_cpu_download.restype = ctypes.c_int64
         self._lib.cuda_on_cpu_download.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
         self._lib.cuda_on_cpu_call.restype = ctypes.c_char_p
         self._lib.cuda_on_cpu_export.restype = ctypes.c_char_p
-        self._lib.cuda_on_cpu_site.restype = ctypes.c_char_p
+        self._lib.cuda_on_cpu_sites.restype = ctypes.c_char_p
+        self._lib.cuda_on_cpu_meetings.restype = ctypes.c_char_p
         self._lib.cuda_on_cpu_resumes.restype = ctypes.c_uint64
         self._lib.cuda_on_cpu_order.argtypes = [ctypes.c_int, ctypes.c_uint64]
         self._lib.cuda_on_cpu_disable.argtypes = [ctypes.c_char_p, ctypes.c_int]
@@ -128,8 +130,8 @@ class Library:
         self._lib.cuda_on_cpu_shared_region(first, end - first)
         for s in objects:
             if first <= s.offset < end:
-                name = s.name.split("::")[-1].encode()
-                self._lib.cuda_on_cpu_shared_variable(s.offset, s.size, name, s not in shared)
+                label = f"shared variable '{s.name.split('::')[-1]}'"
+                self._lib.cuda_on_cpu_shared_variable(s.offset, s.size, label.encode(), s not in shared)
 
     def kernel_name(self, address: int) -> str:
         """The plain name of the kernel at an address, template arguments included."""
@@ -148,17 +150,34 @@ class Library:
 
     def symbolise(self, text: str) -> str:
         """Replaces the code addresses of a defect's text by file and line."""
-        offsets = sorted(set(re.findall(r"@0x([0-9a-f]+)", text)))
-        places = {}
-        for offset in offsets:
-            # a return address: one byte back lies in the call
+
+        def name(match: re.Match[str]) -> str:
+            chain = self._chain(match[1])
+            return chain[0] if len(chain) == 1 else f"{chain[0]} (called at {chain[-1]})"
+
+        return re.sub(r"@0x([0-9a-f]+)", name, text)
+
+    def _chain(self, offset: str) -> tuple[str, ...]:
+        """File and line at a return address, and those of the calls into which g++ inlined it."""
+        if offset not in self._chains:
+            # one byte back lies in the call
             command = ["addr2line", "-i", "-C", "-e", str(self.path), hex(int(offset, 16) - 1)]
-            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")
-            lines = [re.sub(r" \(discriminator \d+\)", "", line).strip() for line in lines if line.strip()]
-            own = [line for line in lines if "/cuda_on_cpu/include/" not in line]
-            places[offset] = _relative((own or lines or ["?"])[0])
-        text = re.sub(r"@0x([0-9a-f]+)", lambda m: places[m[1]], text)
-        return text
+            lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+            lines = [re.sub(r" \(discriminator \d+\)", "", line).removeprefix(f"{build.ROOT}/") for line in lines]
+            self._chains[offset] = tuple(line for line in lines if "cuda_on_cpu/include/" not in line) or ("?",)
+        return self._chains[offset]
+
+    def divergence(self) -> str:
+        """Where threads came to one barrier or warp operation by different calls since the last call, or ""."""
+        for line in self._lib.cuda_on_cpu_meetings().decode().splitlines():
+            site, *paths = line.split("|")
+            first, second = (
+                [p for at in re.findall(r"@0x([0-9a-f]+)", path) for p in self._chain(at)] for path in paths
+            )
+            if first != second:
+                different = next((a, b) for a, b in zip(first, second, strict=False) if a != b)
+                return f"barrier divergence: threads came to {site} by calls at {' and '.join(different)}"
+        return ""
 
     def set_order(self, order: str) -> None:
         kind, _, seed = order.partition(" ")
@@ -175,15 +194,10 @@ class Library:
         else:
             self._lib.cuda_on_cpu_disable(site[0].encode(), site[1])
 
-    def take_barrier_sites(self) -> set[tuple[str, int, str]]:
-        """(file, line, kernel) of every barrier that has run since the last call of this function."""
-        sites = set()
-        for i in range(self._lib.cuda_on_cpu_sites()):
-            line, kernel = ctypes.c_int(), ctypes.c_void_p()
-            file = self._lib.cuda_on_cpu_site(i, ctypes.byref(line), ctypes.byref(kernel)).decode()
-            sites.add((file, line.value, self.kernel_name(kernel.value or 0)))
-        self._lib.cuda_on_cpu_forget_sites()
-        return sites
+    def take_barrier_sites(self) -> frozenset[tuple[str, int]]:
+        """(file, line) of every barrier that has run since the last call of this function."""
+        places = (line.rpartition(":") for line in self._lib.cuda_on_cpu_sites().decode().splitlines())
+        return frozenset((file, int(line)) for file, _, line in places)
 
     @contextmanager
     def measuring(self) -> Iterator[dict[str, Traffic]]:
@@ -239,10 +253,6 @@ class Traffic:
     def wavefront_ratio(self) -> float:
         """Shared-memory wavefronts over the ideal; 1 is free of bank conflicts."""
         return self.wavefronts / max(1, self.ideal_wavefronts)
-
-
-def _relative(place: str) -> str:
-    return place.removeprefix(str(build.ROOT) + "/")
 
 
 @functools.cache
@@ -330,7 +340,7 @@ class Launcher:
         owned.append(pointer)
         constant = parameter.startswith("const ")
         if constant or isinstance(argument, InOut):
-            self._lib.cuda_on_cpu_upload(pointer, tensor.data_ptr(), nbytes)
+            self._lib.cuda_on_cpu_upload(pointer, tensor.data_ptr(), nbytes, constant)
         if not constant:
             outputs.append((pointer, tensor, number, not isinstance(argument, Partial)))
         return pointer
@@ -351,8 +361,11 @@ class Launcher:
             )
 
     def _raise(self, function: str, error: str) -> None:
+        defect = self.library.divergence()
         if error.startswith("CUDA-on-CPU defect: "):
-            text = self.library.symbolise(error.removeprefix("CUDA-on-CPU defect: "))
+            defect = error.removeprefix("CUDA-on-CPU defect: ")
+        if defect:
+            text = self.library.symbolise(defect)
             raise KernelDefect(f"{function} ({self.library.flavour} build, {self.order} order): {text}")
         if error:
             raise LauncherError(f"{function}: {error}")
