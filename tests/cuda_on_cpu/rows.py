@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from tests.cuda_on_cpu import backend, more_cases
-from tests.cuda_on_cpu.harness import Launcher, _copy_output, package
+from tests.cuda_on_cpu.harness import Launcher, _copy_output
+from tests.cuda_on_cpu.library import package
 
 _TESTS = Path(__file__).resolve().parent.parent
 # A call larger than this is not worth replaying once for each barrier.
@@ -66,8 +67,7 @@ def recorded_calls(row: str) -> list[Call]:
             work = library.take_work()
             size = sum(a.numel() * a.element_size() for a in arguments if isinstance(a, torch.Tensor))
             if work <= _REPLAYED_SWITCHES and size <= _REPLAYED_BYTES:
-                sites = frozenset((file, line) for file, line, _ in library.take_barrier_sites())
-                calls.append(Call(function, kept, work, sites))
+                calls.append(Call(function, kept, work, library.take_barrier_sites()))
             return result
 
         with backend.cuda_on_cpu(record):

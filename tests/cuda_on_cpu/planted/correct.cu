@@ -77,6 +77,7 @@ __global__ void grid_sum_kernel(const float* __restrict__ x, float* __restrict__
     float sum = 0.0f;
     for (unsigned b = 0; b < gridDim.x; ++b) sum += partial[b];
     *y = sum;
+    *ticket = 0;  // for the next launch
   }
 }
 

@@ -14,57 +14,55 @@
 namespace cuda_on_cpu {
 
 struct Record {
-  uint32_t block, epoch, pc;
-  uint16_t thread : 10, mask : 4, atomic : 1, valid : 1;
-  uint16_t clock;
+  uint32_t block, pc;
+  uint64_t thread : 10, atomic : 1, valid : 1, epoch : 26, clock : 26;
 };
 
-// Writers: one for each byte (a 2-byte write uses its first byte's, a 4-byte write the first). Readers: the last one,
-// the last other lane of its warp, the last of another warp.
+// Of each kind of access the last one, the last by another lane of its warp, by another warp, by another block. What
+// was ordered once stays so: old records do no harm.
 struct Cell {
-  Record writer[4], reader[3];
+  Record writes[4], reads[4];
 };
 
 namespace {
 
-using Clock = std::array<uint16_t, kWarp>;
+using Clock = std::array<uint32_t, kWarp>;
 struct Warp {
   Clock seen[kWarp];  // seen[a][b]: what lane a knows of lane b's clock; seen[a][a] is its own
-  bool touched;
+  bool touched = true;
 };
 Warp warps[kMaxThreads / kWarp];
 std::vector<Release> block_observed, block_acquired;
 std::unordered_map<uintptr_t, std::vector<Release>> released;  // by the atomic's address
 uintptr_t module_base = 0, module_end = 0;
 
-void reset_clocks(bool always) {
-  for (unsigned w = 0; w * kWarp < machine.threads; ++w) {
-    if (!always && !warps[w].touched) continue;
+void reset_clocks() {
+  for (Warp& warp : warps) {
+    if (!warp.touched) continue;
     for (unsigned lane = 0; lane < kWarp; ++lane) {
-      warps[w].seen[lane].fill(0);
-      warps[w].seen[lane][lane] = 1;
+      warp.seen[lane].fill(0);
+      warp.seen[lane][lane] = 1;
     }
-    warps[w].touched = false;
+    warp.touched = false;
   }
 }
 
 bool covered(const std::vector<Release>& releases, const Record& record) {
-  for (const Release& release : releases)
+  for (const Release& release : releases)  // the releasing atomic itself is one tick behind its fence
     if (release.block == record.block &&
-        (record.epoch < release.epoch ||
-         (record.epoch == release.epoch && record.thread == release.thread && record.clock <= release.clock)))
+        (record.epoch < release.epoch || (record.epoch == release.epoch && record.thread == release.thread &&
+                                          record.clock <= release.clock + record.atomic)))
       return true;
   return false;
 }
 
 bool ordered(const Record& record, bool shared) {
-  if (!record.valid || record.block < machine.launch_first_block) return true;
+  if (record.block < machine.launch_first_block) return true;
   const Thread& self = machine.thread[machine.current];
   if (record.block == machine.block) {
     if (record.thread == machine.current || record.epoch < machine.epoch) return true;
-    const unsigned lane = machine.current % kWarp, other = record.thread % kWarp;
     if (record.thread / kWarp == machine.current / kWarp &&
-        warps[machine.current / kWarp].seen[lane][other] >= record.clock)
+        warps[machine.current / kWarp].seen[machine.current % kWarp][record.thread % kWarp] >= record.clock)
       return true;
   } else if (shared) {
     return true;  // another block's shared memory
@@ -72,126 +70,124 @@ bool ordered(const Record& record, bool shared) {
   return covered(self.acquired, record) || covered(block_acquired, record);
 }
 
-[[noreturn]] void race(const Record& before, bool was_write, uintptr_t address, bool write, bool atomic, uintptr_t pc,
-                       bool shared) {
-  const bool same_block = before.block == machine.block;
-  const char* missing = !same_block ? "nothing orders the blocks"
-                        : before.thread / kWarp == machine.current / kWarp
-                            ? "no __syncwarp or __syncthreads between them (shuffles order nothing)"
-                            : "no __syncthreads between them";
-  fail("data race on %s: %s%s by thread %s of block %s at %s, then %s%s by thread %s of block %s at %s: %s",
-       describe(address).c_str(), before.atomic ? "atomic " : "", was_write ? "write" : "read",
-       thread_name(before.thread).c_str(), block_name(before.block).c_str(), place(uintptr_t{before.pc}).c_str(),
-       atomic ? "atomic " : "", write ? "write" : "read", thread_name(machine.current).c_str(),
-       block_name(machine.block).c_str(), place(pc).c_str(), missing);
-  (void)shared;
+struct Access {
+  uintptr_t address;
+  size_t size;
+  bool write, atomic, shared;
+  uintptr_t pc;
+  const char* verb() const { return atomic ? "atomic access" : write ? "write" : "read"; }
+};
+
+// " by thread (1,0,0) of block (0,0,0) at file:line" of the running thread.
+std::string by_whom(uintptr_t pc, uint32_t thread = machine.current, uint32_t block = machine.block) {
+  return " by thread " + thread_name(thread) + " of block " + block_name(block) + " at " + place(pc);
 }
 
-void update_cell(Cell& cell, unsigned mask, uintptr_t address, bool write, bool atomic, uintptr_t pc, bool shared) {
-  const unsigned lane = machine.current % kWarp;
+[[noreturn]] void bad_access(const char* what, const Access& access, const char* why = "") {
+  fail("%s %s of %zu bytes at %s%s%s", what, access.verb(), access.size, describe(access.address).c_str(),
+       by_whom(access.pc).c_str(), why);
+}
+
+void compare(const Record (&records)[4], bool writes, const Access& access, uintptr_t at) {
+  for (const Record& before : records) {
+    if (!before.valid || (before.atomic && access.atomic) || ordered(before, access.shared)) continue;
+    const char* missing = before.block != machine.block ? "nothing orders the blocks"
+                          : before.thread / kWarp == machine.current / kWarp
+                              ? "no __syncwarp or __syncthreads between them (shuffles order nothing)"
+                              : "no __syncthreads between them";
+    fail("data race on %s: %s%s%s, then %s%s%s: %s", describe(at).c_str(), before.atomic ? "atomic " : "",
+         writes ? "write" : "read", by_whom(before.pc, before.thread, before.block).c_str(),
+         access.atomic ? "atomic " : "", access.write ? "write" : "read", by_whom(access.pc).c_str(), missing);
+  }
+}
+
+void compare(const Cell& cell, const Access& access, uintptr_t at) {
+  compare(cell.writes, true, access, at);
+  if (access.write) compare(cell.reads, false, access, at);
+}
+
+void remember(Record (&records)[4], const Record& now) {
+  const Record& last = records[0];
+  const bool same_thread = last.block == now.block && last.thread == now.thread;
+  if (last.valid && !(same_thread && last.atomic >= now.atomic)) {
+    const bool same_warp = last.block == now.block && last.thread / kWarp == now.thread / kWarp;
+    records[same_warp ? 1 : last.block == now.block ? 2 : 3] = last;
+  }
+  records[0] = now;
+}
+
+void check_race(Region& region, const Access& access) {
   Record now{};
   now.block = machine.block;
-  now.epoch = machine.epoch;
-  now.pc = static_cast<uint32_t>(pc);
-  now.thread = static_cast<uint16_t>(machine.current);
-  now.mask = static_cast<uint16_t>(mask);
-  now.atomic = atomic;
+  now.pc = static_cast<uint32_t>(access.pc);
+  now.thread = machine.current;
+  now.atomic = access.atomic;
   now.valid = 1;
-  now.clock = warps[machine.current / kWarp].seen[lane][lane];
-  for (const Record& writer : cell.writer)
-    if (writer.valid && (writer.mask & mask) && !(writer.atomic && atomic) && !ordered(writer, shared))
-      race(writer, true, address, write, atomic, pc, shared);
-  if (write) {
-    for (const Record& reader : cell.reader)
-      if (reader.valid && (reader.mask & mask) && !(reader.atomic && atomic) && !ordered(reader, shared))
-        race(reader, false, address, write, atomic, pc, shared);
-    const unsigned slot = mask == 15 ? 0 : static_cast<unsigned>(__builtin_ctz(mask));
-    for (unsigned i = 0; i < 4; ++i)
-      if ((cell.writer[i].mask & ~mask) == 0) cell.writer[i].valid = 0;
-    cell.writer[slot] = now;
-    return;
-  }
-  Record& last = cell.reader[0];
-  if (last.valid && !(last.block == now.block && last.thread == now.thread)) {
-    if (last.block == now.block && last.thread / kWarp == machine.current / kWarp) {
-      cell.reader[1] = last;
-    } else {
-      cell.reader[2] = last;
-      cell.reader[1].valid = 0;
+  now.epoch = machine.epoch;
+  now.clock = warps[machine.current / kWarp].seen[machine.current % kWarp][machine.current % kWarp];
+  const size_t end = access.address + access.size - region.base;
+  for (size_t word = (access.address - region.base) / 4; 4 * word < end; ++word) {
+    const size_t from = std::max(4 * word, access.address - region.base), to = std::min(4 * word + 4, end);
+    compare(region.words[word], access, region.base + from);
+    for (size_t byte = from; byte < to; ++byte)
+      if (region.state[byte] & kSplit) compare(region.bytes[byte], access, region.base + byte);
+    if (to - from == 4) {
+      remember(access.write ? region.words[word].writes : region.words[word].reads, now);
+      continue;
+    }
+    for (size_t byte = from; byte < to; ++byte) {
+      remember(access.write ? region.bytes[byte].writes : region.bytes[byte].reads, now);
+      region.state[byte] |= kSplit;
     }
   }
-  last = now;
 }
 
-Region* find_region(uintptr_t address, bool& shared) {
-  shared = false;
-  if (global_region.contains(address)) return &global_region;
-  shared = true;
-  if (static_region.contains(address)) return &static_region;
-  if (dynamic_region.contains(address)) return &dynamic_region;
-  return nullptr;
+// A thread's own stack and the launch's arguments need no check, constants of the program may be read.
+void check_elsewhere(const Access& access) {
+  const uintptr_t stack = reinterpret_cast<uintptr_t>(machine.thread[machine.current].stack);
+  if (access.address - stack < kStack || access.address - machine.arguments < machine.argument_bytes) return;
+  if (access.address < module_base || access.address >= module_end)
+    bad_access("out-of-bounds", access, ": no device memory lies there");
+  if (access.write) bad_access("unchecked", access, ": __device__ variables are not supported: pass a pointer");
 }
 
-// A thread's own stack, constants of the program and the launch's arguments need no check.
-bool is_private(uintptr_t address) {
-  const Thread& self = machine.thread[machine.current];
-  if (address - reinterpret_cast<uintptr_t>(self.stack) < 128 * 1024) return true;
-  if (address >= module_base && address < module_end) return true;
-  return address >= machine.host_frame && address < machine.host_frame + 64 * 1024;
-}
-
-void check(uintptr_t address, size_t size, bool write, bool atomic, const void* return_address) {
-  bool shared;
-  Region* region = find_region(address, shared);
-  const uintptr_t pc = reinterpret_cast<uintptr_t>(return_address) - module_base;
-  const char* verb = atomic ? "atomic access" : write ? "write" : "read";
-  if (!region) {
-    if (is_private(address)) return;
-    fail("out-of-bounds %s of %zu bytes at %s by thread %s of block %s at %s: no device memory lies there", verb, size,
-         describe(address).c_str(), thread_name(machine.current).c_str(), block_name(machine.block).c_str(),
-         place(pc).c_str());
+void check(const Access& access, Region* region) {
+  if (!region) return check_elsewhere(access);
+  uint8_t* const state = region->state + (access.address - region->base);
+  uint8_t all = 0xff, any = 0;
+  for (size_t i = 0; i < access.size; ++i) all &= state[i], any |= state[i];
+  if (any & kForeign) return check_elsewhere(access);
+  if (!(all & kAllocated)) bad_access("out-of-bounds", access);
+  if (access.write && (any & kConstant)) bad_access("constant input:", access);
+  if (access.size <= 16 && (access.size & (access.size - 1)) == 0 && access.address % access.size != 0)
+    bad_access("misaligned", access);
+  if ((!access.write || access.atomic) && !(all & kInitialised) && machine.deferred.empty()) {
+    machine.deferred = std::string("uninitialised ") + access.verb() + " of " + std::to_string(access.size) +
+                       " bytes at " + describe(access.address) + by_whom(access.pc);
+    if (!access.shared) fail("%s", "");
   }
-  uint8_t* state = region->state + (address - region->base);
-  for (size_t i = 0; i < size; ++i) {
-    if (state[i] & kForeign) return;
-    if (!(state[i] & kAllocated))
-      fail("out-of-bounds %s of %zu bytes at %s by thread %s of block %s at %s", verb, size, describe(address).c_str(),
-           thread_name(machine.current).c_str(), block_name(machine.block).c_str(), place(pc).c_str());
+  if (access.write) {
+    if (region == &static_region) mark_dirty(access.address), mark_dirty(access.address + access.size - 1);
+    for (size_t i = 0; i < access.size; ++i) state[i] |= kInitialised;
   }
-  if (size <= 16 && (size & (size - 1)) == 0 && address % size != 0)
-    fail("misaligned %s of %zu bytes at %s by thread %s of block %s at %s", verb, size, describe(address).c_str(),
-         thread_name(machine.current).c_str(), block_name(machine.block).c_str(), place(pc).c_str());
-  for (size_t i = 0; i < size && (!write || atomic); ++i)
-    if (!(state[i] & kInitialised)) {
-      if (!machine.deferred.empty()) break;
-      machine.deferred = std::string("uninitialised ") + verb + " of " + std::to_string(size) + " bytes at " +
-                         describe(address) + " by thread " + thread_name(machine.current) + " of block " +
-                         block_name(machine.block) + " at " + place(pc);
-      if (!shared) fail("%s", "");
-      break;
-    }
-  if (write) {
-    if (region == &static_region) mark_dirty(address), mark_dirty(address + size - 1);
-    for (size_t i = 0; i < size; ++i) state[i] |= kInitialised;
-  }
-  for (uintptr_t at = address; at < address + size;) {
-    const uintptr_t cell_base = (at - region->base) & ~uintptr_t{3};
-    const uintptr_t end = std::min(address + size, region->base + cell_base + 4);
-    const unsigned first = static_cast<unsigned>(at - region->base - cell_base);
-    const unsigned mask = ((1u << (end - at)) - 1) << first;
-    update_cell(region->cells[cell_base / 4], mask, at, write, atomic, pc, shared);
-    at = end;
-  }
-  if (machine.measure) {
-    machine.thread[machine.current].log.push_back({pc, address, static_cast<uint32_t>(size), write, shared});
-  }
+  check_race(*region, access);
+  if (machine.measure)
+    machine.thread[machine.current].log.push_back(
+        {access.pc, access.address, static_cast<uint32_t>(access.size), access.write, access.shared});
 }
 
 // Code that the checker itself runs may be instrumented too (inline functions that it shares with a kernel).
-void access(uintptr_t address, size_t size, bool write, bool atomic, const void* return_address) {
+void access(const void* pointer, size_t size, bool write, bool atomic, const void* return_address) {
   if (!machine.running || machine.checking) return;
   machine.checking = true;
-  check(address, size, write, atomic, return_address);
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  Region* const region = global_region.contains(address)    ? &global_region
+                         : static_region.contains(address)  ? &static_region
+                         : dynamic_region.contains(address) ? &dynamic_region
+                                                            : nullptr;
+  check({address, size, write, atomic, region != &global_region,
+         reinterpret_cast<uintptr_t>(return_address) - module_base},
+        region);
   machine.checking = false;
 }
 
@@ -201,13 +197,8 @@ void join(std::vector<Release>& to, const std::vector<Release>& from) { to.inser
 
 void map_shadow(Region& region) {
   region.state = static_cast<uint8_t*>(reserve(region.size));
-  region.cells = static_cast<Cell*>(reserve((region.size / 4 + 1) * sizeof(Cell)));
-}
-
-std::string place(uintptr_t pc) {
-  char text[32];
-  snprintf(text, sizeof text, "@0x%zx", static_cast<size_t>(pc));
-  return text;
+  region.words = static_cast<Cell*>(reserve((region.size / 4 + 1) * sizeof(Cell)));
+  region.bytes = static_cast<Cell*>(reserve(region.size * sizeof(Cell)));
 }
 
 void checker_begin_launch() {
@@ -217,7 +208,7 @@ void checker_begin_launch() {
 }
 
 void checker_begin_block() {
-  reset_clocks(true);
+  reset_clocks();
   block_observed.clear();
   block_acquired.clear();
   for (unsigned t = 0; t < machine.threads; ++t) {
@@ -230,7 +221,7 @@ void checker_begin_block() {
 }
 
 void checker_block_barrier() {
-  reset_clocks(false);
+  reset_clocks();
   for (unsigned t = 0; t < machine.threads; ++t) {
     Thread& thread = machine.thread[t];
     join(block_observed, thread.observed);
@@ -260,8 +251,6 @@ void checker_warp_sync(unsigned w, unsigned lanes) {
   }
 }
 
-std::string take_sanitizer_report() { return ""; }
-
 void fence() {
   Thread& self = machine.thread[machine.current];
   Warp& warp = warps[machine.current / kWarp];
@@ -277,10 +266,9 @@ void fence() {
 
 void atomic_access(const void* address, size_t bytes, void* pc) {
   if (!machine.running) return;
-  const auto where = reinterpret_cast<uintptr_t>(address);
-  access(where, bytes, true, true, pc);
+  access(address, bytes, true, true, pc);
   Thread& self = machine.thread[machine.current];
-  std::vector<Release>& here = released[where];
+  std::vector<Release>& here = released[reinterpret_cast<uintptr_t>(address)];
   const size_t before = here.size();
   if (self.fenced) {
     here.push_back({machine.block, self.fence_epoch, machine.current, self.fence_clock});
@@ -294,33 +282,22 @@ void atomic_access(const void* address, size_t bytes, void* pc) {
 }  // namespace cuda_on_cpu
 
 // ---- what the compiler calls
-// -------------------------------------------------------------------------------------------
+
 using cuda_on_cpu::access;
 #define CALLED_FROM __builtin_return_address(0)
-#define ACCESS_OF(size)                                                                                        \
-  void __tsan_read##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM); } \
-  void __tsan_write##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM); } \
-  void __tsan_unaligned_read##size(void* a) {                                                                  \
-    access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM);                                   \
-  }                                                                                                            \
-  void __tsan_unaligned_write##size(void* a) {                                                                 \
-    access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM);                                    \
-  }                                                                                                            \
-  void __tsan_volatile_read##size(void* a) {                                                                   \
-    access(reinterpret_cast<uintptr_t>(a), size, false, false, CALLED_FROM);                                   \
-  }                                                                                                            \
-  void __tsan_volatile_write##size(void* a) { access(reinterpret_cast<uintptr_t>(a), size, true, false, CALLED_FROM); }
+#define ACCESSES(kind, size)                                                              \
+  void __tsan_##kind##read##size(void* a) { access(a, size, false, false, CALLED_FROM); } \
+  void __tsan_##kind##write##size(void* a) { access(a, size, true, false, CALLED_FROM); }
+#define ACCESSES_OF(size) ACCESSES(, size) ACCESSES(unaligned_, size) ACCESSES(volatile_, size)
 extern "C" {
-ACCESS_OF(1)
-ACCESS_OF(2)
-ACCESS_OF(4)
-ACCESS_OF(8)
-ACCESS_OF(16)
-void __tsan_read_range(void* a, size_t n) { access(reinterpret_cast<uintptr_t>(a), n, false, false, CALLED_FROM); }
-void __tsan_write_range(void* a, size_t n) { access(reinterpret_cast<uintptr_t>(a), n, true, false, CALLED_FROM); }
+ACCESSES_OF(1)
+ACCESSES_OF(2)
+ACCESSES_OF(4)
+ACCESSES_OF(8)
+ACCESSES_OF(16)
+void __tsan_read_range(void* a, size_t n) { access(a, n, false, false, CALLED_FROM); }
+void __tsan_write_range(void* a, size_t n) { access(a, n, true, false, CALLED_FROM); }
 void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 }

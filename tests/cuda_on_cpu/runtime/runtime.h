@@ -26,8 +26,13 @@ constexpr bool kChecker = true;
 #else
 constexpr bool kChecker = false;
 #endif
-constexpr unsigned kWarp = 32, kMaxThreads = 1024;
-constexpr size_t kMaxShared = 99 * 1024;  // the least that cudaFuncSetAttribute may ask for on sm_86, sm_89, sm_120
+constexpr unsigned kWarp = 32, kMaxThreads = 1024, kMaxDepth = 12;
+constexpr size_t kMaxDynamic = 48 * 1024;  // what a kernel gets without cudaFuncSetAttribute
+#ifdef CUDA_ON_CPU_ASAN
+constexpr size_t kStack = 512 * 1024;
+#else
+constexpr size_t kStack = 128 * 1024;
+#endif
 
 struct Defect : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -51,7 +56,9 @@ struct Thread {
   char* stack = nullptr;
   uint3 index{};
   State state = State::kDone;
-  Site site{};  // where it waits
+  Site site{};                                // where it waits
+  uintptr_t calls[kMaxDepth] = {}, path = 0;  // the calls that led there, and their hash
+  unsigned depth = 0;
   bool predicate = false;
   WarpOp op{};
   unsigned mask = 0, source = 0;
@@ -70,7 +77,8 @@ struct Machine {
   unsigned threads = 0, current = 0;
   uint32_t epoch = 0;  // block barriers passed in this block
   Thread thread[kMaxThreads];
-  uintptr_t host_frame = 0;
+  uintptr_t arguments = 0;  // of the launch
+  size_t argument_bytes = 0;
   size_t dynamic_bytes = 0;
   std::string defect;
   std::string deferred;  // an uninitialised read of shared memory: a race that explains it may still show
@@ -91,40 +99,58 @@ std::string block_name(uint32_t block);
 std::string place(Site site);
 std::string place(uintptr_t pc);
 
-// asan_report.cpp; "" in the other builds
-std::string take_sanitizer_report();
-
 // memory.cpp
 void begin_block_memory();
-void fill_static_shared();
+void set_up_memory();
 
-// A stretch of memory that kernels may touch, with one state byte for each of its bytes and (checker) one race cell for
-// each four.
-enum : uint8_t { kAllocated = 1, kInitialised = 2, kForeign = 4, kRead = 8, kWritten = 16 };
+// A stretch of memory that kernels may touch, with one state byte for each of its bytes. Checker: a cell for each four
+// bytes knows who accessed them whole, one for each byte who accessed it otherwise (kSplit).
+enum : uint8_t {
+  kAllocated = 1,
+  kInitialised = 2,
+  kForeign = 4,
+  kRead = 8,
+  kWritten = 16,
+  kConstant = 32,
+  kSplit = 64
+};
 struct Cell;
 struct Region {
   uintptr_t base = 0;
   size_t size = 0;
   uint8_t* state = nullptr;
-  Cell* cells = nullptr;
+  Cell *words = nullptr, *bytes = nullptr;
   bool contains(uintptr_t address) const { return address - base < size; }
 };
 extern Region global_region, static_region, dynamic_region;
-void map_shadow(Region& region);
 void* reserve(size_t bytes);
 void set_state(Region& region, uintptr_t address, size_t bytes, uint8_t state);
+void forget_seen();
 // "variable 'tile' + 12 bytes" or "argument 2 of f + 4 bytes".
 std::string describe(uintptr_t address);
 void mark_dirty(uintptr_t static_shared_address);
 
-// checker.cpp; nothing in the other builds
+#ifdef CUDA_ON_CPU_CHECKER  // checker.cpp and traffic.cpp
+void map_shadow(Region& region);
 void checker_begin_launch();
 void checker_begin_block();
 void checker_block_barrier();
 void checker_warp_sync(unsigned warp, unsigned lanes);
-
-// traffic.cpp
 void traffic_begin_launch();
 void traffic_flush(unsigned first_thread, unsigned threads);
+#else
+inline void map_shadow(Region&) {}
+inline void checker_begin_launch() {}
+inline void checker_begin_block() {}
+inline void checker_block_barrier() {}
+inline void checker_warp_sync(unsigned, unsigned) {}
+inline void traffic_begin_launch() {}
+inline void traffic_flush(unsigned, unsigned) {}
+#endif
+#ifdef CUDA_ON_CPU_ASAN  // asan_report.cpp
+std::string take_sanitizer_report();
+#else
+inline std::string take_sanitizer_report() { return ""; }
+#endif
 
 }  // namespace cuda_on_cpu

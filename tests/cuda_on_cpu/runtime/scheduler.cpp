@@ -1,30 +1,24 @@
 // Runs a grid: one fiber for each thread of the block, switched at barriers and warp operations.
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstdarg>
-#include <cstdio>
 #include <cstring>
-#include <map>
 #include <numeric>
 #include <set>
-#include <tuple>
+#include <utility>
 
 #include "runtime.h"
 
-#if defined(__SANITIZE_ADDRESS__) || defined(CUDA_ON_CPU_ASAN)
+#ifdef CUDA_ON_CPU_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#define CUDA_ON_CPU_WITH_ASAN 1
 #endif
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// ---- context switch
-// ----------------------------------------------------------------------------------------------------
-#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
+// Saves the running fiber's registers and stack pointer, and goes on where another one did so.
 extern "C" void cuda_on_cpu_switch(void** save, void* load);
 __asm__(R"(
 .text
@@ -49,9 +43,6 @@ cuda_on_cpu_switch:
   ret
 .size cuda_on_cpu_switch, .-cuda_on_cpu_switch
 )");
-#else
-#include <ucontext.h>
-#endif
 
 namespace cuda_on_cpu {
 
@@ -59,21 +50,17 @@ Machine machine;
 
 namespace {
 
-#ifdef CUDA_ON_CPU_WITH_ASAN
-constexpr size_t kStack = 512 * 1024;
-#else
-constexpr size_t kStack = 128 * 1024;
-#endif
 constexpr size_t kGuard = 4096;
 
-void (*body)(void*) = nullptr;
-void* body_context = nullptr;
-std::map<const void*, size_t> allowed_dynamic;
-std::set<std::tuple<std::string, int, const void*>> sites;  // every barrier that ran: file, line, kernel
+void (*body)(const void*) = nullptr;
+const void* body_context = nullptr;
+std::set<std::pair<std::string, int>> sites;  // every barrier that ran
 Site last_site{};
-const void* last_kernel = nullptr;
+std::set<std::pair<uintptr_t, uintptr_t>> met;  // paths by which threads came to the same operation
+std::string meetings;                           // the same as text: "site|calls|calls" a line
 uint64_t random_state = 0;
 uint64_t resumes = 0;
+void* scheduler_stack_pointer = nullptr;
 uint32_t arrived[kMaxThreads / kWarp];  // for each warp: the lanes that wait at a warp operation or have ended
 
 uint64_t next_random() {
@@ -86,6 +73,7 @@ uint64_t next_random() {
 
 template <typename T>
 void arrange(std::vector<T>& order) {
+  std::iota(order.begin(), order.end(), T(0));
   if (machine.order == 1) std::reverse(order.begin(), order.end());
   if (machine.order == 2)
     for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
@@ -94,51 +82,39 @@ void arrange(std::vector<T>& order) {
 void allocate_stacks() {
   if (machine.thread[0].stack) return;
   const size_t each = kStack + kGuard;
-  void* memory =
-      mmap(nullptr, each * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) throw Defect("the harness cannot reserve memory for the fibers' stacks");
+  char* const memory = static_cast<char*>(reserve(each * kMaxThreads));
   for (unsigned t = 0; t < kMaxThreads; ++t) {
-    char* base = static_cast<char*>(memory) + t * each;
-    mprotect(base, kGuard, PROT_NONE);
-    machine.thread[t].stack = base + kGuard;
+    mprotect(memory + t * each, kGuard, PROT_NONE);
+    machine.thread[t].stack = memory + t * each + kGuard;
   }
 }
 
-// ---- fibers
-// ------------------------------------------------------------------------------------------------------------
-#ifdef CUDA_ON_CPU_WITH_ASAN
+// ---- fibers: the address sanitizer is told of every switch
+
+#ifdef CUDA_ON_CPU_ASAN
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
-void* scheduler_fake_stack = nullptr;
-#endif
-
-#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
-void* scheduler_stack_pointer = nullptr;
+void leave(void** fake, const void* stack, size_t size) { __sanitizer_start_switch_fiber(fake, stack, size); }
+void arrive(void* fake, bool at_thread) {
+  __sanitizer_finish_switch_fiber(fake, at_thread ? &scheduler_stack : nullptr,
+                                  at_thread ? &scheduler_stack_size : nullptr);
+}
 #else
-ucontext_t scheduler_context, thread_context[kMaxThreads];
+constexpr const void* scheduler_stack = nullptr;
+constexpr size_t scheduler_stack_size = 0;
+void leave(void**, const void*, size_t) {}
+void arrive(void*, bool) {}
 #endif
 
 void switch_to_scheduler(bool last) {
-#ifdef CUDA_ON_CPU_WITH_ASAN
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(last ? nullptr : &fake, scheduler_stack, scheduler_stack_size);
-#else
-  (void)last;
-#endif
-#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
+  leave(last ? nullptr : &fake, scheduler_stack, scheduler_stack_size);
   cuda_on_cpu_switch(&machine.thread[machine.current].stack_pointer, scheduler_stack_pointer);
-#else
-  swapcontext(&thread_context[machine.current], &scheduler_context);
-#endif
-#ifdef CUDA_ON_CPU_WITH_ASAN
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
+  arrive(fake, true);
 }
 
 void fiber_main() {
-#ifdef CUDA_ON_CPU_WITH_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
-#endif
+  arrive(nullptr, true);
   body(body_context);
   machine.thread[machine.current].state = State::kDone;
   arrived[machine.current / kWarp] |= 1u << machine.current % kWarp;
@@ -149,21 +125,14 @@ void fiber_main() {
 void make_fiber(unsigned t) {
   Thread& thread = machine.thread[t];
   thread.state = State::kReady;
-#ifdef CUDA_ON_CPU_WITH_ASAN
+#ifdef CUDA_ON_CPU_ASAN
   __asan_unpoison_memory_region(thread.stack, kStack);
 #endif
-#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
   auto** top = reinterpret_cast<void**>(thread.stack + kStack);
   *--top = nullptr;                               // a caller's frame that does not exist
   *--top = reinterpret_cast<void*>(&fiber_main);  // where the first switch returns to
   for (int r = 0; r < 6; ++r) *--top = nullptr;
   thread.stack_pointer = top;
-#else
-  getcontext(&thread_context[t]);
-  thread_context[t].uc_stack.ss_sp = thread.stack;
-  thread_context[t].uc_stack.ss_size = kStack;
-  makecontext(&thread_context[t], fiber_main, 0);
-#endif
 }
 
 void resume(unsigned t) {
@@ -172,64 +141,78 @@ void resume(unsigned t) {
   threadIdx = machine.thread[t].index;
   machine.running = true;
   machine.checking = false;
-#ifdef CUDA_ON_CPU_WITH_ASAN
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack, machine.thread[t].stack, kStack);
-#endif
-#if defined(__x86_64__) && !defined(CUDA_ON_CPU_UCONTEXT)
+  void* fake = nullptr;
+  leave(&fake, machine.thread[t].stack, kStack);
   cuda_on_cpu_switch(&scheduler_stack_pointer, machine.thread[t].stack_pointer);
-#else
-  swapcontext(&scheduler_context, &thread_context[t]);
-#endif
-#ifdef CUDA_ON_CPU_WITH_ASAN
-  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
-#endif
+  arrive(fake, false);
   machine.running = false;
   if (machine.defect.empty()) machine.defect = take_sanitizer_report();
-  if (!machine.defect.empty()) {
-    const std::string text = std::move(machine.defect);
-    machine.defect.clear();
-    throw Defect(text);
-  }
+  if (!machine.defect.empty()) throw Defect(std::exchange(machine.defect, {}));
 }
 
 // ---- waiting
-// -----------------------------------------------------------------------------------------------------------
+
 bool same(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
 
-bool is_disabled(Site site) { return machine.disabled.file && same(site, machine.disabled); }
-
-void record_site(Site site) {
-  if (last_site.file && last_kernel == machine.kernel && same(site, last_site)) return;
+// A barrier does nothing while Python has it disabled.
+bool is_disabled(Site site) {
+  if (!last_site.file || !same(site, last_site)) sites.emplace(site.file, site.line);
   last_site = site;
-  last_kernel = machine.kernel;
-  sites.emplace(site.file, site.line, machine.kernel);
+  return machine.disabled.file && same(site, machine.disabled);
+}
+
+// The calls that lead here: a barrier inside a function that is called from two places is two barriers.
+__attribute__((always_inline)) inline void take_path(Thread& thread) {
+  thread.depth = 0;
+  thread.path = 0;
+  for (auto** frame = static_cast<void**>(__builtin_frame_address(0)); frame && thread.depth < kMaxDepth;
+       frame = static_cast<void**>(*frame)) {
+    thread.calls[thread.depth++] = reinterpret_cast<uintptr_t>(frame[1]);
+    thread.path = thread.path * 31 + reinterpret_cast<uintptr_t>(frame[1]);
+  }
+}
+
+std::string calls_of(const Thread& thread) {
+  std::string text;
+  for (unsigned i = 0; i < thread.depth && thread.calls[i]; ++i)
+    text += " " + place(thread.calls[i] - reinterpret_cast<uintptr_t>(&__ehdr_start));
+  return text;
+}
+
+// Whether two threads are at the same operation. g++ may have made two of one, so that threads which came by different
+// addresses are noted: Python knows whether these are different calls in the source too.
+bool together(const Thread& a, const Thread& b) {
+  if (a.path == b.path) return true;
+  if (!same(a.site, b.site)) return false;
+  if (met.insert(std::minmax(a.path, b.path)).second)
+    meetings += place(a.site) + "|" + calls_of(a) + "|" + calls_of(b) + "\n";
+  return true;
+}
+
+[[noreturn]] void diverged(unsigned a, unsigned b, const char* where) {
+  const Thread &first = machine.thread[a], &second = machine.thread[b];
+  fail("barrier divergence in block %s: thread %s waits at %s, thread %s%s %s%s", block_name(machine.block).c_str(),
+       thread_name(a).c_str(), place(first.site).c_str(), thread_name(b).c_str(), where,
+       second.state == State::kDone ? "has ended" : "at ",
+       second.state == State::kDone ? "" : place(second.site).c_str());
 }
 
 // Lets the block barrier open once every thread has reached it.
 void open_barrier() {
-  Thread* first = nullptr;
-  int trues = 0;
+  unsigned first = 0;
+  uint64_t trues = 0;
+  while (machine.thread[first].state == State::kDone) ++first;
   for (unsigned t = 0; t < machine.threads; ++t) {
-    Thread& thread = machine.thread[t];
-    if (thread.state == State::kDone) continue;
-    if (!first) first = &thread;
-    if (!same(thread.site, first->site))
-      fail("barrier divergence in block %s: thread %s waits at %s, thread %s at %s", block_name(machine.block).c_str(),
-           thread_name(static_cast<unsigned>(first - machine.thread)).c_str(), place(first->site).c_str(),
-           thread_name(t).c_str(), place(thread.site).c_str());
-    trues += thread.predicate;
+    const Thread& thread = machine.thread[t];
+    if (thread.state == State::kDone || !together(machine.thread[first], thread)) diverged(first, t, "");
+    trues += thread.value;
   }
-  for (unsigned t = 0; t < machine.threads; ++t)
-    if (machine.thread[t].state == State::kDone)
-      fail("barrier divergence in block %s: thread %s has ended, thread %s waits for it at %s",
-           block_name(machine.block).c_str(), thread_name(t).c_str(),
-           thread_name(static_cast<unsigned>(first - machine.thread)).c_str(), place(first->site).c_str());
   traffic_flush(0, machine.threads);
   ++machine.epoch;
   checker_block_barrier();
   for (unsigned t = 0; t < machine.threads; ++t) {
     machine.thread[t].state = State::kReady;
-    machine.thread[t].value = static_cast<uint64_t>(trues);
+    machine.thread[t].value = trues;
   }
 }
 
@@ -237,25 +220,23 @@ void open_barrier() {
 bool complete_warp(unsigned t) {
   const unsigned first = t / kWarp * kWarp, lanes = std::min(kWarp, machine.threads - first);
   const Thread& self = machine.thread[t];
-  unsigned present = 0;
   const unsigned existing = lanes == kWarp ? 0xffffffffu : (1u << lanes) - 1;
   if ((arrived[first / kWarp] & self.mask & existing) != (self.mask & existing)) return false;
+  unsigned present = 0, ballot = 0;
+  uint64_t value[kWarp];
   for (unsigned lane = 0; lane < lanes; ++lane) {
     const Thread& other = machine.thread[first + lane];
     if (!(self.mask >> lane & 1) || other.state == State::kDone) continue;
-    if (other.op != self.op || other.mask != self.mask || !same(other.site, self.site)) return false;
+    if (other.mask != self.mask || !together(self, other)) return false;
     present |= 1u << lane;
+    value[lane] = other.value;
+    if (other.value) ballot |= 1u << lane;
   }
-  uint64_t value[kWarp];
-  unsigned ballot = 0;
   arrived[first / kWarp] &= ~present;
-  for (unsigned lane = 0; lane < lanes; ++lane) {
-    value[lane] = machine.thread[first + lane].value;
-    if ((present >> lane & 1) && value[lane]) ballot |= 1u << lane;
-  }
   for (unsigned lane = 0; lane < lanes; ++lane) {
     if (!(present >> lane & 1)) continue;
     Thread& other = machine.thread[first + lane];
+    if (self.op == WarpOp::kVote) other.value = ballot;
     if (self.op == WarpOp::kShuffle) {
       if (other.source >= kWarp || !(present >> other.source & 1))
         fail("shuffle from an absent lane: thread %s of block %s reads lane %u at %s, which %s",
@@ -265,12 +246,6 @@ bool complete_warp(unsigned t) {
              : !(self.mask >> other.source & 1) ? "is not in the mask"
                                                 : "has ended");
       other.value = value[other.source];
-    } else if (self.op == WarpOp::kVote) {
-      other.value = ballot;
-    } else if (self.op == WarpOp::kMatch) {
-      other.value = 0;
-      for (unsigned peer = 0; peer < lanes; ++peer)
-        if ((present >> peer & 1) && value[peer] == value[lane]) other.value |= 1u << peer;
     }
     other.state = State::kReady;
   }
@@ -279,23 +254,18 @@ bool complete_warp(unsigned t) {
   return true;
 }
 
+// Nobody can go on: some lane waits for another one of its mask, which waits elsewhere.
 [[noreturn]] void deadlock() {
-  unsigned waiting = kMaxThreads, other = kMaxThreads;
-  for (unsigned t = 0; t < machine.threads && waiting == kMaxThreads; ++t)
-    if (machine.thread[t].state == State::kAtWarp) waiting = t;
-  const unsigned first = waiting / kWarp * kWarp;
-  for (unsigned t = first; t < std::min(first + kWarp, machine.threads); ++t)
-    if (t != waiting && (machine.thread[waiting].mask >> (t - first) & 1) &&
-        (machine.thread[t].state == State::kAtBarrier ||
-         (machine.thread[t].state == State::kAtWarp && (machine.thread[t].mask != machine.thread[waiting].mask ||
-                                                        !same(machine.thread[t].site, machine.thread[waiting].site)))))
-      other = t;
-  if (other == kMaxThreads)
-    fail("barrier divergence in block %s: thread %s waits at %s for ever", block_name(machine.block).c_str(),
-         thread_name(waiting).c_str(), place(machine.thread[waiting].site).c_str());
-  fail("barrier divergence in block %s: thread %s waits at %s, thread %s of the same warp and mask at %s",
-       block_name(machine.block).c_str(), thread_name(waiting).c_str(), place(machine.thread[waiting].site).c_str(),
-       thread_name(other).c_str(), place(machine.thread[other].site).c_str());
+  for (unsigned t = 0; t < machine.threads; ++t) {
+    const Thread& thread = machine.thread[t];
+    if (thread.state != State::kAtWarp) continue;
+    const unsigned first = t / kWarp * kWarp;
+    for (unsigned other = first; other < std::min(first + kWarp, machine.threads); ++other)
+      if ((thread.mask >> (other - first) & 1) && machine.thread[other].state != State::kDone &&
+          (machine.thread[other].mask != thread.mask || !together(thread, machine.thread[other])))
+        diverged(t, other, " of the same warp and mask");
+  }
+  fail("block %s waits for ever", block_name(machine.block).c_str());
 }
 
 void run_block(std::vector<unsigned>& order) {
@@ -305,7 +275,6 @@ void run_block(std::vector<unsigned>& order) {
   std::fill(std::begin(arrived), std::end(arrived), 0u);
   for (unsigned t = 0; t < machine.threads; ++t) make_fiber(t);
   for (;;) {
-    std::iota(order.begin(), order.end(), 0u);
     arrange(order);
     bool progress = false;
     for (const unsigned t : order)
@@ -334,14 +303,14 @@ void run_block(std::vector<unsigned>& order) {
 }  // namespace
 
 // ---- what kernels call
-// -------------------------------------------------------------------------------------------------
+
 int block_barrier(bool predicate, Site site) {
-  record_site(site);
   if (is_disabled(site)) return 0;
   Thread& self = machine.thread[machine.current];
   self.state = State::kAtBarrier;
   self.site = site;
-  self.predicate = predicate;
+  take_path(self);
+  self.value = predicate;
   switch_to_scheduler(false);
   return static_cast<int>(self.value);
 }
@@ -349,10 +318,7 @@ int block_barrier(bool predicate, Site site) {
 uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, unsigned source, Site site) {
   const unsigned t = machine.current;
   Thread& self = machine.thread[t];
-  if (op == WarpOp::kSync) {
-    record_site(site);
-    if (is_disabled(site)) return 0;
-  }
+  if (op == WarpOp::kSync && is_disabled(site)) return 0;
   if (!(mask >> (t % kWarp) & 1))
     fail("thread %s of block %s calls a warp operation at %s with a mask (0x%08x) that leaves itself out",
          thread_name(t).c_str(), block_name(machine.block).c_str(), place(site).c_str(), mask);
@@ -363,16 +329,12 @@ uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, unsigned sourc
   self.value = value;
   self.source = source;
   self.site = site;
+  take_path(self);
   if (!complete_warp(t)) switch_to_scheduler(false);
   return self.value;
 }
 
 unsigned lane_id() { return machine.current % kWarp; }
-
-void trap(Site site) {
-  fail("__trap() in thread %s of block %s at %s", thread_name(machine.current).c_str(),
-       block_name(machine.block).c_str(), place(site).c_str());
-}
 
 void fail(const char* format, ...) {
   char text[1024];
@@ -403,30 +365,36 @@ std::string block_name(uint32_t block) {
          std::to_string(linear / x / y) + ")";
 }
 
+std::string place(uintptr_t pc) {
+  char text[32];
+  snprintf(text, sizeof text, "@0x%zx", static_cast<size_t>(pc));
+  return text;
+}
+
 std::string place(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
-void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void* stream, void (*function)(void*),
-            void* context) {
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void* stream, void (*function)(const void*),
+            const void* context, size_t context_bytes) {
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z, threads = uint64_t{block.x} * block.y * block.z;
   if (blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     fail("launch with grid (%u,%u,%u): allowed are 1 to 2147483647, 65535 and 65535 blocks", grid.x, grid.y, grid.z);
   if (threads == 0 || threads > kMaxThreads || block.z > 64)
     fail("launch with block (%u,%u,%u): allowed are 1 to 1024 threads, at most 64 in z", block.x, block.y, block.z);
-  const auto asked = allowed_dynamic.find(kernel);
-  const size_t allowed = asked == allowed_dynamic.end() ? 48 * 1024 : asked->second;
-  if (shared_bytes > allowed)
+  if (shared_bytes > kMaxDynamic)
     fail("launch with %zu bytes of dynamic shared memory: %zu are allowed (48 KiB without cudaFuncSetAttribute)",
-         shared_bytes, allowed);
+         shared_bytes, kMaxDynamic);
   if (machine.device != machine.expected_device)
     fail("launch on device %d, but the launcher was given device %d: a DeviceGuard is missing", machine.device,
          machine.expected_device);
   if (stream != machine.expected_stream) fail("launch on another stream than the launcher was given");
   allocate_stacks();
+  set_up_memory();
   machine.deferred.clear();
   machine.kernel = kernel;
   machine.threads = static_cast<unsigned>(threads);
   machine.dynamic_bytes = shared_bytes;
-  machine.host_frame = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
+  machine.arguments = reinterpret_cast<uintptr_t>(context);
+  machine.argument_bytes = context_bytes;
   body = function;
   body_context = context;
   blockDim = block;
@@ -436,11 +404,9 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void
     machine.thread[t].index = {t % block.x, t / block.x % block.y, t / block.x / block.y};
   machine.launch_first_block = machine.next_block;
   machine.next_block += static_cast<uint32_t>(blocks);
-  fill_static_shared();
   checker_begin_launch();
   traffic_begin_launch();
   std::vector<uint32_t> block_order(blocks);
-  std::iota(block_order.begin(), block_order.end(), 0u);
   arrange(block_order);
   std::vector<unsigned> order(machine.threads);
   for (const uint32_t linear : block_order) {
@@ -450,28 +416,26 @@ void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void
   }
 }
 
-void allow_dynamic(const void* kernel, size_t bytes) { allowed_dynamic[kernel] = bytes; }
-
 }  // namespace cuda_on_cpu
 
 extern "C" {
 // How often a thread was switched to since the last call.
-uint64_t cuda_on_cpu_resumes() {
-  const uint64_t n = cuda_on_cpu::resumes;
-  cuda_on_cpu::resumes = 0;
-  return n;
-}
-int cuda_on_cpu_sites() { return static_cast<int>(cuda_on_cpu::sites.size()); }
-// The i-th barrier that has run so far: its file, line and the kernel's address.
-const char* cuda_on_cpu_site(int i, int* line, const void** kernel) {
-  auto site = std::next(cuda_on_cpu::sites.begin(), i);
-  *line = std::get<1>(*site);
-  *kernel = std::get<2>(*site);
-  return std::get<0>(*site).c_str();
-}
-void cuda_on_cpu_forget_sites() {
-  cuda_on_cpu::sites.clear();
+uint64_t cuda_on_cpu_resumes() { return std::exchange(cuda_on_cpu::resumes, 0); }
+// The barriers that ran since the last call, one "file:line" a line.
+const char* cuda_on_cpu_sites() {
+  static std::string text;
+  text.clear();
+  for (const auto& [file, line] : std::exchange(cuda_on_cpu::sites, {}))
+    text += file + ":" + std::to_string(line) + "\n";
   cuda_on_cpu::last_site = {};
+  return text.c_str();
+}
+// Taken by Python after each call, see together().
+const char* cuda_on_cpu_meetings() {
+  static std::string text;
+  text = std::exchange(cuda_on_cpu::meetings, {});
+  cuda_on_cpu::met.clear();
+  return text.c_str();
 }
 void cuda_on_cpu_disable(const char* file, int line) {
   static std::string held;

@@ -10,8 +10,6 @@
 
 namespace cuda_on_cpu {
 
-void clear_seen();
-
 // Read from Python by position.
 struct Traffic {
   uint64_t launches, bytes_loaded, bytes_stored, distinct_loaded, distinct_stored;
@@ -81,7 +79,7 @@ void count_shared(Traffic& sum, const Lane* lanes, size_t n) {
 
 void traffic_begin_launch() {
   if (!machine.measure) return;
-  clear_seen();
+  forget_seen();
   ++traffic[machine.kernel].launches;
 }
 

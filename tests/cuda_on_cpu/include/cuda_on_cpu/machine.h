@@ -23,27 +23,27 @@ struct Site {
   int line;
 };
 
-enum class WarpOp { kSync, kShuffle, kVote, kMatch };
+enum class WarpOp { kSync, kShuffle, kVote };
 
 // __syncthreads and its relatives: returns how many threads gave a true predicate.
 int block_barrier(bool predicate, Site site);
 
-// Waits for every lane of `mask` and returns: kShuffle the source lane's value, kVote the ballot of value != 0, kMatch
-// the mask of the lanes with an equal value.
+// Waits for every lane of `mask` and returns: kShuffle the source lane's value, kVote the ballot of value != 0.
 uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, unsigned source_lane, Site site);
 
 unsigned lane_id();
 void* dynamic_shared();
-void fence();
-void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void* stream, void (*body)(void*),
-            void* context);
-[[noreturn]] void trap(Site site);
+// Runs body(context) as every thread of the grid; the context, of `context_bytes`, holds the kernel's arguments.
+void launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void* stream, void (*body)(const void*),
+            const void* context, size_t context_bytes);
 
 // An atomic says what it is about to touch; elsewhere than in the checker build it need not.
 #ifdef CUDA_ON_CPU_CHECKER
 void atomic_access(const void* address, size_t bytes, void* pc);
+void fence();
 #else
 inline void atomic_access(const void*, size_t, void*) {}
+inline void fence() {}
 #endif
 
 }  // namespace cuda_on_cpu

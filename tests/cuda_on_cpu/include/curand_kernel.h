@@ -1,1 +1,0 @@
-#error "CUDA-on-CPU: cuRAND is not supported: pass random numbers in"
