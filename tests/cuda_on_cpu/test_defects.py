@@ -171,6 +171,16 @@ def test_warps_exchange_through_shared_memory_and_vote() -> None:
     assert odd.tolist() == [16, 16]
 
 
+def test_lanes_of_half_a_warp_are_matched() -> None:
+    x = torch.arange(64, dtype=torch.int32) % 5
+    y = torch.empty_like(x)
+    with Everywhere(planted) as launch:
+        launch("equal_lanes_cuda", x, y)
+    halves = [range(t // 16 * 16, t // 16 * 16 + 16) for t in range(64)]
+    expected = [sum(1 << peer % 32 for peer in half if x[peer] == x[t]) for t, half in enumerate(halves)]
+    assert [int(value) % 2**32 for value in y] == expected
+
+
 @pytest.mark.parametrize("barrier", ["__syncthreads();", "__syncwarp();"])
 def test_a_disabled_barrier_is_noticed(barrier: str) -> None:
     source = "tests/cuda_on_cpu/planted/correct.cu"
