@@ -18,8 +18,8 @@ from tests.cuda_on_cpu.harness import (
     Launcher,
     LauncherError,
     Workspace,
+    planted,
 )
-from tests.cuda_on_cpu.library import planted
 
 pytestmark = pytest.mark.skipif(bool(build.missing_reason()), reason=build.missing_reason() or "g++ is here")
 N = 64
