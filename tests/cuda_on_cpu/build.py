@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -67,6 +68,8 @@ class BuildError(RuntimeError):
 @functools.cache
 def missing_reason() -> str:
     """Why the kernels cannot be built here, or ""."""
+    if platform.machine() != "x86_64":
+        return f"the CUDA-on-CPU tests switch threads in x86-64 assembler; this is {platform.machine()}"
     for tool in ("g++", "nm", "addr2line"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed (the CUDA-on-CPU tests need g++ 12 or newer and binutils)"

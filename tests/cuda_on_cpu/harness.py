@@ -13,7 +13,12 @@ from typing import Any
 
 import torch
 
-from tests.cuda_on_cpu.library import Library, package
+from tests.cuda_on_cpu.library import Library, Traffic, package, planted
+
+__all__ = [
+    "ORDERS", "Everywhere", "InOut", "KernelDefect", "Launcher", "LauncherError", "Library", "Partial", "Traffic",
+    "Workspace", "dtype_code", "package", "planted",
+]  # fmt: skip
 
 ORDERS = ("forward", "reverse", "random 1", "random 2", "random 3")
 _STREAM = 0x5EED  # a launcher that ignores its stream is found out

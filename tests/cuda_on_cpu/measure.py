@@ -11,8 +11,7 @@ import torch
 
 from tests.cuda_on_cpu import build, rows
 from tests.cuda_on_cpu.backend import cuda_on_cpu
-from tests.cuda_on_cpu.harness import Launcher
-from tests.cuda_on_cpu.library import Traffic, package
+from tests.cuda_on_cpu.harness import Launcher, Traffic, package
 from tests.cuda_on_cpu.representative import REPRESENTATIVE, Shape
 
 PAGE = build.ROOT / "docs" / "kernels.md"

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from tests.cuda_on_cpu import backend, more_cases
-from tests.cuda_on_cpu.harness import Launcher, _copy_output
-from tests.cuda_on_cpu.library import package
+from tests.cuda_on_cpu.harness import Launcher, _copy_output, package
 
 _TESTS = Path(__file__).resolve().parent.parent
 # A call larger than this is not worth replaying once for each barrier.

@@ -18,8 +18,8 @@ from tests.cuda_on_cpu.harness import (
     Launcher,
     LauncherError,
     Workspace,
+    planted,
 )
-from tests.cuda_on_cpu.library import planted
 
 pytestmark = pytest.mark.skipif(bool(build.missing_reason()), reason=build.missing_reason() or "g++ is here")
 N = 64
@@ -169,6 +169,16 @@ def test_warps_exchange_through_shared_memory_and_vote() -> None:
         launch("warp_reverse_cuda", x, y, odd)
     assert y.tolist() == [*range(31, -1, -1), *range(63, 31, -1)]
     assert odd.tolist() == [16, 16]
+
+
+def test_lanes_of_half_a_warp_are_matched() -> None:
+    x = torch.arange(64, dtype=torch.int32) % 5
+    y = torch.empty_like(x)
+    with Everywhere(planted) as launch:
+        launch("equal_lanes_cuda", x, y)
+    halves = [range(t // 16 * 16, t // 16 * 16 + 16) for t in range(64)]
+    expected = [sum(1 << peer % 32 for peer in half if x[peer] == x[t]) for t, half in enumerate(halves)]
+    assert [int(value) % 2**32 for value in y] == expected
 
 
 @pytest.mark.parametrize("barrier", ["__syncthreads();", "__syncwarp();"])

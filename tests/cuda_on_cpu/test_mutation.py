@@ -12,8 +12,7 @@ import re
 import pytest
 
 from tests.cuda_on_cpu import build, rows
-from tests.cuda_on_cpu.harness import KernelDefect, Launcher
-from tests.cuda_on_cpu.library import package
+from tests.cuda_on_cpu.harness import KernelDefect, Launcher, package
 
 pytestmark = pytest.mark.skipif(bool(build.missing_reason()), reason=build.missing_reason() or "g++ is here")
 

@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from tests.cuda_on_cpu import build, measure, rows
-from tests.cuda_on_cpu.library import Traffic
+from tests.cuda_on_cpu.harness import Traffic
 from tests.cuda_on_cpu.representative import REPRESENTATIVE, Shape
 
 pytestmark = pytest.mark.skipif(bool(build.missing_reason()), reason=build.missing_reason() or "g++ is here")

@@ -92,6 +92,13 @@ __global__ void warp_reverse_kernel(const int* __restrict__ x, int* __restrict__
   if (lane == 0) odd[t / 32] = static_cast<unsigned>(__popc(ballot));
 }
 
+// Half a warp at a time.
+__global__ void equal_lanes_kernel(const int* __restrict__ x, unsigned* __restrict__ y) {
+  const unsigned t = threadIdx.x, half = t % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
+  y[t] = __match_any_sync(half, x[t]);
+  __syncwarp(half);
+}
+
 }  // namespace
 
 #define ROWS_LAUNCHER(name, T)                                                                                     \
@@ -129,6 +136,11 @@ void warp_reverse_cuda(const int* x, int* y, unsigned* odd, int device, void* st
   launch(warp_reverse_kernel, dim3(1), dim3(64), 0, static_cast<cudaStream_t>(stream), x, y, odd);
 }
 
+void equal_lanes_cuda(const int* x, unsigned* y, int device, void* stream) {
+  const DeviceGuard guard(device);
+  launch(equal_lanes_kernel, dim3(1), dim3(64), 0, static_cast<cudaStream_t>(stream), x, y);
+}
+
 void complaint_cuda(int device, void*) {
   const DeviceGuard guard(device);
   check_cuda(cudaErrorInvalidValue, "cudaMemsetAsync");
@@ -142,4 +154,5 @@ EXPORT(transpose_cuda)
 EXPORT(copy4_cuda)
 EXPORT(grid_sum_cuda)
 EXPORT(warp_reverse_cuda)
+EXPORT(equal_lanes_cuda)
 EXPORT(complaint_cuda)

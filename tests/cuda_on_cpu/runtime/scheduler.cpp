@@ -237,6 +237,11 @@ bool complete_warp(unsigned t) {
     if (!(present >> lane & 1)) continue;
     Thread& other = machine.thread[first + lane];
     if (self.op == WarpOp::kVote) other.value = ballot;
+    if (self.op == WarpOp::kMatch) {
+      other.value = 0;
+      for (unsigned peer = 0; peer < lanes; ++peer)
+        if ((present >> peer & 1) && value[peer] == value[lane]) other.value |= 1u << peer;
+    }
     if (self.op == WarpOp::kShuffle) {
       if (other.source >= kWarp || !(present >> other.source & 1))
         fail("shuffle from an absent lane: thread %s of block %s reads lane %u at %s, which %s",
@@ -352,18 +357,12 @@ void fail(const char* format, ...) {
   __builtin_unreachable();
 }
 
-std::string thread_name(uint32_t thread) {
-  const unsigned x = blockDim.x, y = blockDim.y;
-  return "(" + std::to_string(thread % x) + "," + std::to_string(thread / x % y) + "," +
-         std::to_string(thread / (x * y)) + ")";
+static std::string coordinates(uint32_t linear, dim3 size) {
+  return "(" + std::to_string(linear % size.x) + "," + std::to_string(linear / size.x % size.y) + "," +
+         std::to_string(linear / size.x / size.y) + ")";
 }
-
-std::string block_name(uint32_t block) {
-  const uint32_t linear = block - machine.launch_first_block;
-  const unsigned x = gridDim.x, y = gridDim.y;
-  return "(" + std::to_string(linear % x) + "," + std::to_string(linear / x % y) + "," +
-         std::to_string(linear / x / y) + ")";
-}
+std::string thread_name(uint32_t thread) { return coordinates(thread, blockDim); }
+std::string block_name(uint32_t block) { return coordinates(block - machine.launch_first_block, gridDim); }
 
 std::string place(uintptr_t pc) {
   char text[32];

@@ -22,6 +22,13 @@ __attribute__((no_sanitize("thread"))) T shuffle(unsigned mask, T value, unsigne
   __builtin_memcpy(static_cast<void*>(&value), &bits, sizeof(T));
   return value;
 }
+template <typename T>
+__attribute__((no_sanitize("thread"))) unsigned match(unsigned mask, T value, Site site) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "match compares 4 or 8 bytes");
+  uint64_t bits = 0;
+  __builtin_memcpy(&bits, &value, sizeof(T));
+  return static_cast<unsigned>(warp_operation(WarpOp::kMatch, mask, bits, 0, site));
+}
 }  // namespace cuda_on_cpu
 
 template <typename T>
@@ -54,6 +61,10 @@ inline int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
 }
 inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::warp_operation(cuda_on_cpu::WarpOp::kVote, mask, predicate == 0, 0, {file, line}) == 0;
+}
+template <typename T>
+unsigned __match_any_sync(unsigned mask, T value, CUDA_ON_CPU_SITE) {
+  return cuda_on_cpu::match(mask, value, {file, line});
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }

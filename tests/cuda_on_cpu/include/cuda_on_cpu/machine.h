@@ -23,12 +23,13 @@ struct Site {
   int line;
 };
 
-enum class WarpOp { kSync, kShuffle, kVote };
+enum class WarpOp { kSync, kShuffle, kVote, kMatch };
 
 // __syncthreads and its relatives: returns how many threads gave a true predicate.
 int block_barrier(bool predicate, Site site);
 
-// Waits for every lane of `mask` and returns: kShuffle the source lane's value, kVote the ballot of value != 0.
+// Waits for every lane of `mask` and returns: kShuffle the source lane's value, kVote the ballot of value != 0, kMatch
+// the mask of the lanes with an equal value.
 uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t value, unsigned source_lane, Site site);
 
 unsigned lane_id();
