@@ -86,12 +86,12 @@ class _Scan:
     def _rescan(self, again: Tensor, reach: Tensor, index: Tensor, distance: Tensor) -> None:
         """Computes some rows' products whole and takes every entry that may be among the nearest."""
         filtered, view = self.filtered, _native.view
-        same = self._equal_rows()
         step = max(1, min(BLOCK_ROWS, (1 << 22) // self.columns))
         block = filtered.norm.new_empty((step, self.columns))
-        places = filtered.threads * (self.columns + (self.columns + 1) // 2) * 16
-        if block.is_cuda:
-            places = block.numel() * 8
+        same, places = None, 0  # a GPU needs neither
+        if not block.is_cuda:
+            same = self._equal_rows()
+            places = filtered.threads * (self.columns + (self.columns + 1) // 2) * 16
         workspace = filtered.norm.new_empty(places, dtype=torch.uint8)
         for begin in range(0, again.numel(), step):
             rows = again[begin : begin + step]
