@@ -63,9 +63,17 @@ void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType
                            const int32_t* owner, const float* weight, double lambda_value, int64_t k, float* distance,
                            int64_t* gallery_index, void* workspace, int threads);
 
-// The same on a GPU. invert's workspace: 8 bytes times (columns + entries); the others need none. sets: at most
-// kCudaMaxWidth members; matrix_neighbors: k at most 159 (else std::invalid_argument).
+// The same on a GPU. invert needs k_reciprocal_invert_workspace_cuda(entries) bytes, the others no workspace. sets: at
+// most kCudaMaxWidth members; matrix_neighbors: k at most 159; topk: k at most kCudaMaxTopk (else
+// std::invalid_argument).
 constexpr int64_t kCudaMaxWidth = 1024;
+constexpr int64_t kCudaMaxTopk = 128;
+constexpr int kInvertBits = 8;  // the widest digit by which entries are sorted
+constexpr int64_t kInvertDigits = int64_t{1} << kInvertBits;
+constexpr int64_t kInvertTile = 8192;  // entries that a block sorts
+constexpr int64_t k_reciprocal_invert_workspace_cuda(int64_t entries) {
+  return 8 * (kInvertDigits * ((entries + kInvertTile - 1) / kInvertTile) + 1) + 16 * entries;
+}
 void k_reciprocal_sets_cuda(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
                             int32_t* size, int device, void* stream);
 void k_reciprocal_expanded_cuda(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
@@ -87,6 +95,13 @@ void k_reciprocal_invert_cuda(const int64_t* indptr, const int32_t* index, const
 void k_reciprocal_blend_cuda(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
                              const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
                              const int32_t* owner, const float* weight, double lambda_value, int device, void* stream);
+void k_reciprocal_topk_cuda(const void* query, const double* query_factor, int64_t queries, int64_t query_stride,
+                            const void* gallery, const double* gallery_factor, int64_t gallery_rows,
+                            int64_t gallery_stride, DType dtype, int64_t D, const int32_t* nearest,
+                            const float* original, int64_t listed, const float* row_max, const int64_t* indptr,
+                            const int32_t* index, const float* value, const int64_t* start, const int32_t* owner,
+                            const float* weight, double lambda_value, int64_t k, float* distance,
+                            int64_t* gallery_index, int device, void* stream);
 void k_reciprocal_matrix_neighbors_cuda(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q,
                                         int64_t G, int64_t k, int32_t* neighbor, double* row_max, int device,
                                         void* stream);

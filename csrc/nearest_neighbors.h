@@ -61,7 +61,7 @@ void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t*
                                   const Bounds& right_bounds, const float* reach, const int32_t* same, int64_t k,
                                   int32_t* index, void* distance, DType distance_dtype, void* workspace, int threads);
 
-// The same on a GPU. k is at most kCudaMaxNeighbors and capacity at most kCudaMaxCapacity (else
+// The same on a GPU, without workspace. k is at most kCudaMaxNeighbors and capacity at most kCudaMaxCapacity (else
 // std::invalid_argument). `both` means that the candidates are the columns' too. x2 and y2 may be empty.
 constexpr int64_t kCudaMaxNeighbors = 128;
 constexpr int64_t kCudaMaxCapacity = 192;
@@ -79,7 +79,6 @@ void nearest_neighbors_select_cuda(const void* x, const double* x_factor, int64_
                                    const int32_t* count, const float* cut, int64_t capacity, int64_t k, int32_t* index,
                                    void* distance, DType distance_dtype, uint8_t* unsure, float* reach, int device,
                                    void* stream);
-// workspace: float64 [count, columns].
 void nearest_neighbors_rescan_cuda(const float* block, int64_t ld, const int64_t* rows, int64_t count, const void* x,
                                    const double* x_factor, int64_t x_rows, int64_t x_stride, const void* x2,
                                    const double* x2_factor, int64_t x2_rows, int64_t x2_stride, const void* y,
@@ -87,7 +86,6 @@ void nearest_neighbors_rescan_cuda(const float* block, int64_t ld, const int64_t
                                    const double* y2_factor, int64_t y2_rows, int64_t y2_stride, DType dtype, int64_t D,
                                    Metric metric, double unscale, const float* left_norm, const float* left_window,
                                    const float* right_norm, const float* right_window, const float* reach, int64_t k,
-                                   int32_t* index, void* distance, DType distance_dtype, double* workspace, int device,
-                                   void* stream);
+                                   int32_t* index, void* distance, DType distance_dtype, int device, void* stream);
 
 }  // namespace vareid

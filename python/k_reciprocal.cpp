@@ -127,11 +127,12 @@ void invert(const TensorView& indptr, const TensorView& index, const TensorView&
             int, uintptr_t stream) {
   if (on_gpu(index, "index")) {
 #ifdef VAREID_WITH_CUDA
-    k_reciprocal_invert_cuda(
-        array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0), array<float>(value, "value", 0),
-        indptr.numel() - 1, first, columns, owner.numel(), array<int64_t>(start, "start", columns + 1),
-        array<int32_t>(owner, "owner", 0), array<float>(weight, "weight", owner.numel()),
-        scratch(workspace, 8 * (columns + owner.numel())), index.device_id, reinterpret_cast<void*>(stream));
+    k_reciprocal_invert_cuda(array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0),
+                             array<float>(value, "value", 0), indptr.numel() - 1, first, columns, owner.numel(),
+                             array<int64_t>(start, "start", columns + 1), array<int32_t>(owner, "owner", 0),
+                             array<float>(weight, "weight", owner.numel()),
+                             scratch(workspace, k_reciprocal_invert_workspace_cuda(owner.numel())), index.device_id,
+                             reinterpret_cast<void*>(stream));
 #endif
     return;
   }
@@ -206,9 +207,21 @@ void blend_topk(const TensorView& query, const OptionalView& query_factor, const
   const Features right = make_features(gallery, gallery_factor, "gallery");
   const int64_t Q = left.rows, G = right.rows, listed = width_of(nearest), k = width_of(distance);
   check_shape(gallery, "gallery", {G, query.shape[1]});
-  if (query.device_type != kDeviceCpu) refuse("query", "must be on the CPU");
-  (void)stream;
   if (k < 1 || k > listed || listed > G) refuse("nearest", "must list between k and G rows");
+  if (on_gpu(query, "query")) {
+#ifdef VAREID_WITH_CUDA
+    k_reciprocal_topk_cuda(
+        left.data, left.factor, Q, left.stride, right.data, right.factor, G, right.stride, query.dtype(),
+        query.shape[1], array<int32_t>(nearest, "nearest", Q * listed), array<float>(original, "original", Q * listed),
+        listed, array<float>(row_max, "row_max", Q), array<int64_t>(indptr, "indptr", Q + 1),
+        array<int32_t>(index, "index", 0), array<float>(value, "value", index.numel()),
+        array<int64_t>(start, "start", 1), array<int32_t>(owner, "owner", 0),
+        array<float>(weight, "weight", owner.numel()), lambda_value, k, array<float>(distance, "distance", Q * k),
+        array<int64_t>(gallery_index, "gallery_index", Q * k), query.device_id, reinterpret_cast<void*>(stream));
+#endif
+    return;
+  }
+  (void)stream;
   k_reciprocal_topk_cpu(
       left, right, query.dtype(), query.shape[1], array<int32_t>(nearest, "nearest", Q * listed),
       array<float>(original, "original", Q * listed), listed, array<float>(row_max, "row_max", Q),

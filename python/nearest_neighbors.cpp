@@ -130,15 +130,13 @@ void rescan(const TensorView& block, const TensorView& rows, const Parts& x, con
     const Features &l = left.first, &l2 = left.second, &r = right.first, &r2 = right.second;
     const Bounds row_bounds = make_bounds(left_bounds, left.rows),
                  column_bounds = make_bounds(right_bounds, right.rows);
-    if (!workspace.is_byte() || workspace.numel() < rows.numel() * right.rows * 8) refuse("workspace", "is too small");
-    nearest_neighbors_rescan_cuda(block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), l.data,
-                                  l.factor, l.rows, l.stride, l2.data, l2.factor, l2.rows, l2.stride, r.data, r.factor,
-                                  r.rows, r.stride, r2.data, r2.factor, r2.rows, r2.stride, left.dtype, left.D,
-                                  static_cast<Metric>(metric), unscale, row_bounds.norm, row_bounds.window,
-                                  column_bounds.norm, column_bounds.window, array<float>(reach, "reach", left.rows), k,
-                                  array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
-                                  distance ? distance->dtype() : DType::kFloat32, static_cast<double*>(workspace.data),
-                                  index.device_id, reinterpret_cast<void*>(stream));
+    nearest_neighbors_rescan_cuda(
+        block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), l.data, l.factor, l.rows, l.stride,
+        l2.data, l2.factor, l2.rows, l2.stride, r.data, r.factor, r.rows, r.stride, r2.data, r2.factor, r2.rows,
+        r2.stride, left.dtype, left.D, static_cast<Metric>(metric), unscale, row_bounds.norm, row_bounds.window,
+        column_bounds.norm, column_bounds.window, array<float>(reach, "reach", left.rows), k,
+        array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
+        distance ? distance->dtype() : DType::kFloat32, index.device_id, reinterpret_cast<void*>(stream));
 #endif
     return;
   }

@@ -273,6 +273,9 @@ def test_features_that_do_not_fit():
         k_reciprocal_rerank(q[:0], g)
     with pytest.raises(ValueError, match="gallery: no rows"):
         k_reciprocal_rerank(q, g[:0])
+    many = torch.zeros(1, 6).expand((1 << 31) - 1, 6)
+    with pytest.raises(ValueError, match="query, gallery: 1 and 2147483647 rows were given; together less than"):
+        k_reciprocal_rerank(many[:1], many)
     with pytest.raises(ValueError, match="gallery: features of 5 elements were given, but query's have 6"):
         k_reciprocal_rerank(q, g[:, :5])
     with pytest.raises(TypeError, match="gallery: dtype float64"):

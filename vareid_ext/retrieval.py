@@ -268,6 +268,8 @@ def k_reciprocal_rerank(
     for name, rows in (("query", Q), ("gallery", G)):
         if rows == 0:
             raise ValueError(f"{name}: no rows were given; at least one is needed")
+    if Q + G >= 1 << 31:
+        raise ValueError(f"query, gallery: {Q} and {G} rows were given; together less than 2^31 are allowed")
     if topk is not None:
         topk = check_count("topk", topk, 1, G)
         if out is not None:

@@ -54,4 +54,49 @@ __device__ __forceinline__ double warp_exact_distance(const DeviceRows<T>& x, in
   return warp_exact_distance(x.row(i), x.factor(i), y.row(j), y.factor(j), D);
 }
 
+// Row i against rows of y that stand in lanes: the lanes in `pending` each get the distance to their own row j. Row i
+// is read once for every kTogether of them.
+constexpr int kTogether = 8;
+template <typename T>
+__device__ __forceinline__ double warp_exact_distances(const DeviceRows<T>& x, int64_t i, const DeviceRows<T>& y,
+                                                       int64_t j, unsigned pending, int64_t D) {
+  const int lane = threadIdx.x % kWarp;
+  const T* const left = x.row(i);
+  const double a = x.factor(i);
+  double result = 0;
+  while (pending) {
+    const int count = min(kTogether, __popc(pending));
+    const T* right[kTogether];
+    double b[kTogether], sum[kTogether];
+    int source[kTogether];
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      source[t] = t < count ? __ffs(static_cast<int>(pending)) - 1 : lane;
+      if (t < count) pending &= pending - 1;
+      const int64_t row = __shfl_sync(kFullWarp, static_cast<long long>(j), source[t]);
+      right[t] = t < count ? y.row(row) : left;
+      b[t] = t < count ? y.factor(row) : 0.0;
+      sum[t] = 0;
+    }
+    for (int64_t d = lane; d < D; d += kWarp) {
+      const double u = __dmul_rn(a, static_cast<double>(widen(left[d])));
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) {
+        if (t < count) {
+          const double difference = __dsub_rn(u, __dmul_rn(b[t], static_cast<double>(widen(right[t][d]))));
+          sum[t] = __dadd_rn(sum[t], __dmul_rn(difference, difference));
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTogether; ++t) {
+      if (t < count) {
+        const double total = warp_sum(sum[t]);
+        if (lane == source[t]) result = total;
+      }
+    }
+  }
+  return result;
+}
+
 }  // namespace vareid

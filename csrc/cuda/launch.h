@@ -58,7 +58,8 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
 }
 #endif
 
-// Blocks for `items` block-sized pieces of work; kernels stride over the rest.
+// Blocks for `items` block-sized pieces of work. A kernel that may meet more than a grid holds strides over the rest;
+// one with a block or warp for each row does not, as there are less than 2^31 rows.
 inline unsigned grid_size(int64_t items) {
   return static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(items, (int64_t{1} << 31) - 1)));
 }

@@ -5,6 +5,7 @@
 
 #include "cuda/exact_distance.cuh"
 #include "cuda/launch.h"
+#include "cuda/smallest.cuh"
 
 namespace vareid {
 namespace {
@@ -13,106 +14,112 @@ constexpr int kCapacity = static_cast<int>(kCudaMaxCapacity);
 constexpr int kListWarps = 4;  // rows for each block, in selecting
 constexpr int kRowWarps = 8;   // and in scanning
 constexpr int kRowThreads = kRowWarps * kWarp;
-constexpr int kColumnWarps = 32;  // columns for each block
 constexpr int kRescanThreads = 256;
+constexpr int kRescanPlaces = static_cast<int>(kCudaMaxNeighbors) + kWarp;
 
-// One row's candidates, held by a warp: every lane carries the same count, threshold and cut.
-struct List {
-  float* lower;
-  int32_t* index;
-  int count;
-  float threshold, cut;
-};
-
-__device__ __forceinline__ unsigned lanes_below() { return (1u << (threadIdx.x % kWarp)) - 1; }
-
-// Keeps the entries for which keep(c) holds, in order.
-template <typename Keep>
-__device__ __forceinline__ void filter_list(List& list, const Keep& keep) {
-  const int lane = threadIdx.x % kWarp;
-  int kept = 0;
-  for (int base = 0; base < list.count; base += kWarp) {
-    const int c = base + lane;
-    const bool inside = c < list.count;
-    const float lower = inside ? list.lower[c] : 0.0f;
-    const int32_t index = inside ? list.index[c] : 0;
-    const bool stays = inside && keep(c, lower);
-    const unsigned mask = __ballot_sync(kFullWarp, stays);
-    __syncwarp();
-    if (stays) {
-      const int at = kept + __popc(mask & lanes_below());
-      list.lower[at] = lower;
-      list.index[at] = index;
-    }
-    kept += __popc(mask);
-    __syncwarp();
-  }
-  list.count = kept;
-}
-
-// How many of values[0..count) come before values[c], equal ones in order.
-template <typename T>
-__device__ __forceinline__ int rank_of(const T* values, int count, int c) {
-  int rank = 0;
-  for (int other = 0; other < count; ++other)
-    rank += values[other] < values[c] || (values[other] == values[c] && other < c);
-  return rank;
-}
-
-// The value of this rank among values[0..count) in shared memory.
+// The value of this rank among values[0..count) in shared memory, equal ones in order.
 __device__ __forceinline__ float value_of_rank(const float* values, int count, int rank) {
   float result = 0;
   for (int base = 0; base < count; base += kWarp) {
     const int c = base + static_cast<int>(threadIdx.x % kWarp);
-    const bool here = c < count && rank_of(values, count, c) == rank;
-    const unsigned mask = __ballot_sync(kFullWarp, here);
-    if (mask) result = __shfl_sync(kFullWarp, here ? values[c] : 0.0f, __ffs(mask) - 1);
+    int own = count;
+    if (c < count) {
+      own = 0;
+      for (int other = 0; other < count; ++other)
+        own += values[other] < values[c] || (values[other] == values[c] && other < c);
+    }
+    const unsigned mask = __ballot_sync(kFullWarp, own == rank);
+    if (mask) result = __shfl_sync(kFullWarp, c < count ? values[c] : 0.0f, __ffs(static_cast<int>(mask)) - 1);
   }
   return result;
 }
 
-// Drops what is beyond the k-th smallest upper bound, and what does not fit; as in csrc/cpu/nearest_neighbors.cpp.
-__device__ void compact(List& list, int k, int capacity, float window, const float* __restrict__ other_window,
-                        float* scratch) {
-  const int lane = threadIdx.x % kWarp;
-  for (int c = lane; c < list.count; c += kWarp)
-    scratch[c] = list.lower[c] + 2 * (window + other_window[list.index[c]]);
-  __syncwarp();
-  float threshold = value_of_rank(scratch, list.count, k - 1);
-  filter_list(list, [&](int, float lower) { return lower <= threshold; });
-  const int limit = capacity - (capacity - k) / 2;
-  if (list.count > limit) {
-    for (int c = lane; c < list.count; c += kWarp) scratch[c] = list.lower[c];
-    __syncwarp();
-    const int count = list.count;
-    const float lost = value_of_rank(scratch, count, limit);
-    list.cut = fminf(list.cut, lost);
-    filter_list(list, [&](int c, float) { return rank_of(scratch, count, c) < limit; });
-    threshold = nextafterf(lost, -INFINITY);
-  }
-  list.threshold = fminf(list.threshold, threshold);
-}
+// One row's candidates while a warp scans: every lane carries the same scalars. New ones go to shared memory, at the
+// places that they will have in the row's arrays; those that were there before are only fetched when places run out.
+template <int kPlaces>
+struct List {
+  float* lower;  // [kPlaces], as index and upper
+  float* upper;
+  int32_t* index;
+  float* stored_lower;  // the row's arrays
+  int32_t* stored_index;
+  const float* other_window;  // of the set that index counts in
+  float window;
+  int k, capacity, count, stored;
+  float threshold, cut;
 
-// Takes one entry from each lane, where `lower` (without the row's own norm) does not exceed the threshold.
-__device__ __forceinline__ void offer(List& list, bool valid, float partial, float shrunk, int64_t index, int k,
-                                      int capacity, float window, const float* __restrict__ other_window,
-                                      float* scratch) {
-  bool hit = valid && partial <= list.threshold - shrunk;
-  unsigned pending = __ballot_sync(kFullWarp, hit);
-  while (pending) {
-    const int space = capacity - list.count, at = __popc(pending & lanes_below());
-    const bool taken = hit && at < space;
-    if (taken) {
-      list.lower[list.count + at] = partial + shrunk;
-      list.index[list.count + at] = static_cast<int32_t>(index);
+  // Keeps the entries for which keep(c) holds, in order.
+  template <typename Keep>
+  __device__ __forceinline__ void filter(const Keep& keep) {
+    const int lane = threadIdx.x % kWarp;
+    unsigned stays = 0;  // one bit for each of the lane's places
+    for (int base = 0; base < count; base += kWarp)
+      if (base + lane < count && keep(base + lane)) stays |= 1u << (base / kWarp);
+    int kept = 0;
+    for (int base = 0; base < count; base += kWarp) {
+      const int c = base + lane;
+      const bool stay = (stays >> (base / kWarp)) & 1u;
+      const float own_lower = stay ? lower[c] : 0.0f, own_upper = stay ? upper[c] : 0.0f;
+      const int32_t own_index = stay ? index[c] : 0;
+      const unsigned mask = __ballot_sync(kFullWarp, stay);
+      __syncwarp();
+      if (stay) {
+        const int at = kept + __popc(mask & lanes_below());
+        lower[at] = own_lower;
+        upper[at] = own_upper;
+        index[at] = own_index;
+      }
+      kept += __popc(mask);
     }
-    list.count += min(__popc(pending), space);
     __syncwarp();
-    if (list.count == capacity) compact(list, k, capacity, window, other_window, scratch);
-    hit = hit && !taken && partial <= list.threshold - shrunk;
-    pending = __ballot_sync(kFullWarp, hit);
+    count = kept;
   }
-}
+
+  // Drops what is beyond the k-th smallest upper bound, and what does not fit; as in csrc/cpu/nearest_neighbors.cpp.
+  __device__ void compact() {
+    for (int c = threadIdx.x % kWarp; c < stored; c += kWarp) {
+      lower[c] = stored_lower[c];
+      index[c] = stored_index[c];
+      upper[c] = lower[c] + 2 * (window + other_window[index[c]]);
+    }
+    stored = 0;
+    __syncwarp();
+    float limit = value_of_rank(upper, count, k - 1);
+    filter([&](int c) { return lower[c] <= limit; });
+    const int most = capacity - (capacity - k) / 2;
+    if (count > most) {
+      const float lost = value_of_rank(lower, count, most);
+      cut = fminf(cut, lost);
+      filter([&](int c) {
+        int rank = 0;
+        for (int other = 0; other < count; ++other)
+          rank += lower[other] < lower[c] || (lower[other] == lower[c] && other < c);
+        return rank < most;
+      });
+      limit = nextafterf(lost, -INFINITY);
+    }
+    threshold = fminf(threshold, limit);
+  }
+
+  // Takes one entry from each lane, where `partial` + `shrunk`, its lower bound, does not exceed the threshold.
+  __device__ __forceinline__ void offer(bool valid, float partial, float shrunk, float theirs, int64_t column) {
+    bool hit = valid && partial <= threshold - shrunk;
+    unsigned pending = __ballot_sync(kFullWarp, hit);
+    while (pending) {
+      const int space = capacity - count, at = __popc(pending & lanes_below());
+      const bool taken = hit && at < space;
+      if (taken) {
+        lower[count + at] = partial + shrunk;
+        upper[count + at] = partial + shrunk + 2 * (window + theirs);
+        index[count + at] = static_cast<int32_t>(column);
+      }
+      count += min(__popc(pending), space);
+      if (count == capacity) compact();
+      hit = hit && !taken && partial <= threshold - shrunk;
+      pending = __ballot_sync(kFullWarp, hit);
+    }
+  }
+};
 
 struct State {
   float* lower;
@@ -124,11 +131,21 @@ struct State {
   int64_t capacity;
   int k;
 
-  __device__ __forceinline__ List open(int64_t row) const {
-    return {lower + row * capacity, index + row * capacity, count[row], threshold[row], cut[row]};
+  template <int kPlaces>
+  __device__ __forceinline__ List<kPlaces> open(int64_t row, float* bounds, int32_t* places, float window,
+                                                const float* other_window) const {
+    return {bounds,       bounds + kPlaces, places,  lower + row * capacity,     index + row * capacity,
+            other_window, window,           k,       static_cast<int>(capacity), count[row],
+            count[row],   threshold[row],   cut[row]};
   }
-  __device__ __forceinline__ void close(int64_t row, const List& list, float largest) const {
-    if (threadIdx.x % kWarp != 0) return;
+  template <int kPlaces>
+  __device__ __forceinline__ void close(int64_t row, const List<kPlaces>& list, float largest) const {
+    const int lane = threadIdx.x % kWarp;
+    for (int c = list.stored + lane; c < list.count; c += kWarp) {
+      list.stored_lower[c] = list.lower[c];
+      list.stored_index[c] = list.index[c];
+    }
+    if (lane != 0) return;
     count[row] = list.count;
     threshold[row] = list.threshold;
     cut[row] = list.cut;
@@ -148,31 +165,30 @@ __global__ void nearest_neighbors_scan_rows_kernel(float* __restrict__ block, in
                                                    const float* __restrict__ left_window,
                                                    const float* __restrict__ right_norm,
                                                    const float* __restrict__ right_window, State state, bool write) {
-  __shared__ float scratch[kRowWarps][kCapacity];
-  __shared__ float norms[kRowThreads], shrunks[kRowThreads];
+  __shared__ float bounds[kRowWarps][2 * kCapacity];
+  __shared__ int32_t places[kRowWarps][kCapacity];
+  __shared__ float norms[kRowThreads], windows[kRowThreads];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t r = blockIdx.x * static_cast<int64_t>(kRowWarps) + warp, i = row_begin + r;
   const bool active = r < rows;
   const float norm = active ? left_norm[i] : 0.0f, window = active ? left_window[i] : 0.0f, shrunk = norm - window;
-  List list = {nullptr, nullptr, 0, 0.0f, 0.0f};
-  if (active) list = state.open(i);
+  List<kCapacity> list = {};
+  if (active) list = state.open<kCapacity>(i, bounds[warp], places[warp], window, right_window);
   float largest = -INFINITY;
   for (int64_t tile = 0; tile < columns; tile += kRowThreads) {
     if (tile + threadIdx.x < columns) {
-      const float other = right_norm[column_begin + tile + threadIdx.x];
-      norms[threadIdx.x] = other;
-      shrunks[threadIdx.x] = other - right_window[column_begin + tile + threadIdx.x];
+      norms[threadIdx.x] = right_norm[column_begin + tile + threadIdx.x];
+      windows[threadIdx.x] = right_window[column_begin + tile + threadIdx.x];
     }
     __syncthreads();
     for (int base = 0; active && base < kRowThreads && tile + base < columns; base += kWarp) {
       const int64_t c = tile + base + lane;
       const bool valid = c < columns;
       const float product = valid ? -2 * block[r * ld + c] : 0.0f;
-      const float other = valid ? norms[base + lane] : 0.0f, other_shrunk = valid ? shrunks[base + lane] : 0.0f;
+      const float other = valid ? norms[base + lane] : 0.0f, theirs = valid ? windows[base + lane] : 0.0f;
       if (valid) largest = fmaxf(largest, product + other);
       if (valid && write) block[r * ld + c] = fmaxf(product + other + norm, 0.0f);
-      offer(list, valid, product + other_shrunk, shrunk, column_begin + c, state.k, static_cast<int>(state.capacity),
-            window, right_window, scratch[warp]);
+      list.offer(valid, product + (other - theirs), shrunk, theirs, column_begin + c);
     }
     __syncthreads();
   }
@@ -180,36 +196,38 @@ __global__ void nearest_neighbors_scan_rows_kernel(float* __restrict__ block, in
 }
 
 // One warp for each column: tiles of the block are turned over in shared memory.
+template <int kColumns, int kPlaces>
 __global__ void nearest_neighbors_scan_columns_kernel(const float* __restrict__ block, int64_t ld, int64_t rows,
                                                       int64_t columns, int64_t row_begin, int64_t column_begin,
                                                       const float* __restrict__ left_norm,
                                                       const float* __restrict__ left_window,
                                                       const float* __restrict__ right_norm,
                                                       const float* __restrict__ right_window, State state) {
-  __shared__ float scratch[kColumnWarps][kCapacity];
-  __shared__ float tile[kWarp][kColumnWarps + 1];
-  __shared__ float norms[kWarp], shrunks[kWarp];
+  __shared__ float bounds[kColumns][2 * kPlaces];
+  __shared__ int32_t places[kColumns][kPlaces];
+  __shared__ float tile[kWarp][kColumns + 1];
+  __shared__ float norms[kWarp], windows[kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t c0 = blockIdx.x * static_cast<int64_t>(kColumnWarps), c = c0 + warp, j = column_begin + c;
+  const int64_t c0 = blockIdx.x * static_cast<int64_t>(kColumns), c = c0 + warp, j = column_begin + c;
   const bool active = c < columns;
   const float norm = active ? right_norm[j] : 0.0f, window = active ? right_window[j] : 0.0f, shrunk = norm - window;
-  List list = {nullptr, nullptr, 0, 0.0f, 0.0f};
-  if (active) list = state.open(j);
+  List<kPlaces> list = {};
+  if (active) list = state.open<kPlaces>(j, bounds[warp], places[warp], window, left_window);
   float largest = -INFINITY;
   for (int64_t base = 0; base < rows; base += kWarp) {
-    if (base + warp < rows && c0 + lane < columns) tile[warp][lane] = block[(base + warp) * ld + c0 + lane];
+    const int row = static_cast<int>(threadIdx.x) / kColumns, column = static_cast<int>(threadIdx.x) % kColumns;
+    if (base + row < rows && c0 + column < columns) tile[row][column] = block[(base + row) * ld + c0 + column];
     if (warp == 0 && base + lane < rows) {
       norms[lane] = left_norm[row_begin + base + lane];
-      shrunks[lane] = norms[lane] - left_window[row_begin + base + lane];
+      windows[lane] = left_window[row_begin + base + lane];
     }
     __syncthreads();
     if (active) {
       const bool valid = base + lane < rows;
       const float product = valid ? -2 * tile[lane][warp] : 0.0f;
-      const float other = valid ? norms[lane] : 0.0f, other_shrunk = valid ? shrunks[lane] : 0.0f;
+      const float other = valid ? norms[lane] : 0.0f, theirs = valid ? windows[lane] : 0.0f;
       if (valid) largest = fmaxf(largest, product + other);
-      offer(list, valid, product + other_shrunk, shrunk, row_begin + base + lane, state.k,
-            static_cast<int>(state.capacity), window, left_window, scratch[warp]);
+      list.offer(valid, product + (other - theirs), shrunk, theirs, row_begin + base + lane);
     }
     __syncthreads();
   }
@@ -245,16 +263,19 @@ __global__ void nearest_neighbors_select_kernel(DeviceRows<T> x, DeviceRows<T> y
                                                 const int32_t* __restrict__ counts, const float* __restrict__ cut,
                                                 int64_t capacity, int k, Result result, uint8_t* __restrict__ unsure,
                                                 float* __restrict__ reach) {
-  __shared__ float upper[kListWarps][kCapacity];
+  __shared__ float bounds[kListWarps][kCapacity], upper[kListWarps][kCapacity];
   __shared__ double distance[kListWarps][kCapacity];
   __shared__ int32_t index[kListWarps][kCapacity];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t i = blockIdx.x * static_cast<int64_t>(kListWarps) + warp;
   if (i >= rows) return;
   const int count = counts[i];
-  const float* const bounds = lower + i * capacity;
-  const int32_t* const found = candidate + i * capacity;
-  for (int c = lane; c < count; c += kWarp) upper[warp][c] = bounds[c] + 2 * (left_window[i] + right_window[found[c]]);
+  for (int c = lane; c < count; c += kWarp) {
+    const int32_t j = candidate[i * capacity + c];
+    index[warp][c] = j;
+    bounds[warp][c] = lower[i * capacity + c];
+    upper[warp][c] = bounds[warp][c] + 2 * (left_window[i] + right_window[j]);
+  }
   __syncwarp();
   const float limit = value_of_rank(upper[warp], count, k - 1);
   const bool again = limit >= cut[i];
@@ -266,15 +287,19 @@ __global__ void nearest_neighbors_select_kernel(DeviceRows<T> x, DeviceRows<T> y
   int kept = 0;
   for (int base = 0; base < count; base += kWarp) {
     const int c = base + lane;
-    const bool stays = c < count && bounds[c] <= limit;
+    const bool stays = c < count && bounds[warp][c] <= limit;
+    const int32_t j = stays ? index[warp][c] : 0;
     const unsigned mask = __ballot_sync(kFullWarp, stays);
-    if (stays) index[warp][kept + __popc(mask & lanes_below())] = found[c];
+    __syncwarp();
+    if (stays) index[warp][kept + __popc(mask & lanes_below())] = j;
     kept += __popc(mask);
   }
   __syncwarp();
-  for (int c = 0; c < kept; ++c) {
-    const double exact = warp_exact_distance(x, i, y, index[warp][c], D);
-    if (lane == 0) distance[warp][c] = exact;
+  for (int base = 0; base < kept; base += kWarp) {
+    const int c = base + lane;
+    const int32_t j = c < kept ? index[warp][c] : 0;
+    const double exact = warp_exact_distances(x, i, y, j, __ballot_sync(kFullWarp, c < kept), D);
+    if (c < kept) distance[warp][c] = exact;
   }
   __syncwarp();
   for (int c = lane; c < kept; c += kWarp) {
@@ -287,7 +312,7 @@ __global__ void nearest_neighbors_select_kernel(DeviceRows<T> x, DeviceRows<T> y
   }
 }
 
-// One block for each row that is done again: exact distances of all that may be near, then the k smallest in turn.
+// One block for each row that is done again: exact distances of all that may be near; each warp keeps its best.
 template <typename T>
 __global__ void nearest_neighbors_rescan_kernel(const float* __restrict__ block, int64_t ld,
                                                 const int64_t* __restrict__ rows, int64_t columns, DeviceRows<T> x,
@@ -295,63 +320,33 @@ __global__ void nearest_neighbors_rescan_kernel(const float* __restrict__ block,
                                                 const float* __restrict__ left_window,
                                                 const float* __restrict__ right_norm,
                                                 const float* __restrict__ right_window, const float* __restrict__ reach,
-                                                Result result, double* __restrict__ workspace) {
+                                                Result result) {
   constexpr int kWarps = kRescanThreads / kWarp;
-  __shared__ double least[kWarps];
-  __shared__ int64_t where[kWarps];
+  __shared__ double values[kWarps][kRescanPlaces];
+  __shared__ int32_t indices[kWarps][kRescanPlaces];
+  __shared__ int counts[kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t r = blockIdx.x, i = rows[r];
   const float shrunk = left_norm[i] - left_window[i], limit = reach[i];
-  double* const exact = workspace + r * columns;
+  Smallest<kRescanPlaces> best{values[warp], indices[warp], static_cast<int>(result.k)};
   for (int64_t base = static_cast<int64_t>(warp) * kWarp; base < columns; base += kRescanThreads) {
     const int64_t j = base + lane;
     const bool near = j < columns && -2 * block[r * ld + j] + (right_norm[j] - right_window[j]) + shrunk <= limit;
-    unsigned mask = __ballot_sync(kFullWarp, near);
-    double own = INFINITY;
-    while (mask) {
-      const int at = __ffs(mask) - 1;
-      mask &= mask - 1;
-      const double value = warp_exact_distance(x, i, y, base + at, D);
-      if (lane == at) own = value;
-    }
-    if (j < columns) exact[j] = own;
+    const double exact = warp_exact_distances(x, i, y, j, __ballot_sync(kFullWarp, near), D);
+    best.show(near, exact, static_cast<int32_t>(j));
   }
-  double last = -1;
-  int64_t last_index = -1;
-  for (int rank = 0; rank < static_cast<int>(result.k); ++rank) {
-    double best = INFINITY;
-    int64_t best_index = columns;
-    for (int64_t j = threadIdx.x; j < columns; j += kRescanThreads) {
-      const double value = exact[j];
-      const bool after = value > last || (value == last && j > last_index);
-      if (after && (value < best || (value == best && j < best_index))) {
-        best = value;
-        best_index = j;
-      }
-    }
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      const double other = __shfl_xor_sync(kFullWarp, best, offset);
-      const int64_t other_index = __shfl_xor_sync(kFullWarp, static_cast<long long>(best_index), offset);
-      if (other < best || (other == best && other_index < best_index)) {
-        best = other;
-        best_index = other_index;
-      }
-    }
-    if (lane == 0) {
-      least[warp] = best;
-      where[warp] = best_index;
-    }
-    __syncthreads();
-    last = least[0];
-    last_index = where[0];
-    for (int w = 1; w < kWarps; ++w)
-      if (least[w] < last || (least[w] == last && where[w] < last_index)) {
-        last = least[w];
-        last_index = where[w];
-      }
-    if (threadIdx.x == 0) result.write(i, rank, last, static_cast<int32_t>(last_index));
-    __syncthreads();
-  }
+  merge_smallest<kWarps>(best, values, indices, counts,
+                         [&](int rank, double value, int32_t j) { result.write(i, rank, value, j); });
+}
+
+// As many columns for a block as their lists fit into shared memory.
+template <int kColumns, int kPlaces>
+void scan_columns(const float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
+                  int64_t column_begin, const float* left_norm, const float* left_window, const float* right_norm,
+                  const float* right_window, const State& state, cudaStream_t stream) {
+  launch(nearest_neighbors_scan_columns_kernel<kColumns, kPlaces>, grid_size((columns + kColumns - 1) / kColumns),
+         kColumns * kWarp, 0, stream, block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
+         right_norm, right_window, state);
 }
 
 unsigned list_grid(int64_t rows) { return grid_size((rows + kListWarps - 1) / kListWarps); }
@@ -373,9 +368,11 @@ void nearest_neighbors_scan_cuda(float* block, int64_t ld, int64_t rows, int64_t
   const DeviceGuard guard(device);
   const State state{lower, index, count, threshold, cut, row_max, capacity, static_cast<int>(k)};
   if (both)  // before the rows, which may overwrite the products
-    launch(nearest_neighbors_scan_columns_kernel, grid_size((columns + kColumnWarps - 1) / kColumnWarps),
-           kColumnWarps * kWarp, 0, static_cast<cudaStream_t>(stream), static_cast<const float*>(block), ld, rows,
-           columns, row_begin, column_begin, left_norm, left_window, right_norm, right_window, state);
+    capacity <= kCapacity / 2
+        ? scan_columns<32, kCapacity / 2>(block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
+                                          right_norm, right_window, state, static_cast<cudaStream_t>(stream))
+        : scan_columns<16, kCapacity>(block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
+                                      right_norm, right_window, state, static_cast<cudaStream_t>(stream));
   launch(nearest_neighbors_scan_rows_kernel, grid_size((rows + kRowWarps - 1) / kRowWarps), kRowThreads, 0,
          static_cast<cudaStream_t>(stream), block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
          right_norm, right_window, state, write);
@@ -411,9 +408,9 @@ void nearest_neighbors_rescan_cuda(const float* block, int64_t ld, const int64_t
                                    const double* y2_factor, int64_t y2_rows, int64_t y2_stride, DType dtype, int64_t D,
                                    Metric metric, double unscale, const float* left_norm, const float* left_window,
                                    const float* right_norm, const float* right_window, const float* reach, int64_t k,
-                                   int32_t* index, void* distance, DType distance_dtype, double* workspace, int device,
-                                   void* stream) {
+                                   int32_t* index, void* distance, DType distance_dtype, int device, void* stream) {
   (void)x2_rows;
+  if (k < 1 || k > kCudaMaxNeighbors) throw std::invalid_argument("k: 1 to 128 on a GPU");
   if (count == 0) return;
   const DeviceGuard guard(device);
   const Result result{index, distance, distance_dtype, k, metric, unscale};
@@ -422,7 +419,7 @@ void nearest_neighbors_rescan_cuda(const float* block, int64_t ld, const int64_t
     launch(nearest_neighbors_rescan_kernel<T>, grid_size(count), kRescanThreads, 0, static_cast<cudaStream_t>(stream),
            block, ld, rows, y_rows + y2_rows, device_rows<T>(x, x_factor, x_rows, x_stride, x2, x2_factor, x2_stride),
            device_rows<T>(y, y_factor, y_rows, y_stride, y2, y2_factor, y2_stride), D, left_norm, left_window,
-           right_norm, right_window, reach, result, workspace);
+           right_norm, right_window, reach, result);
   });
 }
 

@@ -73,13 +73,12 @@ __global__ void pairwise_distance_prepare_kernel(const T* __restrict__ x, const 
   }
 }
 
-// A product becomes a distance. All lanes of a warp call together, each with a pair of its own or with valid false.
+// A product becomes a distance; `sum` is that of the two norms. All lanes of a warp call together, each with a pair of
+// its own or with valid false.
 template <typename T>
-__device__ __forceinline__ float finish_distance(float product, bool valid, int64_t i, int64_t j,
-                                                 const DeviceRows<T>& x, const DeviceRows<T>& y, int64_t D,
-                                                 const float* __restrict__ x_norm, const float* __restrict__ y_norm,
-                                                 bool rooted, double scale) {
-  const float sum = valid ? x_norm[i] + y_norm[j] : 0.0f;
+__device__ __forceinline__ float finish_distance(float product, float sum, bool valid, int64_t i, int64_t j,
+                                                 const DeviceRows<T>& x, const DeviceRows<T>& y, int64_t D, bool rooted,
+                                                 double scale) {
   float distance = fmaxf(sum - 2 * product, 0.0f);
   unsigned again = __ballot_sync(kFullWarp, valid && distance < kCancellation * sum);
   while (again) {
@@ -103,11 +102,13 @@ __global__ void pairwise_distance_block_kernel(float* __restrict__ block, int64_
   __shared__ float tile[kTile][kTile + 1];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t r0 = static_cast<int64_t>(blockIdx.y) * kTile, c0 = static_cast<int64_t>(blockIdx.x) * kTile;
+  const int64_t c = c0 + lane;
+  const float column_norm = c < columns ? y_norm[c] : 0.0f;
   for (int t = warp; t < kTile; t += kTileWarps) {
-    const int64_t r = r0 + t, c = c0 + lane;
+    const int64_t r = r0 + t;
     const bool valid = r < rows && c < columns;
-    const float distance =
-        finish_distance(valid ? block[r * ld + c] : 0.0f, valid, r, c, x, y, D, x_norm, y_norm, rooted, scale);
+    const float sum = valid ? x_norm[r] + column_norm : 0.0f;
+    const float distance = finish_distance(valid ? block[r * ld + c] : 0.0f, sum, valid, r, c, x, y, D, rooted, scale);
     if (valid) block[r * ld + c] = distance;
     tile[t][lane] = distance;
   }
@@ -151,15 +152,22 @@ __global__ void pairwise_distance_tiled_kernel(const float* __restrict__ p, cons
     }
     __syncthreads();
   }
+  float column_norm[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int j = 0; j < 4; ++j) column_norm[j] = c0 + tx + 16 * j < columns ? y_norm[c0 + tx + 16 * j] : 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t r = r0 + ty + 16 * i;
+    const float row_norm = r < rows ? x_norm[r] : 0.0f;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int64_t r = r0 + ty + 16 * i, c = c0 + tx + 16 * j;
+      const int64_t c = c0 + tx + 16 * j;
       const bool valid = r < rows && c < columns;
-      const float distance = finish_distance(sums[i][j], valid, r, c, x, y, D, x_norm, y_norm, rooted, scale);
+      const float distance =
+          finish_distance(sums[i][j], row_norm + column_norm[j], valid, r, c, x, y, D, rooted, scale);
       if (valid) block[r * ld + c] = distance;
     }
+  }
 }
 
 unsigned row_grid(int64_t rows) { return grid_size(std::min<int64_t>((rows + kRowWarps - 1) / kRowWarps, 1 << 20)); }

@@ -6,11 +6,15 @@ from __future__ import annotations
 
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 
 import vareid_ext
+from vareid_ext.ops import k_reciprocal as k_reciprocal_op
+from vareid_ext.ops import nearest_neighbors as nearest_op
 from vareid_ext.ops import pairwise_distance as pairwise_op
+from vareid_ext.reference import k_reciprocal as k_reciprocal_reference
 
 
 def _random(*size: int, seed: int = 0) -> Tensor:
@@ -55,3 +59,73 @@ def test_k_reciprocal__columns_of_several_tiles(backend: str) -> None:
     with vareid_ext.reference_backend():
         expected = vareid_ext.k_reciprocal_rerank(query, gallery, k1=5, k2=2)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_k_reciprocal__lists_of_more_rows_than_are_looked_up_at_once(backend: str) -> None:
+    query, gallery = _random(10, 3), _random(50, 3, seed=1)
+    got = vareid_ext.k_reciprocal_rerank(query, gallery, k1=3, k2=40)
+    with vareid_ext.reference_backend():
+        expected = vareid_ext.k_reciprocal_rerank(query, gallery, k1=3, k2=40)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("others", [0, 20])
+def test_k_reciprocal__best_of_queries_that_share_nothing(backend: str, others: int) -> None:
+    """With more than k1 duplicates some encodings are empty; the best are then the nearest, or the first."""
+    x = torch.cat([_random(1, 5).expand(12, 5), _random(others, 5, seed=1), _random(1, 5).expand(28, 5)])
+    distance, index = vareid_ext.k_reciprocal_rerank(x[:12], x[12:], k1=5, k2=1, topk=4)
+    with vareid_ext.reference_backend():
+        expected = vareid_ext.k_reciprocal_rerank(x[:12], x[12:], k1=5, k2=1, topk=4)
+    torch.testing.assert_close(distance, expected[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(index, expected[1])
+
+
+@pytest.mark.parametrize(("rows", "columns", "entries"), [(5, 1, 3), (300, 200, 9000), (40, 1 << 20, 500), (3, 7, 0)])
+def test_k_reciprocal__inverted_index(backend: str, rows: int, columns: int, entries: int) -> None:
+    """One to three digits of the column, several tiles, rows and columns without entries."""
+    rng = torch.Generator().manual_seed(0)
+    cells = torch.randperm(min(rows * columns, 1 << 22), generator=rng)[:entries].sort().values
+    cells = cells * (rows * columns // max(1, min(rows * columns, 1 << 22)))
+    indptr = torch.zeros(rows + 1, dtype=torch.int64)
+    indptr[1:] = torch.bincount(cells // columns, minlength=rows).cumsum(0)
+    index, value = (cells % columns).to(torch.int32), torch.rand(cells.shape, generator=rng)
+    for first in (0, rows // 2):
+        start, owner, weight = k_reciprocal_op.invert(indptr, index, value, first, columns)
+        expected = k_reciprocal_reference.invert(indptr, index, value, first, columns)
+        assert torch.equal(start, expected[0])
+        assert torch.equal(owner.long(), expected[1])
+        assert torch.equal(weight, expected[2])
+
+
+def test_k_reciprocal__best_of_a_gallery_of_several_parts(backend: str) -> None:
+    """More gallery rows than sums fit into shared memory."""
+    rng = torch.Generator().manual_seed(0)
+    Q, G, k = 2, 8300, 3
+    query, gallery = torch.rand(Q, 1, generator=rng), torch.rand(G, 1, generator=rng)
+    original, nearest = torch.sort((query - gallery.T).square(), dim=1, stable=True)
+    cells = torch.randperm((Q + G) * 5, generator=rng)[: (Q + G) * 2].sort().values
+    indptr = torch.zeros(Q + G + 1, dtype=torch.int64)
+    indptr[1:] = torch.bincount(cells // 5, minlength=Q + G).cumsum(0)
+    index, value = (cells % 5).to(torch.int32), torch.rand(cells.shape, generator=rng) / 5
+    args = (
+        query, gallery, 1.0, nearest[:, :k].to(torch.int32), original[:, :k].contiguous(), torch.ones(Q + G), indptr,
+        index, value, 0.3,
+    )  # fmt: skip
+    distance, _ = k_reciprocal_op.k_reciprocal_topk(*args)
+    with vareid_ext.reference_backend():
+        expected, _ = k_reciprocal_op.k_reciprocal_topk(*args)
+    torch.testing.assert_close(distance, expected, rtol=1e-5, atol=1e-5)
+    blended = (query - gallery.T).square()
+    k_reciprocal_op.k_reciprocal_blend(blended, torch.ones(Q + G), indptr, index, value, 0.3)
+    torch.testing.assert_close(blended.sort(1).values[:, :k], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nearest_neighbors__lists_that_overflow_in_later_blocks(backend: str) -> None:
+    """Far rows first, so that every block brings nearer ones; also more candidates than the smaller lists hold."""
+    x = torch.arange(300, dtype=torch.float32).flip(0)[:, None] ** 1.25
+    for k in (3, 70):
+        with mock.patch.object(nearest_op, "BLOCK_ROWS", 100):
+            distance, index = vareid_ext.nearest_neighbors(x, k=k)
+        expected = torch.sort((x.double() - x.double().T).square(), dim=1, stable=True)
+        assert torch.equal(index, expected.indices[:, :k])
+        torch.testing.assert_close(distance.double(), expected.values[:, :k], rtol=1e-6, atol=0)

@@ -7,14 +7,14 @@ import functools
 import pytest
 
 from tests.cuda_on_cpu import build, measure, rows
-from tests.cuda_on_cpu.harness import Traffic
+from tests.cuda_on_cpu.measure import Measured
 from tests.cuda_on_cpu.representative import REPRESENTATIVE, Shape
 
 pytestmark = pytest.mark.skipif(bool(build.missing_reason()), reason=build.missing_reason() or "g++ is here")
 
 
 @functools.cache
-def traffic(row: str) -> dict[tuple[str, Shape], Traffic]:
+def traffic(row: str) -> dict[tuple[str, Shape], Measured]:
     return measure.traffic(row)
 
 
@@ -22,9 +22,10 @@ def traffic(row: str) -> dict[tuple[str, Shape], Traffic]:
 def test_every_kernel_keeps_its_limits(row: str) -> None:
     assert row in REPRESENTATIVE, f"{row} has no representative call (tests/cuda_on_cpu/representative.py)"
     assert traffic(row), "the representative calls launch no kernel"
-    for (kernel, shape), t in traffic(row).items():
-        limit = shape.limits[kernel.split("<")[0]]
-        assert t.moved_ratio <= limit.moved, (kernel, shape.name, t)
+    for (kernel, shape), measured in traffic(row).items():
+        limit, t = shape.limits[kernel.split("<")[0]], measured.traffic
+        assert measured.ratio <= limit.moved, (kernel, shape.name, measured)
+        assert measured.ratio >= 1, f"{kernel}, {shape.name}: less was moved than minima.py says must be: {measured}"
         assert t.coalescing >= limit.coalescing, (kernel, shape.name, t)
         assert t.wavefront_ratio <= limit.wavefronts, (kernel, shape.name, t)
 
@@ -33,7 +34,8 @@ def test_angular_center_moves_the_bytes_of_its_arrays() -> None:
     """The minimum that the harness counts is the size of what must be read and written, counted by hand."""
     K, V, D = 64, 3, 1024
     small = 4 * (K * V + K + K * V)  # cosines and the two norms
-    for (kernel, shape), t in traffic("angular_center").items():
+    for (kernel, shape), measured in traffic("angular_center").items():
+        t = measured.traffic
         centers = K * (1 + V) * D * (2 if "bfloat16" in shape.name else 4)
         if "forward" in kernel:
             assert (t.distinct_loaded, t.distinct_stored) == (centers, small)

@@ -88,11 +88,10 @@ class Filter:
                 self.unscale = scale**-2
         if scale != 1:
             self.factors = [torch.full((p.shape[0],), scale, dtype=torch.float64, device=device) for p in self.parts]
-        self.center = self._find_center()
+        self.center, center_norm = self._find_center()
         self.direct = self.center is None and self.factors[0] is None and self.parts[0].dtype == torch.float32
         self._buffers: dict[int, Tensor] = {}
         gamma = D * _UNIT / (1 - D * _UNIT)
-        center_norm = 0.0 if self.center is None else float(self.center.square().sum())
         sizes = [part.shape[0] for part in self.parts]
         norm = torch.empty(sum(sizes), dtype=torch.float32, device=device)
         self.norms = list(norm.split(sizes))
@@ -113,9 +112,10 @@ class Filter:
         _native.module().pairwise_distance_norm(view(x), view(factor), view(out), self.threads, stream_of(x))
         return out
 
-    def _find_center(self) -> Tensor | None:
+    def _find_center(self) -> tuple[Tensor | None, float]:
+        """The centre and its squared length, or None and 0: one look at the device's values."""
         total = torch.zeros(self.parts[0].shape[1], dtype=torch.float64, device=self.parts[0].device)
-        squares, count = 0.0, 0
+        squares, count = torch.zeros_like(total[0]), 0
         for part, factor in zip(self.parts, self.factors, strict=True):
             step = max(1, -(-part.shape[0] * len(self.parts) // _SAMPLE))
             for begin in range(0, part.shape[0], _FEW_ROWS * step):
@@ -124,11 +124,13 @@ class Filter:
                 if factor is not None:
                     rows *= factor[some, None]
                 total += rows.sum(0)
-                squares, count = squares + float(rows.square().sum()), count + rows.shape[0]
+                squares += rows.square().sum()
+                count += rows.shape[0]
         if count == 0:
-            return None
+            return None, 0.0
         mean = total / count
-        return mean if float(mean.square().sum()) > _CENTERED_SHARE * squares / count else None
+        center_norm, length = torch.stack([mean.square().sum(), squares / count]).tolist()
+        return (mean, center_norm) if center_norm > _CENTERED_SHARE * length else (None, 0.0)
 
     def _fill_norms(self, which: int) -> None:
         part = self.parts[which]

@@ -18,9 +18,11 @@ from vareid_ext.reference import k_reciprocal as reference
 from vareid_ext.reference import nearest_neighbors as neighbor_reference
 from vareid_ext.reference.pairwise_distance import exact_distance, rows_per_block
 
-# Limits of the CUDA kernels, as in csrc/k_reciprocal.h.
+# Limits of the CUDA kernels and the sizes of their sort, as in csrc/k_reciprocal.h.
 _CUDA_MOST_MEMBERS = 1024
 _CUDA_MOST_LISTED = 159
+_CUDA_MOST_TOPK = 128
+_CUDA_SORT_TILE, _CUDA_SORT_DIGITS = 8192, 256
 
 
 def _pattern_sizes(like: Tensor, rows: int) -> tuple[Tensor, Any]:
@@ -296,6 +298,13 @@ def _native_expand(
     return new_indptr, new_index, new_value
 
 
+def invert_workspace(device_type: str, columns: int, entries: int) -> int:
+    """Bytes of scratch that building the inverted index takes."""
+    if device_type == "cuda":
+        return 8 * (_CUDA_SORT_DIGITS * -(-entries // _CUDA_SORT_TILE) + 1) + 16 * entries
+    return 8 * columns
+
+
 def invert(indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """The inverted index of a CSR matrix's rows from ``first`` on (native).
 
@@ -306,7 +315,7 @@ def invert(indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: in
     entries = index.shape[0] - int(indptr[first])
     start = indptr.new_empty((columns + 1,))
     owner, weight = index.new_empty((entries,)), value.new_empty((entries,))
-    workspace = _scratch(index, 8 * (columns + entries))
+    workspace = _scratch(index, invert_workspace(index.device.type, columns, entries))
     _native.module().k_reciprocal_invert(
         view(indptr), view(index), view(value), first, columns, view(start), view(owner), view(weight),
         view(workspace), threads, stream_of(index),
@@ -347,14 +356,16 @@ def _native_topk(
     index: Tensor,
     value: Tensor,
     lambda_value: float,
-) -> tuple[Tensor, Tensor]:
+) -> Any:
+    if query.is_cuda and nearest.shape[1] > _CUDA_MOST_TOPK:
+        return NotImplemented
     view, threads = _native.view, torch.get_num_threads()
     Q, G = query.shape[0], gallery.shape[0]
     index, value = index.contiguous(), value.contiguous()
     inverted = invert(indptr, index, value, Q, Q + G)
     distance = torch.empty_like(original, memory_format=torch.contiguous_format)
     gallery_index = torch.empty_like(distance, dtype=torch.int64)
-    workspace = _scratch(query, 24 * G * threads)
+    workspace = _scratch(query, 0 if query.is_cuda else 24 * G * threads)
     _native.module().k_reciprocal_topk(
         *_scaled(query, gallery, scale), view(nearest.contiguous()), view(original.contiguous()),
         view(row_max.contiguous()), view(indptr), view(index), view(value), *map(view, inverted), lambda_value,
@@ -378,11 +389,11 @@ def _native_matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> A
     return neighbor, row_max
 
 
-_native.register(k_reciprocal_topk, "cpu")(_native_topk)  # on a GPU the default: whole rows of some queries at a time
 for _device_type in ("cpu", "cuda"):
     _native.register(k_reciprocal_sets, _device_type)(_native_sets)
     _native.register(listed_distance, _device_type)(_native_listed_distance)
     _native.register(k_reciprocal_encode, _device_type)(_native_encode)
     _native.register(k_reciprocal_expand, _device_type)(_native_expand)
     _native.register(k_reciprocal_blend, _device_type)(_native_blend)
+    _native.register(k_reciprocal_topk, _device_type)(_native_topk)
     _native.register(matrix_neighbors, _device_type)(_native_matrix_neighbors)

@@ -93,16 +93,16 @@ class _Scan:
     def _rescan(self, again: Tensor, reach: Tensor, index: Tensor, distance: Tensor) -> None:
         """Computes some rows' products whole and takes every entry that may be among the nearest."""
         filtered, view = self.filtered, _native.view
-        same = self._equal_rows()
         # As many rows at once as fit in the memory of a block of products and its features.
         part = filtered.parts[0]
         D = part.shape[1]
         taken = self.block_rows * 4 * (self.block_rows + D)
         step = max(1, min(self.block_rows, taken // (4 * self.columns + (4 + part.element_size()) * D)))
         block, prepared = filtered.norm.new_empty((step, self.columns)), filtered.norm.new_empty((step, D))
-        places = filtered.threads * (self.columns + (self.columns + 1) // 2) * 16
-        if block.is_cuda:
-            places = block.numel() * 8
+        same, places = None, 0  # a GPU needs neither
+        if not block.is_cuda:
+            same = self._equal_rows()
+            places = filtered.threads * (self.columns + (self.columns + 1) // 2) * 16
         workspace = filtered.norm.new_empty(places, dtype=torch.uint8)
         for begin in range(0, again.numel(), step):
             rows = again[begin : begin + step]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.cuda_on_cpu.harness import InOut, Partial, Workspace, dtype_code
+from vareid_ext.ops.k_reciprocal import invert_workspace
 
 
 def k_reciprocal_sets(launch: Any, neighbor: Any, k: int, out: Any, size: Any, threads: int, stream: int) -> None:
@@ -58,7 +59,7 @@ def k_reciprocal_invert(
     entries = owner.numel()
     launch(
         "k_reciprocal_invert_cuda", indptr, index, value, indptr.numel() - 1, first, columns, entries, start, owner,
-        weight, Workspace(8 * (columns + entries)),
+        weight, Workspace(invert_workspace("cuda", columns, entries)),
     )  # fmt: skip
 
 
@@ -73,6 +74,19 @@ def k_reciprocal_blend(
         weight, lambda_value,
     )  # fmt: skip
     distance.copy_(dense)
+
+
+def k_reciprocal_topk(
+    launch: Any, query: Any, query_factor: Any, gallery: Any, gallery_factor: Any, nearest: Any, original: Any,
+    row_max: Any, indptr: Any, index: Any, value: Any, start: Any, owner: Any, weight: Any, lambda_value: float,
+    distance: Any, gallery_index: Any, workspace: Any, threads: int, stream: int,
+) -> None:  # fmt: skip
+    (Q, D), G = query.shape, gallery.shape[0]
+    launch(
+        "k_reciprocal_topk_cuda", query.contiguous(), query_factor, Q, D, gallery.contiguous(), gallery_factor, G, D,
+        dtype_code(query), D, nearest, original, nearest.shape[1], row_max, indptr, index, value, start, owner, weight,
+        lambda_value, distance.shape[1], distance, gallery_index,
+    )  # fmt: skip
 
 
 def k_reciprocal_matrix_neighbors(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from tests.cuda_on_cpu.harness import InOut, Partial, dtype_code
 
 
@@ -55,5 +53,5 @@ def nearest_neighbors_rescan(
     launch(
         "nearest_neighbors_rescan_cuda", block.contiguous(), columns, rows.contiguous(), count, *_sets(x), *_sets(y),
         dtype_code(x[0][0]), x[0][0].shape[1], metric, unscale, *left_bounds, *right_bounds, reach, k, InOut(index),
-        InOut(distance), dtype_code(distance), torch.empty(count, columns, dtype=torch.float64),
+        InOut(distance), dtype_code(distance),
     )  # fmt: skip
