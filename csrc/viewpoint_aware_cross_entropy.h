@@ -30,7 +30,7 @@ struct CrossEntropyHead {
   void* grad = nullptr;            // out of backward: [N, K, V], dense; may be the logits
 };
 
-int64_t viewpoint_aware_cross_entropy_workspace_bytes_cpu(int64_t N, int64_t K, const int64_t views[2], int threads);
+int64_t viewpoint_aware_cross_entropy_workspace_bytes_cpu(int64_t N, int64_t K, const int64_t views[2]);
 
 void viewpoint_aware_cross_entropy_forward_cpu(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
                                                int64_t N, int64_t K, Reduction reduction, void* workspace, int threads);

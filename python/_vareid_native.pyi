@@ -34,8 +34,11 @@ def angular_center_backward(
     stream: int,
     /,
 ) -> None: ...
+def viewpoint_aware_cross_entropy_labels_fit(
+    identity: Any, viewpoint: Any | None, mask: Any | None, K: int, V: int, /
+) -> bool: ...
 def viewpoint_aware_cross_entropy_workspace_bytes(
-    N: int, K: int, V: int, has_identity: bool, has_viewpoint: bool, cuda: bool, threads: int, /
+    N: int, K: int, V: int, has_identity: bool, has_viewpoint: bool, cuda: bool, /
 ) -> int: ...
 def viewpoint_aware_cross_entropy_forward(
     identity_logits: Any | None,
@@ -91,7 +94,7 @@ def ranking_forward(
     stream: int,
     /,
 ) -> None: ...
-def linear_viewpoint_aware_cross_entropy_parts(N: int, columns: int, cuda: bool, threads: int, /) -> int: ...
+def linear_viewpoint_aware_cross_entropy_parts(N: int, columns: int, cuda: bool, /) -> int: ...
 def linear_viewpoint_aware_cross_entropy_summarise(
     logits: Any,
     scale: Any | None,

@@ -85,13 +85,13 @@ LogitsTile tile_of(const TensorView& logits, const Optional& scale, const Tensor
   return tile;
 }
 
-int64_t parts(int64_t N, int64_t columns, bool cuda, int threads) {
+int64_t parts(int64_t N, int64_t columns, bool cuda) {
 #ifdef VAREID_WITH_CUDA
   if (cuda) return linear_viewpoint_aware_cross_entropy_parts_cuda(N, columns);
 #else
   if (cuda) refuse_device();
 #endif
-  return linear_viewpoint_aware_cross_entropy_parts_cpu(N, columns, threads);
+  return linear_viewpoint_aware_cross_entropy_parts_cpu(columns);
 }
 
 OthersSummary* check_summaries(const TensorView& summaries, const TensorView& own_logits, int64_t N, int64_t V,
@@ -110,7 +110,7 @@ void summarise_tile(const TensorView& logits, const Optional& scale, const Tenso
   const LogitsTile tile = tile_of(logits, scale, identity, std::nullopt, mask, K, V, first);
   const bool cuda = logits.device_type == kDeviceCuda;
   OthersSummary* const out = check_summaries(summaries, own_logits, tile.N, V, Beside(logits));
-  if (first_part < 0 || first_part + parts(tile.N, logits.shape[1], cuda, threads) > summaries.shape[1])
+  if (first_part < 0 || first_part + parts(tile.N, logits.shape[1], cuda) > summaries.shape[1])
     refuse("first_part", "the tile's summaries do not fit");
   if (!cuda) {
     linear_viewpoint_aware_cross_entropy_summarise_cpu(tile, out, summaries.shape[1], first_part,

@@ -1,5 +1,8 @@
 #include "viewpoint_aware_cross_entropy.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "bindings.h"
 #include "soft_target.h"
 #include "tensor_view.h"
@@ -97,6 +100,55 @@ Batch check(const Optional& identity_logits, const Optional& viewpoint_logits, c
   return batch;
 }
 
+// Whether the view of sample i, of identity y, can be used.
+bool view_fits(const TensorView& viewpoint, const uint8_t* exists, int64_t V, int64_t i) {
+  if (viewpoint.ndim == 1) {
+    const int64_t v = viewpoint.as<int64_t>()[i];
+    return v >= -1 && v < V && (v < 0 || !exists || exists[v]);
+  }
+  double sum = 0;
+  for (int64_t k = 0; k < V; ++k) {
+    const double weight = viewpoint.as<double>()[i * V + k];
+    if (!(weight >= 0) || (weight > 0 && exists && !exists[k])) return false;
+    sum += weight;
+  }
+  return std::abs(sum - 1) <= 1e-4;
+}
+
+// Whether all labels of a batch can be used, and every identity of the mask has a view. On the CPU.
+bool labels_fit(const TensorView& identity, const Optional& viewpoint, const Optional& mask, int64_t K, int64_t V) {
+  const int64_t N = identity.shape[0];
+  check_int64(identity, "identity");
+  check_contiguous(identity, "identity");
+  check_device(identity, "identity", kDeviceCpu, 0);
+  if (viewpoint) {
+    if (viewpoint->ndim == 2) {
+      check_shape(*viewpoint, "viewpoint", {N, V});
+      check_double(*viewpoint, "viewpoint");
+    } else {
+      check_shape(*viewpoint, "viewpoint", {N});
+      check_int64(*viewpoint, "viewpoint");
+    }
+    check_contiguous(*viewpoint, "viewpoint");
+    check_device(*viewpoint, "viewpoint", kDeviceCpu, 0);
+  }
+  if (mask) {
+    check_shape(*mask, "mask", {K, V});
+    if (!mask->is_bool()) refuse("mask", "must be bool");
+    check_contiguous(*mask, "mask");
+    check_device(*mask, "mask", kDeviceCpu, 0);
+  }
+  const uint8_t* const exists = mask ? mask->as<uint8_t>() : nullptr;
+  for (int64_t i = 0; i < N; ++i) {
+    const int64_t y = identity.as<int64_t>()[i];
+    if (y < 0 || y >= K) return false;
+    if (viewpoint && !view_fits(*viewpoint, exists ? exists + y * V : nullptr, V, i)) return false;
+  }
+  for (int64_t j = 0; exists && j < K; ++j)
+    if (std::none_of(exists + j * V, exists + (j + 1) * V, [](uint8_t view) { return view != 0; })) return false;
+  return true;
+}
+
 Reduction check_reduction(int reduction) {
   if (reduction < 0 || reduction > 2) refuse("reduction", "must be 0 (mean), 1 (sum) or 2 (none)");
   return static_cast<Reduction>(reduction);
@@ -115,10 +167,9 @@ void* check_losses(const TensorView& view, const char* name, const Batch& batch,
   return view.data;
 }
 
-int64_t workspace_bytes(int64_t N, int64_t K, int64_t V, bool has_identity, bool has_viewpoint, bool cuda,
-                        int threads) {
+int64_t workspace_bytes(int64_t N, int64_t K, int64_t V, bool has_identity, bool has_viewpoint, bool cuda) {
   const int64_t views[2] = {has_identity ? 1 : 0, has_viewpoint ? V : 0};
-  if (!cuda) return viewpoint_aware_cross_entropy_workspace_bytes_cpu(N, K, views, threads);
+  if (!cuda) return viewpoint_aware_cross_entropy_workspace_bytes_cpu(N, K, views);
 #ifdef VAREID_WITH_CUDA
   return viewpoint_aware_cross_entropy_workspace_bytes_cuda(N, K, views);
 #else
@@ -141,7 +192,7 @@ void forward(const Optional& identity_logits, const Optional& viewpoint_logits, 
   batch.heads[0].alpha = batch.heads[1].alpha = alpha;
   const bool cuda = batch.device_type == kDeviceCuda;
   const int64_t needed = workspace_bytes(batch.N, batch.K, batch.heads[1].views, identity_logits.has_value(),
-                                         viewpoint_logits.has_value(), cuda, threads);
+                                         viewpoint_logits.has_value(), cuda);
   if (!workspace.is_byte() || workspace.numel() < needed) refuse("workspace", "is too small");
   check_contiguous(workspace, "workspace");
   check_device(workspace, "workspace", batch.device_type, batch.device_id);
@@ -204,6 +255,7 @@ void backward(const Optional& identity_upstream, const Optional& viewpoint_upstr
 
 void bind_viewpoint_aware_cross_entropy(pybind11::module_& m) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
+  m.def("viewpoint_aware_cross_entropy_labels_fit", &labels_fit, release());
   m.def("viewpoint_aware_cross_entropy_workspace_bytes", &workspace_bytes);
   m.def("viewpoint_aware_cross_entropy_forward", &forward, release());
   m.def("viewpoint_aware_cross_entropy_backward", &backward, release());

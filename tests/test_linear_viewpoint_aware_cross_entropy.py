@@ -121,6 +121,35 @@ def test_narrow_types(
         torch.testing.assert_close(ours.double(), theirs, rtol=10 * error, atol=error * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("budget", [2**28, 60_000, 20_000])
+def test_error_in_half_types_is_at_most_twice_that_of_plain_pytorch(
+    backend: str, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, budget: int
+) -> None:
+    """However many tiles there are: gradients are not rounded again for each of them."""
+    monkeypatch.setattr(op, "MEMORY_BUDGET", budget)
+    feature, W, U, identity, viewpoint, _ = make(N=128, K=150, D=32)
+    identity[:40] = 3
+    half = [x.detach().to(dtype) for x in (feature, 0.3 * W, 0.3 * U)]
+
+    def plain(f: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.nn.functional.linear(f, u.flatten(0, 1)).unflatten(1, u.shape[:2])
+        with reference_backend():
+            return viewpoint_aware_cross_entropy(torch.nn.functional.linear(f, w), logits, identity, viewpoint)
+
+    def ours(f: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_viewpoint_aware_cross_entropy(f, w, u, identity, viewpoint)
+
+    def scaled_gradients(run: Any, inputs: list[Tensor]) -> list[Tensor]:
+        leaves = tuple(x.clone().requires_grad_() for x in inputs)
+        return [g.double() / 1024 for g in gradients(run(*leaves), leaves, (1024.0, 1024.0))]
+
+    truth = scaled_gradients(plain, [x.double() for x in half])
+    for have, theirs, want in zip(scaled_gradients(ours, half), scaled_gradients(plain, half), truth, strict=True):
+        assert (have - want).abs().max() <= 2 * (theirs - want).abs().max()
+        assert (have - want).norm() <= 1.5 * (theirs - want).norm()
+
+
 def test_many_identities_of_a_small_batch_do_not_vanish_in_half_precision(backend: str) -> None:
     """A gradient of 1 / (K N) is below float16's smallest number; the loss scale must come before the rounding."""
     feature, W, U, identity, viewpoint, _ = make(N=64, K=1500, dtype=torch.float32)
@@ -258,6 +287,14 @@ def test_double_backward_is_refused(backend: str) -> None:
         gradient.sum().backward()
 
 
+def test_forward_mode_outside_torch_func_is_refused(backend: str) -> None:
+    *tensors, _ = make()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(tensors[0].detach(), torch.ones_like(tensors[0]))
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            linear_viewpoint_aware_cross_entropy(dual, *tensors[1:])
+
+
 def test_empty_batch(backend: str) -> None:
     *tensors, _ = make(N=0)
     with pytest.raises(ValueError, match="batch is empty"):
@@ -292,6 +329,7 @@ def test_tiles_stay_within_the_budget() -> None:
     assert _linear_tiles.tiling(256, 100_000, 3, 4, 2**28, 0) == (128, 100_000)
     assert _linear_tiles.tiling(256, 10**6, 3, 4, 2**28, 0) == (256, 87376)
     assert _linear_tiles.tiling(256, 10**6, 3, 4, 2**28, 10) == (10, 10**6)
+    assert _linear_tiles.tiling(448, 100_000, 3, 2, 2**28, 0).rows == 448  # half types are not cut into rows
 
 
 FEATURE, W_, U_, Y, VIEW, MASK = (x.detach() for x in make(dtype=torch.float32))

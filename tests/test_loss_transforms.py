@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vareid_ext import (
     ViewpointAwareLoss,
@@ -65,6 +67,41 @@ def test_compiled_without_a_graph_break(function: Callable[..., Tensor], inputs:
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(value_and_gradients(compiled, inputs), value_and_gradients(function, inputs))
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operators that reach the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("function", "inputs"), CASES)
+def test_modes_see_the_operators(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    want = value_and_gradients(function, inputs)
+    with Seen() as seen:
+        have = value_and_gradients(function, inputs)
+    torch.testing.assert_close(have, want, rtol=0, atol=0)
+    name = "linear_viewpoint_aware_cross_entropy" if function is linear else "viewpoint_aware_cross_entropy"
+    assert f"vareid::{name}_forward" in seen.names
+    assert function is linear or f"vareid::{name}_backward" in seen.names  # its gradient is made in forward
+
+
+def test_fake_tensors_give_shapes_without_values() -> None:
+    with FakeTensorMode():
+        z, s = torch.empty(N, K, requires_grad=True), torch.empty(N, K, V, requires_grad=True)
+        y = torch.empty(N, dtype=torch.int64)
+        L_y, L_v = viewpoint_aware_cross_entropy(z, s, y, y, reduction="none")
+        assert L_y.shape == L_v.shape == (N,)
+        (L_y + L_v).sum().backward()
+        assert z.grad is not None
+        assert s.grad is not None
+        assert (z.grad.shape, s.grad.shape) == (z.shape, s.shape)
 
 
 def test_module_compiled_with_the_default_backend_and_sizes_that_change() -> None:

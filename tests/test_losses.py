@@ -143,6 +143,10 @@ def test_bad_features_are_named() -> None:
         loss(feature[:, 1:], identity, viewpoint)
     with pytest.raises(TypeError, match="feature: dtype int64"):
         loss(feature.long(), identity, viewpoint)
+    with pytest.raises(TypeError, match="feature: dtype float16 was given; float32"):
+        loss(feature.half(), identity, viewpoint)
+    with pytest.raises(ValueError, match="feature: is on meta"):
+        loss(feature.to("meta"), identity, viewpoint)
 
 
 def _curve(steps: int) -> list[float]:

@@ -44,6 +44,8 @@ _module, _missing_reason = _load()
 _forced_reference = 0
 _forced_reference_lock = threading.Lock()
 _told: set[str] = set()
+_kernels: dict[tuple[torch.library.CustomOpDef, str], Callable[..., Any]] = {}
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _tell_once(message: str) -> None:
@@ -174,14 +176,30 @@ def register(op: torch.library.CustomOpDef, device_type: str) -> Callable[[_F], 
             return reference(*args, **kwargs)
 
         op.register_kernel(device_type)(run)
+        _kernels[op, device_type] = run
         return kernel
 
     return decorate
 
 
+def shortcut(op: torch.library.CustomOpDef, *tensors: torch.Tensor | None) -> Callable[..., Any]:
+    """What runs ``op`` on these tensors: its kernel at once where nobody can tell the difference, else the operator.
+
+    The operator's layers in the dispatcher cost more than a small kernel. They are needed where a gradient is to be
+    recorded, a compiler or a dispatch mode (fake tensors, tracing) looks on, or a tensor is of a subclass or lazy (its
+    memory does not hold its values).
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return op
+    present = [tensor for tensor in tensors if tensor is not None]
+    if any(type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor() for t in present):
+        return op
+    return _kernels.get((op, present[0].device.type), op)
+
+
 def view(tensor: torch.Tensor | None) -> Any:
     """A tensor as the compiled module takes it (a DLPack capsule that shares its memory); None stays None."""
-    return None if tensor is None else to_dlpack(tensor.detach())
+    return None if tensor is None else to_dlpack(tensor.detach() if tensor.requires_grad else tensor)
 
 
 def stream(tensor: torch.Tensor) -> int:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vareid_ext.ops._checks import check_dtype, check_floating, check_shape
+from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape
 from vareid_ext.ops._labels import check_scalars, warn_of_alpha
 from vareid_ext.ops.angular_center import angular_center_regularizer
 from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
@@ -130,7 +130,7 @@ class ViewpointAwareLoss(nn.Module):
         """The losses of a batch, averaged over it (L_R: summed over the centres).
 
         Args:
-            feature: [N, D], the post-BN feature; N at least 1.
+            feature: [N, D], the post-BN feature; N at least 1. Of the centres' dtype (any under autocast) and device.
             identity: integer [N] in [0, K).
             viewpoint: integer [N] in [0, V), -1 for unknown; or a distribution over the views, floating [N, V].
                 Needed where L_v is used, else ignored.
@@ -143,6 +143,9 @@ class ViewpointAwareLoss(nn.Module):
         """
         check_floating("feature", feature)
         check_shape("feature", feature, ("N", self.feature_dim))
+        check_same_device("feature", feature, "identity_centers", self.identity_centers)
+        if not torch.is_autocast_enabled(feature.device.type):
+            check_dtype("feature", feature, self.identity_centers.dtype)
         zero = torch.zeros((), device=feature.device)
         viewpoint_loss = regularizer = zero
         if self.use_viewpoint:

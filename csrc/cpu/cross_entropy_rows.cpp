@@ -8,7 +8,9 @@ namespace vareid {
 namespace {
 
 constexpr int64_t kChunk = 2048;  // subclasses whose sums are kept in the element's accumulator; then they are widened
-constexpr double kHeadroom = 32;  // how far a logit may exceed the reference of its chunk's exponentials
+// How far a logit may exceed the reference of its chunk's exponentials: the difference is rounded to 2^-24 of its size,
+// and that is the relative error of the exponential.
+constexpr double kHeadroom = 1;
 
 template <typename Acc>
 struct ChunkSums {
@@ -54,8 +56,8 @@ VAREID_INLINE Acc chunk_largest(const T* logits, const uint8_t* mask, const Acc*
   return largest;
 }
 
-// One pass: the exponentials are taken against a reference that is only moved where a logit exceeds it by far, which is
-// rare after the first chunk.
+// One pass: the exponentials are taken against a reference that is only moved where a logit exceeds it clearly, which
+// is rare after the first chunk.
 template <typename T, bool kMasked, bool kScaled, typename Acc>
 VAREID_INLINE void summarise_part(const T* logits, const uint8_t* mask, const Acc* scale, int64_t n,
                                   OthersSummary& summary) {
@@ -95,11 +97,11 @@ VAREID_INLINE void summarise_part(const T* logits, const uint8_t* mask, const Ac
 
 template <typename T, bool kMasked, bool kScaled, typename Acc>
 VAREID_INLINE void gradient_part(const T* logits, const uint8_t* mask, const Acc* scale, T* grad, int64_t n,
-                                 Acc largest, Acc inverse, Acc other, Acc upstream) {
+                                 Acc largest, Acc inverse, Acc other) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const Acc value = kScaled ? load(logits + j) * scale[j] : load(logits + j);
-    const Acc slope = (exponential(value - largest) * inverse - other) * upstream;
+    const Acc slope = exponential(value - largest) * inverse - other;
     const Acc scaled = kScaled ? slope * scale[j] : slope;
     store(grad + j, kMasked ? (mask[j] ? scaled : Acc(0)) : scaled);
   }
@@ -119,15 +121,15 @@ VAREID_INLINE void gradient_part(const T* logits, const uint8_t* mask, const Acc
       summarise_part<T, false, false, Acc>(logits, mask, scale, n, summary);                                     \
   }                                                                                                              \
   VAREID_MULTIVERSION void gradient_versions(const T* logits, const uint8_t* mask, const Acc* scale, T* grad,    \
-                                             int64_t n, Acc largest, Acc inverse, Acc other, Acc upstream) {     \
+                                             int64_t n, Acc largest, Acc inverse, Acc other) {                   \
     if (mask && scale)                                                                                           \
-      gradient_part<T, true, true, Acc>(logits, mask, scale, grad, n, largest, inverse, other, upstream);        \
+      gradient_part<T, true, true, Acc>(logits, mask, scale, grad, n, largest, inverse, other);                  \
     else if (mask)                                                                                               \
-      gradient_part<T, true, false, Acc>(logits, mask, scale, grad, n, largest, inverse, other, upstream);       \
+      gradient_part<T, true, false, Acc>(logits, mask, scale, grad, n, largest, inverse, other);                 \
     else if (scale)                                                                                              \
-      gradient_part<T, false, true, Acc>(logits, mask, scale, grad, n, largest, inverse, other, upstream);       \
+      gradient_part<T, false, true, Acc>(logits, mask, scale, grad, n, largest, inverse, other);                 \
     else                                                                                                         \
-      gradient_part<T, false, false, Acc>(logits, mask, scale, grad, n, largest, inverse, other, upstream);      \
+      gradient_part<T, false, false, Acc>(logits, mask, scale, grad, n, largest, inverse, other);                \
   }
 
 VAREID_ROWS(float, float)
@@ -138,14 +140,14 @@ VAREID_ROWS(bfloat16, float)
 
 }  // namespace
 
-#define VAREID_ROWS(T, Acc)                                                                                       \
-  void summarise(const T* logits, const uint8_t* mask, const Acc* scale, int64_t n, OthersSummary& summary) {     \
-    summarise_versions(logits, mask, scale, n, summary);                                                          \
-  }                                                                                                               \
-  void others_gradient(const T* logits, const uint8_t* mask, const Acc* scale, T* grad, int64_t n,                \
-                       const RowStatistics& row, double upstream) {                                               \
-    gradient_versions(logits, mask, scale, grad, n, static_cast<Acc>(row.largest), static_cast<Acc>(row.inverse), \
-                      static_cast<Acc>(row.other), static_cast<Acc>(upstream));                                   \
+#define VAREID_ROWS(T, Acc)                                                                                   \
+  void summarise(const T* logits, const uint8_t* mask, const Acc* scale, int64_t n, OthersSummary& summary) { \
+    summarise_versions(logits, mask, scale, n, summary);                                                      \
+  }                                                                                                           \
+  void others_gradient(const T* logits, const uint8_t* mask, const Acc* scale, T* grad, int64_t n,            \
+                       const RowStatistics& row, double upstream) {                                           \
+    gradient_versions(logits, mask, scale, grad, n, static_cast<Acc>(row.largest),                            \
+                      static_cast<Acc>(row.inverse * upstream), static_cast<Acc>(row.other * upstream));      \
   }
 
 VAREID_ROWS(float, float)

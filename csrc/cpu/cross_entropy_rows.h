@@ -11,6 +11,16 @@
 
 namespace vareid {
 
+// A row is cut into parts, so that few long rows keep all threads busy; how many depends on its length alone.
+constexpr int64_t kRowPart = 32 * 1024;
+inline int64_t parts_of_row(int64_t elements) { return std::max<int64_t>(1, (elements + kRowPart - 1) / kRowPart); }
+
+// How many threads to wake for so many elements: waking one takes as long as some ten thousands.
+constexpr int64_t kElementsPerThread = 64 * 1024;
+inline int worthwhile_threads(int64_t elements, int threads) {
+  return static_cast<int>(std::min<int64_t>(threads, std::max<int64_t>(1, elements / kElementsPerThread)));
+}
+
 // Adds the subclasses at [0, n) to the summary.
 void summarise(const float* logits, const uint8_t* mask, const float* scale, int64_t n, OthersSummary& summary);
 void summarise(const double* logits, const uint8_t* mask, const double* scale, int64_t n, OthersSummary& summary);

@@ -10,9 +10,6 @@
 namespace vareid {
 namespace {
 
-constexpr int64_t kRowsPerThread = 8;
-constexpr int64_t kSmallestPart = 4096;
-
 bool holds(const LogitsTile& tile, int64_t y) { return y >= tile.first && y < tile.first + tile.identities; }
 
 const uint8_t* mask_at(const LogitsTile& tile, int64_t column) {
@@ -35,8 +32,9 @@ void summarise_tile(const LogitsTile& tile, OthersSummary* summaries, int64_t to
                     double* own_logits, int threads) {
   using Acc = typename Accumulator<T>::type;
   const int64_t V = tile.views;
-  const int64_t parts = linear_viewpoint_aware_cross_entropy_parts_cpu(tile.N, tile.identities * V, threads);
-  parallel_for(tile.N * parts, threads, [&](int64_t begin, int64_t end, int) {
+  const int64_t parts = linear_viewpoint_aware_cross_entropy_parts_cpu(tile.identities * V);
+  const int workers = worthwhile_threads(tile.N * tile.identities * V, threads);
+  parallel_blocks(tile.N * parts, workers, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / parts, part = task % parts, y = tile.identity[i];
       const T* const row = static_cast<const T*>(tile.logits) + i * tile.row_stride;
@@ -60,8 +58,9 @@ void gradient_tile(const LogitsTile& tile, const double* statistics, const void*
                    double share, int threads) {
   using Acc = typename Accumulator<T>::type;
   const int64_t V = tile.views;
-  const int64_t parts = linear_viewpoint_aware_cross_entropy_parts_cpu(tile.N, tile.identities * V, threads);
-  parallel_for(tile.N * parts, threads, [&](int64_t begin, int64_t end, int) {
+  const int64_t parts = linear_viewpoint_aware_cross_entropy_parts_cpu(tile.identities * V);
+  const int workers = worthwhile_threads(tile.N * tile.identities * V, threads);
+  parallel_blocks(tile.N * parts, workers, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / parts, part = task % parts, y = tile.identity[i];
       const int64_t own = (y - tile.first) * V;
@@ -114,10 +113,7 @@ VAREID_NORMS(bfloat16, float)
 
 }  // namespace
 
-int64_t linear_viewpoint_aware_cross_entropy_parts_cpu(int64_t N, int64_t columns, int threads) {
-  if (N == 0 || N >= kRowsPerThread * threads) return 1;
-  return std::max<int64_t>(1, std::min<int64_t>((kRowsPerThread * threads + N - 1) / N, columns / kSmallestPart));
-}
+int64_t linear_viewpoint_aware_cross_entropy_parts_cpu(int64_t columns) { return parts_of_row(columns); }
 
 void linear_viewpoint_aware_cross_entropy_summarise_cpu(const LogitsTile& tile, OthersSummary* summaries,
                                                         int64_t total_parts, int64_t first_part, double* own_logits,

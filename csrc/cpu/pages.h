@@ -23,7 +23,8 @@ class FreshPages {
 
   // To be called before anything up to `until` is written.
   void reach(const void* until) {
-    if (next_<end_&& reinterpret_cast<uintptr_t>(until)> next_) back_next(reinterpret_cast<uintptr_t>(until));
+    const auto wanted = reinterpret_cast<uintptr_t>(until);
+    if (end_ > next_ && wanted > next_) back_next(wanted);
   }
 
  private:

@@ -10,15 +10,7 @@
 namespace vareid {
 namespace {
 
-// Rows are cut into parts when there are too few to keep the threads busy evenly.
-constexpr int64_t kRowsPerThread = 8;
-constexpr int64_t kSmallestPart = 4096;
-
-int64_t parts_of_row(int64_t N, int64_t K, const int64_t views[2], int threads) {
-  if (N >= kRowsPerThread * threads) return 1;
-  const int64_t wanted = (kRowsPerThread * threads + N - 1) / std::max<int64_t>(N, 1);
-  return std::max<int64_t>(1, std::min(wanted, K * (views[0] + views[1]) / kSmallestPart));
-}
+int64_t elements_of_row(int64_t K, const int64_t views[2]) { return K * (views[0] + views[1]); }
 
 SampleViews views_of(const CrossEntropyHead& head, int64_t i, int64_t y) {
   const int64_t V = head.views;
@@ -31,6 +23,14 @@ const T* row_of(const CrossEntropyHead& head, int64_t i) {
   return static_cast<const T*>(head.logits) + i * head.row_stride;
 }
 
+template <typename T>
+void prefetch_row(const CrossEntropyHead& head, int64_t i, int64_t N, int64_t K) {
+  if (!head.present || i >= N) return;
+  const char* const row = reinterpret_cast<const char*>(row_of<T>(head, i));
+  const int64_t bytes = K * head.views * static_cast<int64_t>(sizeof(T));
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+
 const uint8_t* from(const uint8_t* mask, int64_t begin) { return mask ? mask + begin : nullptr; }
 
 template <typename T>
@@ -38,7 +38,7 @@ void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N
              void* workspace, int threads) {
   using Acc = typename Accumulator<T>::type;
   const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
-  const int64_t parts = parts_of_row(N, K, views, threads);
+  const int64_t parts = parts_of_row(elements_of_row(K, views));
   OthersSummary* const summaries = static_cast<OthersSummary*>(workspace);      // [N, parts, 2]
   double* const losses = reinterpret_cast<double*>(summaries + N * parts * 2);  // [2, N]
   const auto finish = [&](int64_t i) {
@@ -55,9 +55,12 @@ void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N
       store_statistics(heads[h].statistics, N, i, row);
     }
   };
-  parallel_for(N * parts, threads, [&](int64_t begin, int64_t end, int) {
+  const int workers = worthwhile_threads(N * elements_of_row(K, views), threads);
+  parallel_blocks(N * parts, workers, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / parts, part = task % parts;
+      if (parts == 1)
+        for (int h = 0; h < 2; ++h) prefetch_row<T>(heads[h], i + 1, N, K);
       for (int h = 0; h < 2; ++h) {
         if (!heads[h].present) continue;
         const int64_t V = heads[h].views, own = identity[i] * V;
@@ -72,7 +75,9 @@ void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N
     }
   });
   if (parts > 1)
-    for (int64_t i = 0; i < N; ++i) finish(i);
+    parallel_blocks(N, workers, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) finish(i);
+    });
   for (int h = 0; h < 2; ++h) {
     if (!heads[h].present) continue;
     Acc* const out = static_cast<Acc*>(heads[h].loss);
@@ -91,14 +96,15 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
               int threads) {
   using Acc = typename Accumulator<T>::type;
   const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
-  const int64_t parts = parts_of_row(N, K, views, threads);
+  const int64_t parts = parts_of_row(elements_of_row(K, views));
   int64_t row_bytes[2];
   for (int h = 0; h < 2; ++h) {
     row_bytes[h] = K * views[h] * static_cast<int64_t>(sizeof(T));
     if (heads[h].present) prefer_large_pages(heads[h].grad, N * row_bytes[h]);
   }
   const double share = reduction == Reduction::kMean ? 1 / static_cast<double>(N) : 1.0;
-  parallel_for(N * parts, threads, [&](int64_t begin, int64_t end, int) {
+  const int workers = worthwhile_threads(N * elements_of_row(K, views), threads);
+  parallel_blocks(N * parts, workers, [&](int64_t begin, int64_t end) {
     const auto pages_of = [&](int h) {
       const int64_t first = begin / parts, rows = (end - 1) / parts + 1 - first;
       char* const grad = static_cast<char*>(heads[h].grad);
@@ -107,6 +113,8 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
     FreshPages pages[2] = {pages_of(0), pages_of(1)};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / parts, part = task % parts, y = identity[i];
+      if (parts == 1)
+        for (int h = 0; h < 2; ++h) prefetch_row<T>(heads[h], i + 1, N, K);
       for (int h = 0; h < 2; ++h) {
         if (!heads[h].present) continue;
         const int64_t V = heads[h].views, own = y * V;
@@ -127,8 +135,8 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
 
 }  // namespace
 
-int64_t viewpoint_aware_cross_entropy_workspace_bytes_cpu(int64_t N, int64_t K, const int64_t views[2], int threads) {
-  const int64_t parts = parts_of_row(N, K, views, threads);
+int64_t viewpoint_aware_cross_entropy_workspace_bytes_cpu(int64_t N, int64_t K, const int64_t views[2]) {
+  const int64_t parts = parts_of_row(elements_of_row(K, views));
   return N * parts * 2 * static_cast<int64_t>(sizeof(OthersSummary)) + 2 * N * static_cast<int64_t>(sizeof(double));
 }
 

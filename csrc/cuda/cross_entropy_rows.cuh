@@ -47,9 +47,10 @@ void cut_rows(DeviceRows<T>& rows, int64_t N) {
   rows.parts = std::max<int64_t>(1, (rows.columns + rows.part - 1) / rows.part);
 }
 
-// Host: enough warps for a row.
+// Host: enough warps for a row, with kRowBatch packs for each thread: every warp reads the row's label and statistics.
 inline unsigned row_threads(int64_t columns, int64_t width) {
-  const int64_t warps = (columns + width * kWarp - 1) / (width * kWarp);
+  const int64_t elements = width * kWarp * kRowBatch;
+  const int64_t warps = (columns + elements - 1) / elements;
   return static_cast<unsigned>(std::min<int64_t>(std::max<int64_t>(warps, 1), kRowWarps) * kWarp);
 }
 
@@ -105,6 +106,25 @@ struct RowPart {
   __device__ __forceinline__ bool is_own(int j) const { return static_cast<unsigned>(j - own) < views; }
 };
 
+__device__ __forceinline__ bool is_packed(const void* from) { return reinterpret_cast<uintptr_t>(from) % 16 == 0; }
+
+// The factors of kWidth neighbouring logits, from the first one's on: by 16-byte loads where they are `packed`.
+template <int kWidth, typename Acc>
+__device__ __forceinline__ void load_scale(const Acc* __restrict__ from, bool packed, Acc (&scale)[kWidth]) {
+  constexpr int kPack = kWidth < static_cast<int>(16 / sizeof(Acc)) ? kWidth : static_cast<int>(16 / sizeof(Acc));
+  if (packed) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += kPack) {
+      const Pack<Acc, kPack> pack = load_pack<Acc, kPack>(from + i);
+#pragma unroll
+      for (int k = 0; k < kPack; ++k) scale[i + k] = pack.value[k];
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) scale[i] = from[i];
+}
+
 // Elements before the first 16-byte boundary, at most n.
 template <typename T, int kWidth>
 __device__ __forceinline__ int ragged_head(const T* from, int n) {
@@ -142,14 +162,15 @@ struct ThreadSummary {
 
 template <typename T, int kWidth>
 __device__ __forceinline__ void add_pack(const DeviceRows<T>& rows, const RowPart& part, const Pack<T, kWidth>& pack,
-                                         int j, typename DeviceAccumulator<T>::type reference,
+                                         int j, bool packed, typename DeviceAccumulator<T>::type reference,
                                          ThreadSummary<typename DeviceAccumulator<T>::type>& summary) {
-  typename DeviceAccumulator<T>::type value[kWidth];
+  typename DeviceAccumulator<T>::type value[kWidth], scale[kWidth];
   bool counts[kWidth];
+  if (rows.scale) load_scale<kWidth>(rows.scale + part.begin + j, packed, scale);
 #pragma unroll
   for (int i = 0; i < kWidth; ++i) {
     value[i] = widen(pack.value[i]);
-    if (rows.scale) value[i] *= rows.scale[part.begin + j + i];
+    if (rows.scale) value[i] *= scale[i];
     counts[i] = !part.is_own(j + i) && (!rows.mask || rows.mask[part.begin + j + i]);
   }
   summary.add(value, counts, reference);
@@ -170,6 +191,7 @@ __device__ __forceinline__ void summarise_part(const DeviceRows<T>& rows, int64_
   if (!isfinite(reference)) reference = 0;
   ThreadSummary<Acc> summary;
   const int head = ragged_head<T, kWidth>(row, part.size);
+  const bool packed = rows.scale && is_packed(rows.scale + part.begin + head);
   const int packs = (part.size - head) / kWidth;
   const int tail = head + packs * kWidth;
   for (int first = thread; first < packs; first += kRowBatch * threads) {
@@ -180,11 +202,11 @@ __device__ __forceinline__ void summarise_part(const DeviceRows<T>& rows, int64_
 #pragma unroll
     for (int b = 0; b < kRowBatch; ++b)
       if (first + b * threads < packs)
-        add_pack<T, kWidth>(rows, part, pack[b], head + (first + b * threads) * kWidth, reference, summary);
+        add_pack<T, kWidth>(rows, part, pack[b], head + (first + b * threads) * kWidth, packed, reference, summary);
   }
-  if (thread < head) add_pack<T, 1>(rows, part, load_pack<T, 1>(row + thread), thread, reference, summary);
+  if (thread < head) add_pack<T, 1>(rows, part, load_pack<T, 1>(row + thread), thread, true, reference, summary);
   if (thread < part.size - tail)
-    add_pack<T, 1>(rows, part, load_pack<T, 1>(row + tail + thread), tail + thread, reference, summary);
+    add_pack<T, 1>(rows, part, load_pack<T, 1>(row + tail + thread), tail + thread, true, reference, summary);
 
   const Acc largest = block_largest<kRowWarps>(summary.largest, largest_of_warp);
   const double weight = summary.largest == largest || summary.largest == minus_infinity<Acc>()
@@ -200,16 +222,16 @@ __device__ __forceinline__ void summarise_part(const DeviceRows<T>& rows, int64_
   if (thread == 3) fields[0] = static_cast<double>(largest);
 }
 
-// The gradient of element j of a part; `value` is the logit before its scale.
+// The gradient of element j of a part; `raw` is the logit before its scale.
 template <typename T>
 __device__ __forceinline__ T gradient_of(const DeviceRows<T>& rows, const RowPart& part, const SampleViews& views,
                                          const RowStatistics& statistics, typename DeviceAccumulator<T>::type largest,
                                          typename DeviceAccumulator<T>::type inverse,
                                          typename DeviceAccumulator<T>::type other,
-                                         typename DeviceAccumulator<T>::type upstream, T raw, int j) {
+                                         typename DeviceAccumulator<T>::type upstream,
+                                         typename DeviceAccumulator<T>::type factor, T raw, int j) {
   using Acc = typename DeviceAccumulator<T>::type;
   if (rows.mask && !rows.mask[part.begin + j]) return narrow<T>(Acc(0));
-  const Acc factor = rows.scale ? rows.scale[part.begin + j] : Acc(1);
   const Acc probability = exponential(widen(raw) * factor - largest) * inverse;
   const Acc target = part.is_own(j) ? static_cast<Acc>(views.target(j - part.own, statistics)) : other;
   return narrow<T>((probability - target) * upstream * factor);
@@ -228,10 +250,13 @@ __device__ __forceinline__ void differentiate_part(const DeviceRows<T>& rows, in
   const T* const row = rows.logits + i * rows.row_stride + part.begin;
   T* const grad = rows.grad + i * rows.grad_stride + part.begin;
   const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
-  const auto slope = [&](T raw, int j) {
-    return gradient_of<T>(rows, part, views, statistics, largest, inverse, other, upstream, raw, j);
+  const Acc* const scale = rows.scale ? rows.scale + part.begin : nullptr;
+  const auto slope = [&](T raw, Acc factor, int j) {
+    return gradient_of<T>(rows, part, views, statistics, largest, inverse, other, upstream, factor, raw, j);
   };
+  const auto slope_of_one = [&](int j) { return slope(row[j], scale ? scale[j] : Acc(1), j); };
   const int head = ragged_head<T, kWidth>(row, part.size);
+  const bool packed = scale && is_packed(scale + head);
   const int packs = (part.size - head) / kWidth;
   const int tail = head + packs * kWidth;
   for (int first = thread; first < packs; first += kRowBatch * threads) {
@@ -243,13 +268,15 @@ __device__ __forceinline__ void differentiate_part(const DeviceRows<T>& rows, in
     for (int b = 0; b < kRowBatch; ++b) {
       if (first + b * threads >= packs) continue;
       const int j = head + (first + b * threads) * kWidth;
+      Acc factor[kWidth];
+      if (scale) load_scale<kWidth>(scale + j, packed, factor);
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) pack[b].value[k] = slope(pack[b].value[k], j + k);
+      for (int k = 0; k < kWidth; ++k) pack[b].value[k] = slope(pack[b].value[k], scale ? factor[k] : Acc(1), j + k);
       store_pack<T, kWidth>(grad + j, pack[b]);
     }
   }
-  if (thread < head) grad[thread] = slope(row[thread], thread);
-  if (thread < part.size - tail) grad[tail + thread] = slope(row[tail + thread], tail + thread);
+  if (thread < head) grad[thread] = slope_of_one(thread);
+  if (thread < part.size - tail) grad[tail + thread] = slope_of_one(tail + thread);
 }
 
 // Labels of one head.

@@ -65,7 +65,8 @@ __global__ void linear_viewpoint_aware_cross_entropy_inverse_norms_kernel(
   if (threadIdx.x == 0) inverse[blockIdx.x] = total == Acc(0) ? Acc(0) : 1 / sqrt(total);
 }
 
-// One block for each row, which it reads twice: the second time from the cache.
+// One block for each row. What its threads can hold of a row is read once; the rest twice, the second time from the
+// cache.
 template <typename T, int kWidth>
 __global__ void linear_viewpoint_aware_cross_entropy_project_kernel(
     const T* __restrict__ x, const typename DeviceAccumulator<T>::type* __restrict__ inverse, T* __restrict__ grad,
@@ -76,20 +77,42 @@ __global__ void linear_viewpoint_aware_cross_entropy_project_kernel(
   const T* const row = x + blockIdx.x * D;
   T* const slope = grad + blockIdx.x * D;
   const int64_t first = static_cast<int64_t>(threadIdx.x) * kWidth, step = static_cast<int64_t>(blockDim.x) * kWidth;
-  Acc sums[1] = {0};
-  for (int64_t d = first; d < D; d += step) {
-    const Pack<T, kWidth> a = load_pack<T, kWidth>(row + d), b = load_pack<T, kWidth>(slope + d);
+  const int64_t beyond = first + kRowBatch * step;
+  const auto dot = [](const Pack<T, kWidth>& a, const Pack<T, kWidth>& b) {
+    Acc sum = 0;
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) sums[0] += widen(a.value[k]) * widen(b.value[k]);
+    for (int k = 0; k < kWidth; ++k) sum += widen(a.value[k]) * widen(b.value[k]);
+    return sum;
+  };
+  const auto subtract = [](const Pack<T, kWidth>& a, Pack<T, kWidth>& b, Acc factor) {
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) b.value[k] = narrow<T>(widen(b.value[k]) - factor * widen(a.value[k]));
+  };
+  Pack<T, kWidth> held[kRowBatch], held_slope[kRowBatch];
+  Acc sums[1] = {0};
+#pragma unroll
+  for (int h = 0; h < kRowBatch; ++h) {
+    if (first + h * step >= D) continue;
+    held[h] = load_pack<T, kWidth>(row + first + h * step);
+    held_slope[h] = load_pack<T, kWidth>(slope + first + h * step);
   }
+#pragma unroll
+  for (int h = 0; h < kRowBatch; ++h)
+    if (first + h * step < D) sums[0] += dot(held[h], held_slope[h]);
+  for (int64_t d = beyond; d < D; d += step)
+    sums[0] += dot(load_pack<T, kWidth>(row + d), load_pack<T, kWidth>(slope + d));
   const Acc total = block_sums<1, kRowWarps>(sums, partial);
   if (threadIdx.x == 0) along = total * inverse[blockIdx.x] * inverse[blockIdx.x];
   __syncthreads();
-  for (int64_t d = first; d < D; d += step) {
-    const Pack<T, kWidth> a = load_pack<T, kWidth>(row + d);
-    Pack<T, kWidth> b = load_pack<T, kWidth>(slope + d);
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) b.value[k] = narrow<T>(widen(b.value[k]) - along * widen(a.value[k]));
+  for (int h = 0; h < kRowBatch; ++h) {
+    if (first + h * step >= D) continue;
+    subtract(held[h], held_slope[h], along);
+    store_pack<T, kWidth>(slope + first + h * step, held_slope[h]);
+  }
+  for (int64_t d = beyond; d < D; d += step) {
+    Pack<T, kWidth> b = load_pack<T, kWidth>(slope + d);
+    subtract(load_pack<T, kWidth>(row + d), b, along);
     store_pack<T, kWidth>(slope + d, b);
   }
 }

@@ -67,20 +67,24 @@ def _cross_entropy(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]
     return call
 
 
-def _linear_cross_entropy(device: torch.device) -> list[Tensor]:
-    N, K, V, D = 16, 751, 3, 32
-    rng = torch.Generator().manual_seed(2)
-    feature = _leaf(_random(N, D), device)
-    W, U = _leaf(_random(K, D, seed=1), device), _leaf(_random(K, V, D, seed=2), device)
-    identity, viewpoint = torch.randint(K, (N,), generator=rng), torch.randint(-1, V, (N,), generator=rng)
-    L_y, L_v = linear_viewpoint_aware_cross_entropy(
-        feature, W, U, identity.to(device), viewpoint.to(device), normalize=True, scale=10.0
-    )
-    (L_y + L_v).backward()
-    assert feature.grad is not None
-    assert W.grad is not None
-    assert U.grad is not None
-    return [L_y.detach(), L_v.detach(), feature.grad, W.grad, U.grad]
+def _linear_cross_entropy(normalize: bool) -> Callable[[torch.device], list[Tensor]]:
+    def call(device: torch.device) -> list[Tensor]:
+        N, K, V, D = 16, 751, 3, 32
+        rng = torch.Generator().manual_seed(2)
+        feature = _leaf(_random(N, D), device)
+        W, U = _leaf(_random(K, D, seed=1), device), _leaf(_random(K, V, D, seed=2), device)
+        identity, viewpoint = torch.randint(K, (N,), generator=rng), torch.randint(-1, V, (N,), generator=rng)
+        L_y, L_v = linear_viewpoint_aware_cross_entropy(
+            feature, W, U, identity.to(device), viewpoint.to(device), normalize=normalize,
+            scale=10.0 if normalize else 1.0,
+        )  # fmt: skip
+        (L_y + L_v).backward()
+        assert feature.grad is not None
+        assert W.grad is not None
+        assert U.grad is not None
+        return [L_y.detach(), L_v.detach(), feature.grad, W.grad, U.grad]
+
+    return call
 
 
 def _ranking(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
@@ -134,13 +138,20 @@ def _rerank_matrices(device: torch.device) -> list[Tensor]:
     return [vareid_ext.re_ranking(d[:48, 48:], d[:48, :48], d[48:, 48:])]
 
 
-# Normalised centres: the inverse norms are read again for every row of logits, and a vector is read twice to project.
+# A few values a row, one launch: docs/kernels.md says why these are not within the limits.
+_FINISH = Limit(1.35, 0.34)
 _LINEAR = {
-    "linear_viewpoint_aware_cross_entropy_summarise_kernel": Limit(moved=2.0, coalescing=0.4),
-    "linear_viewpoint_aware_cross_entropy_finish_kernel": Limit(moved=1.4, coalescing=0.6),
-    "linear_viewpoint_aware_cross_entropy_gradient_kernel": Limit(moved=1.6, coalescing=0.5),
+    "linear_viewpoint_aware_cross_entropy_summarise_kernel": Limit(),
+    "linear_viewpoint_aware_cross_entropy_finish_kernel": _FINISH,
+    "linear_viewpoint_aware_cross_entropy_gradient_kernel": Limit(),
+}
+# Cosines: every row of logits reads the inverse norms of the centres again, from the cache.
+_COSINE = {
+    "linear_viewpoint_aware_cross_entropy_summarise_kernel": Limit(moved=1.95),
+    "linear_viewpoint_aware_cross_entropy_finish_kernel": _FINISH,
+    "linear_viewpoint_aware_cross_entropy_gradient_kernel": Limit(moved=1.5),
     "linear_viewpoint_aware_cross_entropy_inverse_norms_kernel": Limit(),
-    "linear_viewpoint_aware_cross_entropy_project_kernel": Limit(moved=1.7),
+    "linear_viewpoint_aware_cross_entropy_project_kernel": Limit(),
 }
 
 # Retrieval: each stage within 1.2 of the bytes that a row working alone must move (minima.py has the formulas), and at
@@ -217,17 +228,18 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
             "128 x 192, D 256, float32", _pairwise_distance, {**_FEATURES, "pairwise_distance_block_kernel": Limit(1.2)}
         )
     ],
-    "linear_viewpoint_aware_cross_entropy": [Shape("N 16, K 751, V 3, D 32, float32", _linear_cross_entropy, _LINEAR)],
+    "linear_viewpoint_aware_cross_entropy": [
+        Shape("N 16, K 751, V 3, D 32, float32", _linear_cross_entropy(False), _LINEAR),
+        Shape("N 16, K 751, V 3, D 32, float32, cosines", _linear_cross_entropy(True), _COSINE),
+    ],
     "viewpoint_aware_cross_entropy": [
         Shape(
             f"N 16, K 751, V 3, {str(dtype).removeprefix('torch.')}",
             _cross_entropy(dtype),
             {
                 "viewpoint_aware_cross_entropy_forward_kernel": Limit(),
-                "viewpoint_aware_cross_entropy_backward_kernel": Limit(
-                    moved=1.1
-                ),  # 751 columns in bfloat16: labels show
-                "viewpoint_aware_cross_entropy_finish_kernel": Limit(1.3, 0.3),  # a few values a row, one launch
+                "viewpoint_aware_cross_entropy_backward_kernel": Limit(),
+                "viewpoint_aware_cross_entropy_finish_kernel": _FINISH,
             },
         )
         for dtype in (torch.float32, torch.bfloat16)

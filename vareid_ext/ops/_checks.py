@@ -23,8 +23,10 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_floating(name: str, value: Tensor) -> None:
-    """TypeError unless ``value`` is a tensor of a supported floating type."""
+    """TypeError unless ``value`` is a dense tensor of a supported floating type."""
     check_tensor(name, value)
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: layout {value.layout} was given; a dense tensor is needed")
     if value.dtype not in FLOATING:
         allowed = ", ".join(map(dtype_name, FLOATING))
         raise TypeError(f"{name}: dtype {dtype_name(value.dtype)} was given; allowed are {allowed}")

@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from vareid_ext import _native
 from vareid_ext.ops._checks import (
     FLOATING,
     check_choice,
@@ -131,6 +132,10 @@ def check_label_values(
     """
     if identity.device.type != "cpu" or identity.numel() == 0:
         return
+    if _native.loaded() and not _native.reference_forced():
+        labels = (None if t is None else _native.view(t.contiguous()) for t in (identity, viewpoint, mask))
+        if _native.module().viewpoint_aware_cross_entropy_labels_fit(*labels, identities, views):
+            return
     smallest, largest = (int(bound) for bound in torch.aminmax(identity))
     if smallest < 0 or largest >= identities:
         row = _first((identity < 0) | (identity >= identities))

@@ -2,7 +2,9 @@
 
 The logits of a tile are overwritten by their gradient. Tiles are chunks of rows, so that each centre's gradient is
 added to once for each chunk. Where so few rows fit that the products would be slow, they are blocks of identities
-instead: each row's statistics are gathered over all blocks first, and the logits are computed a second time.
+instead: each row's statistics are gathered over all blocks first, and the logits are computed a second time. Half types
+take blocks of identities wherever not everything fits, so that each centre's gradient is rounded once, and the
+feature's gradient is gathered in float32.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def tiling(N: int, K: int, V: int, element_bytes: int, budget: int, chunk_rows: 
     if chunk_rows:
         return Tiling(min(chunk_rows, N), K)
     fitting = budget // (K * V * element_bytes)
-    if fitting >= min(N, _FEW_ROWS):
+    if fitting >= (N if element_bytes == 2 else min(N, _FEW_ROWS)):
         chunks = -(-N // max(1, fitting))
         return Tiling(-(-N // chunks), K)
     identities = budget // (N * V * element_bytes)
@@ -57,8 +59,7 @@ def tiling(N: int, K: int, V: int, element_bytes: int, budget: int, chunk_rows: 
 
 
 def _row_stride(columns: int, some: Tensor) -> int:
-    if not some.is_cuda:
-        return columns
+    """Columns of the buffer of logits: its rows begin at 16-byte boundaries."""
     step = 16 // some.element_size()
     return -(-columns // step) * step
 
@@ -101,9 +102,7 @@ class _Rows:
         self.statistics = new((STATISTICS, rows), dtype=torch.float64)
 
     def _parts(self, rows: int, columns: int) -> int:
-        return _native.module().linear_viewpoint_aware_cross_entropy_parts(
-            rows, columns, self.head.centers.is_cuda, self.threads
-        )
+        return _native.module().linear_viewpoint_aware_cross_entropy_parts(rows, columns, self.head.centers.is_cuda)
 
     def _scale(self, first: int, logits: Tensor) -> Tensor | None:
         return None if self.scale is None else self.scale[first * self.V :][: logits.shape[1]]
@@ -172,6 +171,9 @@ def run_head(
     blocks = [min(tile.identities, K - first) for first in firsts]
     stride = _row_stride(tile.identities * V, feature)
     buffer = feature.new_empty(tile.rows * stride)
+    feature_sum = feature_gradient
+    if feature_gradient is not None and len(firsts) > 1 and wide != feature.dtype:
+        feature_sum = torch.empty_like(feature, dtype=wide)
     for begin in range(0, N, tile.rows):
         rows = slice(begin, min(begin + tile.rows, N))
         count = rows.stop - begin
@@ -193,11 +195,13 @@ def run_head(
         for block, first in enumerate(firsts):
             logits, part = (logits, centers) if len(firsts) == 1 else logits_of(block)
             kernels.differentiate(logits, first, row_upstream, share)
-            if feature_gradient is not None:
-                _product(logits, part, feature_gradient[rows], add=block > 0)
+            if feature_sum is not None:
+                _product(logits, part, feature_sum[rows], add=block > 0)
             if centers_gradient is not None:
                 out = centers_gradient[first * V : (first + blocks[block]) * V]
                 _product(logits.T, operand[rows], out, add=begin > 0)
+    if feature_gradient is not None and feature_sum is not None and feature_sum is not feature_gradient:
+        feature_gradient.copy_(feature_sum)
     if head.normalize:
         if feature_gradient is not None and feature_inverse is not None:
             feature_gradient.mul_((feature_inverse * head.scale)[:, None])
@@ -208,7 +212,9 @@ def run_head(
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    if add:
+    if out.dtype != a.dtype:
+        out.copy_(out + a @ b if add else a @ b)
+    elif add:
         out.addmm_(a, b)
     else:
         torch.mm(a, b, out=out)

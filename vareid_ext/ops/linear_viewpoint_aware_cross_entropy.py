@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops import _linear_tiles as tiles
-from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape
+from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape, refuse_forward_mode
 from vareid_ext.ops._labels import (
     check_batch,
     check_identity,
@@ -49,10 +49,6 @@ def _later_share(feature: Tensor, reduction: str) -> float:
     divided by N, would be below the smallest float16.
     """
     return _mean_share(reduction, feature.shape[0]) if feature.element_size() == 2 else 1.0
-
-
-def _forward_share(feature: Tensor, reduction: str) -> float:
-    return _mean_share(reduction, feature.shape[0]) / _later_share(feature, reduction)
 
 
 class _Call(NamedTuple):
@@ -128,7 +124,7 @@ def _or_empty(gradient: Tensor | None, some: Tensor) -> Tensor:
 
 def _forward_impl(native: bool, call: _Call) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     one = call.feature.new_ones((), dtype=accumulator_dtype(call.feature.dtype))
-    share = _forward_share(call.feature, call.reduction)
+    share = _mean_share(call.reduction, call.feature.shape[0]) / _later_share(call.feature, call.reduction)
     losses, feature_gradients, centers_gradients = _run_heads(call, (one, one), share, native)
     identity_loss, viewpoint_loss = (reduce_rows(loss, call.reduction) for loss in losses)
     return (
@@ -312,7 +308,7 @@ def _differentiate(
 
 
 def _times(gradient: Tensor, upstream: Tensor, share: float) -> Tensor:
-    """``gradient * upstream * share``: in place, or out of place while a compiler traces it.
+    """``gradient * upstream * share``: in place, or traced out of place for a compiler, which then writes it in place.
 
     Where the factor is 1, nothing is done, if that is found out without waiting for a device.
     """
@@ -399,7 +395,8 @@ def linear_viewpoint_aware_cross_entropy(
         reduction: "mean", "sum" or "none". With "none" backward computes the logits again.
         normalize: whether logits are cosines of features and centres, times ``scale``; zero vectors have cosine 0.
         scale: factor of the cosines, finite and above 0; only with ``normalize``.
-        chunk_rows: rows of a chunk, at least 1; None to let the memory budget decide.
+        chunk_rows: rows of a chunk, at least 1 (in half types each chunk rounds the centres' gradients once more); None
+            to let the memory budget decide.
 
     Returns:
         (L_y, L_v), each [] or [N] (none); float64 for float64 features, else float32. They share one node of the graph.
@@ -438,12 +435,12 @@ def linear_viewpoint_aware_cross_entropy(
         constant = epsilon if smoothing == "uniform" else 0.0
         identity_logits = reference.linear_logits(feature, identity_centers[:, None], normalize, scale)
         viewpoint_logits = reference.linear_logits(feature, viewpoint_centers, normalize, scale)
-        adaptive = smoothing == "adaptive"
         losses = (
-            rows.differentiable(identity_logits, identity, None, None, adaptive, alpha, constant),
+            rows.differentiable(identity_logits, identity, None, None, smoothing == "adaptive", alpha, constant),
             rows.differentiable(viewpoint_logits, identity, viewpoint, mask, True, alpha, 0.0),
         )
         return reduce_rows(losses[0], reduction), reduce_rows(losses[1], reduction)
+    refuse_forward_mode("linear_viewpoint_aware_cross_entropy", feature, identity_centers, viewpoint_centers)
     in_forward = torch.is_grad_enabled() and reduction != "none"
     identity_loss, viewpoint_loss, *_ = _forward(
         feature, identity_centers, viewpoint_centers, identity, viewpoint, mask, smoothing, alpha, epsilon, reduction,

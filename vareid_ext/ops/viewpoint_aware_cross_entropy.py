@@ -136,7 +136,7 @@ def _(
 
 def _dense_rows(logits: Tensor | None) -> Tensor | None:
     """The logits themselves where each row is dense, else a dense copy."""
-    if logits is None or logits.shape[0] == 0 or logits[0].is_contiguous():
+    if logits is None or logits.is_contiguous() or logits.shape[0] == 0 or logits[0].is_contiguous():
         return logits
     return logits.contiguous()
 
@@ -164,10 +164,12 @@ def _native_forward(
     wide, shape = accumulator_dtype(some.dtype), (N,) if reduction == "none" else ()
     identity_loss = some.new_empty((0,) if identity_logits is None else shape, dtype=wide)
     viewpoint_loss = some.new_empty((0,) if viewpoint_logits is None else shape, dtype=wide)
-    statistics = some.new_zeros((2, reference.STATISTICS, N), dtype=torch.float64)  # an absent head's part stays 0
+    statistics = some.new_empty((2, reference.STATISTICS, N), dtype=torch.float64)
+    if identity_logits is None or viewpoint_logits is None:
+        statistics.zero_()  # an absent head's part stays 0
     workspace = some.new_empty(
         module.viewpoint_aware_cross_entropy_workspace_bytes(
-            N, K, V, identity_logits is not None, viewpoint_logits is not None, some.is_cuda, threads
+            N, K, V, identity_logits is not None, viewpoint_logits is not None, some.is_cuda
         ),
         dtype=torch.uint8,
     )
@@ -222,17 +224,18 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(
     ctx: Any, identity_upstream: Tensor | None, viewpoint_upstream: Tensor | None, _unused: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics = ctx.saved_tensors
+    identity_logits, viewpoint_logits, *rest = ctx.saved_tensors
     if identity_upstream is None or not ctx.needs_input_grad[0]:
         identity_logits = None
     if viewpoint_upstream is None or not ctx.needs_input_grad[1]:
         viewpoint_logits = None
     if identity_logits is None and viewpoint_logits is None:
         return (None,) * 9
-    identity_grad, viewpoint_grad = _backward(
+    run = _native.shortcut(_backward, identity_upstream, viewpoint_upstream, identity_logits, viewpoint_logits, *rest)
+    identity_grad, viewpoint_grad = run(
         identity_upstream if identity_logits is not None else None,
         viewpoint_upstream if viewpoint_logits is not None else None,
-        identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics, ctx.reduction,
+        identity_logits, viewpoint_logits, *rest, ctx.reduction,
     )  # fmt: skip
     return (
         None if identity_logits is None else identity_grad,
@@ -247,6 +250,20 @@ def _refuse_double_backward(ctx: Any, *_grads: Tensor) -> None:
 
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(_refuse_double_backward)
+
+
+class _Losses(torch.autograd.Function):
+    """``_forward`` with its registered gradient, but without the operator's layers in the dispatcher."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = _native.shortcut(_forward, *inputs[:5])(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _differentiate(ctx, *upstreams)
 
 
 def _losses(
@@ -264,7 +281,8 @@ def _losses(
     identity = identity.to(torch.int64)
     viewpoint = None if viewpoint is None else plain_viewpoint(viewpoint)
     if not transforms_active():
-        identity_loss, viewpoint_loss, _ = _forward(
+        run = _forward if torch.compiler.is_compiling() else _Losses.apply
+        identity_loss, viewpoint_loss, _ = run(
             identity_logits, viewpoint_logits, identity, viewpoint, mask, smoothing, alpha, epsilon, reduction
         )
         return identity_loss, viewpoint_loss

@@ -21,7 +21,7 @@ def _viewpoint(viewpoint: Any) -> tuple[Any, Any]:
     return (None, viewpoint) if soft else (viewpoint, None)
 
 
-def linear_viewpoint_aware_cross_entropy_parts(launch: Any, N: int, columns: int, cuda: bool, threads: int) -> int:
+def linear_viewpoint_aware_cross_entropy_parts(launch: Any, N: int, columns: int, cuda: bool) -> int:
     return launch("linear_viewpoint_aware_cross_entropy_parts_cuda", N, columns)
 
 

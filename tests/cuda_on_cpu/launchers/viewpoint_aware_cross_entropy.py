@@ -26,8 +26,14 @@ def _labels(viewpoint_logits: Any, identity: Any, viewpoint: Any, mask: Any) -> 
     return views, identity, None if soft else viewpoint, viewpoint if soft else None, mask
 
 
+def viewpoint_aware_cross_entropy_labels_fit(
+    launch: Any, identity: Any, viewpoint: Any, mask: Any, K: int, V: int
+) -> bool:
+    return False  # labels are on the host: Python's own checks follow
+
+
 def viewpoint_aware_cross_entropy_workspace_bytes(
-    launch: Any, N: int, K: int, V: int, has_identity: bool, has_viewpoint: bool, cuda: bool, threads: int
+    launch: Any, N: int, K: int, V: int, has_identity: bool, has_viewpoint: bool, cuda: bool
 ) -> int:
     return launch("cross_entropy_workspace_flat", N, K, int(has_identity), V if has_viewpoint else 0)
 
