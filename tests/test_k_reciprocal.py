@@ -136,7 +136,9 @@ def test_units_do_not_matter(backend, factor):
     x = features(40, 5)
     expected = rerank(squared_distances(x, x), 10, 7, 3, 0.3)
     scaled = x.astype(np.float64) * factor
+    before = scaled.copy()
     np.testing.assert_allclose(k_reciprocal_rerank(scaled[:10], scaled[10:], k1=7, k2=3), expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(scaled, before)
     for smaller in (1, 1e-280):  # 1e-310 has no reciprocal
         d = np.sqrt(squared_distances(x, x)) * (factor * smaller)
         got = re_ranking(d[:10, 10:], d[:10, :10], d[10:, 10:], 7, 3)

@@ -122,7 +122,7 @@ class Filter:
                 some = slice(begin, begin + _FEW_ROWS * step, step)
                 rows = part[some].double()
                 if factor is not None:
-                    rows *= factor[some, None]
+                    rows = rows * factor[some, None]
                 total += rows.sum(0)
                 squares += rows.square().sum()
                 count += rows.shape[0]
