@@ -222,6 +222,13 @@ def test_a_checkpoint_of_other_entries_is_refused(copied, capsys, change):
     assert (copied / "environment.json").read_bytes() == before
 
 
+def test_another_network_is_refused_in_a_few_words(copied, capsys):
+    assert train.main(["--resume", str(copied), "--local"]) == 2
+    error = capsys.readouterr().err
+    assert "last.pt' does not fit the configuration" in error
+    assert len(error) < 600
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_a_resumed_run_removes_what_a_killed_one_left(copied):
     left = copied / ".last.pt.999999999.tmp"

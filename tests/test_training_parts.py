@@ -159,12 +159,31 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
         load_checkpoint(tmp_path / "missing.pt")
     save_checkpoint(tmp_path / "cut.pt", {"a": torch.zeros(1000)})
     data = (tmp_path / "cut.pt").read_bytes()
-    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"cut\.pt"):
-        load_checkpoint(tmp_path / "cut.pt")
+    for length in (0, 1, 100, len(data) // 2, len(data) - 100, len(data) - 1):
+        (tmp_path / "cut.pt").write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"cut\.pt"):
+            load_checkpoint(tmp_path / "cut.pt")
     torch.save({"format": 999}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="format 999"):
         load_checkpoint(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize("error", [OSError(22, "Invalid argument"), TypeError("set_() received"), MemoryError()])
+def test_whatever_a_damaged_checkpoint_fails_with_names_the_file(tmp_path, monkeypatch, error):
+    def fail(path, **options):
+        raise error
+
+    (tmp_path / "odd.pt").write_bytes(b"odd")
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ValueError, match=r"checkpoint: .*odd\.pt' cannot be read: (.*\w)"):
+        load_checkpoint(tmp_path / "odd.pt")
+
+
+def test_a_log_that_is_no_json_is_named(tmp_path):
+    (tmp_path / "log.jsonl").write_text("{}\ngarbage\n")
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(ValueError, match=r"log\.jsonl' holds a line that is not JSON"):
+        RunFolder(tmp_path, resume=True).read_log()
 
 
 def test_an_unfinished_write_leaves_the_old_file(tmp_path):

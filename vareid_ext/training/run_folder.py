@@ -108,11 +108,18 @@ class RunFolder:
             file.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of log.jsonl; none where it does not exist. A last line that was not finished is left out."""
+        """The lines of log.jsonl; none where it does not exist. A last line that was not finished is left out.
+
+        Raises:
+            ValueError: a line is not JSON.
+        """
         if not self.log.is_file():
             return []
         *lines, _ = self.log.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line]
+        try:
+            return [json.loads(line) for line in lines if line]
+        except ValueError as error:
+            raise ValueError(f"log: {str(self.log)!r} holds a line that is not JSON: {error}") from error
 
     def rewind_log(self, step: int, evaluations: Sequence[Mapping[str, Any]]) -> None:
         """Keep the lines of log.jsonl that a resumed run will not write again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ class TrainingState:
                 self.average.load_state_dict(state["average"])
             set_random_state(state["random"])
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-            raise ValueError(f"resume: {str(path)!r} does not fit the configuration: {error}") from error
+            reason = textwrap.shorten(str(error), 300)
+            raise ValueError(f"resume: {str(path)!r} does not fit the configuration: {reason}") from error
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
         self.progress = progress
