@@ -72,7 +72,7 @@ constexpr int kInvertBits = 8;  // the widest digit by which entries are sorted
 constexpr int64_t kInvertDigits = int64_t{1} << kInvertBits;
 constexpr int64_t kInvertTile = 8192;  // entries that a block sorts
 constexpr int64_t k_reciprocal_invert_workspace_cuda(int64_t entries) {
-  return 8 * (kInvertDigits * ((entries + kInvertTile - 1) / kInvertTile) + 1) + 16 * entries;
+  return 8 * (kInvertDigits * ((entries + kInvertTile - 1) / kInvertTile) + 4) + 16 * ((entries + 7) / 8 * 8);
 }
 void k_reciprocal_sets_cuda(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
                             int32_t* size, int device, void* stream);

@@ -20,6 +20,7 @@ constexpr int kSortWarps = kSortThreads / kWarp;
 constexpr int kRounds = static_cast<int>(kInvertTile) / kSortThreads;  // entries of a thread
 constexpr int kTile = static_cast<int>(kInvertTile);
 constexpr int kDigits = static_cast<int>(kInvertDigits);
+constexpr int kSector = 32 / sizeof(int32_t);
 constexpr int kGallery = 8192;  // gallery rows whose sums are kept in shared memory
 constexpr int kBestPlaces = static_cast<int>(kCudaMaxTopk) + kWarp;
 
@@ -42,8 +43,8 @@ __global__ void k_reciprocal_digits_kernel(const int32_t* __restrict__ key, cons
   __syncthreads();
   const int64_t first = blockIdx.x * static_cast<int64_t>(kTile), end = min(first + kTile, entries);
   const int64_t begin = base ? *base : 0;
-  for (int64_t e = first + threadIdx.x; e < end; e += kSortThreads)
-    atomicAdd(&count[(key[begin + e] >> shift) & (digits - 1)], 1);
+  for (int64_t e = first - begin % kSector + threadIdx.x; e < end; e += kSortThreads)  // from a sector's beginning on
+    if (e >= first) atomicAdd(&count[(key[begin + e] >> shift) & (digits - 1)], 1);
   __syncthreads();
   for (int d = threadIdx.x; d < digits; d += kSortThreads)
     counts[static_cast<int64_t>(d) * gridDim.x + blockIdx.x] = count[d];
@@ -288,11 +289,12 @@ void k_reciprocal_invert_cuda(const int64_t* indptr, const int32_t* index, const
   const auto queue = static_cast<cudaStream_t>(stream);
   const int64_t tiles = (entries + kTile - 1) / kTile;
   auto* const counts = static_cast<int64_t*>(workspace);
-  auto* const spare = reinterpret_cast<int32_t*>(counts + kDigits * tiles + 1);
+  auto* const spare = reinterpret_cast<int32_t*>(counts + kDigits * tiles + 4);
+  const int64_t length = (entries + kSector - 1) / kSector * kSector;
   // The last pass ends in the result; passes before it take turns between the result and the spare arrays.
-  int32_t* const keys[] = {spare, spare + entries};
-  int32_t* const owners[] = {owner, spare + 2 * entries};
-  float* const weights[] = {weight, reinterpret_cast<float*>(spare + 3 * entries)};
+  int32_t* const keys[] = {spare, spare + length};
+  int32_t* const owners[] = {owner, spare + 2 * length};
+  float* const weights[] = {weight, reinterpret_cast<float*>(spare + 3 * length)};
   if (entries > 0) {
     int bits = 0;
     while (bits < 31 && (int64_t{1} << bits) < columns) ++bits;

@@ -171,7 +171,7 @@ _ENCODED = {
     "k_reciprocal_expand_kernel": _SPARSE,
     "k_reciprocal_owner_kernel": _SPARSE,
     "k_reciprocal_digits_kernel": _SPARSE,
-    "k_reciprocal_sort_kernel": _SPARSE,
+    "k_reciprocal_sort_kernel": Limit(1.2, 0.8, 1.5),  # entries go to their places in shared memory
     "k_reciprocal_start_kernel": _SPARSE,
 }
 _RERANK = {
@@ -207,7 +207,7 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
                 **_FEATURES,
                 **_RERANK,
                 "pairwise_distance_block_kernel": Limit(1.2),
-                "k_reciprocal_matrix_neighbors_kernel": Limit(1.2, 0.8, 1.2),
+                "k_reciprocal_matrix_neighbors_kernel": Limit(1.2, 0.8, 1.3),
             },
         ),
     ],

@@ -301,7 +301,7 @@ def _native_expand(
 def invert_workspace(device_type: str, columns: int, entries: int) -> int:
     """Bytes of scratch that building the inverted index takes."""
     if device_type == "cuda":
-        return 8 * (_CUDA_SORT_DIGITS * -(-entries // _CUDA_SORT_TILE) + 1) + 16 * entries
+        return 8 * (_CUDA_SORT_DIGITS * -(-entries // _CUDA_SORT_TILE) + 4) + 16 * (-(-entries // 8) * 8)
     return 8 * columns
 
 
