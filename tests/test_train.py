@@ -329,6 +329,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path, m
     for i, path in zip(batch["index"].tolist(), batch["paths"], strict=True):
         assert data.train.paths[i] == path
     assert batch["identity"].tolist() == data.train.identity[batch["index"].numpy()].tolist()
+    first = (output / "non_finite_batch.pt").read_bytes()
+    assert train.main(["--resume", str(output), *explode]) == 3
+    assert "non_finite_batch-2.pt" in capsys.readouterr().err
+    assert (output / "non_finite_batch.pt").read_bytes() == first
 
 
 @pytest.mark.usefixtures("no_figures")

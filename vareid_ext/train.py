@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from vareid_ext.training.report import (
     one_line,
     per_viewpoint,
 )
-from vareid_ext.training.run_folder import RunFolder, TensorBoard, default_folder, environment
+from vareid_ext.training.run_folder import RunFolder, TensorBoard, default_folder, environment, unused_path
 from vareid_ext.training.schedule import learning_rate, view_weight
 from vareid_ext.training.signals import RunInterruptedError, Signals, ignore_in_worker
 from vareid_ext.training.state import TrainingState, build
@@ -196,10 +197,10 @@ def train(
                 # The one synchronisation of a step: the loss is looked at before it can spoil the weights.
                 values = dict(zip(parts, torch.stack([p.detach() for p in parts.values()]).tolist(), strict=True))
                 if not math.isfinite(values["total"]):
-                    save_batch(folder, data, batch, progress.step, values)
+                    kept = save_batch(folder, data, batch, progress.step, values)
                     raise NonFiniteLossError(
                         f"the loss of step {progress.step + 1} (epoch {epoch + 1}) is {values['total']}; "
-                        f"its batch is in {folder.non_finite_batch}, the checkpoints are as they were"
+                        f"its batch is in {kept}, the checkpoints are as they were"
                     )
                 state.optimizer.zero_grad(set_to_none=True)
                 state.scaler.scale(parts["total"]).backward()
@@ -424,11 +425,13 @@ def save(state: TrainingState, folder: RunFolder, started: float) -> None:
         folder.write_text(folder.config, text)
 
 
-def save_batch(folder: RunFolder, data: ReidData, batch: Batch, step: int, values: Mapping[str, float]) -> None:
-    """Keep the batch whose loss is not finite, for inspection with ``torch.load``."""
+def save_batch(folder: RunFolder, data: ReidData, batch: Batch, step: int, values: Mapping[str, float]) -> Path:
+    """Keep the batch whose loss is not finite, for inspection with ``torch.load``, beside earlier ones."""
+    path = unused_path(folder.non_finite_batch)
     paths = [data.train.paths[i] for i in batch.index.tolist()]
     tensors = {name: getattr(batch, name).cpu() for name in ("image", "identity", "camera", "viewpoint", "index")}
-    save_checkpoint(folder.non_finite_batch, {"step": step, "loss": dict(values), "paths": paths, **tensors})
+    save_checkpoint(path, {"step": step, "loss": dict(values), "paths": paths, **tensors})
+    return path
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,11 +132,21 @@ class RunFolder:
         self.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
+def _numbered(path: Path) -> Iterator[Path]:
+    """The path, then the same with -2, -3 and so on before its suffix."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def unused_path(path: Path) -> Path:
+    """The path, with a number behind its name where that exists."""
+    return next(p for p in _numbered(path) if not os.path.lexists(p))
+
+
 def default_folder(name: str) -> Path:
     """Make runs/<name>-<date and time>, with a number behind it where another run has just taken the name."""
-    first = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    for number in itertools.count(1):
-        path = first if number == 1 else first.with_name(f"{first.name}-{number}")
+    for path in _numbered(Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"):
         with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
