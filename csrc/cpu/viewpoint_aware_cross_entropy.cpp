@@ -38,7 +38,7 @@ void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N
              void* workspace, int threads) {
   using Acc = typename Accumulator<T>::type;
   const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
-  const int64_t parts = parts_of_row(elements_of_row(K, views));
+  const int64_t parts = parts_of_row(N, elements_of_row(K, views));
   OthersSummary* const summaries = static_cast<OthersSummary*>(workspace);      // [N, parts, 2]
   double* const losses = reinterpret_cast<double*>(summaries + N * parts * 2);  // [2, N]
   const auto finish = [&](int64_t i) {
@@ -96,37 +96,43 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
               int threads) {
   using Acc = typename Accumulator<T>::type;
   const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
-  const int64_t parts = parts_of_row(elements_of_row(K, views));
+  const int64_t parts = parts_of_row(N, elements_of_row(K, views));
   for (int h = 0; h < 2; ++h)
     if (heads[h].present) prefer_large_pages(heads[h].grad, N * K * heads[h].views * static_cast<int64_t>(sizeof(T)));
+  // Threads that touch fresh memory for the first time do so far apart.
+  const bool large = N * elements_of_row(K, views) * static_cast<int64_t>(sizeof(T)) >= int64_t{32} << 20;
   const double share = reduction == Reduction::kMean ? 1 / static_cast<double>(N) : 1.0;
   const int workers = worthwhile_threads(N * elements_of_row(K, views), threads);
-  parallel_blocks(N * parts, workers, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task / parts, part = task % parts, y = identity[i];
-      if (parts == 1)
-        for (int h = 0; h < 2; ++h) prefetch_row<T>(heads[h], i + 1, N, K);
-      for (int h = 0; h < 2; ++h) {
-        if (!heads[h].present) continue;
-        const int64_t V = heads[h].views, own = y * V;
-        const RowStatistics row = load_statistics(heads[h].statistics, N, i);
-        const Acc* const upstream = static_cast<const Acc*>(heads[h].upstream);
-        const double factor = static_cast<double>(upstream[reduction == Reduction::kNone ? i : 0]) * share;
-        const T* const logits = row_of<T>(heads[h], i);
-        T* const grad = static_cast<T*>(heads[h].grad) + i * K * V;
-        visit_others(K * V, own, own + V, part, parts, [&](int64_t first, int64_t last) {
-          others_gradient(logits + first, from(heads[h].mask, first), nullptr, grad + first, last - first, row, factor);
-        });
-        if (part == 0) own_gradient<T>(logits + own, nullptr, grad + own, views_of(heads[h], i, y), row, factor);
-      }
-    }
-  });
+  parallel_blocks(
+      N * parts, workers,
+      [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t i = task / parts, part = task % parts, y = identity[i];
+          if (parts == 1)
+            for (int h = 0; h < 2; ++h) prefetch_row<T>(heads[h], i + 1, N, K);
+          for (int h = 0; h < 2; ++h) {
+            if (!heads[h].present) continue;
+            const int64_t V = heads[h].views, own = y * V;
+            const RowStatistics row = load_statistics(heads[h].statistics, N, i);
+            const Acc* const upstream = static_cast<const Acc*>(heads[h].upstream);
+            const double factor = static_cast<double>(upstream[reduction == Reduction::kNone ? i : 0]) * share;
+            const T* const logits = row_of<T>(heads[h], i);
+            T* const grad = static_cast<T*>(heads[h].grad) + i * K * V;
+            visit_others(K * V, own, own + V, part, parts, [&](int64_t first, int64_t last) {
+              others_gradient(logits + first, from(heads[h].mask, first), nullptr, grad + first, last - first, row,
+                              factor);
+            });
+            if (part == 0) own_gradient<T>(logits + own, nullptr, grad + own, views_of(heads[h], i, y), row, factor);
+          }
+        }
+      },
+      large ? 1 : 16);
 }
 
 }  // namespace
 
 int64_t viewpoint_aware_cross_entropy_workspace_bytes_cpu(int64_t N, int64_t K, const int64_t views[2]) {
-  const int64_t parts = parts_of_row(elements_of_row(K, views));
+  const int64_t parts = parts_of_row(N, elements_of_row(K, views));
   return N * parts * 2 * static_cast<int64_t>(sizeof(OthersSummary)) + 2 * N * static_cast<int64_t>(sizeof(double));
 }
 
