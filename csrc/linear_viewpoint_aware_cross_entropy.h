@@ -26,7 +26,7 @@ struct LogitsTile {
 };
 
 // How many summaries of each row a tile writes.
-int64_t linear_viewpoint_aware_cross_entropy_parts_cpu(int64_t columns);
+int64_t linear_viewpoint_aware_cross_entropy_parts_cpu(int64_t N, int64_t columns);
 int64_t linear_viewpoint_aware_cross_entropy_parts_cuda(int64_t N, int64_t columns);
 
 // Writes summaries [N, total_parts] from index first_part on, and own_logits [N, V] for the rows whose identity is

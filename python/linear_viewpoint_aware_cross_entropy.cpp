@@ -91,7 +91,7 @@ int64_t parts(int64_t N, int64_t columns, bool cuda) {
 #else
   if (cuda) refuse_device();
 #endif
-  return linear_viewpoint_aware_cross_entropy_parts_cpu(columns);
+  return linear_viewpoint_aware_cross_entropy_parts_cpu(N, columns);
 }
 
 OthersSummary* check_summaries(const TensorView& summaries, const TensorView& own_logits, int64_t N, int64_t V,

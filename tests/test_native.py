@@ -11,6 +11,7 @@ import threading
 import types
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_each_gpu_is_asked_once_and_only_the_unusable_one_is_told(mixed_gpus):
 
 def test_an_op_runs_the_reference_on_the_gpu_that_cannot_run_its_kernel(mixed_gpus):
     kernels = {}
-    op = types.SimpleNamespace(
+    op = mock.Mock(
         _init_fn=lambda x: "reference", register_kernel=lambda kind: functools.partial(kernels.__setitem__, kind)
     )
     _native.register(op, "cuda")(lambda x: "kernel")

@@ -11,9 +11,13 @@
 
 namespace vareid {
 
-// A row is cut into parts, so that few long rows keep all threads busy; how many depends on its length alone.
+// Few long rows are cut into parts to keep all threads busy; how many does not depend on the number of threads.
+constexpr int64_t kTasks = 64;
 constexpr int64_t kRowPart = 32 * 1024;
-inline int64_t parts_of_row(int64_t elements) { return std::max<int64_t>(1, (elements + kRowPart - 1) / kRowPart); }
+inline int64_t parts_of_row(int64_t N, int64_t elements) {
+  const int64_t wanted = (kTasks + N - 1) / std::max<int64_t>(N, 1);
+  return std::max<int64_t>(1, std::min(wanted, (elements + kRowPart - 1) / kRowPart));
+}
 
 // How many threads to wake for so many elements: waking one takes as long as some ten thousands.
 constexpr int64_t kElementsPerThread = 64 * 1024;

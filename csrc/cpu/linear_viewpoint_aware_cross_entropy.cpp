@@ -32,7 +32,7 @@ void summarise_tile(const LogitsTile& tile, OthersSummary* summaries, int64_t to
                     double* own_logits, int threads) {
   using Acc = typename Accumulator<T>::type;
   const int64_t V = tile.views;
-  const int64_t parts = linear_viewpoint_aware_cross_entropy_parts_cpu(tile.identities * V);
+  const int64_t parts = linear_viewpoint_aware_cross_entropy_parts_cpu(tile.N, tile.identities * V);
   const int workers = worthwhile_threads(tile.N * tile.identities * V, threads);
   parallel_blocks(tile.N * parts, workers, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -58,7 +58,7 @@ void gradient_tile(const LogitsTile& tile, const double* statistics, const void*
                    double share, int threads) {
   using Acc = typename Accumulator<T>::type;
   const int64_t V = tile.views;
-  const int64_t parts = linear_viewpoint_aware_cross_entropy_parts_cpu(tile.identities * V);
+  const int64_t parts = linear_viewpoint_aware_cross_entropy_parts_cpu(tile.N, tile.identities * V);
   const int workers = worthwhile_threads(tile.N * tile.identities * V, threads);
   parallel_blocks(tile.N * parts, workers, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -113,7 +113,7 @@ VAREID_NORMS(bfloat16, float)
 
 }  // namespace
 
-int64_t linear_viewpoint_aware_cross_entropy_parts_cpu(int64_t columns) { return parts_of_row(columns); }
+int64_t linear_viewpoint_aware_cross_entropy_parts_cpu(int64_t N, int64_t columns) { return parts_of_row(N, columns); }
 
 void linear_viewpoint_aware_cross_entropy_summarise_cpu(const LogitsTile& tile, OthersSummary* summaries,
                                                         int64_t total_parts, int64_t first_part, double* own_logits,

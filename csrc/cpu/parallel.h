@@ -56,10 +56,10 @@ void parallel_for(int64_t items, int threads, const Body& body) {
 #endif
 }
 
-// Calls body(begin, end) on small blocks of [0, items), which the threads take in turn: one that wakes late takes
-// fewer. For bodies whose results do not depend on the split.
+// Calls body(begin, end) on blocks of [0, items), which the threads take in turn: one that wakes late takes fewer. For
+// bodies whose results do not depend on the split.
 template <typename Body>
-void parallel_blocks(int64_t items, int threads, const Body& body) {
+void parallel_blocks(int64_t items, int threads, const Body& body, int64_t blocks_per_thread = 16) {
   if (items <= 0) return;
   const int used = usable_threads(items, threads);
   if (used == 1) {
@@ -67,9 +67,8 @@ void parallel_blocks(int64_t items, int threads, const Body& body) {
     return;
   }
 #ifdef _OPENMP
-  constexpr int64_t kBlocksPerThread = 16;
   constexpr int kPauses = 1000;
-  const int64_t block = std::max<int64_t>(1, items / (kBlocksPerThread * used));
+  const int64_t block = (items + blocks_per_thread * used - 1) / (blocks_per_thread * used);
   std::atomic<int64_t> next{0};
   std::atomic<int> finished{0};
 #pragma omp parallel num_threads(used)

@@ -38,7 +38,7 @@ void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N
              void* workspace, int threads) {
   using Acc = typename Accumulator<T>::type;
   const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
-  const int64_t parts = parts_of_row(elements_of_row(K, views));
+  const int64_t parts = parts_of_row(N, elements_of_row(K, views));
   OthersSummary* const summaries = static_cast<OthersSummary*>(workspace);      // [N, parts, 2]
   double* const losses = reinterpret_cast<double*>(summaries + N * parts * 2);  // [2, N]
   const auto finish = [&](int64_t i) {
@@ -96,19 +96,22 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
               int threads) {
   using Acc = typename Accumulator<T>::type;
   const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
-  const int64_t parts = parts_of_row(elements_of_row(K, views));
+  const int64_t parts = parts_of_row(N, elements_of_row(K, views));
   int64_t row_bytes[2];
   for (int h = 0; h < 2; ++h) {
     row_bytes[h] = K * views[h] * static_cast<int64_t>(sizeof(T));
     if (heads[h].present) prefer_large_pages(heads[h].grad, N * row_bytes[h]);
   }
+  // Threads that touch fresh memory for the first time do so far apart.
+  const bool fresh = N * (row_bytes[0] + row_bytes[1]) >= kFreshFrom;
   const double share = reduction == Reduction::kMean ? 1 / static_cast<double>(N) : 1.0;
   const int workers = worthwhile_threads(N * elements_of_row(K, views), threads);
-  parallel_blocks(N * parts, workers, [&](int64_t begin, int64_t end) {
+  const auto rows = [&](int64_t begin, int64_t end) {
     const auto pages_of = [&](int h) {
-      const int64_t first = begin / parts, rows = (end - 1) / parts + 1 - first;
+      const int64_t first = begin / parts, count = (end - 1) / parts + 1 - first;
       char* const grad = static_cast<char*>(heads[h].grad);
-      return FreshPages(grad ? grad + first * row_bytes[h] : nullptr, grad ? rows * row_bytes[h] : 0, N * row_bytes[h]);
+      return FreshPages(grad ? grad + first * row_bytes[h] : nullptr, grad ? count * row_bytes[h] : 0,
+                        N * row_bytes[h]);
     };
     FreshPages pages[2] = {pages_of(0), pages_of(1)};
     for (int64_t task = begin; task < end; ++task) {
@@ -130,13 +133,14 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
         if (part == 0) own_gradient<T>(logits + own, nullptr, grad + own, views_of(heads[h], i, y), row, factor);
       }
     }
-  });
+  };
+  parallel_blocks(N * parts, workers, rows, fresh ? 1 : 16);
 }
 
 }  // namespace
 
 int64_t viewpoint_aware_cross_entropy_workspace_bytes_cpu(int64_t N, int64_t K, const int64_t views[2]) {
-  const int64_t parts = parts_of_row(elements_of_row(K, views));
+  const int64_t parts = parts_of_row(N, elements_of_row(K, views));
   return N * parts * 2 * static_cast<int64_t>(sizeof(OthersSummary)) + 2 * N * static_cast<int64_t>(sizeof(double));
 }
 
