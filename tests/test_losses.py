@@ -121,6 +121,9 @@ def test_state_and_copies_carry_centers_and_mask() -> None:
     ("arguments", "error", "message"),
     [
         ({"num_identities": 0}, ValueError, "num_identities: 0"),
+        ({"num_identities": 2.0}, TypeError, "num_identities: float"),
+        ({"beta": "0.1"}, TypeError, "beta: str"),
+        ({"alpha": None}, TypeError, "alpha: NoneType"),
         ({"feature_dim": 0}, ValueError, "feature_dim: 0"),
         ({"num_viewpoints": 1}, ValueError, "num_viewpoints: 1"),
         ({"alpha": 0.7}, ValueError, "alpha"),

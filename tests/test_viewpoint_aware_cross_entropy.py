@@ -424,6 +424,8 @@ NO_VIEW[2] = False
         ({"mask": GOOD_MASK.int()}, TypeError, "mask: dtype int32"),
         ({"mask": NO_VIEW, "identity": torch.tensor([0, 0, 1, 1])}, ValueError, "mask: identity 2 has no existing"),
         ({"alpha": 0.5}, ValueError, "alpha: 0.5"),
+        ({"alpha": "0.2"}, TypeError, "alpha: str"),
+        ({"epsilon": None}, TypeError, "epsilon: NoneType"),
         ({"alpha": -0.1}, ValueError, "alpha: -0.1"),
         ({"alpha": math.nan}, ValueError, "alpha: nan"),
         ({"epsilon": 1.0}, ValueError, "epsilon: 1.0"),

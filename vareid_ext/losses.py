@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape
+from vareid_ext.ops._checks import (
+    check_count,
+    check_dtype,
+    check_floating,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from vareid_ext.ops._labels import check_scalars, warn_of_alpha
 from vareid_ext.ops.angular_center import angular_center_regularizer
 from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
@@ -84,9 +91,9 @@ class ViewpointAwareLoss(nn.Module):
             ("feature_dim", feature_dim, 1),
             ("num_viewpoints", num_viewpoints, 2),
         ):
-            if value < least:
-                raise ValueError(f"{name}: {value} was given; it must be at least {least}")
+            check_count(name, value, least)
         for name, weight in (("beta", beta), ("view_weight", view_weight)):
+            check_number(name, weight)
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name}: {weight} was given; it must be finite and at least 0")
         check_scalars(smoothing, alpha, epsilon, "mean")

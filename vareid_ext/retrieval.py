@@ -21,7 +21,14 @@ from vareid_ext._arrays import returner, to_tensor
 from vareid_ext.ops import k_reciprocal as _stages
 from vareid_ext.ops import nearest_neighbors as _nearest
 from vareid_ext.ops import pairwise_distance as _pairwise
-from vareid_ext.ops._checks import check_count, check_dtype, check_floating, check_same_device, dtype_name
+from vareid_ext.ops._checks import (
+    check_count,
+    check_dtype,
+    check_floating,
+    check_number,
+    check_same_device,
+    dtype_name,
+)
 from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude
 from vareid_ext.ops._filter import common_scale, contiguous_rows, has_contiguous_rows
 from vareid_ext.ops._progress import listen
@@ -85,8 +92,7 @@ def nearest_neighbors(x: Any, y: Any = None, *, k: int, metric: str = "sqeuclide
 def check_parameters(k1: int, k2: int, lambda_value: float) -> tuple[int, int, float]:
     """The parameters of a re-ranking as Python's numbers; TypeError or ValueError unless they can be that."""
     k1, k2 = check_count("k1", k1, 1), check_count("k2", k2, 1)
-    if isinstance(lambda_value, bool) or not isinstance(lambda_value, int | float | np.integer | np.floating):
-        raise TypeError(f"lambda_value: {type(lambda_value).__name__} was given; a number is needed")
+    check_number("lambda_value", lambda_value)
     if not 0 <= lambda_value <= 1:  # NaN fails too
         raise ValueError(f"lambda_value: {lambda_value} was given; allowed are 0 to 1")
     return k1, k2, float(lambda_value)

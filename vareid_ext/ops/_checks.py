@@ -72,6 +72,13 @@ def check_count(name: str, value: object, least: int, most: int | None = None) -
     return int(value)
 
 
+def check_number(name: str, value: object) -> None:
+    """TypeError unless ``value`` is a real number (a compiler's symbol of one, too)."""
+    numbers = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        raise TypeError(f"{name}: {type(value).__name__} was given; a number is needed")
+
+
 def refuse_forward_mode(function: str, *values: Tensor) -> None:
     """RuntimeError if a tensor carries a forward-mode tangent, which an operator would drop without a word."""
     if torch.compiler.is_compiling():

@@ -12,6 +12,7 @@ from vareid_ext.ops._checks import (
     FLOATING,
     check_choice,
     check_dtype,
+    check_number,
     check_same_device,
     check_shape,
     check_tensor,
@@ -35,9 +36,11 @@ _LABEL_ERRORS = (
 
 
 def check_scalars(smoothing: str, alpha: float, epsilon: float, reduction: str) -> None:
-    """ValueError unless the modes are known, alpha is in [0, 0.5) and epsilon in [0, 1)."""
+    """ValueError unless the modes are known, alpha is in [0, 0.5) and epsilon in [0, 1); TypeError unless numbers."""
     check_choice("smoothing", smoothing, SMOOTHING)
     check_choice("reduction", reduction, REDUCTION)
+    check_number("alpha", alpha)
+    check_number("epsilon", epsilon)
     if not 0 <= alpha < 0.5:
         raise ValueError(f"alpha: {alpha} was given; it must be in [0, 0.5)")
     if not 0 <= epsilon < 1:

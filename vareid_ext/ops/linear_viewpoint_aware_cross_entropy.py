@@ -14,7 +14,15 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops import _linear_tiles as tiles
-from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape, refuse_forward_mode
+from vareid_ext.ops._checks import (
+    check_count,
+    check_dtype,
+    check_floating,
+    check_number,
+    check_same_device,
+    check_shape,
+    refuse_forward_mode,
+)
 from vareid_ext.ops._labels import (
     check_batch,
     check_identity,
@@ -423,12 +431,13 @@ def linear_viewpoint_aware_cross_entropy(
     check_mask(mask, K, V, "feature", feature)
     check_scalars(smoothing, alpha, epsilon, reduction)
     check_batch(N, K * V, reduction, "feature")
+    check_number("scale", scale)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale: {scale} was given; it must be finite and above 0")
     if scale != 1 and not normalize:
         raise ValueError(f"scale: {scale} was given, but it has an effect only with normalize=True")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows: {chunk_rows} was given; it must be at least 1, or None")
+    if chunk_rows is not None:
+        chunk_rows = check_count("chunk_rows", chunk_rows, 1)
     warn_of_alpha(alpha, V)
     identity, viewpoint = identity.to(torch.int64), plain_viewpoint(viewpoint)
     if transforms_active():
