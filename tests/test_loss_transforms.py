@@ -182,6 +182,16 @@ def test_vmap_over_labels() -> None:
 
 
 @pytest.mark.parametrize(("function", "inputs"), CASES)
+def test_a_vectorised_backward_pass_is_a_loop(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    scales = torch.tensor([0.5, 1.0, 2.0])
+    got = torch.autograd.grad(function(*leaves), leaves, scales, is_grads_batched=True)
+    _, *want = value_and_gradients(function, inputs)
+    for gradient, expected in zip(got, want, strict=True):
+        torch.testing.assert_close(gradient, torch.stack([scale * expected for scale in scales]))
+
+
+@pytest.mark.parametrize(("function", "inputs"), CASES)
 def test_forward_mode_is_the_gradient_times_the_direction(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...]
 ) -> None:

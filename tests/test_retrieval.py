@@ -302,7 +302,7 @@ def test_out_over_the_features_is_refused(name):
     arguments = {"query": memory[:8], "gallery": memory[20:40]}
     before = memory.clone()
     target = memory[4:12] if name == "query" else memory[36:44]
-    with pytest.raises(ValueError, match=f"out: shares memory with {name}"):
+    with pytest.raises(ValueError, match=f"out: lies in the memory between {name}'s first"):
         k_reciprocal_rerank(*arguments.values(), out=target)
     assert torch.equal(memory, before)
     k_reciprocal_rerank(*arguments.values(), out=memory[8:16])  # between the two

@@ -179,11 +179,28 @@ def test_whatever_a_damaged_checkpoint_fails_with_names_the_file(tmp_path, monke
         load_checkpoint(tmp_path / "odd.pt")
 
 
-def test_a_log_that_is_no_json_is_named(tmp_path):
-    (tmp_path / "log.jsonl").write_text("{}\ngarbage\n")
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"garbage", "that is not JSON"), (b"\xff", "that is not JSON"), (b"5", "without a step: 5"),
+        (b'{"loss": {}}', "without a step"),
+    ],
+)  # fmt: skip
+def test_a_damaged_log_is_named(tmp_path, line, words):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
     (tmp_path / "last.pt").touch()
-    with pytest.raises(ValueError, match=r"log\.jsonl' holds a line that is not JSON"):
-        RunFolder(tmp_path, resume=True).read_log()
+    with pytest.raises(ValueError, match=rf"log\.jsonl' holds a line {words}"):
+        RunFolder(tmp_path, resume=True).rewind_log(1, [])
+
+
+def test_a_signal_while_a_file_is_read_is_not_taken_for_damage(tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(torch, "load", interrupted)
+    (tmp_path / "last.pt").touch()
+    with Signals() as signals, pytest.raises(RunInterruptedError), signals.immediate("all is saved"):
+        load_checkpoint(tmp_path / "last.pt")
 
 
 def test_an_unfinished_write_leaves_the_old_file(tmp_path):

@@ -182,17 +182,23 @@ def register(op: torch.library.CustomOpDef, device_type: str) -> Callable[[_F], 
     return decorate
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's memory holds its values: it is no subclass, not batched by a transform and not lazy."""
+    return (
+        type(tensor) in _PLAIN and torch._C._has_storage(tensor) and not tensor.is_neg() and not tensor._is_zerotensor()
+    )
+
+
 def shortcut(op: torch.library.CustomOpDef, *tensors: torch.Tensor | None) -> Callable[..., Any]:
     """What runs ``op`` on these tensors: its kernel at once where nobody can tell the difference, else the operator.
 
     The operator's layers in the dispatcher cost more than a small kernel. They are needed where a gradient is to be
-    recorded, a compiler or a dispatch mode (fake tensors, tracing) looks on, or a tensor is of a subclass or lazy (its
-    memory does not hold its values).
+    recorded, a compiler or a dispatch mode (fake tensors, tracing) looks on, or a tensor is not plain.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return op
     present = [tensor for tensor in tensors if tensor is not None]
-    if any(type(t) not in _PLAIN or t.is_neg() or t._is_zerotensor() for t in present):
+    if not all(map(is_plain, present)):
         return op
     return _kernels.get((op, present[0].device.type), op)
 

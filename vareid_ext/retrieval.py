@@ -213,7 +213,9 @@ def _check_out(out: Any, shape: tuple[int, int], query: Tensor, gallery: Tensor)
         raise ValueError("out: rows that overlap were given; each needs memory of its own")
     for name, features in (("query", query), ("gallery", gallery)):
         if _share_memory(tensor, features):
-            raise ValueError(f"out: shares memory with {name}, which is read while out is written")
+            raise ValueError(
+                f"out: lies in the memory between {name}'s first and last element, which is read while out is written"
+            )
     if isinstance(out, np.ndarray) and tensor.data_ptr() != out.ctypes.data:
         raise ValueError("out: an aligned array in the machine's byte order and without negative strides is needed")
     return tensor

@@ -214,6 +214,7 @@ def _(
 
 
 def _scratch(like: Tensor, size: int) -> Tensor:
+    """Working memory of a kernel, in bytes."""
     return like.new_empty((size,), dtype=torch.uint8)
 
 
@@ -230,7 +231,7 @@ def _native_sets(neighbor: Tensor, k1: int, most: int | None = None) -> Any:
         native.k_reciprocal_sets(view(neighbor), k, view(members), view(size), threads, stream)
         sets += [members, size]
     indptr = neighbor.new_empty((M + 1,), dtype=torch.int64)
-    workspace = _scratch(neighbor, 8 * M * threads)
+    workspace = _scratch(neighbor, 0 if neighbor.is_cuda else 8 * M * threads)
     arrays = [view(array) for array in (*sets, indptr)]
     native.k_reciprocal_expanded(*arrays, None, view(workspace), threads, stream)
     entries = int(indptr[-1])
@@ -286,7 +287,7 @@ def _native_expand(
     neighbor, index, value = neighbor.contiguous(), index.contiguous(), value.contiguous()
     M = neighbor.shape[0]
     new_indptr = torch.empty_like(indptr)
-    workspace = _scratch(neighbor, 16 * M * threads)
+    workspace = _scratch(neighbor, 0 if neighbor.is_cuda else 16 * M * threads)
     arrays = [view(array) for array in (indptr, index, value, new_indptr)]
     native.k_reciprocal_expand(view(neighbor), k2, *arrays, None, None, view(workspace), threads, stream)
     entries = int(new_indptr[-1])
@@ -381,7 +382,7 @@ def _native_matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> A
     Q, G = q_g.shape
     neighbor = q_g.new_empty((Q + G, k), dtype=torch.int32)
     row_max = q_g.new_empty((Q + G,), dtype=torch.float64)
-    workspace = _scratch(q_g, (128 * Q + 32 * k + 1024) * threads)
+    workspace = _scratch(q_g, 0 if q_g.is_cuda else (128 * Q + 32 * k + 1024) * threads)
     _native.module().k_reciprocal_matrix_neighbors(
         view(q_g.contiguous()), view(q_q.contiguous()), view(g_g.contiguous()), k, view(neighbor), view(row_max),
         view(workspace), threads, stream_of(q_g),

@@ -320,7 +320,7 @@ def _times(gradient: Tensor, upstream: Tensor, share: float) -> Tensor:
 
     Where the factor is 1, nothing is done, if that is found out without waiting for a device.
     """
-    if type(gradient) is not Tensor or type(upstream) is not Tensor:
+    if not (_native.is_plain(gradient) and _native.is_plain(upstream)):
         return gradient * (upstream * share).to(gradient.dtype)
     if upstream.device.type == "cpu" and float(upstream) * share == 1:
         return gradient

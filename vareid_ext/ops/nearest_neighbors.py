@@ -97,7 +97,8 @@ class _Scan:
         part = filtered.parts[0]
         D = part.shape[1]
         taken = self.block_rows * 4 * (self.block_rows + D)
-        step = max(1, min(self.block_rows, taken // (4 * self.columns + (4 + part.element_size()) * D)))
+        fitting = taken // (4 * self.columns + (4 + part.element_size()) * D)
+        step = max(1, min(self.block_rows, fitting, again.numel()))
         block, prepared = filtered.norm.new_empty((step, self.columns)), filtered.norm.new_empty((step, D))
         same, places = None, 0  # a GPU needs neither
         if not block.is_cuda:

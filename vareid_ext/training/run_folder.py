@@ -111,15 +111,19 @@ class RunFolder:
         """The lines of log.jsonl; none where it does not exist. A last line that was not finished is left out.
 
         Raises:
-            ValueError: a line is not JSON.
+            ValueError: a line is not JSON, or not an entry with its step.
         """
         if not self.log.is_file():
             return []
-        *lines, _ = self.log.read_text(encoding="utf-8").split("\n")
         try:
-            return [json.loads(line) for line in lines if line]
+            *lines, _ = self.log.read_text(encoding="utf-8").split("\n")
+            entries = [json.loads(line) for line in lines if line]
         except ValueError as error:
             raise ValueError(f"log: {str(self.log)!r} holds a line that is not JSON: {error}") from error
+        for entry in entries:
+            if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+                raise ValueError(f"log: {str(self.log)!r} holds a line without a step: {json.dumps(entry)[:80]}")
+        return entries
 
     def rewind_log(self, step: int, evaluations: Sequence[Mapping[str, Any]]) -> None:
         """Keep the lines of log.jsonl that a resumed run will not write again.

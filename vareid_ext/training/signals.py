@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 
-class RunInterruptedError(Exception):
+class RunInterruptedError(BaseException):
     """A signal asked the run to end; everything that matters is saved.
+
+    It is no Exception, so that nobody who handles whatever a damaged file raises takes it for that.
 
     Attributes:
         number: of the signal.
