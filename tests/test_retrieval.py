@@ -210,18 +210,25 @@ print(field("VmHWM") - before, limit)
     ("D", "kind", "dtype"), [(256, "random", "float32"), (256, "twins", "float32"), (1024, "twins", "float64")]
 )
 def test_the_plan_is_kept(D, kind, dtype):
-    """Also by rows that are done again, of which twins make thousands."""
+    """Also by rows that are done again, of which twins make thousands.
+
+    glibc's allocator keeps some MiB of what is freed, more in one run than in another; here it is told not to, so that
+    what is measured is what is in use.
+    """
     if not _native.available("cpu"):
         pytest.skip(_native.backends()["cpu"])
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE, str(D), kind, dtype], capture_output=True, text=True, check=False, timeout=300,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path)},
+        env={
+            **os.environ, "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path),
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+        },
     )  # fmt: skip
     if "clear_refs" in done.stderr:
         pytest.skip("the system does not let a process reset its peak")
     assert done.returncode == 0, done.stderr
     used, limit = map(int, done.stdout.split())
-    assert used <= limit + (6 << 20)  # what the allocator keeps
+    assert used <= limit + (4 << 20)  # the buffers of the vendor's product differ between processors
 
 
 def test_memory_limit_is_kept_before_any_work(capsys):

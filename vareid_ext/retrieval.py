@@ -254,7 +254,9 @@ def k_reciprocal_rerank(
             only in their last bits.
         max_memory: bytes that may be used beyond input and result, by :func:`rerank_plan`; None for no limit. How large
             the sparse encodings get depends on the features: if they are found to be larger than what is left for
-            them, that is an error too, and ``out`` then holds unfinished values.
+            them, that is an error too, and ``out`` then holds unfinished values. What the system's allocator keeps of
+            freed memory comes on top: with glibc's up to about 10 MiB, or none with ``MALLOC_TRIM_THRESHOLD_=65536``
+            in the environment.
         show_plan: print the plan on standard error.
         progress: show a progress bar on standard error.
 
