@@ -70,16 +70,9 @@ def listed_distance(
 
 
 @listed_distance.register_fake
-def _(
-    query: Tensor,
-    gallery: Tensor,
-    scale: float,
-    neighbor: Tensor,
-    neighbor_distance: Tensor,
-    indptr: Tensor,
-    index: Tensor,
-) -> Tensor:
-    return query.new_empty(index.shape, dtype=torch.float32)
+def _(*arguments: Any) -> Tensor:
+    index: Tensor = arguments[-1]
+    return index.new_empty(index.shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("vareid::k_reciprocal_encode", mutates_args=())
@@ -129,15 +122,7 @@ def k_reciprocal_blend(
 
 
 @k_reciprocal_blend.register_fake
-def _(
-    distance: Tensor,
-    row_max: Tensor,
-    indptr: Tensor,
-    index: Tensor,
-    value: Tensor,
-    lambda_value: float,
-    columns: int | None = None,
-) -> None:
+def _(*_arguments: Any) -> None:
     return None
 
 
@@ -199,16 +184,7 @@ def k_reciprocal_topk(
 
 @k_reciprocal_topk.register_fake
 def _(
-    query: Tensor,
-    gallery: Tensor,
-    scale: float,
-    nearest: Tensor,
-    original: Tensor,
-    row_max: Tensor,
-    indptr: Tensor,
-    index: Tensor,
-    value: Tensor,
-    lambda_value: float,
+    query: Tensor, gallery: Tensor, scale: float, nearest: Tensor, original: Tensor, *_arguments: Any
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(original), torch.empty_like(nearest, dtype=torch.int64)
 

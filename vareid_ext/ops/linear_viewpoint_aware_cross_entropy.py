@@ -152,132 +152,63 @@ def _backward_impl(
     return feature_gradients[0], centers_gradients[0], centers_gradients[1]
 
 
-@torch.library.custom_op("vareid::linear_viewpoint_aware_cross_entropy_forward", mutates_args=())
-def _forward(
-    feature: Tensor,
-    identity_centers: Tensor,
-    viewpoint_centers: Tensor,
-    identity: Tensor,
-    viewpoint: Tensor,
-    mask: Tensor | None,
-    smoothing: str,
-    alpha: float,
-    epsilon: float,
-    reduction: str,
-    normalize: bool,
-    scale: float,
-    chunk_rows: int,
-    budget: int,
-    want_feature: bool,
-    want_identity: bool,
-    want_viewpoint: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    call = _Call(
-        feature, identity_centers, viewpoint_centers, identity, viewpoint, mask, smoothing, alpha, epsilon,
-        reduction, normalize, scale, chunk_rows, budget, want_feature, want_identity, want_viewpoint,
-    )  # fmt: skip
-    return _forward_impl(False, call)
+_SCHEMA = (
+    "Tensor feature, Tensor identity_centers, Tensor viewpoint_centers, Tensor identity, Tensor viewpoint, "
+    "Tensor? mask, str smoothing, float alpha, float epsilon, str reduction, bool normalize, float scale, "
+    "SymInt chunk_rows, SymInt budget, bool want_feature, bool want_identity, bool want_viewpoint"
+)  # the fields of _Call
 
 
-@torch.library.custom_op("vareid::linear_viewpoint_aware_cross_entropy_backward", mutates_args=())
-def _backward(
-    identity_upstream: Tensor,
-    viewpoint_upstream: Tensor,
-    feature: Tensor,
-    identity_centers: Tensor,
-    viewpoint_centers: Tensor,
-    identity: Tensor,
-    viewpoint: Tensor,
-    mask: Tensor | None,
-    smoothing: str,
-    alpha: float,
-    epsilon: float,
-    reduction: str,
-    normalize: bool,
-    scale: float,
-    chunk_rows: int,
-    budget: int,
-    want_feature: bool,
-    want_identity: bool,
-    want_viewpoint: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(
-        feature, identity_centers, viewpoint_centers, identity, viewpoint, mask, smoothing, alpha, epsilon,
-        reduction, normalize, scale, chunk_rows, budget, want_feature, want_identity, want_viewpoint,
-    )  # fmt: skip
-    return _backward_impl(False, identity_upstream, viewpoint_upstream, call)
+@torch.library.custom_op(
+    "vareid::linear_viewpoint_aware_cross_entropy_forward", mutates_args=(),
+    schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _forward(*call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _forward_impl(False, _Call(*call))
+
+
+@torch.library.custom_op(
+    "vareid::linear_viewpoint_aware_cross_entropy_backward", mutates_args=(),
+    schema=f"(Tensor identity_upstream, Tensor viewpoint_upstream, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _backward(identity_upstream: Tensor, viewpoint_upstream: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward_impl(False, identity_upstream, viewpoint_upstream, _Call(*call))
+
+
+def _empty_gradients(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
+    new = call.feature.new_empty
+    return (
+        new(call.feature.shape if call.want_feature else (0,)),
+        new(call.identity_centers.shape if call.want_identity else (0,)),
+        new(call.viewpoint_centers.shape if call.want_viewpoint else (0,)),
+    )
 
 
 @_forward.register_fake
-def _(
-    feature: Tensor,
-    identity_centers: Tensor,
-    viewpoint_centers: Tensor,
-    identity: Tensor,
-    viewpoint: Tensor,
-    mask: Tensor | None,
-    smoothing: str,
-    alpha: float,
-    epsilon: float,
-    reduction: str,
-    normalize: bool,
-    scale: float,
-    chunk_rows: int,
-    budget: int,
-    want_feature: bool,
-    want_identity: bool,
-    want_viewpoint: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide, shape = accumulator_dtype(feature.dtype), (feature.shape[0],) if reduction == "none" else ()
-    new = feature.new_empty
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    call = _Call(*arguments)
+    feature_gradient, identity_gradient, viewpoint_gradient = _empty_gradients(call)
+    wide, shape = accumulator_dtype(call.feature.dtype), (call.feature.shape[0],) if call.reduction == "none" else ()
+    new = call.feature.new_empty
     return (
-        new(shape, dtype=wide),
-        new(shape, dtype=wide),
-        new(feature.shape if want_feature else (0,)),
-        new(feature.shape if want_feature else (0,)),
-        new(identity_centers.shape if want_identity else (0,)),
-        new(viewpoint_centers.shape if want_viewpoint else (0,)),
-    )
+        new(shape, dtype=wide), new(shape, dtype=wide), feature_gradient, torch.empty_like(feature_gradient),
+        identity_gradient, viewpoint_gradient,
+    )  # fmt: skip
 
 
 @_backward.register_fake
-def _(
-    identity_upstream: Tensor,
-    viewpoint_upstream: Tensor,
-    feature: Tensor,
-    identity_centers: Tensor,
-    viewpoint_centers: Tensor,
-    identity: Tensor,
-    viewpoint: Tensor,
-    mask: Tensor | None,
-    smoothing: str,
-    alpha: float,
-    epsilon: float,
-    reduction: str,
-    normalize: bool,
-    scale: float,
-    chunk_rows: int,
-    budget: int,
-    want_feature: bool,
-    want_identity: bool,
-    want_viewpoint: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    new = feature.new_empty
-    return (
-        new(feature.shape if want_feature else (0,)),
-        new(identity_centers.shape if want_identity else (0,)),
-        new(viewpoint_centers.shape if want_viewpoint else (0,)),
-    )
+def _(identity_upstream: Tensor, viewpoint_upstream: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(_Call(*call))
 
 
-def _native_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward_impl(True, _Call(*arguments))
+def _native_forward(*call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _forward_impl(True, _Call(*call))
 
 
 def _native_backward(
-    identity_upstream: Tensor, viewpoint_upstream: Tensor, *arguments: Any
+    identity_upstream: Tensor, viewpoint_upstream: Tensor, *call: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_impl(True, identity_upstream, viewpoint_upstream, _Call(*arguments))
+    return _backward_impl(True, identity_upstream, viewpoint_upstream, _Call(*call))
 
 
 for _device_type in ("cpu", "cuda"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,7 @@ def ranking_forward(
 
 
 @ranking_forward.register_fake
-def _(
-    distances: Tensor,
-    query_identity: Tensor,
-    gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
-    junk_identity: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(distances: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_results(distances)
 
 

@@ -121,11 +121,7 @@ def _(
     viewpoint_upstream: Tensor | None,
     identity_logits: Tensor | None,
     viewpoint_logits: Tensor | None,
-    identity: Tensor,
-    viewpoint: Tensor | None,
-    mask: Tensor | None,
-    statistics: Tensor,
-    reduction: str,
+    *_arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     some = _anchor(identity_logits, viewpoint_logits)
     return (
