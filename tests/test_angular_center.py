@@ -8,23 +8,11 @@ import os
 import pytest
 import torch
 
-from vareid_ext import _native, angular_center_regularizer, reference_backend
+from vareid_ext import _native, angular_center_regularizer
 from vareid_ext.ops import angular_center as op
 from vareid_ext.reference import angular_center as reference
 
-BACKENDS = ["native", "reference"]
 SIZES = [(1, 1, 1), (1, 3, 5), (3, 2, 16), (5, 3, 33), (4, 6, 1030), (2, 5, 2048), (17, 3, 7), (0, 3, 8), (3, 0, 8)]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    if request.param == "native":
-        if not _native.available("cpu"):
-            pytest.skip(_native.backends()["cpu"])
-        yield "native"
-    else:
-        with reference_backend():
-            yield "reference"
 
 
 def centers(K, V, D, dtype=torch.float32, seed=0):

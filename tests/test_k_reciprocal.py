@@ -11,20 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reranking_truth import expanded_sets, ranked, rerank, squared_distances
-from vareid_ext import _native, k_reciprocal_rerank, re_ranking, reference_backend
+from vareid_ext import k_reciprocal_rerank, re_ranking, reference_backend
 from vareid_ext.ops import k_reciprocal as op
 from vareid_ext.reference import k_reciprocal as reference
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request):
-    if request.param == "native":
-        if not _native.available("cpu"):
-            pytest.skip(_native.backends()["cpu"])
-        yield "native"
-    else:
-        with reference_backend():
-            yield "reference"
 
 
 def features(rows, D, seed=0, levels=None):

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import vareid_ext
 from vareid_ext import linear_viewpoint_aware_cross_entropy, reference_backend, viewpoint_aware_cross_entropy
 from vareid_ext.ops import _linear_tiles
 from vareid_ext.ops import linear_viewpoint_aware_cross_entropy as op
 
 N, K, V, D = 7, 37, 3, 12
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "reference":
-        with vareid_ext.reference_backend():
-            yield request.param
-    else:
-        if vareid_ext.backends()["cpu"] != "native":
-            pytest.skip("the compiled module is not here")
-        yield request.param
 
 
 def make(

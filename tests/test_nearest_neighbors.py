@@ -7,20 +7,9 @@ import pytest
 import torch
 
 from tests.reranking_truth import squared_distances
-from vareid_ext import _native, nearest_neighbors, reference_backend
+from vareid_ext import _native, nearest_neighbors
 from vareid_ext.ops import _filter
 from vareid_ext.ops import nearest_neighbors as op
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request):
-    if request.param == "native":
-        if not _native.available("cpu"):
-            pytest.skip(_native.backends()["cpu"])
-        yield "native"
-    else:
-        with reference_backend():
-            yield "reference"
 
 
 def features(rows, D, seed=0):

@@ -5,24 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vareid_ext import _native, pairwise_distance, reference_backend
+from vareid_ext import _native, pairwise_distance
 from vareid_ext.ops import _matmul
 from vareid_ext.ops import pairwise_distance as op
 from vareid_ext.ops._filter import Filter
 
 METRICS = ["euclidean", "sqeuclidean", "cosine"]
 SIZES = [(1, 1, 1), (3, 5, 2), (17, 9, 33), (40, 70, 64), (33, 1, 7), (0, 4, 3), (4, 0, 3)]
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request):
-    if request.param == "native":
-        if not _native.available("cpu"):
-            pytest.skip(_native.backends()["cpu"])
-        yield "native"
-    else:
-        with reference_backend():
-            yield "reference"
 
 
 def features(rows, D, seed=0, dtype=torch.float32):

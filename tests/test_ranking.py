@@ -10,19 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vareid_ext import _native, evaluate_ranking, rank_queries, reference_backend
+from vareid_ext import evaluate_ranking, rank_queries, reference_backend
 from vareid_ext.ops.ranking import ranking_forward
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request):
-    if request.param == "native":
-        if not _native.available("cpu"):
-            pytest.skip(_native.backends()["cpu"])
-        yield "native"
-    else:
-        with reference_backend():
-            yield "reference"
 
 
 def by_definition(distances, query_identity, gallery_identity, query_camera=None, gallery_camera=None, junk=-1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,17 +14,6 @@ from torch import Tensor
 import vareid_ext
 from vareid_ext import identity_cross_entropy, viewpoint_aware_cross_entropy, viewpoint_cross_entropy
 from vareid_ext.reference.viewpoint_aware_cross_entropy import soft_target
-
-
-@pytest.fixture(params=["native", "reference"])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "reference":
-        with vareid_ext.reference_backend():
-            yield request.param
-    else:
-        if vareid_ext.backends()["cpu"] != "native":
-            pytest.skip("the compiled module is not here")
-        yield request.param
 
 
 def truth(
