@@ -80,6 +80,8 @@ void parallel_blocks(int64_t items, int threads, const Body& body, int64_t block
     if (omp_get_thread_num() == 0)
       for (int pause = 0; pause < kPauses && finished.load() < omp_get_num_threads(); ++pause) spin_pause();
   }
+#else
+  (void)blocks_per_thread;
 #endif
 }
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -118,7 +120,7 @@ class TrainingState:
 
 
 def build(config: Config, data: ReidData, device: torch.device, *, load_weights: bool = True) -> TrainingState:
-    """The state at the start of a run, a pure function of the configuration and the data set.
+    """The state at the start of a run, the generators' too: a pure function of the configuration and the data set.
 
     Args:
         config: the run.
@@ -131,6 +133,8 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights:
         ValueError, OSError: as :class:`vareid_ext.models.ReidModel`.
     """
     torch.manual_seed(config.run.seed)
+    random.seed(config.run.seed)
+    np.random.seed(config.run.seed % (1 << 32))
     model = ReidModel(
         config.model.backbone,
         backbone_options=config.model.backbone_options,
