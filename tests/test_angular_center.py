@@ -238,8 +238,6 @@ def test_double_backward_is_a_clear_error(backend):
 def test_forward_mode_is_a_clear_error(backend):
     """Not a tangent of zero."""
     W, U = centers(2, 2, 4)
-    with pytest.raises(RuntimeError, match="angular_center_regularizer: forward-mode differentiation"):
-        torch.func.jvp(lambda w: angular_center_regularizer(w, U), (W,), (U[:, 0],))
     with pytest.raises(RuntimeError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
         angular_center_regularizer(W, torch.autograd.forward_ad.make_dual(U, U))
 

@@ -121,6 +121,7 @@ def test_short_names_dashes_and_truth_values():
     [
         (["--optimizer.epochz", "3"], ["optimizer.epochz", "optimizer.epochs"]),
         (["--alpah", "0.1"], ["--alpah", "loss.alpha"]),
+        (["--learning-rate", "1"], ["mean 'optimizer.lr'"]),
         (["--outptu", "x"], ["--outptu", "output"]),
         (["--recipe", "market1501-va-red"], ["market1501-va-red", "market1501-va-reid"]),
         (["--optimizer.epochs", "many"], ["optimizer.epochs", "many"]),
@@ -132,6 +133,8 @@ def test_short_names_dashes_and_truth_values():
         (["--recipe", "coil20"], ["data.root", "--data.root"]),
         (["--synthetic-identities", "0"], ["identities_train"]),
         (["--lr"], ["--lr", "value"]),
+        (["--output", ""], ["--output", "value", "empty"]),
+        (["--resume="], ["--resume", "value", "empty"]),
         (["lr=3"], ["lr=3"]),
         (["--config", "no/such/file.yaml"], ["no/such/file.yaml"]),
         (["--resume", "no/such/run"], ["no/such/run"]),

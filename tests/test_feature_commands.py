@@ -274,3 +274,10 @@ def test_evaluate_errors_leave_the_output_alone(sides, tmp_path, capsys, change,
     assert message in capsys.readouterr().err
     assert output.read_text() == "an older result"
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_evaluate_checks_the_re_ranking_before_it_ranks(sides, capsys, monkeypatch):
+    query_file, gallery_file, _, _ = sides
+    monkeypatch.setattr("vareid_ext.evaluate.evaluate_features", None)
+    assert evaluate(["--features", query_file, gallery_file, "--rerank", "--lambda-value", "1.5"]) == 2
+    assert "lambda_value: 1.5" in capsys.readouterr().err

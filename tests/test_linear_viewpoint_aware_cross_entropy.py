@@ -341,6 +341,7 @@ FEATURE, W_, U_, Y, VIEW, MASK = (x.detach() for x in make(dtype=torch.float32))
         ({"chunk_rows": 0}, ValueError, "chunk_rows: 0"),
         ({"chunk_rows": 8.0}, TypeError, "chunk_rows: float"),
         ({"scale": "16", "normalize": True}, TypeError, "scale: str"),
+        ({"normalize": "no"}, TypeError, "normalize: str"),
     ],
 )
 def test_bad_arguments_are_named(backend: str, changes: dict, error: type[Exception], message: str) -> None:

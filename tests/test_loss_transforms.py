@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vareid_ext import (
     ViewpointAwareLoss,
+    angular_center_regularizer,
     identity_cross_entropy,
     linear_viewpoint_aware_cross_entropy,
     viewpoint_aware_cross_entropy,
@@ -47,9 +48,14 @@ def uniform(z: Tensor) -> Tensor:
     return identity_cross_entropy(z, Y, smoothing="uniform", reduction="none").square().sum()
 
 
-CASES: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
-    (both, (Z, S)), (linear, (F, W, U)), (soft, (S,)), (uniform, (Z,))
+def regularizer(w: Tensor, u: Tensor) -> Tensor:
+    return angular_center_regularizer(w, u, mask=MASK, reduction="mean")
+
+
+TRANSFORMED: list[tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = [
+    (both, (Z, S)), (linear, (F, W, U)), (soft, (S,)), (uniform, (Z,)), (regularizer, (W, U))
 ]  # fmt: skip
+CASES = TRANSFORMED[:-1]
 
 
 def leaves(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -152,7 +158,7 @@ def test_operators_are_well_formed(name: str, arguments: tuple[Any, ...]) -> Non
     torch.library.opcheck(getattr(OPS, name).default, tuple(floating))
 
 
-@pytest.mark.parametrize(("function", "inputs"), CASES)
+@pytest.mark.parametrize(("function", "inputs"), TRANSFORMED)
 def test_func_grad_is_the_gradient(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
     gradients, value = torch.func.grad_and_value(function, argnums=tuple(range(len(inputs))))(*inputs)
     want, *want_gradients = value_and_gradients(function, inputs)
@@ -160,7 +166,7 @@ def test_func_grad_is_the_gradient(function: Callable[..., Tensor], inputs: tupl
     torch.testing.assert_close(gradients, tuple(want_gradients))
 
 
-@pytest.mark.parametrize(("function", "inputs"), CASES)
+@pytest.mark.parametrize(("function", "inputs"), TRANSFORMED)
 def test_vmap_is_a_loop(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
     scales = torch.tensor([0.5, 1.0, 2.0])
     batches = [scales.view(-1, *[1] * x.dim()) * x for x in inputs]
@@ -191,7 +197,7 @@ def test_a_vectorised_backward_pass_is_a_loop(function: Callable[..., Tensor], i
         torch.testing.assert_close(gradient, torch.stack([scale * expected for scale in scales]))
 
 
-@pytest.mark.parametrize(("function", "inputs"), CASES)
+@pytest.mark.parametrize(("function", "inputs"), TRANSFORMED)
 def test_forward_mode_is_the_gradient_times_the_direction(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...]
 ) -> None:
@@ -201,3 +207,72 @@ def test_forward_mode_is_the_gradient_times_the_direction(
     torch.testing.assert_close(value, want)
     want_slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
     torch.testing.assert_close(slope, want_slope, check_dtype=False)  # PyTorch widens the slope of a widened sum
+
+
+def test_func_grad_where_vectors_are_zero_or_not_there() -> None:
+    w, u = W.clone(), U.clone()
+    w[2], u[3, 1] = 0, 0
+    u[~MASK] = torch.nan
+    for function, inputs in ((linear, (F, w, U)), (regularizer, (w, u))):
+        gradients = torch.func.grad(function, argnums=tuple(range(len(inputs))))(*inputs)
+        torch.testing.assert_close(gradients, value_and_gradients(function, inputs)[1:])
+
+
+def test_func_grad_of_the_module() -> None:
+    loss = ViewpointAwareLoss(K, D, mask=MASK)
+    parameters = dict(loss.named_parameters())
+    got = torch.func.grad(lambda p: torch.func.functional_call(loss, p, (F, Y, VIEW)).total)(parameters)
+    want = torch.autograd.grad(loss(F, Y, VIEW).total, tuple(parameters.values()))
+    torch.testing.assert_close(tuple(got.values()), want)
+
+
+@pytest.mark.parametrize(
+    ("identity", "viewpoint", "mask", "error", "message"),
+    [
+        (Y + K, VIEW, None, IndexError, "identity: .* at row 0"),
+        (Y, VIEW + V, None, IndexError, "viewpoint: .* at row"),
+        (Y, torch.ones(N, V), None, ValueError, "viewpoint: .* a distribution"),
+        (Y, VIEW, torch.zeros_like(MASK), ValueError, "mask: identity 0"),
+    ],
+)
+def test_bad_labels_are_named_inside_a_transform(
+    identity: Tensor, viewpoint: Tensor, mask: Tensor | None, error: type[Exception], message: str
+) -> None:
+    def dense(z: Tensor) -> Tensor:
+        return sum(viewpoint_aware_cross_entropy(z, S, identity, viewpoint, mask=mask))
+
+    def from_features(f: Tensor) -> Tensor:
+        return sum(linear_viewpoint_aware_cross_entropy(f, W, U, identity, viewpoint, mask=mask))
+
+    for function, value in ((dense, Z), (from_features, F)):
+        with pytest.raises(error, match=message):
+            torch.func.grad(function)(value)
+        with pytest.raises(error, match=message):
+            torch.func.vmap(torch.func.grad(function))(value[None])
+
+
+@pytest.mark.parametrize(("identity", "viewpoint"), [(Y - K, VIEW), (Y, VIEW - V)])
+def test_batched_labels_out_of_range_are_refused(identity: Tensor, viewpoint: Tensor) -> None:
+    labels = torch.stack([Y, identity], 1), torch.stack([VIEW, viewpoint], 1)
+    with pytest.raises(IndexError, match="identity: -" if identity is not Y else "viewpoint: -"):
+        torch.func.vmap(lambda y, v: viewpoint_cross_entropy(S, y, v), in_dims=1)(*labels)
+
+
+def test_forward_mode_outside_torch_func_is_refused() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(Z, Z)
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            identity_cross_entropy(dual, Y)
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            viewpoint_aware_cross_entropy(Z, torch.autograd.forward_ad.make_dual(S, S), Y, VIEW)
+
+
+def test_meta_tensors_give_shapes_without_values() -> None:
+    with torch.device("meta"):
+        loss = ViewpointAwareLoss(K, D)
+    parts = loss(F.to("meta"), Y.to("meta"), VIEW.to("meta"))
+    parts.total.backward()
+    assert parts.total.shape == ()
+    assert loss.identity_centers.grad is not None
+    L_y, L_v = linear_viewpoint_aware_cross_entropy(*(x.to("meta") for x in (F, W, U, Y, VIEW)), reduction="none")
+    assert L_y.shape == L_v.shape == (N,)

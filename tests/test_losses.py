@@ -123,6 +123,8 @@ def test_state_and_copies_carry_centers_and_mask() -> None:
         ({"num_identities": 0}, ValueError, "num_identities: 0"),
         ({"num_identities": 2.0}, TypeError, "num_identities: float"),
         ({"beta": "0.1"}, TypeError, "beta: str"),
+        ({"use_viewpoint": "no"}, TypeError, "use_viewpoint: str"),
+        ({"use_regularizer": 0}, TypeError, "use_regularizer: int"),
         ({"alpha": None}, TypeError, "alpha: NoneType"),
         ({"feature_dim": 0}, ValueError, "feature_dim: 0"),
         ({"num_viewpoints": 1}, ValueError, "num_viewpoints: 1"),
@@ -144,6 +146,8 @@ def test_bad_features_are_named() -> None:
     loss, (feature, identity, viewpoint) = make_loss(), batch()
     with pytest.raises(ValueError, match=r"feature: shape \[6, 15\]"):
         loss(feature[:, 1:], identity, viewpoint)
+    with pytest.raises(ValueError, match="feature: the batch is empty"):
+        loss(feature[:0], identity[:0], viewpoint[:0])
     with pytest.raises(TypeError, match="feature: dtype int64"):
         loss(feature.long(), identity, viewpoint)
     with pytest.raises(TypeError, match="feature: dtype float16 was given; float32"):

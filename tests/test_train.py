@@ -211,6 +211,13 @@ def test_another_optimizer_is_refused_when_a_run_is_resumed(copied, capsys, name
     assert "adamw" in error
 
 
+def test_fewer_epochs_than_were_trained_are_refused(copied, capsys):
+    before = {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
+    assert train.main(["--resume", str(copied), "--epochs=0"]) == 2
+    assert "optimizer.epochs: 0 was given, which is 0 steps" in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
+
+
 @pytest.mark.parametrize(
     "change", [None, {"progress": []}, {"progress": {"speed": 1}}, {"config": {}}, {"random": {}}, {"model": []}]
 )

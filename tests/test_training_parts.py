@@ -18,6 +18,7 @@ from vareid_ext.checkpoint import (
     atomic_file,
     load_checkpoint,
     random_state,
+    read_tensors,
     remove_unfinished,
     save_checkpoint,
     set_random_state,
@@ -166,6 +167,19 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
     torch.save({"format": 999}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="format 999"):
         load_checkpoint(tmp_path / "other.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(torch.nn.Linear(2, 2), r"\(.*Linear was not an allowed global.*\)"), (b"<!DOCTYPE html>", r"\(.*operand 60\)")],
+)
+def test_what_holds_no_plain_tensors_is_refused_without_advice_to_run_it(tmp_path, content, words):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=r"weights: .*cannot be read: it holds more than tensors .*" + words) as caught:
+        read_tensors(path, "weights")
+    assert "weights_only" not in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("error", [OSError(22, "Invalid argument"), TypeError("set_() received"), MemoryError()])

@@ -395,6 +395,7 @@ NO_VIEW[2] = False
         ({"identity_logits": Z[0]}, ValueError, r"identity_logits: shape \[5\]"),
         ({"viewpoint_logits": S.double()}, TypeError, "viewpoint_logits: dtype float64"),
         ({"viewpoint_logits": S[:, :4]}, ValueError, "viewpoint_logits: shape"),
+        ({"viewpoint_logits": S[:, :, :0], "viewpoint": Y * 0 - 1}, ValueError, "there are no classes"),
         ({"viewpoint_logits": S.to("meta")}, ValueError, "viewpoint_logits: is on meta"),
         ({"identity": Y.float()}, TypeError, "identity: dtype float32"),
         ({"identity": Y[:3]}, ValueError, "identity: shape"),

@@ -85,8 +85,15 @@ def read_tensors(path: Path, what: str) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch fail with whatever it runs into
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{what}: {str(path)!r} cannot be read: {reason}") from error
+        raise ValueError(f"{what}: {str(path)!r} cannot be read: {_in_short(error)}") from error
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of an error. Of torch's long one, which advises to run what the file holds, what is wrong."""
+    _, unpickling, wrong = str(error).partition("WeightsUnpickler error:")
+    if unpickling:
+        return f"it holds more than tensors and plain values ({wrong.strip().partition('. ')[0].splitlines()[0]})"
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def random_state() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from vareid_ext.metrics import (
     evaluate_single_viewpoint,
 )
 from vareid_ext.rerank import add_rerank_arguments
+from vareid_ext.retrieval import check_parameters
 
 _DESCRIPTION = """\
 CMC, mAP and mINP of features in files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
@@ -106,9 +107,11 @@ def _report(metrics: RankingMetrics) -> dict[str, Any]:
 
 def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """The results by name; each has the keys of :meth:`RankingMetrics.as_dict` and more."""
+    rerank = {"k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value}
+    if options.rerank:  # here, as the original ranking comes first and may take long
+        check_parameters(**rerank)
     query, gallery = _read(options)
     cameras = query.camera is not None and not options.no_cameras
-    rerank = {"k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value}
     variants: dict[str, dict[str, Any]] = {"original": {"metric": options.metric}}
     if options.rerank:
         variants["reranked"] = {"rerank": rerank}

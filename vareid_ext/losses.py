@@ -8,14 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from vareid_ext.ops._checks import (
+    autocast_enabled,
     check_count,
     check_dtype,
+    check_flag,
     check_floating,
     check_number,
     check_same_device,
     check_shape,
 )
-from vareid_ext.ops._labels import check_scalars, warn_of_alpha
+from vareid_ext.ops._labels import check_batch, check_scalars, warn_of_alpha
 from vareid_ext.ops.angular_center import angular_center_regularizer
 from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy, viewpoint_aware_cross_entropy
@@ -97,6 +99,8 @@ class ViewpointAwareLoss(nn.Module):
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"{name}: {weight} was given; it must be finite and at least 0")
         check_scalars(smoothing, alpha, epsilon, "mean")
+        check_flag("use_viewpoint", use_viewpoint)
+        check_flag("use_regularizer", use_regularizer)
         if use_viewpoint:
             warn_of_alpha(alpha, num_viewpoints)
         if mask is not None:
@@ -150,8 +154,9 @@ class ViewpointAwareLoss(nn.Module):
         """
         check_floating("feature", feature)
         check_shape("feature", feature, ("N", self.feature_dim))
+        check_batch(feature.shape[0], self.num_identities, "mean", "feature")
         check_same_device("feature", feature, "identity_centers", self.identity_centers)
-        if not torch.is_autocast_enabled(feature.device.type):
+        if not autocast_enabled(feature.device):
             check_dtype("feature", feature, self.identity_centers.dtype)
         zero = torch.zeros((), device=feature.device)
         viewpoint_loss = regularizer = zero

@@ -136,6 +136,12 @@ def prepare(request: Request) -> tuple[Config, torch.device, RunFolder, ReidData
     folder.create()
     if request.resume:
         state.restore(folder.last)
+        steps = config.optimizer.epochs * sampler.batches_per_epoch
+        if state.progress.step > steps:
+            raise ValueError(
+                f"optimizer.epochs: {config.optimizer.epochs} was given, which is {steps} steps; "
+                f"{folder.path} has trained {state.progress.step} already"
+            )
         folder.rewind_log(state.progress.step, state.progress.evaluations)
     else:
         folder.write_text(folder.config, text)

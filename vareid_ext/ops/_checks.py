@@ -79,6 +79,17 @@ def check_number(name: str, value: object) -> None:
         raise TypeError(f"{name}: {type(value).__name__} was given; a number is needed")
 
 
+def check_flag(name: str, value: object) -> None:
+    """TypeError unless ``value`` is a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name}: {type(value).__name__} was given; a bool is needed")
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Whether autocast is on for a device; PyTorch knows none for "meta"."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def refuse_forward_mode(function: str, *values: Tensor) -> None:
     """RuntimeError if a tensor carries a forward-mode tangent, which an operator would drop without a word."""
     if torch.compiler.is_compiling():

@@ -98,10 +98,10 @@ def check_mask(mask: Tensor | None, identities: int, views: int, anchor_name: st
         check_same_device("mask", mask, anchor_name, anchor)
 
 
-def check_batch(samples: int, identities: int, reduction: str, name: str) -> None:
-    """ValueError where there is no identity, or a mean over no samples is asked for."""
-    if identities == 0:
-        raise ValueError(f"{name}: there are no identities (K = 0)")
+def check_batch(samples: int, classes: int, reduction: str, name: str) -> None:
+    """ValueError where there is no class, or a mean over no samples is asked for."""
+    if classes == 0:
+        raise ValueError(f"{name}: there are no classes; at least one identity and one viewpoint are needed")
     if samples == 0 and reduction == "mean":
         raise ValueError(f"{name}: the batch is empty; reduction='mean' needs at least one sample")
 
@@ -116,6 +116,31 @@ def transforms_active() -> bool:
     Operators with a closed-form gradient cannot be followed by these; the losses then run as a plain composition.
     """
     return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _without_wrappers(tensor: Tensor | None) -> Tensor | None:
+    """The tensor that the wrappers of torch.func's transforms hold, with the dimensions that vmap hides."""
+    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def check_transformed_labels(
+    identity: Tensor, viewpoint: Tensor | None, identities: int, views: int, mask: Tensor | None
+) -> None:
+    """:func:`check_label_values` inside a transform of ``torch.func``; labels batched by vmap need only be in range."""
+    given = (identity, viewpoint, mask)
+    plain = [_without_wrappers(tensor) for tensor in given]
+    with torch._C._DisableFuncTorch():
+        whole_identity, whole_viewpoint, whole_mask = plain
+        assert whole_identity is not None
+        if all(p is None or p.dim() == t.dim() for p, t in zip(plain, given, strict=True) if t is not None):
+            check_label_values(whole_identity, whole_viewpoint, identities, views, whole_mask)
+            return
+        check_label_values(whole_identity.flatten(), None, identities, 1, None)
+        if whole_viewpoint is not None and not whole_viewpoint.is_floating_point():
+            whole_viewpoint = whole_viewpoint.flatten()
+            check_label_values(torch.zeros_like(whole_viewpoint), whole_viewpoint, 1, views, None)
 
 
 def reduce_rows(loss: Tensor, reduction: str) -> Tensor:

@@ -16,6 +16,7 @@ from vareid_ext.ops._checks import (
     check_shape,
     refuse_forward_mode,
 )
+from vareid_ext.ops._labels import transforms_active
 from vareid_ext.reference import angular_center as reference
 
 
@@ -162,7 +163,7 @@ def angular_center_regularizer(
     Raises:
         TypeError: a dtype that is not floating, or two that differ.
         ValueError: shapes, devices or the reduction do not fit.
-        RuntimeError: forward-mode differentiation (jvp) or double backward.
+        RuntimeError: forward-mode differentiation or double backward, except by ``torch.func``.
     """
     check_floating("identity_centers", identity_centers)
     check_shape("identity_centers", identity_centers, ("K", "D"))
@@ -175,8 +176,12 @@ def angular_center_regularizer(
         check_shape("mask", mask, (K, viewpoint_centers.shape[1]))
         check_dtype("mask", mask, torch.bool)
         check_same_device("mask", mask, "identity_centers", identity_centers)
-    refuse_forward_mode("angular_center_regularizer", identity_centers, viewpoint_centers)
-    total = _forward(identity_centers, viewpoint_centers, mask)[0]
+    if transforms_active():
+        with torch.autocast(identity_centers.device.type, enabled=False):
+            total = reference.angular_center(identity_centers, viewpoint_centers, mask)
+    else:
+        refuse_forward_mode("angular_center_regularizer", identity_centers, viewpoint_centers)
+        total = _forward(identity_centers, viewpoint_centers, mask)[0]
     if reduction == "sum":
         return total
     return total / (viewpoint_centers.shape[0] * viewpoint_centers.shape[1] if mask is None else mask.sum())

@@ -15,8 +15,10 @@ from torch import Tensor
 from vareid_ext import _native
 from vareid_ext.ops import _linear_tiles as tiles
 from vareid_ext.ops._checks import (
+    autocast_enabled,
     check_count,
     check_dtype,
+    check_flag,
     check_floating,
     check_number,
     check_same_device,
@@ -29,6 +31,7 @@ from vareid_ext.ops._labels import (
     check_label_values,
     check_mask,
     check_scalars,
+    check_transformed_labels,
     check_viewpoint,
     plain_viewpoint,
     reduce_rows,
@@ -36,7 +39,6 @@ from vareid_ext.ops._labels import (
     warn_of_alpha,
 )
 from vareid_ext.reference import linear_viewpoint_aware_cross_entropy as reference
-from vareid_ext.reference import viewpoint_aware_cross_entropy as rows
 from vareid_ext.reference.angular_center import accumulator_dtype
 
 MEMORY_BUDGET = 256 * 2**20
@@ -291,9 +293,8 @@ _backward.register_autograd(_refuse_double_backward)
 
 def _autocast(tensor: Tensor) -> Tensor:
     """The tensor in the type that autocast, where it is on, gives the operands of a linear layer."""
-    kind = tensor.device.type
-    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return tensor.to(torch.get_autocast_dtype(kind))
+    if tensor.dtype != torch.float64 and autocast_enabled(tensor.device):
+        return tensor.to(torch.get_autocast_dtype(tensor.device.type))
     return tensor
 
 
@@ -362,6 +363,7 @@ def linear_viewpoint_aware_cross_entropy(
     check_mask(mask, K, V, "feature", feature)
     check_scalars(smoothing, alpha, epsilon, reduction)
     check_batch(N, K * V, reduction, "feature")
+    check_flag("normalize", normalize)
     check_number("scale", scale)
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale: {scale} was given; it must be finite and above 0")
@@ -372,13 +374,12 @@ def linear_viewpoint_aware_cross_entropy(
     warn_of_alpha(alpha, V)
     identity, viewpoint = identity.to(torch.int64), plain_viewpoint(viewpoint)
     if transforms_active():
+        check_transformed_labels(identity, viewpoint, K, V, mask)
         constant = epsilon if smoothing == "uniform" else 0.0
-        identity_logits = reference.linear_logits(feature, identity_centers[:, None], normalize, scale)
-        viewpoint_logits = reference.linear_logits(feature, viewpoint_centers, normalize, scale)
-        losses = (
-            rows.differentiable(identity_logits, identity, None, None, smoothing == "adaptive", alpha, constant),
-            rows.differentiable(viewpoint_logits, identity, viewpoint, mask, True, alpha, 0.0),
-        )
+        losses = reference.differentiable(
+            feature, identity_centers, viewpoint_centers, identity, viewpoint, mask, smoothing == "adaptive", alpha,
+            constant, normalize, scale,
+        )  # fmt: skip
         return reduce_rows(losses[0], reduction), reduce_rows(losses[1], reduction)
     refuse_forward_mode("linear_viewpoint_aware_cross_entropy", feature, identity_centers, viewpoint_centers)
     in_forward = torch.is_grad_enabled() and reduction != "none"

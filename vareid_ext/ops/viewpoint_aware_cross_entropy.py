@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _native
-from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape
+from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape, refuse_forward_mode
 from vareid_ext.ops._labels import (
     REDUCTION,
     check_batch,
@@ -16,6 +16,7 @@ from vareid_ext.ops._labels import (
     check_label_values,
     check_mask,
     check_scalars,
+    check_transformed_labels,
     check_viewpoint,
     label_error_slot,
     plain_viewpoint,
@@ -277,6 +278,7 @@ def _losses(
     identity = identity.to(torch.int64)
     viewpoint = None if viewpoint is None else plain_viewpoint(viewpoint)
     if not transforms_active():
+        refuse_forward_mode("cross-entropy", *(x for x in (identity_logits, viewpoint_logits) if x is not None))
         run = _forward if torch.compiler.is_compiling() else _Losses.apply
         identity_loss, viewpoint_loss, _ = run(
             identity_logits, viewpoint_logits, identity, viewpoint, mask, smoothing, alpha, epsilon, reduction
@@ -284,11 +286,14 @@ def _losses(
         return identity_loss, viewpoint_loss
     composed: list[Tensor | None] = [None, None]
     if identity_logits is not None:
+        check_transformed_labels(identity, None, identity_logits.shape[1], 1, None)
         constant = epsilon if smoothing == "uniform" else 0.0
         composed[_IDENTITY] = reference.differentiable(
             identity_logits[:, :, None], identity, None, None, smoothing == "adaptive", alpha, constant
         )
     if viewpoint_logits is not None:
+        _, K, V = viewpoint_logits.shape
+        check_transformed_labels(identity, viewpoint, K, V, mask)
         composed[_VIEWPOINT] = reference.differentiable(viewpoint_logits, identity, viewpoint, mask, True, alpha, 0.0)
     identity_rows, viewpoint_rows = (None if loss is None else reduce_rows(loss, reduction) for loss in composed)
     return identity_rows, viewpoint_rows

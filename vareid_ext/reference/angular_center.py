@@ -40,11 +40,13 @@ def angular_center(W: Tensor, U: Tensor, mask: Tensor | None = None) -> Tensor:
     """
     wide = accumulator_dtype(W.dtype)
     W, U = W.to(wide), U.to(wide)
+    if mask is not None:  # what does not exist may be NaN, which a product with 0 would keep
+        W, U = torch.where(mask.any(1, keepdim=True), W, 0), torch.where(mask[:, :, None], U, 0)
     pair_norm = W.square().sum(1, keepdim=True) * U.square().sum(2)
     zero = pair_norm == 0
     scale = torch.where(zero, torch.ones_like(pair_norm), pair_norm).rsqrt()
     cosine = torch.where(zero, torch.zeros_like(scale), (U @ W[:, :, None]).squeeze(2) * scale)
-    return (1 - cosine if mask is None else (1 - cosine)[mask]).sum()
+    return (1 - cosine if mask is None else torch.where(mask, 1 - cosine, 0)).sum()
 
 
 def angular_center_forward(W: Tensor, U: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -42,6 +42,9 @@ _MISLEADING = {
 }
 """Last names that a user may well take for another field."""
 
+_SYNONYMS = {"learning_rate": "optimizer.lr", "dataset": "data.kind", "data_dir": "data.root"}
+"""What other programs call a field, where its own name is spelled differently."""
+
 _EPILOG = """\
 a field's last name alone will do where only one section has it: --lr 1e-3, --alpha 0.1, --local, --skip-bad-images;
 --synthetic-identities N is --data.synthetic.identities_train N
@@ -86,9 +89,11 @@ def recipe_text(name: str) -> str:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """ "; did you mean ...?" with the known name that is most like `name`, by the whole name or by its last part."""
+    leaf = name.rsplit(".", 1)[-1]
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-    match = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    match = match or [by_leaf[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_leaf, n=1, cutoff=0.6)]
+    match = [_SYNONYMS[leaf]] if _SYNONYMS.get(leaf) in known else []
+    match = match or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    match = match or [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
     return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(known)}"
 
 
@@ -170,7 +175,8 @@ def _normalise(arguments: Sequence[str]) -> list[str]:
         if option == "help":
             result.append("--help")
             continue
-        name = option if option in ("recipe", "config", "output", "resume") else _full_name(option)
+        own = option in ("recipe", "config", "output", "resume")
+        name = option if own else _full_name(option)
         if not equals:
             if rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
@@ -178,6 +184,8 @@ def _normalise(arguments: Sequence[str]) -> list[str]:
                 value = "true"
             else:
                 raise CommandLineError(f"--{option}: a value was expected after it")
+        if own and not value:
+            raise CommandLineError(f"--{option}: a value was expected after it, not an empty one")
         if name in _BOOLEANS:
             value = value.lower()
         result.append(f"--{name}={value}")
