@@ -29,7 +29,7 @@ struct LogitsTile {
 int64_t linear_viewpoint_aware_cross_entropy_parts_cpu(int64_t N, int64_t columns);
 int64_t linear_viewpoint_aware_cross_entropy_parts_cuda(int64_t N, int64_t columns);
 
-// Writes summaries [N, total_parts] from index first_part on, and own_logits [N, V] for the rows whose identity is
+// Writes summaries [N, total_parts] from index first_part on, and own_logits [V, N] for the rows whose identity is
 // here.
 void linear_viewpoint_aware_cross_entropy_summarise_cpu(const LogitsTile& tile, OthersSummary* summaries,
                                                         int64_t total_parts, int64_t first_part, double* own_logits,

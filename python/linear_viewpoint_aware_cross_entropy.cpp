@@ -99,7 +99,7 @@ OthersSummary* check_summaries(const TensorView& summaries, const TensorView& ow
   if (summaries.ndim != 3) refuse("summaries", "shape " + shape_text(summaries) + ", expected [N, parts, 4]");
   check_shape(summaries, "summaries", {N, summaries.shape[1], 4});
   beside.doubles(summaries, "summaries");
-  check_shape(own_logits, "own_logits", {N, V});
+  check_shape(own_logits, "own_logits", {V, N});
   beside.doubles(own_logits, "own_logits");
   return summaries.as<OthersSummary>();
 }
@@ -132,7 +132,7 @@ void finish(const TensorView& summaries, const TensorView& own_logits, const Ten
   LogitsTile tile = {};
   tile.N = identity.shape[0];
   tile.K = K;
-  tile.views = own_logits.shape[1];
+  tile.views = own_logits.shape[0];
   const Beside beside(loss);
   set_labels(tile, beside, identity, viewpoint, mask);
   const OthersSummary* const in = check_summaries(summaries, own_logits, tile.N, tile.views, beside);

@@ -47,7 +47,8 @@ void summarise_tile(const LogitsTile& tile, OthersSummary* summaries, int64_t to
       if (part != 0 || !holds(tile, y)) continue;
       for (int64_t k = 0; k < V; ++k) {
         const int64_t j = own + k;
-        own_logits[i * V + k] = static_cast<double>(load(row + j) * (tile.scale ? *scale_at<Acc>(tile, j) : Acc(1)));
+        own_logits[k * tile.N + i] =
+            static_cast<double>(load(row + j) * (tile.scale ? *scale_at<Acc>(tile, j) : Acc(1)));
       }
     }
   });
@@ -131,8 +132,8 @@ void linear_viewpoint_aware_cross_entropy_finish_cpu(const LogitsTile& tile, con
     OthersSummary others = summaries[i * total_parts];
     for (int64_t part = 1; part < total_parts; ++part) merge(others, summaries[i * total_parts + part]);
     RowStatistics row;
-    const double* const own = own_logits + i * tile.views;
-    const double value = finish_row(others, [&](int64_t k) { return own[k]; }, views_of(tile, i), smoothing, row);
+    const auto own_logit = [&](int64_t k) { return own_logits[k * tile.N + i]; };
+    const double value = finish_row(others, own_logit, views_of(tile, i), smoothing, row);
     store_statistics(statistics, tile.N, i, row);
     if (dtype == DType::kFloat64)
       static_cast<double*>(loss)[i] = value;

@@ -17,6 +17,7 @@ constexpr int kRowThreads = 256;
 constexpr int kRowWarps = kRowThreads / kWarp;
 constexpr int kRowBatch = 4;             // packs that a thread has under way at once
 constexpr int64_t kRowPart = 16 * 1024;  // subclasses for one block, unless that makes too many blocks
+constexpr int kHeldViews = 4;            // own logits of a row that a thread keeps in registers
 
 // The logits of one head, or a block of their columns.
 template <typename T>
@@ -176,10 +177,11 @@ __device__ __forceinline__ void add_pack(const DeviceRows<T>& rows, const RowPar
   summary.add(value, counts, reference);
 }
 
-// A block's part of row `i`, own columns left out: its summary goes to out.
+// A block's part of row `i`, own columns left out: its summary goes to out. The block that holds the first own column
+// also copies the own logits to own_logits [V, N]: all of them lie in these columns.
 template <typename T, int kWidth>
-__device__ __forceinline__ void summarise_part(const DeviceRows<T>& rows, int64_t i, int64_t index, int64_t identity,
-                                               OthersSummary* out) {
+__device__ __forceinline__ void summarise_part(const DeviceRows<T>& rows, int64_t N, int64_t i, int64_t index,
+                                               int64_t identity, OthersSummary* out, double* own_logits) {
   using Acc = typename DeviceAccumulator<T>::type;
   __shared__ Acc largest_of_warp[kRowWarps];
   __shared__ double partial[3][kRowWarps + 1];
@@ -220,6 +222,14 @@ __device__ __forceinline__ void summarise_part(const DeviceRows<T>& rows, int64_
   double* const fields = reinterpret_cast<double*>(out);  // largest, total, sum, count
   if (thread < 3) fields[1 + thread] = total;
   if (thread == 3) fields[0] = static_cast<double>(largest);
+
+  const int64_t own = identity * rows.views - rows.first;
+  if (identity < 0 || own < 0 || own >= rows.columns || own / rows.part != index) return;
+  for (int64_t k = thread; k < rows.views; k += threads) {
+    Acc value = widen(rows.logits[i * rows.row_stride + own + k]);
+    if (rows.scale) value *= rows.scale[own + k];
+    own_logits[k * N + i] = static_cast<double>(value);
+  }
 }
 
 // The gradient of element j of a part; `raw` is the logit before its scale.
@@ -288,11 +298,9 @@ struct DeviceLabels {
   int64_t identities;          // K
   int64_t views;               // V
 
-  // The views of sample i; its identity must be in range, else the views are those of identity 0.
-  __device__ __forceinline__ SampleViews views_of(int64_t i) const {
-    const int64_t y = identity[i];
-    const bool valid = y >= 0 && y < identities;
-    return SampleViews(views, mask ? mask + (valid ? y : 0) * views : nullptr,
+  // The views of sample i, whose identity is y; where that is -1, those of identity 0.
+  __device__ __forceinline__ SampleViews views_of(int64_t i, int64_t y) const {
+    return SampleViews(views, mask ? mask + (y < 0 ? 0 : y) * views : nullptr,
                        distribution ? distribution + i * views : nullptr, viewpoint ? viewpoint[i] : -1);
   }
 };
@@ -307,8 +315,8 @@ enum LabelError : int {
   kNoViewpoint
 };
 
-__device__ __forceinline__ int label_error(const DeviceLabels& labels, int64_t i, const SampleViews& views) {
-  if (labels.identity[i] < 0 || labels.identity[i] >= labels.identities) return kBadIdentity;
+__device__ __forceinline__ int label_error(const DeviceLabels& labels, int64_t y, const SampleViews& views) {
+  if (y < 0) return kBadIdentity;
   if (views.existing == 0) return kNoViewpoint;
   if (labels.viewpoint) {
     const int64_t v = views.viewpoint;
@@ -326,41 +334,83 @@ __device__ __forceinline__ int label_error(const DeviceLabels& labels, int64_t i
   return sum >= 1 - 1e-4 && sum <= 1 + 1e-4 ? kLabelFits : kBadDistribution;
 }
 
-// One head's rows, finished: statistics and losses from the summaries of their parts. Own is where own logits lie:
-// own(i, y, k) is a double.
-template <typename T, typename Own>
+// One head's rows, finished: statistics and losses from the summaries of their parts. Acc is float or double.
+template <typename Acc>
 struct DeviceFinish {
   const OthersSummary* summaries;  // [N, parts]
   int64_t parts;
-  Own own;
+  const double* own_logits;  // [V, N]
   DeviceLabels labels;
   Smoothing smoothing;
-  double* statistics;                         // [5, N]
-  typename DeviceAccumulator<T>::type* loss;  // [1], or [N] where each row keeps its own; null: not wanted
-  bool each;                                  // whether each row keeps its own loss
-  double share;                               // factor of the summed loss
-  int64_t* label_error;                       // out: 8 * row + code of the first bad label; untouched where all fit
+  double* statistics;    // [5, N]
+  Acc* loss;             // [1], or [N] where each row keeps its own; null: not wanted
+  bool each;             // whether each row keeps its own loss
+  double share;          // factor of the summed loss
+  int64_t* label_error;  // out: 8 * row + code of the first bad label; untouched where all fit
+};
+
+// The summary of one part of row first + lane. The warp's lanes read what lies side by side, four to a summary, and
+// take their own row's fields from each other.
+__device__ __forceinline__ OthersSummary load_summary(const OthersSummary* __restrict__ summaries, int64_t parts,
+                                                      int64_t part, int64_t first, int64_t N) {
+  constexpr int kFields = sizeof(OthersSummary) / sizeof(double), kRows = kWarp / kFields;
+  const int lane = threadIdx.x % kWarp;
+  double own[kFields] = {};
+#pragma unroll
+  for (int read = 0; read < kFields; ++read) {
+    const int64_t i = first + read * kRows + lane / kFields;
+    const double field = i < N ? reinterpret_cast<const double*>(summaries + i * parts + part)[lane % kFields] : 0.0;
+#pragma unroll
+    for (int f = 0; f < kFields; ++f) {
+      const double taken = __shfl_sync(kFullWarp, field, lane % kRows * kFields + f);
+      if (lane / kRows == read) own[f] = taken;
+    }
+  }
+  return {own[0], own[1], own[2], own[3]};
+}
+
+// The own logits of a row, each read once where there are few.
+struct OwnLogits {
+  const double* logits;  // those of the row, N apart
+  int64_t N;
+  double held[kHeldViews];
+
+  __device__ __forceinline__ OwnLogits(const double* __restrict__ logits, int64_t N, int64_t views)
+      : logits(logits), N(N) {
+#pragma unroll
+    for (int k = 0; k < kHeldViews; ++k) held[k] = k < views ? logits[k * N] : 0.0;
+  }
+  __device__ __forceinline__ double operator()(int64_t k) const {
+    if (k >= kHeldViews) return logits[k * N];
+    double value = held[0];
+#pragma unroll
+    for (int h = 1; h < kHeldViews; ++h)
+      if (k == h) value = held[h];
+    return value;
+  }
 };
 
 // One block, so that the sum's order depends on nothing but N. A row with a bad label is NaN throughout.
-template <typename T, typename Own>
-__device__ __forceinline__ void finish_rows(const DeviceFinish<T, Own>& head, int64_t N) {
-  using Acc = typename DeviceAccumulator<T>::type;
+template <typename Acc>
+__device__ __forceinline__ void finish_rows(const DeviceFinish<Acc>& head, int64_t N) {
   __shared__ double partial[1][kRowWarps + 1];
   __shared__ double first_of_warp[kRowWarps];
   double sums[1] = {0.0};
   double first_bad = minus_infinity<double>();  // its negative, to take the largest
-  for (int64_t i = threadIdx.x; i < N; i += blockDim.x) {
-    const SampleViews views = head.labels.views_of(i);
-    const int error = label_error(head.labels, i, views);
+  const int lane = threadIdx.x % kWarp;
+  for (int64_t first = threadIdx.x - lane; first < N; first += blockDim.x) {
+    OthersSummary others = load_summary(head.summaries, head.parts, 0, first, N);
+    for (int64_t part = 1; part < head.parts; ++part)
+      merge(others, load_summary(head.summaries, head.parts, part, first, N));
+    const int64_t i = first + lane;
+    if (i >= N) continue;
+    const int64_t y = identity_or_none(head.labels.identity, i, head.labels.identities);
+    const SampleViews views = head.labels.views_of(i, y);
+    const int error = label_error(head.labels, y, views);
     RowStatistics row;
     double loss;
     if (error == kLabelFits) {
-      OthersSummary others = head.summaries[i * head.parts];
-      for (int64_t part = 1; part < head.parts; ++part) merge(others, head.summaries[i * head.parts + part]);
-      const int64_t y = head.labels.identity[i];
-      const auto own_logit = [&](int64_t k) { return head.own(i, y, k); };
-      loss = finish_row(others, own_logit, views, head.smoothing, row);
+      loss = finish_row(others, OwnLogits(head.own_logits + i, N, views.views), views, head.smoothing, row);
     } else {
       loss = std::numeric_limits<double>::quiet_NaN();
       row = {loss, loss, loss, loss, loss};

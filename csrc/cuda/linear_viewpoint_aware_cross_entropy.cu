@@ -8,35 +8,21 @@
 namespace vareid {
 namespace {
 
-struct OwnLogits {
-  const double* logits;  // [N, V]
-  int64_t views;
-  __device__ __forceinline__ double operator()(int64_t i, int64_t, int64_t k) const { return logits[i * views + k]; }
-};
-
-// One block for each part of a row. The block that holds the first own column also copies the own logits: all of them
-// lie in this tile.
+// One block for each part of a row.
 template <typename T, int kWidth>
 __global__ void linear_viewpoint_aware_cross_entropy_summarise_kernel(DeviceRows<T> rows,
-                                                                      const int64_t* __restrict__ identity, int64_t K,
-                                                                      OthersSummary* __restrict__ summaries,
+                                                                      const int64_t* __restrict__ identity, int64_t N,
+                                                                      int64_t K, OthersSummary* __restrict__ summaries,
                                                                       int64_t total_parts,
                                                                       double* __restrict__ own_logits) {
   const int64_t i = blockIdx.x / rows.parts;
   const int64_t index = blockIdx.x - i * rows.parts;
-  const int64_t y = identity_or_none(identity, i, K);
-  summarise_part<T, kWidth>(rows, i, index, y, summaries + i * total_parts + index);
-  const int64_t own = y * rows.views - rows.first;
-  if (y < 0 || own < 0 || own >= rows.columns || own / rows.part != index) return;
-  for (int64_t k = threadIdx.x; k < rows.views; k += blockDim.x) {
-    typename DeviceAccumulator<T>::type value = widen(rows.logits[i * rows.row_stride + own + k]);
-    if (rows.scale) value *= rows.scale[own + k];
-    own_logits[i * rows.views + k] = static_cast<double>(value);
-  }
+  summarise_part<T, kWidth>(rows, N, i, index, identity_or_none(identity, i, K), summaries + i * total_parts + index,
+                            own_logits);
 }
 
-template <typename T>
-__global__ void linear_viewpoint_aware_cross_entropy_finish_kernel(DeviceFinish<T, OwnLogits> head, int64_t N) {
+template <typename Acc>
+__global__ void linear_viewpoint_aware_cross_entropy_finish_kernel(DeviceFinish<Acc> head, int64_t N) {
   finish_rows(head, N);
 }
 
@@ -44,8 +30,8 @@ template <typename T, int kWidth>
 __global__ void linear_viewpoint_aware_cross_entropy_gradient_kernel(DeviceRows<T> rows, DeviceLabels labels,
                                                                      int64_t N) {
   const int64_t i = blockIdx.x / rows.parts;
-  differentiate_part<T, kWidth>(rows, N, i, blockIdx.x - i * rows.parts,
-                                identity_or_none(labels.identity, i, labels.identities), labels.views_of(i));
+  const int64_t y = identity_or_none(labels.identity, i, labels.identities);
+  differentiate_part<T, kWidth>(rows, N, i, blockIdx.x - i * rows.parts, y, labels.views_of(i, y));
 }
 
 // One block for each row.
@@ -172,8 +158,8 @@ void linear_viewpoint_aware_cross_entropy_summarise_cuda(const LogitsTile& tile,
     constexpr int kWidth = 16 / sizeof(T);
     const DeviceRows<T> rows = rows_of<T>(tile);
     launch(linear_viewpoint_aware_cross_entropy_summarise_kernel<T, kWidth>, dim3(grid_size(tile.N * rows.parts)),
-           dim3(row_threads(rows.columns, kWidth)), 0, static_cast<cudaStream_t>(stream), rows, tile.identity, tile.K,
-           summaries + first_part, total_parts, own_logits);
+           dim3(row_threads(rows.columns, kWidth)), 0, static_cast<cudaStream_t>(stream), rows, tile.identity, tile.N,
+           tile.K, summaries + first_part, total_parts, own_logits);
   });
 }
 
@@ -183,11 +169,11 @@ void linear_viewpoint_aware_cross_entropy_finish_cuda(const LogitsTile& tile, co
                                                       int64_t* label_error, DType dtype, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto run = [&](auto type) {
-    using T = decltype(type);
-    const DeviceFinish<T, OwnLogits> head = {summaries, total_parts, {own_logits, tile.views}, labels_of(tile),
-                                             smoothing, statistics,  static_cast<T*>(loss),    true,
-                                             1.0,       label_error};
-    launch(linear_viewpoint_aware_cross_entropy_finish_kernel<T>, dim3(1), dim3(kRowThreads), 0,
+    using Acc = decltype(type);
+    const DeviceFinish<Acc> head = {
+        summaries, total_parts, own_logits, labels_of(tile), smoothing, statistics, static_cast<Acc*>(loss),
+        true,      1.0,         label_error};
+    launch(linear_viewpoint_aware_cross_entropy_finish_kernel<Acc>, dim3(1), dim3(kRowThreads), 0,
            static_cast<cudaStream_t>(stream), head, tile.N);
   };
   if (dtype == DType::kFloat64)

@@ -124,7 +124,7 @@ __global__ void pairwise_distance_tiled_kernel(const float* __restrict__ p, cons
                                                int64_t rows, int64_t columns, int64_t D,
                                                const float* __restrict__ x_norm, const float* __restrict__ y_norm,
                                                bool rooted, double scale) {
-  __shared__ float left[kDepth][kProductTile + 1], right[kDepth][kProductTile + 1];
+  __shared__ float left[kDepth][kProductTile + 2], right[kDepth][kProductTile + 2];
   const int tx = threadIdx.x % 16, ty = threadIdx.x / 16;
   const int64_t r0 = static_cast<int64_t>(blockIdx.y) * kProductTile,
                 c0 = static_cast<int64_t>(blockIdx.x) * kProductTile;

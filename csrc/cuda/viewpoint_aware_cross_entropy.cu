@@ -8,15 +8,6 @@
 namespace vareid {
 namespace {
 
-template <typename T>
-struct LogitsOfRow {
-  const T* logits;
-  int64_t row_stride, views;
-  __device__ __forceinline__ double operator()(int64_t i, int64_t y, int64_t k) const {
-    return static_cast<double>(widen(logits[i * row_stride + y * views + k]));
-  }
-};
-
 // Blocks of both heads: those of the first, row by row, then those of the second.
 struct Task {
   bool second;
@@ -32,17 +23,19 @@ struct Task {
 template <typename T, int kWidth>
 __global__ void viewpoint_aware_cross_entropy_forward_kernel(DeviceRows<T> head0, DeviceRows<T> head1,
                                                              const int64_t* __restrict__ identity, int64_t N, int64_t K,
-                                                             OthersSummary* __restrict__ summaries) {
+                                                             OthersSummary* __restrict__ summaries,
+                                                             double* __restrict__ own_logits) {
   const Task task(N, head0.parts, head1.parts);
   const DeviceRows<T> rows = task.second ? head1 : head0;
-  summarise_part<T, kWidth>(rows, task.i, task.part, identity_or_none(identity, task.i, K), summaries + blockIdx.x);
+  summarise_part<T, kWidth>(rows, N, task.i, task.part, identity_or_none(identity, task.i, K), summaries + blockIdx.x,
+                            own_logits + (task.second ? N * head0.views : 0));
 }
 
 // One block for each head.
-template <typename T>
-__global__ void viewpoint_aware_cross_entropy_finish_kernel(DeviceFinish<T, LogitsOfRow<T>> head0,
-                                                            DeviceFinish<T, LogitsOfRow<T>> head1, int64_t N) {
-  const DeviceFinish<T, LogitsOfRow<T>> head = blockIdx.x == 0 ? head0 : head1;
+template <typename Acc>
+__global__ void viewpoint_aware_cross_entropy_finish_kernel(DeviceFinish<Acc> head0, DeviceFinish<Acc> head1,
+                                                            int64_t N) {
+  const DeviceFinish<Acc> head = blockIdx.x == 0 ? head0 : head1;
   if (head.statistics) finish_rows(head, N);
 }
 
@@ -53,8 +46,8 @@ __global__ void viewpoint_aware_cross_entropy_backward_kernel(DeviceRows<T> head
   const Task task(N, head0.parts, head1.parts);
   const DeviceRows<T> rows = task.second ? head1 : head0;
   const DeviceLabels labels = task.second ? labels1 : labels0;
-  differentiate_part<T, kWidth>(rows, N, task.i, task.part, identity_or_none(labels.identity, task.i, K),
-                                labels.views_of(task.i));
+  const int64_t y = identity_or_none(labels.identity, task.i, K);
+  differentiate_part<T, kWidth>(rows, N, task.i, task.part, y, labels.views_of(task.i, y));
 }
 
 template <typename T>
@@ -96,13 +89,15 @@ void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N
   using Acc = typename DeviceAccumulator<T>::type;
   constexpr int kWidth = 16 / sizeof(T);
   const DeviceRows<T> rows[2] = {rows_of<T>(heads[0], N, K, reduction), rows_of<T>(heads[1], N, K, reduction)};
+  const int64_t blocks = N * (rows[0].parts + rows[1].parts);
   OthersSummary* const summaries = static_cast<OthersSummary*>(workspace);
-  DeviceFinish<T, LogitsOfRow<T>> finish[2] = {};
+  double* const own_logits = reinterpret_cast<double*>(summaries + blocks);
+  DeviceFinish<Acc> finish[2] = {};
   for (int h = 0; h < 2; ++h) {
     if (!heads[h].present) continue;
     finish[h] = {summaries + (h == 0 ? 0 : N * rows[0].parts),
                  rows[h].parts,
-                 {rows[h].logits, rows[h].row_stride, rows[h].views},
+                 own_logits + (h == 0 ? 0 : N * rows[0].views),
                  labels_of(heads[h], identity, K),
                  {heads[h].adaptive, heads[h].alpha, heads[h].epsilon},
                  heads[h].statistics,
@@ -111,12 +106,11 @@ void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N
                  rows[h].share,
                  label_error ? label_error + h : nullptr};
   }
-  const int64_t blocks = N * (rows[0].parts + rows[1].parts);
   if (blocks > 0)
     launch(viewpoint_aware_cross_entropy_forward_kernel<T, kWidth>, dim3(grid_size(blocks)),
            dim3(row_threads(std::max(rows[0].columns, rows[1].columns), kWidth)), 0, stream, rows[0], rows[1], identity,
-           N, K, summaries);
-  launch(viewpoint_aware_cross_entropy_finish_kernel<T>, dim3(2), dim3(kRowThreads), 0, stream, finish[0], finish[1],
+           N, K, summaries, own_logits);
+  launch(viewpoint_aware_cross_entropy_finish_kernel<Acc>, dim3(2), dim3(kRowThreads), 0, stream, finish[0], finish[1],
          N);
 }
 
@@ -135,14 +129,16 @@ void check_rows(int64_t N) {
 }  // namespace
 
 int64_t viewpoint_aware_cross_entropy_workspace_bytes_cuda(int64_t N, int64_t K, const int64_t views[2]) {
-  int64_t parts = 0;
+  int64_t of_a_row = 0;
   for (int h = 0; h < 2; ++h) {
+    if (views[h] == 0) continue;
     DeviceRows<float> rows = {};
     rows.columns = K * views[h];
-    if (views[h] > 0) cut_rows(rows, N);
-    parts += rows.parts;
+    cut_rows(rows, N);
+    of_a_row +=
+        rows.parts * static_cast<int64_t>(sizeof(OthersSummary)) + views[h] * static_cast<int64_t>(sizeof(double));
   }
-  return N * parts * static_cast<int64_t>(sizeof(OthersSummary));
+  return N * of_a_row;
 }
 
 void viewpoint_aware_cross_entropy_forward_cuda(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,

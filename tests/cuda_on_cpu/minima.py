@@ -222,6 +222,16 @@ def _pairwise_block(before: Sequence[Any], after: Sequence[Any]) -> dict[str, in
     return {"pairwise_distance_block_kernel": moved}
 
 
+def _pairwise_tiled(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
+    """For each tile of 64 x 64 the rows and norms of both sides, every distance, both rows of a pair measured again."""
+    p, q, block, x, rows, columns, D, x_norm, y_norm = *after[:3], after[4], after[6], after[10], *after[13:16]
+    sides = rows * -(-columns // 64) + columns * -(-rows // 64)
+    total = x_norm[:, None] + y_norm
+    again = int(((total - 2 * p @ q.T).clamp(min=0) < total / 32).sum())
+    moved = 4 * (D + 1) * sides + 4 * block.numel() + 2 * again * D * x.element_size()
+    return {"pairwise_distance_tiled_kernel": moved}
+
+
 _LEAST: dict[str, Callable[[Sequence[Any], Sequence[Any]], dict[str, int]]] = {
     "k_reciprocal_sets_cuda": _sets,
     "k_reciprocal_expanded_cuda": _expanded,
@@ -239,6 +249,7 @@ _LEAST: dict[str, Callable[[Sequence[Any], Sequence[Any]], dict[str, int]]] = {
     "pairwise_distance_norm_cuda": _row_wise("pairwise_distance_norm_kernel", 8),
     "pairwise_distance_prepare_cuda": _prepare,
     "pairwise_distance_block_cuda": _pairwise_block,
+    "pairwise_distance_tiled_cuda": _pairwise_tiled,
 }
 
 

@@ -43,14 +43,6 @@ def test_k_reciprocal__matrices_with_long_lists(backend: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_k_reciprocal__more_rows_than_a_block_has_threads(backend: str) -> None:
-    query, gallery = _random(4, 2), _random(1030, 2, seed=1)
-    got = vareid_ext.k_reciprocal_rerank(query, gallery, k1=3, k2=2)
-    with vareid_ext.reference_backend():
-        expected = vareid_ext.k_reciprocal_rerank(query, gallery, k1=3, k2=2)
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_k_reciprocal__columns_of_several_tiles(backend: str) -> None:
     """Blocks of more than 32 rows and columns, and later blocks in which nothing is near."""
     near, far = _random(90, 3) * 0.01, _random(90, 3, seed=1) * 0.01 + 100
@@ -80,7 +72,7 @@ def test_k_reciprocal__best_of_queries_that_share_nothing(backend: str, others: 
     assert torch.equal(index, expected[1])
 
 
-@pytest.mark.parametrize(("rows", "columns", "entries"), [(5, 1, 3), (300, 200, 9000), (40, 1 << 20, 500), (3, 7, 0)])
+@pytest.mark.parametrize(("rows", "columns", "entries"), [(5, 1, 3), (300, 200, 36000), (40, 1 << 20, 500), (3, 7, 0)])
 def test_k_reciprocal__inverted_index(backend: str, rows: int, columns: int, entries: int) -> None:
     """One to three digits of the column, several tiles, rows and columns without entries."""
     rng = torch.Generator().manual_seed(0)
@@ -122,9 +114,9 @@ def test_k_reciprocal__best_of_a_gallery_of_several_parts(backend: str) -> None:
 
 def test_nearest_neighbors__lists_that_overflow_in_later_blocks(backend: str) -> None:
     """Far rows first, so that every block brings nearer ones; also more candidates than the smaller lists hold."""
-    x = torch.arange(300, dtype=torch.float32).flip(0)[:, None] ** 1.25
+    x = torch.arange(150, dtype=torch.float32).flip(0)[:, None] ** 1.25
     for k in (3, 70):
-        with mock.patch.object(nearest_op, "BLOCK_ROWS", 100):
+        with mock.patch.object(nearest_op, "BLOCK_ROWS", 50):
             distance, index = vareid_ext.nearest_neighbors(x, k=k)
         expected = torch.sort((x.double() - x.double().T).square(), dim=1, stable=True)
         assert torch.equal(index, expected.indices[:, :k])

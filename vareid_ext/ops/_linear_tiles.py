@@ -98,7 +98,7 @@ class _Rows:
         self.parts = [self._parts(rows, identities * self.V) for identities in blocks]
         new = some.new_empty
         self.summaries = new((rows, sum(self.parts), 4), dtype=torch.float64)
-        self.own_logits = new((rows, self.V), dtype=torch.float64)
+        self.own_logits = new((self.V, rows), dtype=torch.float64)
         self.statistics = new((STATISTICS, rows), dtype=torch.float64)
 
     def _parts(self, rows: int, columns: int) -> int:

@@ -16,7 +16,7 @@ from vareid_ext.reference import pairwise_distance as reference
 
 # On a GPU, blocks of up to so many pairs are computed by the package's own kernel, which needs one launch; larger ones
 # by the vendor's product and a second kernel that turns it into distances.
-_TILED_PAIRS = 1 << 16
+_TILED_PAIRS = {"cuda": 1 << 16, "cpu": 0}
 
 
 def _check_rows(x: Tensor, y: Tensor | None, metric: str) -> None:
@@ -70,7 +70,7 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
                     continue  # the mirror image of a block that was done
                 columns, to = filtered.block(other, other_first, other_last, 1), slice(other_first, other_last)
                 block = out[at, to]
-                if x.is_cuda and block.numel() <= _TILED_PAIRS:
+                if block.numel() <= _TILED_PAIRS[x.device.type]:
                     _native.module().pairwise_distance_tiled(
                         view(rows.contiguous()), view(columns.contiguous()), view(block), *features(0, at),
                         *features(other, to), view(filtered.norms[0][at]), view(filtered.norms[other][to]),

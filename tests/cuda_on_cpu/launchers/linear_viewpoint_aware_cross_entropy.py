@@ -43,7 +43,7 @@ def linear_viewpoint_aware_cross_entropy_finish(
 ) -> None:  # fmt: skip
     noted = torch.zeros(1, dtype=torch.int64)
     launch(
-        "linear_finish_flat", summaries, summaries.shape[1], own_logits, identity.shape[0], K, own_logits.shape[1],
+        "linear_finish_flat", summaries, summaries.shape[1], own_logits, identity.shape[0], K, own_logits.shape[0],
         identity, *_viewpoint(viewpoint), mask, adaptive, alpha, epsilon, statistics, loss, Partial(noted),
         dtype_code(loss),
     )  # fmt: skip
