@@ -40,7 +40,8 @@ void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, co
                                  const float* x_norm, const float* y_norm, Metric metric, double unscale, float* mirror,
                                  int64_t mirror_ld, int threads);
 
-// The same on a GPU; features are spelled out. They are launched on `stream` of `device`.
+// The same on a GPU; features are spelled out. They are launched on `stream` of `device`. A block has at most 2,097,120
+// rows, or twice as many where its products are made in the same launch (else std::invalid_argument).
 void pairwise_distance_max_abs_cuda(const void* x, DType dtype, int64_t rows, int64_t D, int64_t stride,
                                     double* max_abs, int device, void* stream);
 void pairwise_distance_norm_cuda(const void* x, const double* factor, DType dtype, int64_t rows, int64_t D,

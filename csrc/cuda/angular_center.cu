@@ -140,7 +140,7 @@ __global__ void angular_center_backward_kernel(const typename DeviceAccumulator<
 }
 
 void check_sizes(int64_t K, int64_t V) {
-  if (K > (int64_t{1} << 31) - 1) throw std::invalid_argument("identity_centers: at most 2^31 - 1 rows on a GPU");
+  if (K > kMostBlocks) throw std::invalid_argument("identity_centers: at most 2^31 - 1 rows on a GPU");
   if (V > kMaxViews) throw std::invalid_argument("viewpoint_centers: at most 2048 viewpoints on a GPU");
 }
 

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 
 #include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
@@ -37,6 +38,11 @@ struct DeviceRows {
   double share;             // factor of the upstream gradient
   int64_t upstream_stride;  // 0 or 1
 };
+
+// Host: std::invalid_argument for more rows than a grid surely holds, whatever number of parts each is cut into.
+inline void check_samples(int64_t N) {
+  if (N > int64_t{1} << 29) throw std::invalid_argument("identity: at most 2^29 samples on a GPU");
+}
 
 // Host: cuts the rows so that there are neither very long blocks nor more than a grid can hold.
 template <typename T>

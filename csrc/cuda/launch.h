@@ -58,10 +58,14 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
 }
 #endif
 
-// Blocks for `items` block-sized pieces of work. A kernel that may meet more than a grid holds strides over the rest;
-// one with a block or warp for each row does not, as there are less than 2^31 rows.
+constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;  // of a grid
+
+// Blocks for `items` block-sized pieces of work, at least one. A grid that cannot hold them is an error: launchers
+// whose kernels stride over the rest ask for less.
 inline unsigned grid_size(int64_t items) {
-  return static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>(items, (int64_t{1} << 31) - 1)));
+  if (items > kMostBlocks)
+    throw std::invalid_argument("launch: " + std::to_string(items) + " blocks, but a grid holds at most 2^31 - 1");
+  return static_cast<unsigned>(std::max<int64_t>(1, items));
 }
 
 }  // namespace vareid

@@ -124,7 +124,7 @@ DeviceLabels labels_of(const LogitsTile& tile) {
 }
 
 void check_rows(int64_t rows) {
-  if (rows > (int64_t{1} << 31) - 1) throw std::invalid_argument("identity_centers: at most 2^31 - 1 centres on a GPU");
+  if (rows > kMostBlocks) throw std::invalid_argument("identity_centers: at most 2^31 - 1 centres on a GPU");
 }
 
 // Calls body(type, width) with 16-byte accesses where rows of D elements at these addresses allow them.
@@ -151,6 +151,7 @@ int64_t linear_viewpoint_aware_cross_entropy_parts_cuda(int64_t N, int64_t colum
 void linear_viewpoint_aware_cross_entropy_summarise_cuda(const LogitsTile& tile, OthersSummary* summaries,
                                                          int64_t total_parts, int64_t first_part, double* own_logits,
                                                          DType dtype, int device, void* stream) {
+  check_samples(tile.N);
   if (tile.N == 0) return;
   const DeviceGuard guard(device);
   dispatch_device_float(dtype, [&](auto type) {
@@ -185,6 +186,7 @@ void linear_viewpoint_aware_cross_entropy_finish_cuda(const LogitsTile& tile, co
 void linear_viewpoint_aware_cross_entropy_gradient_cuda(const LogitsTile& tile, const double* statistics,
                                                         const void* upstream, int64_t upstream_stride, double share,
                                                         DType dtype, int device, void* stream) {
+  check_samples(tile.N);
   if (tile.N == 0) return;
   const DeviceGuard guard(device);
   dispatch_device_float(dtype, [&](auto type) {

@@ -178,7 +178,7 @@ double metric_scale(Metric metric, double unscale) {
 
 // Tiles along the columns (up to 2^31 - 1) and the rows (up to 65,535).
 dim3 tile_grid(int64_t rows, int64_t columns, int64_t tile) {
-  if ((rows + tile - 1) / tile > 65535) throw std::invalid_argument("block: too many rows");
+  if ((rows + tile - 1) / tile > 65535) throw std::invalid_argument("block: more rows than a grid holds");
   return dim3(static_cast<unsigned>((columns + tile - 1) / tile), static_cast<unsigned>((rows + tile - 1) / tile));
 }
 

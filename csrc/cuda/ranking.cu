@@ -1,5 +1,7 @@
 #include "ranking.h"
 
+#include <stdexcept>
+
 #include "cuda/launch.h"
 #include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
@@ -219,6 +221,7 @@ void ranking_forward_cuda(const void* distances, int64_t row_stride, const int64
                           const int64_t* query_camera, const int64_t* gallery_camera, double* average_precision,
                           double* inverse_negative_penalty, int64_t* first_match_rank, int64_t* num_matches,
                           DType dtype, int64_t Q, int64_t G, int device, void* stream) {
+  if (Q > kMostBlocks) throw std::invalid_argument("distances: at most 2^31 - 1 rows on a GPU");
   if (Q == 0) return;
   const DeviceGuard guard(device);
   dispatch_device_float(dtype, [&](auto type) {
