@@ -17,7 +17,7 @@ from tests.cuda_on_cpu.library import Library, Traffic, package, planted
 
 __all__ = [
     "ORDERS", "Everywhere", "InOut", "KernelDefect", "Launcher", "LauncherError", "Library", "Partial", "Traffic",
-    "Workspace", "dtype_code", "package", "planted",
+    "Workspace", "dtype_code", "package", "planted", "spanned",
 ]  # fmt: skip
 
 ORDERS = ("forward", "reverse", "random 1", "random 2", "random 3")
@@ -182,6 +182,13 @@ class Launcher:
 def dtype_code(tensor: torch.Tensor) -> int:
     """The number of the tensor's element type in csrc/dtype.h."""
     return (torch.float32, torch.float64, torch.float16, torch.bfloat16).index(tensor.dtype)
+
+
+def spanned(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The memory that dense rows span, whatever lies between them, and how far apart they begin."""
+    count, columns = rows.shape
+    stride = rows.stride(0) if count > 1 else columns
+    return rows.as_strided(((count - 1) * stride + columns if count else 0,), (1,)), stride
 
 
 def _set_scalar(value: _Value, parameter: str, argument: Any, label: str) -> None:

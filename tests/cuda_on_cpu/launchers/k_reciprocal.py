@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.cuda_on_cpu.harness import InOut, Partial, Workspace, dtype_code
+from tests.cuda_on_cpu.harness import InOut, Partial, Workspace, dtype_code, spanned
 from vareid_ext.ops.k_reciprocal import invert_workspace
 
 
@@ -28,10 +28,10 @@ def k_reciprocal_listed_distance(
     launch: Any, x: Any, x_factor: Any, y: Any, y_factor: Any, neighbor: Any, near: Any, indptr: Any, index: Any,
     out: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
-    D = x.shape[1]
+    (x_memory, x_stride), (y_memory, y_stride) = spanned(x), spanned(y)
     launch(
-        "k_reciprocal_listed_distance_cuda", x.contiguous(), x_factor, x.shape[0], D, y.contiguous(), y_factor,
-        y.shape[0], D, dtype_code(x), D, neighbor, near, neighbor.shape[1], indptr, index, out,
+        "k_reciprocal_listed_distance_cuda", x_memory, x_factor, x.shape[0], x_stride, y_memory, y_factor, y.shape[0],
+        y_stride, dtype_code(x), x.shape[1], neighbor, near, neighbor.shape[1], indptr, index, out,
     )  # fmt: skip
 
 
@@ -82,10 +82,11 @@ def k_reciprocal_topk(
     distance: Any, gallery_index: Any, workspace: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
     (Q, D), G = query.shape, gallery.shape[0]
+    (query_memory, query_stride), (gallery_memory, gallery_stride) = spanned(query), spanned(gallery)
     launch(
-        "k_reciprocal_topk_cuda", query.contiguous(), query_factor, Q, D, gallery.contiguous(), gallery_factor, G, D,
-        dtype_code(query), D, nearest, original, nearest.shape[1], row_max, indptr, index, value, start, owner, weight,
-        lambda_value, distance.shape[1], distance, gallery_index,
+        "k_reciprocal_topk_cuda", query_memory, query_factor, Q, query_stride, gallery_memory, gallery_factor, G,
+        gallery_stride, dtype_code(query), D, nearest, original, nearest.shape[1], row_max, indptr, index, value, start,
+        owner, weight, lambda_value, distance.shape[1], distance, gallery_index,
     )  # fmt: skip
 
 

@@ -6,14 +6,7 @@ from typing import Any
 
 import torch
 
-from tests.cuda_on_cpu.harness import InOut, Partial, dtype_code
-
-
-def _spanned(logits: Any) -> tuple[Any, int]:
-    """The memory that the rows span, and their distance."""
-    N, columns = logits.shape
-    stride = logits.stride(0) if N > 1 else columns
-    return logits.as_strided(((N - 1) * stride + columns,), (1,)), stride
+from tests.cuda_on_cpu.harness import InOut, Partial, dtype_code, spanned
 
 
 def _viewpoint(viewpoint: Any) -> tuple[Any, Any]:
@@ -29,7 +22,7 @@ def linear_viewpoint_aware_cross_entropy_summarise(
     launch: Any, logits: Any, scale: Any, identity: Any, mask: Any, summaries: Any, own_logits: Any, K: int, V: int,
     first: int, first_part: int, threads: int, stream: int,
 ) -> None:  # fmt: skip
-    memory, stride = _spanned(logits)
+    memory, stride = spanned(logits)
     N, columns = logits.shape
     launch(
         "linear_summarise_flat", memory, stride, scale, N, K, V, first, columns // V, identity, mask, InOut(summaries),
@@ -54,7 +47,7 @@ def linear_viewpoint_aware_cross_entropy_gradient(
     launch: Any, logits: Any, scale: Any, identity: Any, viewpoint: Any, mask: Any, statistics: Any, upstream: Any,
     share: float, K: int, V: int, first: int, threads: int, stream: int,
 ) -> None:  # fmt: skip
-    memory, stride = _spanned(logits)
+    memory, stride = spanned(logits)
     N, columns = logits.shape
     launch(
         "linear_gradient_flat", InOut(memory), stride, scale, N, K, V, first, columns // V, identity,

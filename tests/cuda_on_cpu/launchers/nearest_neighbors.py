@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.cuda_on_cpu.harness import InOut, Partial, dtype_code
+from tests.cuda_on_cpu.harness import InOut, Partial, dtype_code, spanned
 
 
 def _sets(parts: Any) -> list[Any]:
@@ -13,7 +13,8 @@ def _sets(parts: Any) -> list[Any]:
     second, second_factor = parts[1] if len(parts) == 2 else (first[:0], None)
     flat: list[Any] = []
     for x, f in ((first, factor), (second, second_factor)):
-        flat += [x.contiguous() if x.numel() else None, f, x.shape[0], x.shape[1]]
+        memory, stride = spanned(x)
+        flat += [memory if x.numel() else None, f, x.shape[0], stride]
     return flat
 
 

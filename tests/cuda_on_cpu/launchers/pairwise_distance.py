@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.cuda_on_cpu.harness import InOut, dtype_code
+from tests.cuda_on_cpu.harness import InOut, dtype_code, spanned
 
 
 def pairwise_distance_max_abs(launch: Any, x: Any, out: Any, threads: int, stream: int) -> None:
-    rows, D = x.shape
-    launch("pairwise_distance_max_abs_cuda", x.contiguous(), dtype_code(x), rows, D, D, out)
+    (rows, D), (memory, stride) = x.shape, spanned(x)
+    launch("pairwise_distance_max_abs_cuda", memory, dtype_code(x), rows, D, stride, out)
 
 
 def pairwise_distance_norm(launch: Any, x: Any, factor: Any, out: Any, threads: int, stream: int) -> None:
-    rows, D = x.shape
-    launch("pairwise_distance_norm_cuda", x.contiguous(), factor, dtype_code(x), rows, D, D, out)
+    (rows, D), (memory, stride) = x.shape, spanned(x)
+    launch("pairwise_distance_norm_cuda", memory, factor, dtype_code(x), rows, D, stride, out)
 
 
 def pairwise_distance_prepare(
     launch: Any, x: Any, factor: Any, center: Any, out: Any, norm: Any, threads: int, stream: int
 ) -> None:
-    rows, D = x.shape
-    launch("pairwise_distance_prepare_cuda", x.contiguous(), factor, dtype_code(x), rows, D, D, center, out, norm)
+    (rows, D), (memory, stride) = x.shape, spanned(x)
+    launch("pairwise_distance_prepare_cuda", memory, factor, dtype_code(x), rows, D, stride, center, out, norm)
 
 
 def pairwise_distance_block(
@@ -29,11 +29,12 @@ def pairwise_distance_block(
     unscale: float, mirror: Any, threads: int, stream: int,
 ) -> None:  # fmt: skip
     (rows, columns), D = block.shape, x.shape[1]
+    (x_memory, x_stride), (y_memory, y_stride) = spanned(x), spanned(y)
     dense = block.contiguous()
     dense_mirror = None if mirror is None else mirror.contiguous()
     launch(
-        "pairwise_distance_block_cuda", InOut(dense), columns, x.contiguous(), x_factor, rows, D, y.contiguous(),
-        y_factor, columns, D, dtype_code(x), D, x_norm, y_norm, metric, unscale, dense_mirror, rows,
+        "pairwise_distance_block_cuda", InOut(dense), columns, x_memory, x_factor, rows, x_stride, y_memory, y_factor,
+        columns, y_stride, dtype_code(x), D, x_norm, y_norm, metric, unscale, dense_mirror, rows,
     )  # fmt: skip
     block.copy_(dense)
     if mirror is not None:
@@ -45,8 +46,9 @@ def pairwise_distance_tiled(
     x_norm: Any, y_norm: Any, metric: int, unscale: float, stream: int,
 ) -> None:  # fmt: skip
     (rows, columns), D = block.shape, x.shape[1]
+    (x_memory, x_stride), (y_memory, y_stride) = spanned(x), spanned(y)
     launch(
         "pairwise_distance_tiled_cuda", x_prepared.contiguous(), y_prepared.contiguous(), block, columns,
-        x.contiguous(), x_factor, rows, D, y.contiguous(), y_factor, columns, D, dtype_code(x), D, x_norm, y_norm,
+        x_memory, x_factor, rows, x_stride, y_memory, y_factor, columns, y_stride, dtype_code(x), D, x_norm, y_norm,
         metric, unscale,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.cuda_on_cpu.harness import dtype_code
+from tests.cuda_on_cpu.harness import dtype_code, spanned
 
 
 def ranking_workspace_bytes(launch: Any, max_group: int, threads: int) -> int:
@@ -17,8 +17,7 @@ def ranking_forward(
     num_matches: Any, workspace: Any, max_group: int, threads: int, stream: int,
 ) -> None:  # fmt: skip
     Q, G = distances.shape
-    row_stride = distances.stride(0)
-    memory = distances.as_strided(((Q - 1) * row_stride + G,), (1,))  # all that the strided rows span
+    memory, row_stride = spanned(distances)
     launch(
         "ranking_forward_cuda", memory, row_stride, gallery_order, group_begin, group_end, junk,
         query_camera, gallery_camera, average_precision, inverse_negative_penalty, first_match_rank, num_matches,
