@@ -460,8 +460,9 @@ def test_exponentials_are_as_exact_as_documented(dtype: torch.dtype, bound: floa
 
 
 def test_large_alpha_warns_once() -> None:
-    with pytest.warns(RuntimeWarning, match="alpha: 0.45 is above 0.4"):
+    with pytest.warns(RuntimeWarning, match="alpha: 0.45 is above 0.4") as caught:
         viewpoint_cross_entropy(S, Y, VIEW, alpha=0.45)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         viewpoint_cross_entropy(S, Y, VIEW, alpha=0.45)

@@ -58,7 +58,7 @@ def warn_of_alpha(alpha: float, views: int) -> None:
             f"alpha: {alpha} is above {limit:.3g}; with {views} viewpoints the target of a wrong view can exceed that "
             "of the true one",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=3,  # the line that called the loss
         )
 
 
