@@ -72,7 +72,7 @@ def run(module, *arguments, **keywords):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path)}
     return subprocess.run(
         [sys.executable, "-m", f"vareid_ext.{module}", *map(str, arguments)],
-        capture_output=True, text=True, env=environment, timeout=120, check=False, **keywords,
+        capture_output=True, text=True, env=environment, timeout=600, check=False, **keywords,
     )  # fmt: skip
 
 

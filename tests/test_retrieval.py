@@ -232,7 +232,7 @@ def test_the_plan_is_kept(D, kind, dtype):
     if not _native.available("cpu"):
         pytest.skip(_native.backends()["cpu"])
     done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(D), kind, dtype], capture_output=True, text=True, check=False, timeout=300,
+        [sys.executable, "-c", _MEASURE, str(D), kind, dtype], capture_output=True, text=True, check=False, timeout=600,
         env={
             **os.environ, "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path),
             "MALLOC_TRIM_THRESHOLD_": "65536",

@@ -86,6 +86,8 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
                     filtered.unscale, view(out[to, at] if symmetric and other_first > first else None),
                     filtered.threads, stream_of(x),
                 )  # fmt: skip
+                if symmetric and other_first == first:  # some vendors' products round (i, j) and (j, i) differently
+                    block.copy_(block.triu() + block.triu(1).T)
     return out
 
 
