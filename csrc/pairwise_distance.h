@@ -2,7 +2,7 @@
 //
 // Features are rows of D elements of type `dtype`, `stride` elements from one row to the next. The distance that is
 // computed is that of the rows z_i = factor_i x_i: factor is 1, a common power of two (features far from 1), or
-// 1 / |x_i| (cosine). `Metric` says what is made of |z_i - z_j|^2, `unscale` undoes a common factor's square.
+// 1 / |x_i| (cosine). `Metric` says what is made of |z_i - z_j|^2, `unscale` is 1 / the common factor.
 //
 // A block of float32 products comes from the vendor's library, of prepared rows p_i = float32(z_i - center). With
 // n_i = |p_i|^2 a distance is n_i + n_j - 2 p_i . p_j.

@@ -175,6 +175,17 @@ def test_the_unit_of_the_features_does_not_matter(metric, scale):
     assert_equal_results(rank_features(query * scale, gallery * scale, *labels, metric=metric), expected)
 
 
+@pytest.mark.parametrize("rerank", [False, True])
+@pytest.mark.parametrize("constant", [3.0, 2.0**100])
+def test_a_large_constant_element_does_not_matter(rerank, constant):
+    query, gallery, *labels = people(9, 15, 40)
+    expected = rank_features(query, gallery, *labels, rerank=rerank)
+    query, gallery = (torch.cat([x * 2.0**-90, torch.full_like(x[:, :1], constant)], 1) for x in (query, gallery))
+    for block_rows in (None, 4):
+        got = rank_features(query, gallery, *labels, rerank=rerank, block_rows=block_rows)
+        assert_equal_results(got, expected, 1e-12)
+
+
 def views(seed, N=240, identities=8):
     feature, _, identity, _, camera, _ = people(seed, N, 1, identities)
     rng = np.random.default_rng(seed)

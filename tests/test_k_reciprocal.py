@@ -145,6 +145,45 @@ def test_units_do_not_matter(backend, factor):
         np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("constant", "unit", "dtype"),
+    [
+        (1.0, 2.0**-83, np.float32), (-3e38, 1.0, np.float32), (0.1, 2.0**-148, np.float32),
+        (0.1, 2.0**-14, np.float32), (1e30, 2.0**-99, np.float64), (1e300, 2.0**-20, np.float64),
+        (0.0, 2.0**-1074, np.float64), (0.0, 2.0**1020, np.float64),
+    ],
+)  # fmt: skip
+def test_differences_far_below_the_features(backend, constant, unit, dtype):
+    """Whole numbers beside a constant element: their distances are the same in every unit."""
+    levels = features(40, 5, levels=6)
+    x = (levels.astype(np.float64) * unit).astype(dtype)
+    x = np.insert(x, 2, np.full(40, constant, dtype), axis=1)
+    expected = rerank(squared_distances(levels, levels), 10, 7, 3, 0.3)
+    np.testing.assert_allclose(k_reciprocal_rerank(x[:10], x[10:], k1=7, k2=3), expected, rtol=0, atol=1e-5)
+    best, _ = k_reciprocal_rerank(x[:10], x[10:], k1=7, k2=3, topk=30)
+    np.testing.assert_allclose(best, np.sort(expected, 1), rtol=0, atol=1e-5)
+
+
+def test_rows_of_very_different_length(backend):
+    x = features(40, 5).astype(np.float64) * 1e-30
+    x[3] *= 1e60
+    expected = rerank(squared_distances(x, x), 10, 7, 3, 0.3)
+    narrow = x.astype(np.float32)
+    for part in (x, narrow):
+        np.testing.assert_allclose(k_reciprocal_rerank(part[:10], part[10:], k1=7, k2=3), expected, rtol=0, atol=1e-5)
+
+
+def test_matrices_whose_rows_have_maxima_far_apart(backend):
+    """A row of distances below 1e-19, whose squares float32 does not hold, among others of about 1."""
+    d = np.sqrt(squared_distances(features(40, 5), features(40, 5))).astype(np.float32)
+    d[4] *= 1e-30  # what its column says is within a thousandth of the largest: not asymmetry
+    d[:, 4] = 1e-30 * d[:, 5]
+    d[4, 4] = 0
+    got = re_ranking(d[:10, 10:], d[:10, :10], d[10:, 10:], 7, 3, 0.3)
+    whole = np.block([[d[:10, :10], d[:10, 10:]], [d[:10, 10:].T, d[10:, 10:]]]).astype(np.float64)
+    np.testing.assert_allclose(got, rerank(whole**2, 10, 7, 3, 0.3), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("block_rows", [1, 9, 64])
 def test_blocks_change_nothing(block_rows):
     x = features(50, 6)

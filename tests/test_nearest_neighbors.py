@@ -106,6 +106,35 @@ def test_values_far_from_one(backend, factor):
     assert torch.equal(index, torch.from_numpy(np.argsort(squared_distances(x * factor, x * factor), 1)[:, :5]))
 
 
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+@pytest.mark.parametrize(("constant", "unit"), [(1.0, 1e-25), (-1e30, 1e-4), (0.1, 2.0**-148)])
+def test_a_large_constant_element(backend, metric, constant, unit):
+    """Differences that a product of float32 elements does not see at all."""
+    x = torch.cat([features(50, 6) * unit, torch.full((50, 1), constant)], dim=1)
+    x[7] = x[3]
+    distance, index = nearest_neighbors(x[:20], x, k=9, metric=metric)
+    expected = squared_distances(x[:20].numpy(), x.numpy())
+    order = np.argsort(expected, axis=1, kind="stable")[:, :9]
+    assert np.array_equal(index.numpy(), order)
+    value = np.take_along_axis(expected, order, 1)
+    value = np.sqrt(value) if metric == "euclidean" else value
+    np.testing.assert_allclose(distance, value.astype(np.float32), rtol=2e-7, atol=2e-45)
+
+
+@pytest.mark.parametrize(
+    ("metric", "unit"), [("euclidean", 2.0**1020), ("euclidean", 2.0**-1074), ("sqeuclidean", 2.0**-500)]
+)
+def test_squares_beyond_float64(metric, unit):
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
+    levels = torch.randint(0, 6, (40, 5), generator=torch.Generator().manual_seed(0)).double()
+    expected, order = nearest_neighbors(levels, k=7, metric=metric)
+    distance, index = nearest_neighbors(levels * unit, k=7, metric=metric)
+    assert torch.equal(index, order)
+    expected = expected * unit if metric == "euclidean" else expected * unit * unit
+    torch.testing.assert_close(distance, expected, rtol=1e-15, atol=1e-323)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes(backend, dtype):
     distance, _ = assert_exact(features(40, 16).to(dtype), None, 8)
@@ -152,13 +181,15 @@ def test_many_rows_cross_blocks():
     assert_exact(x, None, 21)
 
 
+@pytest.mark.parametrize("offset", [0.3, 1e3])
 @pytest.mark.parametrize("D", [3, 64, 2048])
-def test_the_window_holds(D):
+def test_the_window_holds(D, offset):
     """The proven bound on a product's error, and that it is not idle: some errors reach a hundredth of it."""
     if not _native.available("cpu"):
         pytest.skip(_native.backends()["cpu"])
-    x = features(60, D) + 0.3
+    x = features(60, D)
     x[::3] *= 50
+    x += offset
     filtered = _filter.Filter([x], ["x"], "sqeuclidean")
     product = filtered.block(0, 0, 60, 0) @ filtered.block(0, 0, 60, 1).T
     approximate = filtered.norm.double()[:, None] + filtered.norm.double() - 2 * product.double()

@@ -100,6 +100,27 @@ def test_cancellation(backend, metric):
     torch.testing.assert_close(got.double(), truth(x, y, metric), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
+@pytest.mark.parametrize("small", [1e-16, 1e-30])
+def test_rows_of_very_different_length(backend, metric, small):
+    """Distances between short rows beside long ones: their products vanish in float32, they do not."""
+    x = features(90, 7)
+    x[5:75] *= small
+    x[80:] *= 1e6
+    x[20] = x[60]
+    for y in (x, None):
+        got = pairwise_distance(x, y, metric=metric)
+        expected = truth(x, x, metric).float()
+        torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-44)
+        assert got[20, 60] == 0
+
+
+@pytest.mark.parametrize(("constant", "unit"), [(1.0, 1e-25), (-1e30, 1e-4), (0.1, 2.0**-148)])
+def test_a_large_constant_element(backend, constant, unit):
+    x = torch.cat([features(50, 6) * unit, torch.full((50, 1), constant)], dim=1)
+    torch.testing.assert_close(pairwise_distance(x), truth(x, x, "euclidean").float(), rtol=1e-4, atol=2e-45)
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e25])
 def test_values_far_from_one(backend, factor):
     x, y = features(6, 8) * factor, features(7, 8, 1) * factor

@@ -299,7 +299,7 @@ def k_reciprocal_rerank(
     if result is None and topk is None:
         result = query.new_empty((Q, G), dtype=torch.float32)
     query, gallery = contiguous_rows(query), contiguous_rows(gallery)
-    scale = common_scale(largest_magnitude({"query": query, "gallery": gallery}))
+    scale = common_scale((query, gallery), largest_magnitude({"query": query, "gallery": gallery}))
     with _progress_bar(progress, Q + G):
         neighbor, near, row_max, gallery_index, gallery_distance = _nearest.joint_neighbors(
             query, gallery, scale, min(Q + G, max(k1 + 1, k2)), topk or 0, result, plan.block_rows
@@ -368,14 +368,14 @@ def re_ranking(
     for name, value in (("q_q_dist", q_q), ("g_g_dist", g_g)):
         if float((value - value.T).abs().max()) > 1e-3 * largest:
             raise ValueError(f"{name}: is not symmetric (beyond 1e-3 of the largest distance)")
-    # Squares stay within float32's range.
-    scale = 1.0 if 1e-6 < largest < 1e6 or largest == 0 else min(1 / largest, 2.0**1000)
     neighbor, row_max = _stages.matrix_neighbors(q_g, q_q, g_g, min(Q + G, max(k1 + 1, k2)))
-    maximum = (row_max * scale).square().to(torch.float32)
+    row_max.masked_fill_(row_max == 0, 1)  # such rows stay 0
+    maximum = torch.ones_like(row_max, dtype=torch.float32)  # divided before squares can leave float32's range
     indptr, index = _stages.k_reciprocal_sets(neighbor, k1)
-    value = reference.matrix_distance(q_g, q_q, g_g, scale, indptr, index)
+    value = reference.matrix_distance(q_g, q_q, g_g, row_max, indptr, index)
     value = _stages.k_reciprocal_encode(indptr, value, maximum)
     encoding = _stages.k_reciprocal_expand(neighbor, k2, indptr, index, value)
-    result = q_g.to(torch.float32 if scale == 1 else torch.float64, copy=True).mul_(scale).square_().to(torch.float32)
+    wide = torch.promote_types(q_g.dtype, torch.float32)
+    result = q_g.to(wide, copy=True).div_(row_max[:Q, None].to(wide)).square_().to(torch.float32)
     _stages.k_reciprocal_blend(result, maximum, *encoding, lambda_value)
     return back(result)

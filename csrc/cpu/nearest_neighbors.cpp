@@ -146,7 +146,7 @@ struct Rows {
 
 double metric_value(double squared, Metric metric, double unscale) {
   if (metric == Metric::kCosine) return squared / 2;
-  return metric == Metric::kEuclidean ? std::sqrt(squared) * std::sqrt(unscale) : squared * unscale;
+  return metric == Metric::kEuclidean ? std::sqrt(squared) * unscale : squared * unscale * unscale;
 }
 
 struct Pair {

@@ -11,9 +11,15 @@
 namespace vareid {
 namespace {
 
-// A distance below this share of n_i + n_j is summed again: the product's error is then below 2e-4 of the distance.
+// A distance below this share of n_i + n_j is summed again: the product's error is then below 2e-4 of the distance. So
+// is one so small that its products may have been flushed to 0.
 constexpr float kCancellation = 1.0f / 32;
+constexpr float kFlushed = 0x1p-60f;
 constexpr int64_t kChunk = 64;  // columns tested at once for such a distance
+
+VAREID_INLINE bool is_small(float distance, float norms) {
+  return distance < std::max(kCancellation * norms, kFlushed);
+}
 
 template <typename T>
 VAREID_INLINE double max_abs_row(const T* x, int64_t D) {
@@ -96,7 +102,7 @@ VAREID_MULTIVERSION void squared_row(float* __restrict__ row, float x_norm, cons
       const float sum = x_norm + norm[c];
       const float distance = sum - 2 * part[c];
       part[c] = std::max(distance, 0.0f);
-      any |= distance < kCancellation * sum;
+      any |= is_small(distance, sum);
     }
     small[begin / kChunk] = any != 0;
   }
@@ -146,12 +152,13 @@ void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, co
                                  int64_t mirror_ld, int threads) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
   const bool rooted = metric == Metric::kEuclidean;
-  const double scale = rooted ? std::sqrt(unscale) : metric == Metric::kCosine ? 0.5 : unscale;
+  const double scale = rooted ? unscale : metric == Metric::kCosine ? 0.5 : unscale * unscale;
   constexpr int64_t kTile = 16;  // rows finished before they are mirrored, so that the mirror's stores share lines
   const int64_t tiles = (x.rows + kTile - 1) / kTile;
   parallel_for(tiles, threads, [&](int64_t first, int64_t last, int) {
     constexpr int64_t kSegment = 64 * kChunk;
     uint8_t small[kSegment / kChunk];
+    int32_t again[kSegment];
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t begin = tile * kTile, end = std::min(x.rows, begin + kTile);
       for (int64_t c0 = 0; c0 < y.rows; c0 += kSegment) {
@@ -159,14 +166,18 @@ void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, co
         for (int64_t r = begin; r < end; ++r) {
           float* const row = block + r * ld + c0;
           squared_row(row, x_norm[r], y_norm + c0, n, small);
+          int64_t found = 0;
           for (int64_t chunk = 0; chunk * kChunk < n; ++chunk) {
             if (!small[chunk]) continue;
             for (int64_t c = chunk * kChunk; c < std::min(n, (chunk + 1) * kChunk); ++c)
-              if (row[c] < kCancellation * (x_norm[r] + y_norm[c0 + c]))
-                row[c] = static_cast<float>(exact(x, r, y, c0 + c, D));
+              if (is_small(row[c], x_norm[r] + y_norm[c0 + c])) again[found++] = static_cast<int32_t>(c);
           }
           if (rooted) root_row(row, n);
           if (scale != 1) scale_row(row, n, scale);
+          for (int64_t a = 0; a < found; ++a) {
+            const double squared = exact(x, r, y, c0 + again[a], D);
+            row[again[a]] = static_cast<float>((rooted ? std::sqrt(squared) : squared) * scale);
+          }
         }
         if (mirror)
           for (int64_t c = c0; c < c0 + n; ++c)

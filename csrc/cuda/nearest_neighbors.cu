@@ -245,8 +245,8 @@ struct Result {
   __device__ __forceinline__ void write(int64_t row, int rank, double squared, int32_t j) const {
     index[row * k + rank] = j;
     if (!distance) return;
-    double value = metric == Metric::kCosine ? squared / 2 : squared * unscale;
-    if (metric == Metric::kEuclidean) value = sqrt(squared) * sqrt(unscale);
+    double value = metric == Metric::kCosine ? squared / 2 : squared * unscale * unscale;
+    if (metric == Metric::kEuclidean) value = sqrt(squared) * unscale;
     if (dtype == DType::kFloat64)
       static_cast<double*>(distance)[row * k + rank] = value;
     else

@@ -15,6 +15,7 @@ constexpr int kTileWarps = 8;
 constexpr int kProductTile = 64;            // rows and columns of a block's products, 4 x 4 for each of 256 threads
 constexpr int kDepth = 16;                  // elements of a feature held in shared memory at once
 constexpr float kCancellation = 1.0f / 32;  // as in csrc/cpu/pairwise_distance.cpp
+constexpr float kFlushed = 0x1p-60f;        // likewise
 
 __device__ __forceinline__ double double_from_bits(unsigned long long bits) { return __longlong_as_double(bits); }
 
@@ -79,18 +80,20 @@ template <typename T>
 __device__ __forceinline__ float finish_distance(float product, float sum, bool valid, int64_t i, int64_t j,
                                                  const DeviceRows<T>& x, const DeviceRows<T>& y, int64_t D, bool rooted,
                                                  double scale) {
-  float distance = fmaxf(sum - 2 * product, 0.0f);
-  unsigned again = __ballot_sync(kFullWarp, valid && distance < kCancellation * sum);
+  const float squared = fmaxf(sum - 2 * product, 0.0f);
+  unsigned again = __ballot_sync(kFullWarp, valid && squared < fmaxf(kCancellation * sum, kFlushed));
+  float distance = rooted ? sqrtf(squared) : squared;
+  if (scale != 1) distance = static_cast<float>(distance * scale);
   while (again) {
     const int lane = __ffs(again) - 1;
     again &= again - 1;
     const int64_t row = __shfl_sync(kFullWarp, static_cast<long long>(i), lane);
     const int64_t column = __shfl_sync(kFullWarp, static_cast<long long>(j), lane);
     const double exact = warp_exact_distance(x, row, y, column, D);
-    if (static_cast<int>(threadIdx.x % kWarp) == lane) distance = static_cast<float>(exact);
+    if (static_cast<int>(threadIdx.x % kWarp) == lane)
+      distance = static_cast<float>((rooted ? sqrt(exact) : exact) * scale);
   }
-  if (rooted) distance = sqrtf(distance);
-  return scale == 1 ? distance : static_cast<float>(distance * scale);
+  return distance;
 }
 
 template <typename T>
@@ -173,7 +176,7 @@ __global__ void pairwise_distance_tiled_kernel(const float* __restrict__ p, cons
 unsigned row_grid(int64_t rows) { return grid_size(std::min<int64_t>((rows + kRowWarps - 1) / kRowWarps, 1 << 20)); }
 
 double metric_scale(Metric metric, double unscale) {
-  return metric == Metric::kEuclidean ? std::sqrt(unscale) : metric == Metric::kCosine ? 0.5 : unscale;
+  return metric == Metric::kEuclidean ? unscale : metric == Metric::kCosine ? 0.5 : unscale * unscale;
 }
 
 // Tiles along the columns (up to 2^31 - 1) and the rows (up to 65,535).

@@ -47,6 +47,14 @@ def rerank_options(rerank: bool | Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(zip(_RERANK_DEFAULTS, check_parameters(**options), strict=True))
 
 
+def _scaled(query: Tensor, gallery: Tensor, scale: float, largest: float) -> tuple[Tensor, Tensor]:
+    """Both times ``scale``; in float64 if their largest element would leave their dtype's range."""
+    if scale == 1:
+        return query, gallery
+    dtype = query.dtype if largest * scale <= torch.finfo(query.dtype).max else torch.float64
+    return query.to(dtype) * scale, gallery.to(dtype) * scale
+
+
 def _reranked_rows(
     query: Tensor, gallery: Tensor, *, k1: int, k2: int, lambda_value: float
 ) -> Callable[[int, int], Tensor]:
@@ -56,7 +64,8 @@ def _reranked_rows(
     original distances, waits for the rows to be asked for.
     """
     Q, G = query.shape[0], gallery.shape[0]
-    scale = common_scale(largest_magnitude({"query": query, "gallery": gallery}))
+    largest = largest_magnitude({"query": query, "gallery": gallery})
+    scale = common_scale((query, gallery), largest)
     block_rows = rerank_plan(Q, G, query.shape[1], k1=k1, k2=k2).block_rows
     neighbor, near, row_max, _, _ = joint_neighbors(
         query, gallery, scale, min(Q + G, max(k1 + 1, k2)), 0, None, block_rows
@@ -65,8 +74,7 @@ def _reranked_rows(
     value = stages.listed_distance(query, gallery, scale, neighbor, near, indptr, index)
     value = stages.k_reciprocal_encode(indptr, value, row_max)
     indptr, index, value = stages.k_reciprocal_expand(neighbor, k2, indptr, index, value)
-    if scale != 1:  # the row maxima are those of the scaled features
-        query, gallery = query * scale, gallery * scale
+    query, gallery = _scaled(query, gallery, scale, largest)  # as the row maxima are
     from_gallery = int(indptr[Q])
 
     def rows(begin: int, end: int) -> Tensor:
@@ -128,9 +136,9 @@ def rank_features(
     distances: Any
     if options is None:
         largest = largest_magnitude({"query": query, "gallery": gallery}, nonzero=metric == "cosine")
-        scale = 1.0 if metric == "cosine" else common_scale(largest)
-        if scale != 1:  # the order does not depend on it, but squares could leave float32's range
-            query, gallery = query * scale, gallery * scale
+        scale = 1.0 if metric == "cosine" else common_scale((query, gallery), largest)
+        # The order does not depend on it, but squares could leave float32's range.
+        query, gallery = _scaled(query, gallery, scale, largest)
         distances = lambda begin, end: pairwise_distance(query[begin:end], gallery, metric)  # noqa: E731
     elif block_rows is None and Q * G <= _DENSE_ELEMENTS:
         distances = k_reciprocal_rerank(query, gallery, progress=progress, **options)

@@ -1,29 +1,32 @@
 """Features made ready for blocks of float32 products that filter exactly.
 
 A distance is ``|z_i - z_j|^2`` with ``z_i = factor_i x_i``: the factor is 1, one power of two for all rows where the
-features are far from 1, or 1 / |x_i| for the cosine. The product is that of ``p_i = float32(z_i - c)``: c is 0, or the
-features' mean where that holds most of their length (distances do not change, but the products' errors shrink). Where
-p_i is x_i, the products read the features where they lie.
+features or their differences are far from 1, or 1 / |x_i| for the cosine. The product is that of
+``p_i = float32(z_i - c)``: c is 0, or the features' mean where that holds most of their length (distances do not
+change, but the products' errors shrink). Where p_i is x_i, the products read the features where they lie.
 
 The window. With u = 2^-24, n_i = |p_i|^2, and fl() what is computed, every pair has
-``|n_i + n_j - 2 fl(p_i . p_j) - |z_i - z_j|^2| <= w_i + w_j`` for ``w_i = (g + 32 u) n_i + 2^-77 |c|^2 + 2^-104 D``
-and ``g = D u / (1 - D u)``:
+``|n_i + n_j - 2 fl(p_i . p_j) - |z_i - z_j|^2| <= w_i + w_j`` for ``w_i = (g + 32 u) n_i + 2^-77 b^2 + 2^-104 D``,
+``g = D u / (1 - D u)``, and b = |c| for the cosine, else 0:
 
 1. The product. Whatever the order of its D products and D - 1 sums, fused or not, ``|fl(p_i . p_j) - p_i . p_j| <= g
    sum_k |p_ik p_jk|`` (Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 3.1), and the sum is at
    most ``|p_i| |p_j| <= (n_i + n_j) / 2``. Doubled, that is ``g (n_i + n_j)``.
 2. Sums of floats. The norms, the lower and upper bounds and their comparison take fewer than eight roundings, of
    values of at most ``2 (n_i + n_j)``: together at most ``16 u (n_i + n_j)``. (A threshold above that decides nothing.)
-3. Preparation. Each element of p_i is rounded once to float32, after float64 arithmetic: ``|p_i - (z_i - c)| <= e_i =
-   1.01 u |p_i| + 2^-52 |c|``, and ``||p_i - p_j|^2 - |z_i - z_j|^2| <= (e_i + e_j) (2 |p_i - p_j| + e_i + e_j)``.
-   With ``|p_i - p_j|^2 <= 2 (n_i + n_j)`` and ``2 s t <= s^2 + t^2`` for the term in |c| that is at most
-   ``8 u (n_i + n_j) + 2^-77 |c|^2``. The float64 sum that is the truth errs by less than ``u (n_i + n_j)`` itself.
+3. Preparation. A power of two times an element is exact, and c is what its float64 elements are, so each element of
+   p_i is rounded twice, once to float64 and once to float32; for the cosine its product with the factor is rounded,
+   too: ``|p_i - (z_i - c)| <= e_i = 1.01 u |p_i| + 2^-52 b``, and ``||p_i - p_j|^2 - |z_i - z_j|^2| <= (e_i + e_j)
+   (2 |p_i - p_j| + e_i + e_j)``. With ``|p_i - p_j|^2 <= 2 (n_i + n_j)`` and ``2 s t <= s^2 + t^2`` for the term in b
+   that is at most ``8 u (n_i + n_j) + 2^-77 b^2``. The float64 sum that is the truth errs by less than
+   ``u (n_i + n_j)`` itself.
 4. Underflow. ``|p_ik| <= 2^21``, so elements or products that are flushed to 0 change a sum by at most ``2^-105 D``.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,13 +40,39 @@ _UNIT = 2.0**-24
 _FEW_ROWS = 32  # converted at once where no block is at hand: at most 2 MiB
 _SAMPLE = 1024  # rows that the mean is taken from: any centre is correct, a good one makes the window small
 _CENTERED_SHARE = 0.5  # the mean's share of the mean squared length from which on features are centred
+_NARROW = 2.0**-10  # differences below this share of the largest element decide the scale in its place
 
 
-def common_scale(largest: float) -> float:
-    """1, or the power of two that brings ``largest`` into [1, 2) where it lies outside [2^-20, 2^20]."""
-    if largest == 0 or 2.0**-20 <= largest <= 2.0**20:
+def common_scale(parts: Sequence[Tensor], largest: float) -> float:
+    """1, or the power of two by which features are multiplied so that their distances fit into float32.
+
+    It brings the largest element into [1, 2) where that lies outside [2^-20, 2^20]. Where all rows are the same but for
+    less than 2^-10 of the largest element (large constant elements, say), it does that to the largest difference from
+    the first row, as far as the elements stay below 2^1000: such rows are centred before their products are taken.
+
+    Args:
+        parts: features [rows, D], finite.
+        largest: the largest absolute value of them.
+    """
+    if largest == 0:
         return 1.0
-    return 2.0 ** -min(1000, max(-1000, torch.frexp(torch.tensor(largest, dtype=torch.float64)).exponent.item() - 1))
+    spread = _spread(parts, _NARROW * largest)
+    size, most = (largest, 1022) if spread == 0 or spread >= _NARROW * largest else (spread, 1000)
+    if 2.0**-20 <= size <= 2.0**20:
+        return 1.0
+    return 2.0 ** max(-1022, min(1023, 1 - math.frexp(size)[1], most - math.frexp(largest)[1]))
+
+
+def _spread(parts: Sequence[Tensor], enough: float) -> float:
+    """The largest absolute difference between elements of a row and of the first row; or one that is ``enough``."""
+    first = next(part[:1] for part in parts if part.shape[0]).double()
+    largest = 0.0
+    for part in parts:
+        for rows in part.split(_FEW_ROWS):
+            largest = max([largest, *(rows.double() - first).abs().amax(1).tolist()])
+            if largest >= enough:
+                return largest
+    return largest
 
 
 def has_contiguous_rows(x: Tensor) -> bool:
@@ -84,11 +113,13 @@ class Filter:
             if metric == "cosine":
                 self.factors = [self._unit_factors(p, m) for p, m in zip(self.parts, magnitudes, strict=True)]
             else:
-                scale = common_scale(max((float(rows.max()) for rows in magnitudes if rows.numel()), default=0.0))
-                self.unscale = scale**-2
+                largest = max((float(rows.max()) for rows in magnitudes if rows.numel()), default=0.0)
+                scale = common_scale(self.parts, largest)
+                self.unscale = 1 / scale
         if scale != 1:
             self.factors = [torch.full((p.shape[0],), scale, dtype=torch.float64, device=device) for p in self.parts]
         self.center, center_norm = self._find_center()
+        rounded = center_norm if metric == "cosine" else 0.0  # the other factors are powers of two
         self.direct = self.center is None and self.factors[0] is None and self.parts[0].dtype == torch.float32
         self._buffers: dict[int, Tensor] = {}
         gamma = D * _UNIT / (1 - D * _UNIT)
@@ -97,7 +128,7 @@ class Filter:
         self.norms = list(norm.split(sizes))
         for which in range(len(self.parts)):
             self._fill_norms(which)
-        window = norm * ((gamma + 32 * _UNIT) * (1 + 2.0**-20)) + (2.0**-77 * center_norm + 2.0**-104 * D)
+        window = norm * ((gamma + 32 * _UNIT) * (1 + 2.0**-20)) + (2.0**-77 * rounded + 2.0**-104 * D)
         self.windows = list(window.split(sizes))
         self.norm, self.window = norm, window
 
@@ -114,6 +145,7 @@ class Filter:
 
     def _find_center(self) -> tuple[Tensor | None, float]:
         """The centre and its squared length, or None and 0: one look at the device's values."""
+        first: Tensor | None = None  # elements that are the same in all rows get a centre without rounding errors
         total = torch.zeros(self.parts[0].shape[1], dtype=torch.float64, device=self.parts[0].device)
         squares, count = torch.zeros_like(total[0]), 0
         for part, factor in zip(self.parts, self.factors, strict=True):
@@ -123,14 +155,17 @@ class Filter:
                 rows = part[some].double()
                 if factor is not None:
                     rows = rows * factor[some, None]
-                total += rows.sum(0)
+                first = rows[0] if first is None else first
                 squares += rows.square().sum()
+                total += (rows - first).sum(0)
                 count += rows.shape[0]
-        if count == 0:
+        if first is None:
             return None, 0.0
-        mean = total / count
+        mean = first + total / count
         center_norm, length = torch.stack([mean.square().sum(), squares / count]).tolist()
-        return (mean, center_norm) if center_norm > _CENTERED_SHARE * length else (None, 0.0)
+        # Squares leave float64's range only where the rows' differences are tiny beside the rows.
+        centered = center_norm > _CENTERED_SHARE * length or math.isinf(length)
+        return (mean, center_norm) if centered else (None, 0.0)
 
     def _fill_norms(self, which: int) -> None:
         part = self.parts[which]

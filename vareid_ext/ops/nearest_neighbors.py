@@ -244,7 +244,7 @@ def joint_neighbors(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Neighbour lists of both; see :func:`vareid_ext.reference.nearest_neighbors.joint_neighbors`.
 
-    ``scale`` must be what :func:`vareid_ext.ops._filter.common_scale` gives.
+    ``scale`` must be what :func:`vareid_ext.ops._filter.common_scale` gives for the two.
     """
     return reference.joint_neighbors(query, gallery, scale, k, nearest, out)
 

@@ -227,8 +227,8 @@ def matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> tuple[Ten
     return neighbor, row_max
 
 
-def matrix_distance(q_g: Tensor, q_q: Tensor, g_g: Tensor, scale: float, indptr: Tensor, index: Tensor) -> Tensor:
-    """(scale d)^2 of the pairs of a CSR pattern over the matrix of :func:`matrix_neighbors`.
+def matrix_distance(q_g: Tensor, q_q: Tensor, g_g: Tensor, row_max: Tensor, indptr: Tensor, index: Tensor) -> Tensor:
+    """(d / the row's maximum)^2 of the pairs of a CSR pattern over the matrix of :func:`matrix_neighbors`.
 
     Returns:
         float32 [nnz].
@@ -242,4 +242,4 @@ def matrix_distance(q_g: Tensor, q_q: Tensor, g_g: Tensor, scale: float, indptr:
         out[at] = matrix[r, c].to(torch.float64)
     crossed = (rows >= Q) & (columns < Q)
     out[crossed] = q_g[columns[crossed], rows[crossed] - Q].to(torch.float64)
-    return (out * scale).square().to(torch.float32)
+    return (out / row_max[rows]).square().to(torch.float32)
