@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from vareid_ext import _native, k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
 from vareid_ext.ops import k_reciprocal as stages
+from vareid_ext.ops._filter import Filter, row_blocks
 from vareid_ext.retrieval import rerank_plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,6 +160,18 @@ def test_plan():
     assert smaller.peak < wide.peak
     with pytest.raises(ValueError, match=r"max_memory: 1000000 bytes were given, but the least needed is \d+"):
         rerank_plan(3368, 15913, 2048, max_memory=1_000_000)
+
+
+def test_the_list_of_single_row_blocks_is_planned():
+    filtered = Filter([torch.ones(1000, 4), torch.ones(2000, 4)], ["query", "gallery"], "sqeuclidean")
+    tracemalloc.start()
+    blocks = row_blocks(filtered, [0, 1], 1)
+    rest = blocks[1:]  # held while the first row's blocks go by
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rest) == 2999
+    single, larger = (rerank_plan(1000, 2000, 4, block_rows=rows).block for rows in (1, 64))
+    assert peak <= single - larger + 256 * 47  # beside the list for blocks of 64
 
 
 def test_encodings_beyond_the_plan_are_refused():

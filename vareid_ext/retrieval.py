@@ -109,8 +109,8 @@ class RerankPlan:
     candidates: int
     """Candidates of every row, while the products go by, and the rows' norms and bounds."""
     block: int
-    """A block of products, the product's own buffers, and two blocks of features for where they must be converted or
-    centred."""
+    """A block of products, the product's own buffers, two blocks of features for where they must be converted or
+    centred, and the list of the blocks."""
     lists: int
     """The neighbour lists and their distances."""
     again: int
@@ -137,6 +137,7 @@ class RerankPlan:
 
 _PRODUCT_BUFFERS = 4 << 20  # what the vendor's product packs its operands into
 _ENTRY = 16  # bytes of an entry of the expanded encodings and of their inverted index
+_PLACE = 256  # bytes of a block's place in the list of blocks
 _SIDES = (1024, 768, 512, 256, 128, 64)
 
 
@@ -171,8 +172,8 @@ def rerank_plan(
     entries = M * min(M, math.ceil(2 * (k1 + 1) * math.sqrt(k2)))
     sparse = _ENTRY * entries + M * (40 + 24 * threads)
     for side in [block_rows] if block_rows else [side for side in _SIDES if side <= max(64, M)]:
-        rows = min(side, M)
-        block = 4 * rows * (rows + 2 * D) + _PRODUCT_BUFFERS
+        rows = min(max(_nearest.LEAST_ROWS, side), M)
+        block = 4 * rows * (rows + 2 * D) + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
         plan = RerankPlan(side, copies, candidates, block, lists, again, entries, sparse)
         if max_memory is None or plan.peak <= max_memory:
             return plan

@@ -25,6 +25,7 @@ from vareid_ext.reference import nearest_neighbors as reference
 from vareid_ext.reference.pairwise_distance import METRICS, result_dtype
 
 MOST_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
+LEAST_ROWS = 64  # done again at once, where memory allows it
 _EQUAL_CHUNK = 1 << 16  # elements compared at once
 _BITS = {
     torch.float64: torch.int64,
@@ -50,7 +51,8 @@ class _Scan:
     def __init__(
         self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str, block_rows: int
     ) -> None:
-        self.filtered, self.k, self.metric, self.block_rows = filtered, k, METRICS.index(metric), max(64, block_rows)
+        self.filtered, self.k, self.metric = filtered, k, METRICS.index(metric)
+        self.block_rows = max(LEAST_ROWS, block_rows)
         self.left, self.right = filtered.sets(*left), filtered.sets(*right)
         self.left_parts, self.right_parts = list(left), list(right)
         self.left_bounds, self.right_bounds = ([_native.view(b) for b in filtered.bounds(w)] for w in (left, right))
