@@ -112,10 +112,10 @@ def parse(log: str) -> dict[str, dict[str, Usage]]:
 
 def _demangle(names: list[str]) -> list[str]:
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    return [_short(line) for line in text.splitlines()]
+    return [short_name(line) for line in text.splitlines()]
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """``kernel<float, 4>`` from a demangled signature."""
     name = name.replace("(anonymous namespace)::", "").replace("vareid::", "").removeprefix("void ")
     depth = 0

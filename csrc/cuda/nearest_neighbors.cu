@@ -197,12 +197,11 @@ __global__ void nearest_neighbors_scan_rows_kernel(float* __restrict__ block, in
 
 // One warp for each column: tiles of the block are turned over in shared memory.
 template <int kColumns, int kPlaces>
-__global__ void nearest_neighbors_scan_columns_kernel(const float* __restrict__ block, int64_t ld, int64_t rows,
-                                                      int64_t columns, int64_t row_begin, int64_t column_begin,
-                                                      const float* __restrict__ left_norm,
-                                                      const float* __restrict__ left_window,
-                                                      const float* __restrict__ right_norm,
-                                                      const float* __restrict__ right_window, State state) {
+__global__ void __launch_bounds__(kColumns* kWarp)
+    nearest_neighbors_scan_columns_kernel(const float* __restrict__ block, int64_t ld, int64_t rows, int64_t columns,
+                                          int64_t row_begin, int64_t column_begin, const float* __restrict__ left_norm,
+                                          const float* __restrict__ left_window, const float* __restrict__ right_norm,
+                                          const float* __restrict__ right_window, State state) {
   __shared__ float bounds[kColumns][2 * kPlaces];
   __shared__ int32_t places[kColumns][kPlaces];
   __shared__ float tile[kWarp][kColumns + 1];

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import kernel_budget
 from tests.cuda_on_cpu import build
 
 # The runtime's C functions whose result or arguments are not plain ints: result, arguments.
@@ -90,14 +91,7 @@ class Library:
         symbol = next((s for s in self._symbols if s.offset == offset and s.kind in "tTwW"), None)
         if symbol is None:
             return f"kernel@{offset:#x}"
-        name = symbol.name.replace("(anonymous namespace)::", "").replace("vareid::", "")
-        name = name.removeprefix("void ")
-        depth = 0
-        for i, c in enumerate(name):  # cut the parameter list
-            depth += (c == "<") - (c == ">")
-            if c == "(" and depth == 0:
-                return name[:i]
-        return name
+        return kernel_budget.short_name(symbol.name)
 
     def symbolise(self, text: str) -> str:
         """Replaces the code addresses of a defect's text by file and line."""
@@ -179,6 +173,8 @@ class Traffic:
     """What the launches of one kernel moved. Bytes are counted once for each warp request."""
 
     launches: int
+    threads: int  # of a block, the most
+    dynamic_shared: int  # bytes, the most
     bytes_loaded: int
     bytes_stored: int
     distinct_loaded: int

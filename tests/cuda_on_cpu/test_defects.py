@@ -61,6 +61,7 @@ DEFECTS = {
     "mask_without_itself": r"thread \(31,0,0\) .* with a mask \(0x7fffffff\) that leaves itself out",
     "strided_stores": r"unwritten output: element 37 of argument 2",
     "host_pointer": r"out-of-bounds read of 4 bytes at address 0x\w+ .*no device memory lies there",
+    "host_read": r"the host reads argument 1 of host_read_cuda .* \+ 252 bytes .*: that is device memory",
     "wrong_device": r"a DeviceGuard is missing",
     "wrong_stream": r"launch on another stream",
     "too_much_shared": r"50000 bytes of dynamic shared memory",
@@ -75,7 +76,7 @@ SANITIZED = {
 }
 HOST_SIDE = {
     "wrong_device", "wrong_stream", "too_much_shared", "empty_grid", "memset_past_end", "unwritten_output",
-    "strided_stores", "host_pointer",
+    "strided_stores", "host_pointer", "host_read",
 }  # fmt: skip
 READS_ITS_OUTPUT = {"plain_read_beside_atomics", "write_after_other_blocks_read"}
 

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 
+from tests import kernel_budget
 from tests.cuda_on_cpu import build, measure, rows
 from tests.cuda_on_cpu.measure import Measured
 from tests.cuda_on_cpu.representative import REPRESENTATIVE, Shape
@@ -28,6 +29,19 @@ def test_every_kernel_keeps_its_limits(row: str) -> None:
         assert measured.ratio >= 1, f"{kernel}, {shape.name}: less was moved than minima.py says must be: {measured}"
         assert t.coalescing >= limit.coalescing, (kernel, shape.name, t)
         assert t.wavefront_ratio <= limit.wavefronts, (kernel, shape.name, t)
+
+
+@pytest.mark.parametrize("row", rows.row_names())
+def test_every_launch_fits_on_a_multiprocessor(row: str) -> None:
+    """Registers come to a warp in groups of 8 for each lane; no kernel asks for more than 48 KiB of shared memory."""
+    _, budget = kernel_budget.read_budget()
+    for (kernel, _), measured in traffic(row).items():
+        t = measured.traffic
+        for architecture, taken in budget[kernel].items():
+            registers = -(-taken["registers"] // 8) * 8 * -(-t.threads // 32) * 32
+            assert registers <= 65536, f"{kernel} with {t.threads} threads on {architecture}: {registers} registers"
+            shared = taken["shared"] + t.dynamic_shared
+            assert shared <= 48 * 1024, f"{kernel} on {architecture}: {shared} bytes of shared memory"
 
 
 def test_angular_center_moves_the_bytes_of_its_arrays() -> None:

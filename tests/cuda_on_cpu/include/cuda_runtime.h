@@ -20,6 +20,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 // The huge alignment marks shared variables in the symbol table and leaves a gap behind each, which is checked.
 #ifdef CUDA_ON_CPU_ASAN

@@ -341,8 +341,12 @@ __global__ void harmless(const float* __restrict__ x, float* __restrict__ y, int
 }
 void host_pointer_cuda(const float* x, float* y, int n, int device, void* stream) {
   const DeviceGuard guard(device);
-  const float on_the_host[kThreads] = {x[0]};
+  const float on_the_host[kThreads] = {1.0f};
   launch(harmless, dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), on_the_host, y, n);
+}
+void host_read_cuda(const float* x, float* y, int n, int device, void* stream) {
+  const DeviceGuard guard(device);
+  if (x[n - 1] > 0) launch(harmless, dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), x, y, n);
 }
 void wrong_device_cuda(const float* x, float* y, int n, int, void* stream) {
   launch(harmless, dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(stream), x, y, n);
@@ -407,6 +411,7 @@ EXPORT(mask_without_itself_cuda)
 EXPORT(strided_stores_cuda)
 EXPORT(row_overflow_cuda)
 EXPORT(host_pointer_cuda)
+EXPORT(host_read_cuda)
 EXPORT(wrong_device_cuda)
 EXPORT(wrong_stream_cuda)
 EXPORT(too_much_shared_cuda)

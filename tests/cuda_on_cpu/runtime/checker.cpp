@@ -178,9 +178,13 @@ void check(const Access& access, Region* region) {
 
 // Code that the checker itself runs may be instrumented too (inline functions that it shares with a kernel).
 void access(const void* pointer, size_t size, bool write, bool atomic, const void* return_address) {
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (!machine.running && global_region.contains(address) && machine.defect.empty())
+    machine.defect = "the host " + std::string(write ? "writes " : "reads ") + describe(address) + " at " +
+                     place(reinterpret_cast<uintptr_t>(return_address) - reinterpret_cast<uintptr_t>(&__ehdr_start)) +
+                     ": that is device memory";
   if (!machine.running || machine.checking) return;
   machine.checking = true;
-  const auto address = reinterpret_cast<uintptr_t>(pointer);
   Region* const region = global_region.contains(address)    ? &global_region
                          : static_region.contains(address)  ? &static_region
                          : dynamic_region.contains(address) ? &dynamic_region

@@ -26,8 +26,10 @@ const char* cuda_on_cpu_export(int i, const char** signature) {
 const char* cuda_on_cpu_call(int i, const cuda_on_cpu::Value* values, int64_t* result) {
   static std::string text;
   text.clear();
+  cuda_on_cpu::machine.defect.clear();
   try {
     cuda_on_cpu::exports()[static_cast<size_t>(i)].call(values, result);
+    cuda_on_cpu::throw_defect();
   } catch (const cuda_on_cpu::Defect& defect) {
     text = std::string("CUDA-on-CPU defect: ") + defect.what();
   } catch (const std::exception& error) {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_on_cpu/machine.h"
@@ -59,7 +60,6 @@ struct Thread {
   Site site{};                                // where it waits
   uintptr_t calls[kMaxDepth] = {}, path = 0;  // the calls that led there, and their hash
   unsigned depth = 0;
-  bool predicate = false;
   WarpOp op{};
   unsigned mask = 0, source = 0;
   uint64_t value = 0;
@@ -92,6 +92,10 @@ struct Machine {
 };
 extern Machine machine;
 
+// Throws what was noted in machine.defect, if anything.
+inline void throw_defect() {
+  if (!machine.defect.empty()) throw Defect(std::exchange(machine.defect, {}));
+}
 // Ends the running kernel, or the host call, with a defect.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string thread_name(uint32_t thread);

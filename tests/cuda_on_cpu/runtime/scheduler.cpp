@@ -147,7 +147,7 @@ void resume(unsigned t) {
   arrive(fake, false);
   machine.running = false;
   if (machine.defect.empty()) machine.defect = take_sanitizer_report();
-  if (!machine.defect.empty()) throw Defect(std::exchange(machine.defect, {}));
+  throw_defect();
 }
 
 // ---- waiting

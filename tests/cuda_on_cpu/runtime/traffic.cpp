@@ -12,7 +12,8 @@ namespace cuda_on_cpu {
 
 // Read from Python by position.
 struct Traffic {
-  uint64_t launches, bytes_loaded, bytes_stored, distinct_loaded, distinct_stored;
+  uint64_t launches, threads, dynamic_shared;  // of a block, the most
+  uint64_t bytes_loaded, bytes_stored, distinct_loaded, distinct_stored;
   uint64_t requests, sectors, ideal_sectors;
   uint64_t shared_requests, wavefronts, ideal_wavefronts;
 };
@@ -80,7 +81,10 @@ void count_shared(Traffic& sum, const Lane* lanes, size_t n) {
 void traffic_begin_launch() {
   if (!machine.measure) return;
   forget_seen();
-  ++traffic[machine.kernel].launches;
+  Traffic& sum = traffic[machine.kernel];
+  ++sum.launches;
+  sum.threads = std::max<uint64_t>(sum.threads, machine.threads);
+  sum.dynamic_shared = std::max<uint64_t>(sum.dynamic_shared, machine.dynamic_bytes);
 }
 
 void traffic_flush(unsigned first_thread, unsigned threads) {

@@ -13,7 +13,6 @@
   CUDA_ON_CPU_ATOMIC(atomicAdd, T, static_cast<T>(static_cast<unsigned long long>(old) + operand)) \
   CUDA_ON_CPU_ATOMIC(atomicMin, T, old < operand ? old : operand)                                  \
   CUDA_ON_CPU_ATOMIC(atomicMax, T, old > operand ? old : operand)                                  \
-  CUDA_ON_CPU_ATOMIC(atomicAnd, T, old& operand)                                                   \
   CUDA_ON_CPU_ATOMIC(atomicOr, T, old | operand)
 
 CUDA_ON_CPU_INTEGER(int)

@@ -56,19 +56,12 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
   return static_cast<unsigned>(
       cuda_on_cpu::warp_operation(cuda_on_cpu::WarpOp::kVote, mask, predicate != 0, 0, {file, line}));
 }
-inline int __any_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
-  return cuda_on_cpu::warp_operation(cuda_on_cpu::WarpOp::kVote, mask, predicate != 0, 0, {file, line}) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, CUDA_ON_CPU_SITE) {
-  return cuda_on_cpu::warp_operation(cuda_on_cpu::WarpOp::kVote, mask, predicate == 0, 0, {file, line}) == 0;
-}
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T value, CUDA_ON_CPU_SITE) {
   return cuda_on_cpu::match(mask, value, {file, line});
 }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
 inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
@@ -77,12 +70,6 @@ inline double __longlong_as_double(long long x) { return __builtin_bit_cast(doub
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-
-template <typename T>
-T __ldg(const T* address) {
-  return *address;
-}
 
 #define CUDA_ON_CPU_MIN_MAX(T)                     \
   inline T min(T a, T b) { return b < a ? b : a; } \
