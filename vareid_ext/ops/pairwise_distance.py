@@ -87,7 +87,7 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
                     filtered.threads, stream_of(x),
                 )  # fmt: skip
                 if symmetric and other_first == first:  # some vendors' products round (i, j) and (j, i) differently
-                    block.copy_(block.triu() + block.triu(1).T)
+                    block.triu_().add_(block.triu(1).T)
     return out
 
 
