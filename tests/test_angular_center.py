@@ -117,10 +117,11 @@ def test_error_is_that_of_plain_pytorch(backend):
     expected = truth(W, U)
     ours, plain = run(W, U), None
     a, b = W.clone().requires_grad_(), U.clone().requires_grad_()
-    loss = reference.angular_center(a, b)
+    loss = (1 - torch.nn.functional.cosine_similarity(a[:, None], b, dim=2)).sum()
     loss.backward()
     plain = (loss.detach(), a.grad, b.grad)
-    assert abs(ours[0].item() - expected[0]) <= 2 * abs(plain[0].item() - expected[0]) + 1e-6 * expected[0]
+    rounding = 64 * 3 * torch.finfo(torch.float32).eps / 8  # of cosines near 1: a quarter of the worst
+    assert abs(ours[0].item() - expected[0]) <= 2 * abs(plain[0].item() - expected[0]) + rounding
     for got, peer, want in zip(ours[1:], plain[1:], expected[1:], strict=True):
         assert (got - want).abs().max() <= 2 * (peer - want).abs().max()
 

@@ -176,6 +176,18 @@ def test_the_unit_of_the_features_does_not_matter(metric, scale):
 
 
 @pytest.mark.parametrize("rerank", [False, True])
+def test_the_smallest_float32_numbers_are_features(rerank):
+    query, gallery, *labels = people(9, 15, 40)
+    query, gallery = (8 * query).round(), (8 * gallery).round()
+    expected = rank_features(query, gallery, *labels, rerank=rerank)
+    for block_rows in (None, 4):
+        got = rank_features(
+            query * 2.0**-149, gallery * 2.0**-149, *labels, rerank=rerank, block_rows=block_rows
+        )  # fmt: skip
+        assert_equal_results(got, expected, 1e-12)
+
+
+@pytest.mark.parametrize("rerank", [False, True])
 @pytest.mark.parametrize("constant", [3.0, 2.0**100])
 def test_a_large_constant_element_does_not_matter(rerank, constant):
     query, gallery, *labels = people(9, 15, 40)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vareid_ext import (
@@ -276,3 +277,19 @@ def test_meta_tensors_give_shapes_without_values() -> None:
     assert loss.identity_centers.grad is not None
     L_y, L_v = linear_viewpoint_aware_cross_entropy(*(x.to("meta") for x in (F, W, U, Y, VIEW)), reduction="none")
     assert L_y.shape == L_v.shape == (N,)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-8, 1e10])
+def test_func_grad_of_the_regularizer_at_any_scale(scale: float) -> None:
+    w, u = W * scale, U * scale
+    value, expected = regularizer(w, u), value_and_gradients(regularizer, (w, u))[1:]
+    gradients, found = torch.func.grad_and_value(regularizer, argnums=(0, 1))(w, u)
+    torch.testing.assert_close(found, value)
+    for gradient, right in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient * scale, right * scale)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_a_transformed_loss_can_be_traced(mode: str) -> None:
+    traced = make_fx(torch.func.grad(lambda z, y: identity_cross_entropy(z, y)), tracing_mode=mode)(Z, Y)
+    torch.testing.assert_close(traced(Z, Y), value_and_gradients(lambda z: identity_cross_entropy(z, Y), (Z,))[1])

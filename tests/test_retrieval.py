@@ -163,6 +163,8 @@ def test_plan():
 
 
 def test_the_list_of_single_row_blocks_is_planned():
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
     filtered = Filter([torch.ones(1000, 4), torch.ones(2000, 4)], ["query", "gallery"], "sqeuclidean")
     tracemalloc.start()
     blocks = row_blocks(filtered, [0, 1], 1)

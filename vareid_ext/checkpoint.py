@@ -92,7 +92,8 @@ def _in_short(error: Exception) -> str:
     """The first line of an error. Of torch's long one, which advises to run what the file holds, what is wrong."""
     _, unpickling, wrong = str(error).partition("WeightsUnpickler error:")
     if unpickling:
-        return f"it holds more than tensors and plain values ({wrong.strip().partition('. ')[0].splitlines()[0]})"
+        wrong = wrong.strip().partition("\n")[0].partition(". ")[0]
+        return f"it holds more than tensors and plain values ({wrong})"
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

@@ -67,7 +67,8 @@ def nearest_neighbors(x: Any, y: Any = None, *, k: int, metric: str = "sqeuclide
     """The k nearest rows of y for each row of x, exactly.
 
     Neighbours are in the order of their float64 distances (sums of squared differences of the given features), ties by
-    the lower index, whatever the block size and the number of threads. No M x N matrix is held.
+    the lower index, whatever the block size and the number of threads; where squares would leave the range, of the
+    features times a common power of two. No M x N matrix is held.
 
     Args:
         x: features [M, D], float32, float16, bfloat16 or float64; D at most 16,384.

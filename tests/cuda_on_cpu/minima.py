@@ -201,13 +201,14 @@ def _prepare(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
     return {"pairwise_distance_prepare_kernel": rows * least}
 
 
-def _row_wise(kernel: str, written: int) -> Callable[[Sequence[Any], Sequence[Any]], dict[str, int]]:
-    def least(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
-        x = after[0]
-        factor = after[1] if kernel.endswith("norm_kernel") else None
-        return {kernel: x.shape[0] * (x.shape[1] * x.element_size() + written + (8 if factor is not None else 0))}
+def _max_abs(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
+    x, _, rows, D, *_ = after
+    return {"pairwise_distance_max_abs_kernel": rows * (D * x.element_size() + 8)}
 
-    return least
+
+def _norm(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
+    x, factor, _, rows, D, *_ = after
+    return {"pairwise_distance_norm_kernel": rows * (D * x.element_size() + 8 + (8 if factor is not None else 0))}
 
 
 def _pairwise_block(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
@@ -245,8 +246,8 @@ _LEAST: dict[str, Callable[[Sequence[Any], Sequence[Any]], dict[str, int]]] = {
     "nearest_neighbors_scan_cuda": _scan,
     "nearest_neighbors_select_cuda": _select,
     "nearest_neighbors_rescan_cuda": _rescan,
-    "pairwise_distance_max_abs_cuda": _row_wise("pairwise_distance_max_abs_kernel", 8),
-    "pairwise_distance_norm_cuda": _row_wise("pairwise_distance_norm_kernel", 8),
+    "pairwise_distance_max_abs_cuda": _max_abs,
+    "pairwise_distance_norm_cuda": _norm,
     "pairwise_distance_prepare_cuda": _prepare,
     "pairwise_distance_block_cuda": _pairwise_block,
     "pairwise_distance_tiled_cuda": _pairwise_tiled,

@@ -48,10 +48,12 @@ def rerank_options(rerank: bool | Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _scaled(query: Tensor, gallery: Tensor, scale: float, largest: float) -> tuple[Tensor, Tensor]:
-    """Both times ``scale``; in float64 if their largest element would leave their dtype's range."""
+    """Both times ``scale``; in float64 if their largest element or the factor leaves their dtype's range."""
     if scale == 1:
         return query, gallery
-    dtype = query.dtype if largest * scale <= torch.finfo(query.dtype).max else torch.float64
+    info = torch.finfo(query.dtype)
+    fits = info.tiny <= scale <= info.max and largest * scale <= info.max
+    dtype = query.dtype if fits else torch.float64
     return query.to(dtype) * scale, gallery.to(dtype) * scale
 
 

@@ -128,9 +128,15 @@ def _without_wrappers(tensor: Tensor | None) -> Tensor | None:
 def check_transformed_labels(
     identity: Tensor, viewpoint: Tensor | None, identities: int, views: int, mask: Tensor | None
 ) -> None:
-    """:func:`check_label_values` inside a transform of ``torch.func``; labels batched by vmap need only be in range."""
+    """:func:`check_label_values` inside a transform of ``torch.func``; labels batched by vmap need only be in range.
+
+    Tensors without values (a tracer's, fake ones) are not looked at.
+    """
     given = (identity, viewpoint, mask)
     plain = [_without_wrappers(tensor) for tensor in given]
+    traced = torch._C._len_torch_dispatch_stack() > 0
+    if traced or not all(_native.is_plain(tensor) for tensor in plain if tensor is not None):
+        return
     with torch._C._DisableFuncTorch():
         whole_identity, whole_viewpoint, whole_mask = plain
         assert whole_identity is not None
@@ -234,7 +240,8 @@ def raise_label_errors(device: torch.device | str | int | None = None) -> None:
 
     The losses do not wait for the GPU to look at labels: there, a label out of range makes its row's loss and gradient
     NaN, and the error is raised by the next loss call that finds it noted, or here. Call it where the loop waits for
-    the device anyway (when it reads the loss, say). On the CPU bad labels are refused at once.
+    the device anyway (when it reads the loss, say). On the CPU bad labels are refused at once. Inside the transforms of
+    ``torch.func`` nothing looks at labels on a GPU.
 
     Args:
         device: the GPU; None for all that were used. It is waited for.

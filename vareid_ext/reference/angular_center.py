@@ -27,6 +27,17 @@ def _inverse(norm: Tensor) -> Tensor:
     return torch.where(norm == 0, torch.zeros_like(norm), 1 / norm)
 
 
+def _unit(x: Tensor) -> Tensor:
+    """``x / |x|`` over the last dimension, 0 for zero vectors. No derivative is NaN.
+
+    The largest element is brought to 1 first, so that squares stay in range (as a factor it has no part in the
+    derivative). What is a zero vector is what :func:`angular_center_forward` takes for one.
+    """
+    zero = x.detach().norm(dim=-1, keepdim=True) == 0
+    x = torch.where(zero, 0, x / torch.where(zero, 1, x.detach().abs().amax(-1, keepdim=True)))
+    return x * torch.where(zero, 1, x.square().sum(-1, keepdim=True)).rsqrt()
+
+
 def angular_center(W: Tensor, U: Tensor, mask: Tensor | None = None) -> Tensor:
     """L_R (sum form) as differentiable plain PyTorch.
 
@@ -42,10 +53,7 @@ def angular_center(W: Tensor, U: Tensor, mask: Tensor | None = None) -> Tensor:
     W, U = W.to(wide), U.to(wide)
     if mask is not None:  # what does not exist may be NaN, which a product with 0 would keep
         W, U = torch.where(mask.any(1, keepdim=True), W, 0), torch.where(mask[:, :, None], U, 0)
-    pair_norm = W.square().sum(1, keepdim=True) * U.square().sum(2)
-    zero = pair_norm == 0
-    scale = torch.where(zero, torch.ones_like(pair_norm), pair_norm).rsqrt()
-    cosine = torch.where(zero, torch.zeros_like(scale), (U @ W[:, :, None]).squeeze(2) * scale)
+    cosine = (_unit(U) * _unit(W)[:, None]).sum(2)
     return (1 - cosine if mask is None else torch.where(mask, 1 - cosine, 0)).sum()
 
 
