@@ -293,3 +293,8 @@ def test_func_grad_of_the_regularizer_at_any_scale(scale: float) -> None:
 def test_a_transformed_loss_can_be_traced(mode: str) -> None:
     traced = make_fx(torch.func.grad(lambda z, y: identity_cross_entropy(z, y)), tracing_mode=mode)(Z, Y)
     torch.testing.assert_close(traced(Z, Y), value_and_gradients(lambda z: identity_cross_entropy(z, Y), (Z,))[1])
+
+
+def test_the_regularizer_of_tensors_without_values_under_a_transform() -> None:
+    gradient, value = torch.func.grad_and_value(angular_center_regularizer)(W.to("meta"), U.to("meta"))
+    assert (gradient.shape, value.shape) == (W.shape, ())

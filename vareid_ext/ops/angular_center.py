@@ -177,8 +177,7 @@ def angular_center_regularizer(
         check_dtype("mask", mask, torch.bool)
         check_same_device("mask", mask, "identity_centers", identity_centers)
     if transforms_active():
-        with torch.autocast(identity_centers.device.type, enabled=False):
-            total = reference.angular_center(identity_centers, viewpoint_centers, mask)
+        total = reference.angular_center(identity_centers, viewpoint_centers, mask)
     else:
         refuse_forward_mode("angular_center_regularizer", identity_centers, viewpoint_centers)
         total = _forward(identity_centers, viewpoint_centers, mask)[0]

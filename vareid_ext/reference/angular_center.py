@@ -27,15 +27,12 @@ def _inverse(norm: Tensor) -> Tensor:
     return torch.where(norm == 0, torch.zeros_like(norm), 1 / norm)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """``x / |x|`` over the last dimension, 0 for zero vectors. No derivative is NaN.
-
-    The largest element is brought to 1 first, so that squares stay in range (as a factor it has no part in the
-    derivative). What is a zero vector is what :func:`angular_center_forward` takes for one.
-    """
-    zero = x.detach().norm(dim=-1, keepdim=True) == 0
-    x = torch.where(zero, 0, x / torch.where(zero, 1, x.detach().abs().amax(-1, keepdim=True)))
-    return x * torch.where(zero, 1, x.square().sum(-1, keepdim=True)).rsqrt()
+def unit_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x / |x|`` and ``1 / |x|`` over the last dimension; 0 for zero vectors."""
+    norm = x.norm(dim=-1, keepdim=True)
+    zero = norm == 0
+    inverse = torch.where(zero, 0, 1 / torch.where(zero, 1, norm))  # 1 / 0 would have a NaN for gradient
+    return x * inverse, inverse
 
 
 def angular_center(W: Tensor, U: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -53,7 +50,8 @@ def angular_center(W: Tensor, U: Tensor, mask: Tensor | None = None) -> Tensor:
     W, U = W.to(wide), U.to(wide)
     if mask is not None:  # what does not exist may be NaN, which a product with 0 would keep
         W, U = torch.where(mask.any(1, keepdim=True), W, 0), torch.where(mask[:, :, None], U, 0)
-    cosine = (_unit(U) * _unit(W)[:, None]).sum(2)
+    # No matrix product: autocast, TF32 and the matmul precision would round its inputs.
+    cosine = (unit_vectors(U)[0] * unit_vectors(W)[0][:, None]).sum(2)
     return (1 - cosine if mask is None else torch.where(mask, 1 - cosine, 0)).sum()
 
 
@@ -68,7 +66,7 @@ def angular_center_forward(W: Tensor, U: Tensor, mask: Tensor | None) -> tuple[T
     W, U = W.to(wide), U.to(wide)
     exists = torch.ones(U.shape[:2], dtype=torch.bool, device=U.device) if mask is None else mask
     identity_norm, viewpoint_norm = W.norm(dim=1), torch.where(exists, U.norm(dim=2), 0)
-    dot = (U * W[:, None]).sum(2)  # no matrix product: autocast, TF32 and the matmul precision would round its inputs
+    dot = (U * W[:, None]).sum(2)  # no matrix product, as above
     pair_norm = identity_norm[:, None] * viewpoint_norm
     cosine = torch.where(pair_norm == 0, 0, dot / pair_norm)
     loss = torch.where(exists, 1 - cosine.to(torch.float64), 0).sum().to(wide)

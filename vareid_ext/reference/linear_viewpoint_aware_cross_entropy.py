@@ -16,19 +16,10 @@ A zero vector has logits 0 and gradient 0. This module holds all logits at once.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from vareid_ext.reference import viewpoint_aware_cross_entropy as rows
-from vareid_ext.reference.angular_center import accumulator_dtype
-
-
-def unit_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x / |x|`` and ``1 / |x|`` over the last dimension; 0 for zero vectors."""
-    norm = x.norm(dim=-1, keepdim=True)
-    zero = norm == 0
-    inverse = torch.where(zero, 0, 1 / torch.where(zero, 1, norm))  # 1 / 0 would have a NaN for gradient
-    return x * inverse, inverse
+from vareid_ext.reference.angular_center import accumulator_dtype, unit_vectors
 
 
 def linear_logits(feature: Tensor, centers: Tensor, normalize: bool, scale: float) -> Tensor:
