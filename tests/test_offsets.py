@@ -15,7 +15,7 @@ from vareid_ext.metrics import rank_queries
 from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.retrieval import k_reciprocal_rerank, nearest_neighbors, pairwise_distance
 
-HALF = [torch.float16, torch.float32]
+DTYPES = [torch.float16, torch.float32]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def memory_mapped(path, rows):
     return array[:, -columns:]
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_pairwise_distance(dtype, metric):
     x, y = features(257, dtype), features(130, dtype, seed=1, equal=3)
@@ -65,7 +65,7 @@ def test_pairwise_distance(dtype, metric):
     torch.testing.assert_close(pairwise_distance(far_x, metric=metric), pairwise_distance(x, metric=metric), **close)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("equal", [3, 290])  # 290: more near ties than places, so that rows are done again
 def test_nearest_neighbors(dtype, equal):
     x, y = features(65, dtype), features(400, dtype, seed=1, equal=equal)
@@ -122,7 +122,7 @@ def test_ranking(dtype, identities):
     assert_equal(vars(found).values(), vars(expected).values())
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_logits(dtype):
     generator = torch.Generator().manual_seed(0)
     z, s = torch.randn(5, 401, generator=generator).to(dtype), torch.randn(5, 401, 3, generator=generator).to(dtype)
