@@ -24,7 +24,6 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any
 import torch
 
 import vareid_ext
+from vareid_ext.files.atomic import atomic_file
 
 CEILINGS = ("clone", "sum")
 
@@ -60,9 +60,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old text or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-        file.write(text)
-    Path(file.name).replace(path)
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 class Suite:

@@ -27,7 +27,7 @@ LAYERS = (
     ("_version", "_native", "_arrays"),
     ("reference",),
     ("ops",),
-    ("data", "models", "losses", "retrieval", "metrics", "config", "recipes", "feature_files", "checkpoint"),
+    ("data", "models", "losses", "retrieval", "metrics", "config", "recipes", "feature_files", "checkpoint", "files"),
     ("training",),
     ("train", "evaluate", "rerank", "doctor"),
 )

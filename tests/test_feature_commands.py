@@ -180,7 +180,7 @@ def test_rerank_stopped_half_way_leaves_nothing_behind(sides, tmp_path, capsys, 
 
     def half_way(*features, out, **options):
         out[0] = 1
-        assert len(list(tmp_path.glob(".result.*.part.npy"))) == 1
+        assert len(list(tmp_path.glob(".result.npy.*.part"))) == 1
         signal.raise_signal(number)
 
     monkeypatch.setattr("vareid_ext.rerank.k_reciprocal_rerank", half_way)

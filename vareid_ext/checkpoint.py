@@ -2,55 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
+from vareid_ext.files.atomic import atomic_file
+
 FORMAT = 1
 """Raised whenever the entries of a checkpoint change their meaning."""
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write in a ``with`` block; `path` holds the old content or all of the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk says no more than that
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_unfinished(path: Path) -> None:
-    """Remove what :func:`atomic_file` left beside `path` in processes that were killed; those that run keep theirs."""
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        number = temporary.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        if number.isascii() and number.isdigit() and not _runs(int(number)):
-            temporary.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    """Whether another process of this number runs on this machine."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return process not in (0, os.getpid())
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vareid_ext.feature_files import FeatureFileError, FeatureSet, check_writable, read_features, replacing
+from vareid_ext.feature_files import FeatureFileError, FeatureSet, read_features
+from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.metrics import (
     RankingMetrics,
     evaluate_cross_viewpoint,
@@ -169,8 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = _evaluate(options)
         print(_table(results))
         if output is not None:
-            with replacing(output) as part:
-                part.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            with atomic_file(output) as file:
+                file.write((json.dumps(results, indent=2) + "\n").encode())
     except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -1,16 +1,11 @@
-"""Features and labels in files: .npy, .npz, .pt (weights_only) and .mat, memory-mapped where the format can be.
-
-Also how result files are written: beside the target, which they replace only when they are complete.
-"""
+"""Features and labels in files: .npy, .npz, .pt (weights_only) and .mat, memory-mapped where the format can be."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
-import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -246,38 +241,3 @@ def read_features(
 def _is_foreign(value: Any) -> bool:
     """Whether PyTorch has no such numbers (text, dates, records)."""
     return isinstance(value, np.ndarray) and value.dtype.kind not in "biuf"
-
-
-def check_writable(path: str | os.PathLike[str], suffixes: tuple[str, ...], inputs: Iterable[str] = ()) -> Path:
-    """The path as a Path, or a FeatureFileError if no such result can be written there, or it is one of ``inputs``."""
-    path = Path(path)
-    if path.suffix.lower() not in suffixes:
-        raise FeatureFileError(f"{path}: suffix {path.suffix!r} was given; allowed are {', '.join(suffixes)}")
-    if path.is_dir():
-        raise FeatureFileError(f"{path}: is a folder; a file is needed")
-    for name in inputs:
-        if path.exists() and Path(name).exists() and path.samefile(name):
-            raise FeatureFileError(f"{path}: is one of the input files, which the result would replace")
-    if not path.parent.is_dir():
-        raise FeatureFileError(f"{path}: the folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK):
-        raise FeatureFileError(f"{path}: the folder {path.parent} cannot be written to")
-    return path
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes ``path``'s place if the block ends well and vanishes if not."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=f".part{path.suffix}", dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        part.chmod(0o666 & ~mask)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -10,11 +10,12 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
-from vareid_ext.feature_files import check_writable, read_features, replacing
+from vareid_ext.feature_files import read_features
+from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.retrieval import k_reciprocal_rerank
 
 _DESCRIPTION = """\
@@ -78,37 +79,31 @@ def _run(options: argparse.Namespace) -> str:
     }  # fmt: skip
     if options.topk is not None:
         distance, index = k_reciprocal_rerank(query, gallery, topk=options.topk, **keywords)
-        with replacing(output) as part:
-            _write_best(part, distance.numpy(), index.numpy())
+        with atomic_file(output) as file:
+            _write_best(file, output.suffix.lower(), distance.numpy(), index.numpy())
         return f"{output}: the {options.topk} best of {len(gallery)} for each of {len(query)} queries"
     needed = 4 * len(query) * len(gallery)
-    free = shutil.disk_usage(output.parent).free
-    if needed > free:
-        raise ValueError(f"{output}: needs {needed} bytes, but {free} are free; --topk K keeps the best K only")
-    with replacing(output) as part:
+    with atomic_file(output) as file:
+        free = shutil.disk_usage(file.name).free
+        if needed > free:
+            raise ValueError(f"{output}: needs {needed} bytes, but {free} are free; --topk K keeps the best K only")
         shape = (max(1, len(query)), max(1, len(gallery)))  # a map cannot be empty; an empty side is refused below
-        result = np.lib.format.open_memmap(part, "w+", dtype=np.float32, shape=shape)
-        _reserve(part)
+        result = np.lib.format.open_memmap(file.name, "w+", dtype=np.float32, shape=shape)
+        # A full disk would kill a process that writes through a memory map.
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         k_reciprocal_rerank(query, gallery, out=result, **keywords)
         result.flush()
         del result
     return f"{output}: distances [{len(query)}, {len(gallery)}]"
 
 
-def _reserve(path: Path) -> None:
-    """Takes the disk space of a file that is written through a memory map, where a full disk would kill the process."""
-    with path.open("rb+") as file:
-        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-
-
-def _write_best(path: Path, distance: np.ndarray, index: np.ndarray) -> None:
-    with path.open("wb") as file:
-        if path.suffix.lower() == ".npz":
-            np.savez(file, index=index, distance=distance)
-            return
-        records = np.empty(index.shape, dtype=[("index", np.int64), ("distance", np.float32)])
-        records["index"], records["distance"] = index, distance
-        np.save(file, records)
+def _write_best(file: BinaryIO, suffix: str, distance: np.ndarray, index: np.ndarray) -> None:
+    if suffix == ".npz":
+        np.savez(file, index=index, distance=distance)
+        return
+    records = np.empty(index.shape, dtype=[("index", np.int64), ("distance", np.float32)])
+    records["index"], records["distance"] = index, distance
+    np.save(file, records)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vareid_ext.data.types import ImageList, ReidData
+from vareid_ext.files.atomic import naming
 
 
 def write_manifest(data: ReidData, folder: str | os.PathLike[str], *, progress: bool = False) -> Path:
@@ -36,6 +37,7 @@ def write_manifest(data: ReidData, folder: str | os.PathLike[str], *, progress: 
         splits: dict[str, ImageList] = {"train": data.train, "query": data.query, "gallery": data.gallery}
         total = sum(len(images) for images in splits.values())
         with (
+            naming(folder),
             (unfinished / "manifest.csv").open("w", newline="", encoding="utf-8") as file,
             tqdm(total=total, desc="writing images", unit="image", disable=not progress, leave=False) as bar,
         ):

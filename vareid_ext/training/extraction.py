@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
-from vareid_ext.checkpoint import atomic_file
 from vareid_ext.data import VIEWPOINTS, ImageList, ReidDataset, collate
+from vareid_ext.files.atomic import atomic_file
 from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_queries
 from vareid_ext.models import ReidModel
 from vareid_ext.retrieval import k_reciprocal_rerank, pairwise_distance

@@ -17,8 +17,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
 from PIL import Image
 
-from vareid_ext.checkpoint import atomic_file
 from vareid_ext.data import VIEWPOINTS, ImageList
+from vareid_ext.files.atomic import atomic_file
 
 _INK, _GREY, _GRID = "#22262b", "#7a828c", "#e4e7eb"
 _RIGHT, _WRONG = "#2a9d55", "#d1393d"

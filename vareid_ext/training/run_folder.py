@@ -21,7 +21,7 @@ import torchvision
 
 import vareid_ext
 from vareid_ext import _native
-from vareid_ext.checkpoint import atomic_file, remove_unfinished
+from vareid_ext.files.atomic import atomic_file, naming, remove_unfinished
 
 
 class RunFolder:
@@ -104,7 +104,7 @@ class RunFolder:
 
     def append_log(self, entry: Mapping[str, Any]) -> None:
         """Add a line to log.jsonl."""
-        with open(self.log, "a", encoding="utf-8") as file:
+        with naming(self.log), open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def read_log(self) -> list[dict[str, Any]]:
@@ -188,6 +188,7 @@ class TensorBoard:
 
     def __init__(self, path: Path | None, *, after: int) -> None:
         self._writer: Any = None
+        self._path = path or ""
         if path is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -196,10 +197,12 @@ class TensorBoard:
     def add(self, group: str, values: Mapping[str, float], step: int) -> None:
         """Add the values of a step under the group's name."""
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+            with naming(self._path):
+                for name, value in values.items():
+                    self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def close(self) -> None:
         """Write what is left."""
         if self._writer is not None:
-            self._writer.close()
+            with naming(self._path):
+                self._writer.close()

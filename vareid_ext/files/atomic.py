@@ -1,0 +1,124 @@
+"""Files that appear when they are complete: written beside their target, whose place they take at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import re
+import secrets
+import stat
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file to write in a ``with`` block; `path` holds the old content or all of the new.
+
+    The file may also be written by its ``name``, as a memory map is. Where `path` is a symbolic link, the file that it
+    points to is replaced. What killed writers of `path` have left is removed first.
+
+    Raises:
+        OSError: the file cannot be written; the error names `path`. Also where the block raises another error because
+            of that, as ``torch.save`` does on a full disk.
+    """
+    target = Path(os.path.realpath(path))
+    remove_unfinished(target)
+    with naming(path):
+        raw = _locked_file(target)
+        try:
+            with io.BufferedWriter(raw) as file:
+                yield file
+                file.flush()
+                os.fsync(raw.fileno())
+                os.replace(raw.name, target)  # before the file is closed, and with that unlocked
+        except Exception:
+            if raw.failure is None:
+                raise
+            raise raw.failure from None
+        finally:
+            Path(raw.name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A block that writes `path`: its errors name `path` where they name no file (a full disk) or an unfinished one."""
+    target = Path(os.path.realpath(path))
+    try:
+        yield
+    except OSError as error:
+        unfinished = str(error.filename).startswith(str(target.with_name(_prefix(target))))
+        if error.errno is not None and (error.filename is None or unfinished):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+
+
+def check_writable(path: str | os.PathLike[str], suffixes: tuple[str, ...], inputs: Iterable[str] = ()) -> Path:
+    """The path as a Path, or a ValueError if no such result can be written there, or it is one of `inputs`."""
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"{path}: suffix {path.suffix!r} was given; allowed are {', '.join(suffixes)}")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: is a {'folder' if path.is_dir() else 'device or pipe'}; a file is needed")
+    for name in inputs:
+        if path.exists() and Path(name).exists() and path.samefile(name):
+            raise ValueError(f"{path}: is one of the input files, which the result would replace")
+    folder = Path(os.path.realpath(path)).parent
+    if not folder.is_dir():
+        raise ValueError(f"{path}: the folder {folder} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path}: the folder {folder} cannot be written to")
+    return path
+
+
+def remove_unfinished(path: str | os.PathLike[str]) -> None:
+    """Remove what :func:`atomic_file` left of `path` in processes of this machine that were killed.
+
+    A writer keeps its file locked, and the system unlocks it when the process ends, however it ends.
+    """
+    target = Path(os.path.realpath(path))
+    names = re.compile(re.escape(_prefix(target)) + r"[0-9a-f]{8}\.part")
+    with contextlib.suppress(OSError):  # the folder cannot be read
+        for name in filter(names.fullmatch, os.listdir(target.parent)):
+            with contextlib.suppress(OSError):  # it is locked, another user's, or gone
+                _remove_unlocked(target.with_name(name))
+
+
+def _remove_unlocked(path: Path) -> None:
+    if stat.S_ISREG(path.lstat().st_mode):
+        with path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _prefix(target: Path) -> str:
+    """What the names of unfinished files begin with. Machines that share a folder need not share its locks."""
+    return f".{target.name}.{zlib.crc32(os.uname().nodename.encode()):08x}."
+
+
+class _File(io.FileIO):
+    """A file that remembers why it could not be written."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def _locked_file(target: Path) -> _File:
+    """A new file beside `target`."""
+    while True:
+        file = _File(str(target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}.part")), "xb")
+        with contextlib.suppress(OSError):  # without locks nothing is ever taken for left behind
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:  # else it was taken for that before it was locked
+            return file
+        file.close()
