@@ -253,7 +253,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, full_disk, write)
     with pytest.raises(OSError, match="File too large") as caught:
         write(path)
     assert caught.value.errno == errno.EFBIG
-    assert caught.value.filename == str(path)
+    assert str(caught.value).endswith(f": '{path}'")
     assert names(tmp_path) == (["result"] if write is write_log else [])
 
 
@@ -263,7 +263,7 @@ def test_other_errors_name_the_file_too(tmp_path, name):
     with pytest.raises(OSError, match=name) as caught, atomic_file(tmp_path / name) as file:
         file.write(b"new")
     assert caught.value.filename == str(tmp_path / name)
-    assert caught.value.filename2 is None
+    assert str(caught.value).endswith(f": '{tmp_path / name}'")
     assert names(tmp_path) == ["folder"]
 
 

@@ -53,7 +53,7 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         unfinished = str(error.filename).startswith(str(target.with_name(_prefix(target))))
         if error.errno is not None and (error.filename is None or unfinished):
-            error.filename, error.filename2 = os.fspath(path), None
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
 
 
