@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from vareid_ext import _native
+from vareid_ext._program import run_program
 from vareid_ext._version import __version__
 
 REQUIRED = ("numpy", "torch", "torchvision", "timm", "PIL", "matplotlib", "tqdm", "tensorboard", "jsonargparse")
@@ -104,4 +105,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vareid_ext._program import run_program
 from vareid_ext.feature_files import FeatureFileError, FeatureSet, read_features
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.metrics import (
@@ -168,7 +169,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         output = None if options.output is None else check_writable(options.output, (".json",))
         results = _evaluate(options)
-        print(_table(results))
         if output is not None:
             with atomic_file(output) as file:
                 file.write((json.dumps(results, indent=2) + "\n").encode())
@@ -178,8 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
+    print(_table(results))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from vareid_ext._program import run_program
 from vareid_ext.feature_files import read_features
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.retrieval import k_reciprocal_rerank
@@ -125,15 +126,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         with _terminable():
-            print(_run(options))
+            done = _run(options)
     except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; {options.output} is as it was", file=sys.stderr)
         return 130
+    print(done)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vareid_ext import data as datasets
+from vareid_ext._program import run_program
 from vareid_ext.checkpoint import save_checkpoint
 from vareid_ext.config import Config
 from vareid_ext.data import Batch, PKSampler, ReidData, ReidDataset
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     request = parse_or_exit(arguments)
     try:
         run(request)
+    except BrokenPipeError:  # the reader of the output has gone: run_program
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -441,4 +444,4 @@ def save_batch(folder: RunFolder, data: ReidData, batch: Batch, step: int, value
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program(main)

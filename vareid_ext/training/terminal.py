@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 
 from tqdm import tqdm
 
+from vareid_ext.files.atomic import naming
+
 _SHORT = {"identity": "y", "viewpoint": "v", "regularizer": "R", "triplet": "tri", "stripes": "str"}
 _SMOOTHING = 0.9
 # A terminal is redrawn several times a second, a log file gets a line now and then.
@@ -18,12 +20,15 @@ _INTERVAL, _INTERVAL_OF_FILE = 0.2, 20.0
 def tell(message: str = "") -> None:
     """Print a line to standard output without disturbing a progress bar; a letter it lacks becomes a question mark."""
     encoding = sys.stdout.encoding or "utf-8"
-    tqdm.write(message.encode(encoding, "replace").decode(encoding), file=sys.stdout)
-    sys.stdout.flush()
+    with naming("standard output"):
+        tqdm.write(message.encode(encoding, "replace").decode(encoding), file=sys.stdout)
+        sys.stdout.flush()
 
 
 class TrainingBar:
     """The progress bar of a training run: loss parts, learning rate, images per second, time left.
+
+    Where nobody reads it any more it is not shown, and the run goes on until it has saved and tells something.
 
     Args:
         total: steps of the run.
@@ -62,7 +67,8 @@ class TrainingBar:
         terms = " ".join(f"{_SHORT[name]} {value:.2f}" for name, value in self._parts.items() if name in _SHORT)
         text = f"loss {self._parts['total']:.2f} ({terms}), lr {rate:.1e}, {self.images_per_second:.0f} images/s"
         self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update()
+        with contextlib.suppress(BrokenPipeError):
+            self._bar.update()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -74,4 +80,5 @@ class TrainingBar:
 
     def close(self) -> None:
         """Take the bar off the terminal."""
-        self._bar.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._bar.close()
