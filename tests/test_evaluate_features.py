@@ -252,6 +252,55 @@ def test_single_viewpoint_draws_one_query_of_each_identity():
     assert evaluate_single_viewpoint(feature, identity, viewpoint, repeats=4, seed=4)[1].mean() != got[1].mean()
 
 
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_viewpoint_protocols_return_the_callers_kind(kind):
+    feature, identity, viewpoint, camera = views(5)
+    feature = feature.numpy() if kind is np.ndarray else feature
+    cross = evaluate_cross_viewpoint(feature, identity, viewpoint, camera)
+    single = evaluate_single_viewpoint(feature, identity, viewpoint, repeats=2)
+    assert {type(metrics.cmc) for metrics in cross.values()} == {kind}
+    assert {type(run.cmc) for draws in single.values() for run in draws.runs} == {kind}
+
+
+def rows(printed):
+    """The rows of a printed table, by name, as {column: number}; the name may be missing."""
+    header, rule, *lines = printed.splitlines()
+    assert len(header) <= 100
+    assert set(rule) == {"\u2500", " "}
+    columns = header.split()[1:]
+    cells = [line.replace(" ± ", "±").replace(" of ", "/").split() for line in lines]
+    assert {len(line) - len(columns) for line in cells} <= {0, 1}
+    return {
+        row[0] if len(row) > len(columns) else "": dict(zip(columns, row[-len(columns) :], strict=True))
+        for row in cells
+    }
+
+
+def test_results_print_as_a_short_table():
+    feature, identity, viewpoint, camera = views(5)
+    cross = evaluate_cross_viewpoint(feature, identity, viewpoint, camera, max_rank=7)
+    table = rows(str(cross))
+    assert list(table) == ["front", "side", "back"]
+    assert list(table["side"]) == ["queries", "mAP", "mINP", "rank1", "rank5"]
+    for metrics, row in zip(cross.values(), table.values(), strict=True):
+        assert rows(str(metrics)) == {"": row}
+        for name, value in metrics.as_dict().items():
+            assert float(row[name]) == pytest.approx(100 * value, abs=0.005 + 1e-9)
+    single = evaluate_single_viewpoint(feature, identity, np.where(viewpoint == 2, 5, viewpoint), repeats=3)
+    table = rows(str(single))
+    assert list(table) == ["front", "side", "5"]
+    for draws, row in zip(single.values(), table.values(), strict=True):
+        assert rows(str(draws)) == {"": row}
+        assert row["draws"] == "3"
+        for name, value in draws.mean().items():
+            mean, std = map(float, row[name].split("±"))
+            assert mean == pytest.approx(100 * value, abs=0.005 + 1e-9)
+            assert std == pytest.approx(100 * draws.std()[name], abs=0.005 + 1e-9)
+    query, gallery, query_identity, *others = people(0, 23, 60)
+    query_identity[:4] = 99
+    assert rows(str(evaluate_features(query, gallery, query_identity, *others)))[""]["queries"] == "19/23"
+
+
 def test_viewpoint_protocols_refuse_what_they_cannot_do():
     feature, identity, viewpoint, camera = views(7)
     with pytest.raises(ValueError, match="viewpoint: length 3"):
@@ -262,8 +311,9 @@ def test_viewpoint_protocols_refuse_what_they_cannot_do():
         evaluate_single_viewpoint(feature, identity, np.full(240, -1))
     with pytest.raises(ValueError, match="only 2 occurs"):
         evaluate_cross_viewpoint(feature, identity, np.full(240, 2))
-    with pytest.raises(ValueError, match="repeats: 0"):
-        evaluate_single_viewpoint(feature, identity, viewpoint, repeats=0)
+    for name, value in (("repeats", 0), ("repeats", 2**40), ("seed", -1), ("seed", 2**70)):
+        with pytest.raises(ValueError, match=f"{name}: {value}"):
+            evaluate_single_viewpoint(feature, identity, viewpoint, **{name: value})
     with pytest.raises(ValueError, match="no gallery is left"):
         evaluate_single_viewpoint(feature, np.arange(240), np.zeros(240, dtype=int))
     with pytest.raises(TypeError, match="viewpoint: dtype"):

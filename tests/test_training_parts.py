@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from vareid_ext._text import table
 from vareid_ext.checkpoint import (
     load_checkpoint,
     random_state,
@@ -23,7 +24,6 @@ from vareid_ext.data import ImageList, SyntheticSettings, build_transform, synth
 from vareid_ext.models import ReidModel
 from vareid_ext.training import extraction, report, run_folder
 from vareid_ext.training.figures import choose_queries
-from vareid_ext.training.report import table
 from vareid_ext.training.run_folder import RunFolder
 from vareid_ext.training.signals import RunInterruptedError, Signals
 from vareid_ext.training.terminal import tell

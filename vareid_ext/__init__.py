@@ -4,6 +4,7 @@ from vareid_ext._native import backends, reference_backend
 from vareid_ext._version import __version__
 from vareid_ext.losses import LossParts, ViewpointAwareLoss
 from vareid_ext.metrics import (
+    ByViewpoint,
     QueryRanking,
     RankingMetrics,
     RepeatedMetrics,
@@ -25,6 +26,7 @@ from vareid_ext.ops.viewpoint_aware_cross_entropy import (
 from vareid_ext.retrieval import k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
 
 __all__ = [
+    "ByViewpoint",
     "LossParts",
     "QueryRanking",
     "RankingMetrics",

@@ -1,4 +1,8 @@
-"""NumPy, PyTorch, CuPy or anything else that speaks DLPack: in as a tensor that shares the memory, out as it came."""
+"""NumPy, PyTorch, CuPy or anything else that speaks DLPack: in as a tensor that shares the memory, out as it came.
+
+The arguments of one call may be of several kinds, as long as they are on one device; its result is of the kind of the
+first.
+"""
 
 from __future__ import annotations
 
@@ -53,15 +57,15 @@ def returner(value: Any) -> Callable[[torch.Tensor], Any]:
     """The function that turns a result into the kind of array that ``value`` is.
 
     An object that came through DLPack gets its own library's array back: that library's ``from_dlpack`` is called. A
-    kind without one gets a tensor.
+    kind without one gets a tensor. Only a tensor keeps the gradient's history.
     """
     if isinstance(value, torch.Tensor):
         return lambda tensor: tensor
     if isinstance(value, np.ndarray):
-        return lambda tensor: tensor.cpu().numpy()
+        return lambda tensor: tensor.detach().cpu().numpy()
     if hasattr(value, "__array_namespace__"):
         namespace: Any = value.__array_namespace__()
     else:
         namespace = sys.modules.get(type(value).__module__.partition(".")[0])
     from_dlpack = getattr(namespace, "from_dlpack", None)
-    return from_dlpack if callable(from_dlpack) else lambda tensor: tensor
+    return (lambda tensor: from_dlpack(tensor.detach())) if callable(from_dlpack) else lambda tensor: tensor

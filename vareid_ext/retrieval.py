@@ -1,7 +1,7 @@
 """Distances, nearest neighbours and k-reciprocal re-ranking: pure functions of features or of distance matrices.
 
-Every function takes NumPy arrays, PyTorch tensors, CuPy arrays or anything else that speaks DLPack, and returns the
-kind it was given.
+Every function takes NumPy arrays, PyTorch tensors, CuPy arrays or anything else that speaks DLPack, also of several
+kinds on one device, and returns the kind of its first argument.
 """
 
 from __future__ import annotations

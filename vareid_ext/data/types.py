@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from PIL import Image, ImageOps
 
-VIEWPOINTS = ("front", "side", "back")
-"""The viewpoint classes in label order: front 0, side 1, back 2."""
+from vareid_ext._text import VIEWPOINTS
 
 UNKNOWN = -1
 """Label of a viewpoint or camera that is not known."""

@@ -2,9 +2,15 @@
 
 from vareid_ext.metrics.features import evaluate_features, rank_features
 from vareid_ext.metrics.ranking import QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
-from vareid_ext.metrics.viewpoints import RepeatedMetrics, evaluate_cross_viewpoint, evaluate_single_viewpoint
+from vareid_ext.metrics.viewpoints import (
+    ByViewpoint,
+    RepeatedMetrics,
+    evaluate_cross_viewpoint,
+    evaluate_single_viewpoint,
+)
 
 __all__ = [
+    "ByViewpoint",
     "QueryRanking",
     "RankingMetrics",
     "RepeatedMetrics",

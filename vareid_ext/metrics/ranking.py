@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _arrays
+from vareid_ext._text import table
 from vareid_ext.ops._checks import check_count
 from vareid_ext.ops.ranking import ranking_forward
 
@@ -20,7 +21,7 @@ _BLOCK_ELEMENTS = 1 << 23  # distances asked of a function at a time, unless blo
 
 @dataclass(frozen=True)
 class RankingMetrics:
-    """Results over a set of queries, all as fractions in [0, 1].
+    """Results over a set of queries, all as fractions in [0, 1]. ``print`` shows them as a table, in percent.
 
     Attributes:
         cmc: ``[max_rank]`` float64; ``cmc[r - 1]`` is the share of the counted queries with a match among the nearest
@@ -61,6 +62,21 @@ class RankingMetrics:
         """``{"mAP", "mINP", "rank1", "rank5", "rank10"}``, the ranks as far as ``max_rank`` goes."""
         ranks = {f"rank{r}": self._rank(r) for r in (1, 5, 10) if r <= len(self.cmc)}
         return {"mAP": self.mAP, "mINP": self.mINP, **ranks}
+
+    def cells(self) -> dict[str, str]:
+        """The columns of a table by name: the counted queries, and :meth:`as_dict` in percent."""
+        counted = str(self.num_valid_queries)
+        queries = counted if self.num_valid_queries == self.num_queries else f"{counted} of {self.num_queries}"
+        return {"queries": queries, **{name: f"{100 * value:.2f}" for name, value in self.as_dict().items()}}
+
+    def __str__(self) -> str:
+        return results_table({"": self})
+
+
+def results_table(rows: Mapping[str, Any]) -> str:
+    """Results by name, all of one class with ``cells``, as a table."""
+    cells = {name: row.cells() for name, row in rows.items()}
+    return table(("%", *next(iter(cells.values()))), [(name, *row.values()) for name, row in cells.items()])
 
 
 @dataclass(frozen=True)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vareid_ext import _arrays
+from vareid_ext._text import viewpoint_name
 from vareid_ext.metrics.features import evaluate_features
-from vareid_ext.metrics.ranking import RankingMetrics, label_vector
+from vareid_ext.metrics.ranking import RankingMetrics, label_vector, results_table
+from vareid_ext.ops._checks import check_count
+
+_MAX_REPEATS = 10_000
 
 
 @dataclass(frozen=True)
 class RepeatedMetrics:
-    """The results of several random draws.
+    """The results of several random draws. ``print`` shows their mean and spread as a table, in percent.
 
     Attributes:
         runs: one :class:`RankingMetrics` for each draw.
@@ -38,6 +42,30 @@ class RepeatedMetrics:
         """The standard deviation of each (of the draws made: divided by their number)."""
         return self._over_runs(statistics.pstdev)
 
+    def cells(self) -> dict[str, str]:
+        """The columns of a table by name: the number of draws, and mean ± standard deviation in percent."""
+        std = self.std()
+        return {
+            "draws": str(len(self.runs)),
+            **{name: f"{100 * value:.2f} ± {100 * std[name]:.2f}" for name, value in self.mean().items()},
+        }
+
+    def __str__(self) -> str:
+        return results_table({"": self})
+
+
+_Result = TypeVar("_Result")
+
+
+class ByViewpoint(dict[int, _Result]):
+    """Results by the numbers that the viewpoints were given as, in order; ``print`` shows a table, in percent.
+
+    There, and in what ``python -m vareid_ext.evaluate`` writes, 0, 1 and 2 are called front, side and back.
+    """
+
+    def __str__(self) -> str:
+        return results_table({viewpoint_name(view): result for view, result in self.items()})
+
 
 @dataclass(frozen=True)
 class _Images:
@@ -45,12 +73,14 @@ class _Images:
     identity: Tensor
     viewpoint: Tensor
     camera: Tensor | None
+    back: Callable[[Tensor], Any]
 
     def evaluate(self, query: Tensor, gallery: Tensor, **options: Any) -> RankingMetrics:
         cameras = (None, None) if self.camera is None else (self.camera[query], self.camera[gallery])
         device = self.feature.device
         features = self.feature[query.to(device)], self.feature[gallery.to(device)]
-        return evaluate_features(*features, self.identity[query], self.identity[gallery], *cameras, **options)
+        metrics = evaluate_features(*features, self.identity[query], self.identity[gallery], *cameras, **options)
+        return replace(metrics, cmc=self.back(metrics.cmc))
 
 
 def _images(feature: Any, identity: Any, viewpoint: Any, camera: Any, junk_identity: int | None) -> _Images:
@@ -70,7 +100,8 @@ def _images(feature: Any, identity: Any, viewpoint: Any, camera: Any, junk_ident
     if not bool(taking_part.any()):
         raise ValueError("viewpoint: no image has a known viewpoint (>= 0)")
     identities = vectors["identity"]
-    return _Images(tensor, identities, torch.where(taking_part, vectors["viewpoint"], -1), vectors["camera"])
+    viewpoints = torch.where(taking_part, vectors["viewpoint"], -1)
+    return _Images(tensor, identities, viewpoints, vectors["camera"], _arrays.returner(feature))
 
 
 def evaluate_single_viewpoint(
@@ -85,7 +116,7 @@ def evaluate_single_viewpoint(
     rerank: bool | Mapping[str, Any] = False,
     max_rank: int = 50,
     junk_identity: int | None = -1,
-) -> dict[int, RepeatedMetrics]:
+) -> ByViewpoint[RepeatedMetrics]:
     """Retrieval among the images of one viewpoint.
 
     For every viewpoint v, on the images D_v that have it: one random image of each identity is a query, the rest is
@@ -96,27 +127,29 @@ def evaluate_single_viewpoint(
         identity: ``[N]`` whole numbers.
         viewpoint: ``[N]`` whole numbers >= 0; images of unknown viewpoint (-1) take no part.
         camera: ``[N]`` whole numbers or None; gallery images by the query's camera are left out, as always.
-        repeats: random draws, >= 1.
-        seed: of the draws; the same seed draws the same queries everywhere.
+        repeats: random draws, 1 to 10,000.
+        seed: of the draws, 0 to 2^63 - 1; the same seed draws the same queries everywhere.
         metric: as in :func:`evaluate_features`.
         rerank: as in :func:`evaluate_features`.
         max_rank: as in :func:`evaluate_features`.
         junk_identity: images of this identity take no part; None for none.
 
     Returns:
-        For each viewpoint that occurs, in order, its :class:`RepeatedMetrics`.
+        For each viewpoint that occurs, by its number and in order, its :class:`RepeatedMetrics`, with curves in
+        feature's kind of array.
 
     Raises:
-        ValueError: as :func:`evaluate_features`; ``repeats`` below 1; a viewpoint in which no query has a match.
+        ValueError: as :func:`evaluate_features`; ``repeats`` or ``seed`` out of range; a viewpoint in which no
+            query has a match.
 
     Source: the supplement of Zhu et al., "Viewpoint-Aware Loss with Angular Regularization for Person
     Re-Identification", AAAI 2020.
     """
-    if isinstance(repeats, bool) or not isinstance(repeats, int | np.integer) or repeats < 1:
-        raise ValueError(f"repeats: {repeats!r} was given; allowed are whole numbers >= 1")
+    repeats = check_count("repeats", repeats, 1, _MAX_REPEATS)
+    seed = check_count("seed", seed, 0, 2**63 - 1)
     images = _images(feature, identity, viewpoint, camera, junk_identity)
     generator = np.random.default_rng(seed)
-    results = {}
+    results: ByViewpoint[RepeatedMetrics] = ByViewpoint()
     for view in images.viewpoint[images.viewpoint >= 0].unique().tolist():
         members = torch.nonzero(images.viewpoint == view)[:, 0].numpy()
         runs = []
@@ -143,7 +176,7 @@ def evaluate_cross_viewpoint(
     rerank: bool | Mapping[str, Any] = False,
     max_rank: int = 50,
     junk_identity: int | None = -1,
-) -> dict[int, RankingMetrics]:
+) -> ByViewpoint[RankingMetrics]:
     """Retrieval from one viewpoint in the others: for every viewpoint, its images are queries, the rest is the gallery.
 
     Args:
@@ -157,7 +190,8 @@ def evaluate_cross_viewpoint(
         junk_identity: images of this identity take no part; None for none.
 
     Returns:
-        For each viewpoint that occurs, in order, its :class:`RankingMetrics`.
+        For each viewpoint that occurs, by its number and in order, its :class:`RankingMetrics`, with a curve in
+        feature's kind of array.
 
     Raises:
         ValueError: as :func:`evaluate_features`; only one viewpoint occurs.
@@ -169,7 +203,7 @@ def evaluate_cross_viewpoint(
     views = images.viewpoint[images.viewpoint >= 0].unique().tolist()
     if len(views) < 2:
         raise ValueError(f"viewpoint: only {views[0]} occurs; two are needed")
-    results = {}
+    results: ByViewpoint[RankingMetrics] = ByViewpoint()
     for view in views:
         query = torch.nonzero(images.viewpoint == view)[:, 0]
         gallery = torch.nonzero((images.viewpoint >= 0) & (images.viewpoint != view))[:, 0]

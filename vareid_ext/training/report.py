@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _native
+from vareid_ext._text import table
 from vareid_ext.config import Config
 from vareid_ext.data import ReidData
 from vareid_ext.training.command_line import Request
@@ -77,18 +78,6 @@ def introduction(
     ]
     lines += [f"resumed  at step {state.progress.step}"] if state.progress.step else []
     return "\n".join([*lines, ""])
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of text: the first column to the left, the others to the right, a rule under the header."""
-    body = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in [list(header), *body]) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        return "  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip()
-
-    return "\n".join([line(header), "  ".join("\u2500" * width for width in widths), *map(line, body)])
 
 
 def closing_tables(results: Mapping[str, Mapping[str, float]], trained: Scores, reranked: Scores) -> str:
