@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from vareid_ext.config import (
     RunConfig,
     SamplerConfig,
 )
+from vareid_ext.data import SyntheticSettings, build_transform
 from vareid_ext.training import command_line
 from vareid_ext.training.command_line import (
     FIELD_NAMES,
@@ -220,11 +222,53 @@ def test_help_shows_every_field_with_its_default_and_meaning(capsys):
         (EvaluationConfig, {"lambda_value": 1.1}),
         (RunConfig, {"threads": -1}),
         (RunConfig, {"seed": 2**63}),
+        (RunConfig, {"seed": -1}),
+        (DataConfig, {"mean": (math.nan, 0.5, 0.5)}),
+        (DataConfig, {"mean": (-0.1, 0.5, 0.5)}),
+        (DataConfig, {"mean": (123.7, 116.3, 103.5)}),
+        (DataConfig, {"std": (58.4, 57.1, 57.4)}),
+        (DataConfig, {"std": (math.inf, 0.2, 0.2)}),
+        (OptimizerConfig, {"milestones": (3, 10**9)}),
+        (SyntheticSettings, {"seed": -(2**63)}),
     ],
 )
 def test_values_out_of_range_are_errors_that_name_the_field(section, changes):
     with pytest.raises(ValueError, match=next(iter(changes)) if "kind" not in changes else "data.root"):
         section(**changes)
+
+
+def number_fields(section):
+    """Every field of a section, and of its sections, that holds a number: (section, name, kind)."""
+    for entry in dataclasses.fields(section):
+        value = getattr(section, entry.name)
+        if dataclasses.is_dataclass(value):
+            yield from number_fields(value)
+        elif entry.type.split(" ")[0] in ("int", "float"):
+            yield section, entry.name, entry.type.split(" ")[0]
+
+
+@pytest.mark.parametrize(("section", "name", "kind"), list(number_fields(Config())), ids=lambda value: str(value)[:20])
+def test_no_number_of_a_configuration_is_unbounded(section, name, kind):
+    for value in (10**30, -(10**30), *((math.nan, math.inf, 1e40) if kind == "float" else ())):
+        with pytest.raises(ValueError, match=name):
+            dataclasses.replace(section, **{name: value})
+
+
+def test_the_pixels_of_a_batch_are_bounded():
+    sides = DataConfig(height=4096, width=4096)
+    for section, allowed in (("sampler", SamplerConfig(16, 4)), ("evaluation", EvaluationConfig(batch_size=64))):
+        small = {"sampler": SamplerConfig(1, 2), "evaluation": EvaluationConfig(batch_size=1)}
+        Config(data=sides, **{**small, section: allowed})
+        more = dataclasses.replace(allowed, **{"instances" if section == "sampler" else "batch_size": 65})
+        with pytest.raises(ValueError, match=section):
+            Config(data=sides, **{**small, section: more})
+
+
+def test_what_is_left_to_the_machine_is_no_more_than_it_has(monkeypatch):
+    for cores, processes in ((1, 0), (2, 1), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)))
+        assert DataConfig().processes == processes
+        assert DataConfig(workers=5).processes == 5
 
 
 def test_configurations_cannot_be_changed():
@@ -257,6 +301,15 @@ def test_the_evaluation_s_batch_size_is_not_taken_for_the_training_batch():
     with pytest.raises(CommandLineError, match=r"--batch-size: a training batch is --sampler\.identities x"):
         parse(["--batch-size", "32"])
     assert parse(["--evaluation.batch-size", "32"]).config.evaluation.batch_size == 32
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "name"),
+    [((124, 116, 104), (0.2, 0.2, 0.2), "mean"), ((0.5, 0.5, 0.5), (58, 57, 57), "std"), ((0.5,), (0.5,) * 3, "mean")],
+)
+def test_a_normalisation_of_whole_bytes_is_refused_by_the_transform_too(mean, std, name):
+    with pytest.raises(ValueError, match=name):
+        build_transform(32, 16, train=False, mean=mean, std=std)
 
 
 def test_an_error_of_a_file_that_is_no_yaml_is_one_line(tmp_path):

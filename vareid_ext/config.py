@@ -6,30 +6,30 @@ stand in the docstrings; fractions are in [0, 1].
 
 from __future__ import annotations
 
-import math
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from vareid_ext.data import SyntheticSettings
+from vareid_ext.data import SyntheticSettings, check_normalisation
 
 DataKind = Literal[
     "synthetic", "market1501", "dukemtmc-reid", "cuhk03-np-labeled", "cuhk03-np-detected", "msmt17", "manifest"
 ]
 
 
-def _at_least(name: str, value: float, low: float) -> None:
-    if not value >= low or math.isinf(value):
-        raise ValueError(f"{name}: {value!r} was given; allowed are values >= {low}")
+_MOST_EPOCHS = 100_000
+_MOST_STEPS = 10**9
+_MOST_PIXELS = 2**30  # of a batch's images: 12 GiB as float32
+DEFAULT_IDENTITIES = 16
+"""Identities per batch where none are given and the data set has as many."""
 
 
-def _above_zero(name: str, value: float) -> None:
-    if not value > 0 or math.isinf(value):
-        raise ValueError(f"{name}: {value!r} was given; allowed are values > 0")
-
-
-def _fraction(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: {value!r} was given; allowed are values in [0, 1]")
+def _check(section: str, config: object, **limits: tuple[float, float]) -> None:
+    """Every named number of a section lies within its limits, both included; NaN is in none, None is no number."""
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{section}.{name}: {value!r} was given; allowed are values from {low:,} to {high:,}")
 
 
 @dataclass(frozen=True)
@@ -60,32 +60,33 @@ class DataConfig:
     """mean of the red, green, blue values in [0, 1] that is subtracted"""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """standard deviation of the red, green, blue values in [0, 1] to divide by"""
-    workers: int = 0
-    """processes that load images; 0 loads in the main process; the result does not depend on it"""
+    workers: int | None = None
+    """processes that load images; 0 loads in the main process; none: one less than there are CPU cores, at most 8; the
+    result does not depend on it"""
     synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
     """the rendered data set, for kind synthetic"""
 
     def __post_init__(self) -> None:
-        _at_least("data.height", self.height, 16)
-        _at_least("data.width", self.width, 16)
-        _fraction("data.flip", self.flip)
-        _at_least("data.pad", self.pad, 0)
-        _fraction("data.erasing", self.erasing)
-        _at_least("data.workers", self.workers, 0)
-        for value in self.std:
-            _above_zero("data.std", value)
+        _check("data", self, height=(16, 4096), width=(16, 4096), pad=(0, 4096), flip=(0, 1), erasing=(0, 1))
+        _check("data", self, workers=(0, 256))
+        check_normalisation(self.mean, self.std, "data.")
         if self.kind != "synthetic" and not self.root:
             raise ValueError(
                 f"data.root: nothing was given; data.kind {self.kind} needs the data set's path (--data.root)"
             )
+
+    @property
+    def processes(self) -> int:
+        """How many processes load images: `workers`, or what suits the cores this process may use."""
+        return min(8, len(os.sched_getaffinity(0)) - 1) if self.workers is None else self.workers
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
     """How a batch is put together: P identities x K images."""
 
-    identities: int = 24
-    """identities per batch"""
+    identities: int | None = None
+    """identities per batch; none: 16, or all where the training split has fewer"""
     instances: int = 4
     """images of each identity in a batch"""
     spread: tuple[Literal["viewpoint", "camera"], ...] = ()
@@ -94,12 +95,9 @@ class SamplerConfig:
     """batches in an epoch; none: as many as it takes to show every identity's images once"""
 
     def __post_init__(self) -> None:
-        _at_least("sampler.identities", self.identities, 1)
-        _at_least("sampler.instances", self.instances, 1)
-        if self.identities * self.instances < 2:
+        _check("sampler", self, identities=(1, 65_536), instances=(1, 1024), batches_per_epoch=(1, 1_000_000))
+        if self.identities == self.instances == 1:
             raise ValueError("sampler.identities x sampler.instances: 1 was given; a batch needs at least 2 images")
-        if self.batches_per_epoch is not None:
-            _at_least("sampler.batches_per_epoch", self.batches_per_epoch, 1)
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class ModelConfig:
     """length of each stripe's feature"""
 
     def __post_init__(self) -> None:
-        _at_least("model.stripe_dim", self.stripe_dim, 1)
+        _check("model", self, stripe_dim=(1, 65_536))
 
 
 @dataclass(frozen=True)
@@ -165,10 +163,8 @@ class LossConfig:
             raise ValueError(f"loss.alpha: {self.alpha!r} was given; allowed are values in [0, 0.5)")
         if not 0 <= self.epsilon < 1:
             raise ValueError(f"loss.epsilon: {self.epsilon!r} was given; allowed are values in [0, 1)")
-        for name in ("view_weight", "view_weight_late", "beta", "triplet_weight", "triplet_margin", "stripe_weight"):
-            _at_least(f"loss.{name}", getattr(self, name), 0)
-        if self.view_weight_drop is not None:
-            _at_least("loss.view_weight_drop", self.view_weight_drop, 0)
+        weights = ("view_weight", "view_weight_late", "beta", "triplet_weight", "triplet_margin", "stripe_weight")
+        _check("loss", self, view_weight_drop=(0, _MOST_EPOCHS), **dict.fromkeys(weights, (0, 10_000)))
 
 
 @dataclass(frozen=True)
@@ -203,18 +199,14 @@ class OptimizerConfig:
     """decay per step of an exponential moving average of the weights, which is then what is evaluated; none: off"""
 
     def __post_init__(self) -> None:
-        _at_least("optimizer.epochs", self.epochs, 0)
-        _above_zero("optimizer.lr", self.lr)
-        _at_least("optimizer.weight_decay", self.weight_decay, 0)
-        _fraction("optimizer.momentum", self.momentum)
-        _above_zero("optimizer.gamma", self.gamma)
-        _fraction("optimizer.cosine_floor", self.cosine_floor)
-        _at_least("optimizer.warmup_epochs", self.warmup_epochs, 0)
-        _fraction("optimizer.warmup_start", self.warmup_start)
-        if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
-            raise ValueError(f"optimizer.milestones: {self.milestones!r} was given; allowed are ascending epochs >= 1")
-        if self.clip_norm is not None:
-            _above_zero("optimizer.clip_norm", self.clip_norm)
+        _check("optimizer", self, epochs=(0, _MOST_EPOCHS), warmup_epochs=(0, _MOST_EPOCHS), lr=(1e-12, 1000))
+        _check("optimizer", self, weight_decay=(0, 100), momentum=(0, 1), gamma=(1e-12, 1), clip_norm=(1e-12, 1e6))
+        _check("optimizer", self, cosine_floor=(0, 1), warmup_start=(0, 1))
+        if list(self.milestones) != sorted({m for m in self.milestones if 1 <= m <= _MOST_EPOCHS}):
+            raise ValueError(
+                f"optimizer.milestones: {self.milestones!r} was given; allowed are ascending epochs from 1 to "
+                f"{_MOST_EPOCHS:,}"
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(
                 f"optimizer.ema_decay: {self.ema_decay!r} was given; allowed are values in (0, 1), or none"
@@ -243,10 +235,8 @@ class EvaluationConfig:
     """also write the final features to query.npz and gallery.npz, for vareid_ext.evaluate and vareid_ext.rerank"""
 
     def __post_init__(self) -> None:
-        _at_least("evaluation.every", self.every, 0)
-        for name in ("batch_size", "k1", "k2", "ranking_queries"):
-            _at_least(f"evaluation.{name}", getattr(self, name), 1)
-        _fraction("evaluation.lambda_value", self.lambda_value)
+        _check("evaluation", self, every=(0, _MOST_EPOCHS), batch_size=(1, 65_536), ranking_queries=(1, 50))
+        _check("evaluation", self, k1=(1, 1000), k2=(1, 1000), lambda_value=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -273,11 +263,8 @@ class RunConfig:
     """write TensorBoard event files to the run folder"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"run.seed: {self.seed!r} was given; allowed are values in [0, 2^63)")
-        _at_least("run.threads", self.threads, 0)
-        _at_least("run.log_every", self.log_every, 1)
-        _at_least("run.save_every", self.save_every, 1)
+        _check("run", self, seed=(0, 2**63 - 1), threads=(0, 1024))
+        _check("run", self, log_every=(1, _MOST_STEPS), save_every=(1, _MOST_STEPS))
 
 
 @dataclass(frozen=True)
@@ -298,3 +285,16 @@ class Config:
     """the evaluation"""
     run: RunConfig = field(default_factory=RunConfig)
     """the program"""
+
+    def __post_init__(self) -> None:
+        batches = {
+            "sampler.identities x sampler.instances": (self.sampler.identities or DEFAULT_IDENTITIES)
+            * self.sampler.instances,
+            "evaluation.batch_size": self.evaluation.batch_size,
+        }
+        for name, images in batches.items():
+            if images * self.data.height * self.data.width > _MOST_PIXELS:
+                raise ValueError(
+                    f"{name} x data.height x data.width: {images} x {self.data.height} x {self.data.width} was given; "
+                    f"allowed are at most {_MOST_PIXELS:,} pixels in a batch"
+                )

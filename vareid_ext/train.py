@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vareid_ext import data as datasets
 from vareid_ext._program import run_program
 from vareid_ext.checkpoint import save_checkpoint
-from vareid_ext.config import Config
+from vareid_ext.config import DEFAULT_IDENTITIES, Config
 from vareid_ext.data import Batch, PKSampler, ReidData, ReidDataset
 from vareid_ext.losses import ViewpointAwareLoss
 from vareid_ext.models import ModelOutput, ReidModel
@@ -93,7 +93,7 @@ def run(request: Request) -> dict[str, Any]:
     with Signals() as signals:
         with signals.immediate("before the first step; nothing was lost"):
             config, device, folder, data, sampler, state = prepare(request)
-            tell(introduction(request, folder, data, state, device, sampler.batches_per_epoch))
+            tell(introduction(request, folder, data, state, device, sampler))
             if not request.resume:
                 measure_baselines(config, data, state, device)
         train(config, data, sampler, state, folder, device, signals, started)
@@ -120,14 +120,14 @@ def prepare(request: Request) -> tuple[Config, torch.device, RunFolder, ReidData
         skip_bad_images=config.data.skip_bad_images,
         synthetic=config.data.synthetic,
     )
-    if config.sampler.identities > data.num_identities:
+    identities = config.sampler.identities or min(DEFAULT_IDENTITIES, data.num_identities)
+    if identities > data.num_identities:
         raise ValueError(
-            f"sampler.identities: {config.sampler.identities} was given; the training split has only "
-            f"{data.num_identities} identities"
+            f"sampler.identities: {identities} was given; the training split has only {data.num_identities} identities"
         )
     sampler = PKSampler(
         data.train,
-        identities_per_batch=config.sampler.identities,
+        identities_per_batch=identities,
         instances=config.sampler.instances,
         spread=config.sampler.spread,
         seed=config.run.seed,
@@ -367,7 +367,7 @@ def training_loader(config: Config, data: ReidData, sampler: PKSampler, device: 
     return DataLoader(
         ReidDataset(data.train, transform),
         batch_sampler=sampler,
-        num_workers=config.data.workers,
+        num_workers=config.data.processes,
         collate_fn=datasets.collate,
         worker_init_fn=start_worker,
         # A generator of its own: without one the loader would draw from the global one.
@@ -398,7 +398,7 @@ def extract(
                 transform,
                 batch_size=config.evaluation.batch_size,
                 device=device,
-                workers=config.data.workers,
+                workers=config.data.processes,
                 autocast=_AUTOCAST[config.run.precision],
                 progress=bar.update,
             )

@@ -6,7 +6,7 @@ from vareid_ext.data.load import KINDS, check_readable, load_data
 from vareid_ext.data.manifest import read_manifest
 from vareid_ext.data.sampler import Draw, PKSampler
 from vareid_ext.data.synthetic import SyntheticSettings, synthetic_data
-from vareid_ext.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform
+from vareid_ext.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform, check_normalisation
 from vareid_ext.data.types import UNKNOWN, VIEWPOINTS, ImageList, ReidData
 from vareid_ext.data.viewpoint_labels import ViewpointLabels, label_images, read_viewpoint_labels, with_soft_labels
 
@@ -25,6 +25,7 @@ __all__ = [
     "SyntheticSettings",
     "ViewpointLabels",
     "build_transform",
+    "check_normalisation",
     "check_readable",
     "collate",
     "label_images",

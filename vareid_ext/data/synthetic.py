@@ -31,6 +31,7 @@ from vareid_ext.data.types import ImageList, ReidData
 _PERSON, _CAMERA, _SHOT, _SPLIT = 1, 2, 3, 4
 _FIRST_TEST, _FIRST_DISTRACTOR = 1_000_000, 2_000_000
 _CACHE_BYTES = 2 << 30
+_MOST = 1_000_000
 
 # (largest turn away from the front in degrees, name, label): the bounds of the views, the in-between ones ambiguous.
 _VIEWS = ((28, "front", 0), (62, "front_side", 0), (118, "side", 1), (152, "back_side", 2), (180, "back", 2))
@@ -48,7 +49,9 @@ class SyntheticSettings:
         cameras: at least 1; two or more are needed for anything to be found under the same-camera rule.
         height: of the pictures in pixels, at least 32.
         width: of the pictures in pixels, at least 16.
-        seed: any integer; another seed gives other people and other cameras.
+        seed: an integer from -2^62 to 2^62; another seed gives other people and other cameras.
+
+    All numbers are bounded, and the pictures are at most 1,000,000 in all.
     """
 
     identities_train: int = 200
@@ -61,14 +64,20 @@ class SyntheticSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"distractors": 0, "height": 32, "width": 16, "seed": -(1 << 62)}
-        most = {"identities_train": _FIRST_TEST, "identities_test": _FIRST_TEST, "height": 2048, "width": 2048}
+        limits = {"distractors": (0, _MOST), "cameras": (1, 1000), "height": (32, 2048), "width": (16, 2048)}
+        limits["seed"] = (-(1 << 62), 1 << 62)
         for entry in fields(self):
-            value = getattr(self, entry.name)
-            low, high = least.get(entry.name, 1), most.get(entry.name, 1 << 62)
+            value, (low, high) = getattr(self, entry.name), limits.get(entry.name, (1, _MOST))
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                limit = f"an integer of at least {low}" + (f" and at most {high}" if high < 1 << 62 else "")
-                raise ValueError(f"{entry.name} must be {limit}, got {value!r}")
+                raise ValueError(
+                    f"synthetic.{entry.name}: {value!r} was given; allowed are integers from {low:,} to {high:,}"
+                )
+        people = self.identities_train + self.identities_test
+        if people * self.images_per_identity + self.distractors > _MOST:
+            raise ValueError(
+                f"synthetic.images_per_identity: {self.images_per_identity} of {people:,} people and "
+                f"{self.distractors:,} distractors were given; allowed are {_MOST:,} pictures in all"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,18 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def check_normalisation(mean: Sequence[float], std: Sequence[float], prefix: str = "") -> None:
+    """ValueError, whose message begins with `prefix` and the name, unless these can belong to values in [0, 1]."""
+    for name, values, low in (("mean", mean, 0.0), ("std", std, 0.001)):
+        if len(values) != 3 or not all(low <= value <= 1 for value in values):
+            fractions = tuple(round(value / 255, 3) for value in values)
+            likely = all(low <= value <= 1 for value in fractions)
+            raise ValueError(
+                f"{prefix}{name}: {tuple(values)!r} was given; allowed are 3 values from {low:g} to 1, of images with "
+                "values in [0, 1]" + (f"; those of images in 0..255 are divided by 255: {fractions}" if likely else "")
+            )
+
+
 def build_transform(
     height: int,
     width: int,
@@ -32,7 +44,10 @@ def build_transform(
         train: whether to augment.
         flip, erasing: probabilities in [0, 1].
         pad: pixels added on each side before cropping, at least 0.
-        mean, std: per channel, of values in [0, 1].
+        mean, std: per channel, of values in [0, 1]; the mean in [0, 1], the standard deviation in [0.001, 1].
+
+    Raises:
+        ValueError: an argument outside what is allowed.
     """
     for name, size in (("height", height), ("width", width)):
         if size < 1:
@@ -42,6 +57,7 @@ def build_transform(
             raise ValueError(f"{name} must be in [0, 1], got {chance}")
     if pad < 0:
         raise ValueError(f"pad must be at least 0, got {pad}")
+    check_normalisation(mean, std)
     steps: list[torch.nn.Module] = [v2.Resize((height, width), interpolation=InterpolationMode.BICUBIC, antialias=True)]
     if train and flip > 0:
         steps.append(v2.RandomHorizontalFlip(flip))

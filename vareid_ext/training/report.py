@@ -13,7 +13,7 @@ from torch import Tensor
 from vareid_ext import _native
 from vareid_ext._text import table
 from vareid_ext.config import Config
-from vareid_ext.data import ReidData
+from vareid_ext.data import PKSampler, ReidData
 from vareid_ext.training.command_line import Request
 from vareid_ext.training.extraction import Features, Scores
 from vareid_ext.training.figures import TOP, choose_queries, draw_curves, draw_ranking
@@ -54,9 +54,9 @@ def one_line(name: str, values: Mapping[str, float]) -> str:
 
 
 def introduction(
-    request: Request, folder: RunFolder, data: ReidData, state: TrainingState, device: torch.device, batches: int
+    request: Request, folder: RunFolder, data: ReidData, state: TrainingState, device: torch.device, sampler: PKSampler
 ) -> str:
-    """What a run of so many batches per epoch is about to do, in lines of text."""
+    """What a run is about to do, in lines of text."""
     config, loss = request.config, state.loss
     parts = [{"adaptive": "L_y", "uniform": "LSR", "none": "cross entropy"}[config.loss.smoothing]]
     parts += [f"{config.loss.view_weight:g} L_v"] * loss.use_viewpoint
@@ -64,7 +64,8 @@ def introduction(
     parts += ["stripes", f"{config.loss.triplet_weight:g} triplet"] if config.model.local else []
     size = sum(p.numel() for p in state.model.parameters()) / 1e6
     size_and_input = f"{size:.2f} M parameters, {config.data.height} x {config.data.width} images"
-    epochs, images = config.optimizer.epochs, config.sampler.identities * config.sampler.instances
+    epochs, batches = config.optimizer.epochs, sampler.batches_per_epoch
+    images = f"{sampler.identities_per_batch} identities x {sampler.instances} images"
     losses = "native" if _native.available(device) else "PyTorch"
     lines = [
         data.summary(),
@@ -72,7 +73,7 @@ def introduction(
         f"recipe   {request.name}",
         f"network  {config.model.backbone}, {size_and_input}, feature length {state.model.feature_dim}",
         f"loss     {' + '.join(parts)}",
-        f"training {epochs} epochs of {batches} steps, {epochs * batches} in all, {images} images each",
+        f"training {epochs} epochs of {batches} steps, {epochs * batches} in all, of {images}",
         f"device   {device}, {torch.get_num_threads()} threads, losses: {losses}",
         f"output   {folder.path}",
     ]
