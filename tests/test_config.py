@@ -312,6 +312,74 @@ def test_a_normalisation_of_whole_bytes_is_refused_by_the_transform_too(mean, st
         build_transform(32, 16, train=False, mean=mean, std=std)
 
 
+def as_file(tmp_path, text):
+    path = tmp_path / "odd.yaml"
+    path.write_text(text)
+    return ["--config", str(path)]
+
+
+def as_run(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(text)
+    return ["--resume", str(tmp_path)]
+
+
+EXPANDING = "\n".join(["a0: &a0 [" + "1, " * 9 + "1]", *(f"a{i}: &a{i} [{f'*a{i - 1}, ' * 9}1]" for i in range(1, 11))])
+
+
+@pytest.mark.parametrize("where", [as_file, as_run])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "optimizer:\n  lr: 0.1\noptimizer:\n  epochs: 3\n",
+        "optimizer:\n  lr: 0.1\n  lr: 0.2\n",
+        "model:\n  backbone_options: {a: 1, 'a': 2}\n",
+        "model:\n  backbone_options:\n    " + EXPANDING.replace("\n", "\n    "),
+        "model:\n  backbone_options: &a {a: *a}\n",
+        "model: &a\n  model: *a\n",
+        "run:\n  seed: " + "9" * 5000,
+        "run:\n  seed: 0x" + "f" * 5000,
+        "model:\n  backbone_options: {a: 0x" + "f" * 5000 + "}\n",
+        "optimizer:\n  lr: 2026-01-31\n",
+        "2026-01-31: 3\n",
+        "model:\n  backbone_options: {a: !!timestamp 2026-01-31}\n",
+        "model:\n  backbone_options: {1: 2}\n",
+        "model:\n  backbone_options: {? [a] : 2}\n",
+        "model:\n  backbone_options: !!binary aaaa\n",
+        "model:\n  backbone_options: " + "[" * 3000 + "]" * 3000,
+        "model:\n" + "\n".join(" " * n + "a:" for n in range(1, 300)),
+        'data:\n  root: "\\Uffffffff"\n',
+        "%YAML 1." + "9" * 5000 + "\n---\na: 1\n",
+        "data: {root: !!int x}\n",
+        "#" * 200_000,
+        "data:\n  <<: {flip: 0.1}\n",
+        "x" * 50_000 + ": 1\n",
+    ],
+    ids=range(23),
+)
+def test_yaml_that_hides_or_blows_up_what_it_holds_is_an_error_of_one_line(tmp_path, where, text):
+    with pytest.raises(CommandLineError) as error:
+        parse(where(tmp_path, text))
+    assert str(tmp_path) in str(error.value) or "optimizer.lr" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 2000
+
+
+def test_a_value_of_the_command_line_is_checked_as_that_of_a_file():
+    for text in ("{a: 1, a: 2}", "&a {a: *a}", "{" + EXPANDING.replace("\n", ", ") + "}"):
+        for field in ("model.backbone_options", "data.root", "optimizer.epochs"):
+            with pytest.raises(CommandLineError, match=field):
+                parse([f"--{field}={text}"])
+
+
+def test_an_alias_that_stays_small_and_a_date_as_a_name_are_read(tmp_path):
+    text = "model: {backbone_options: {a: &a [1, 2], b: *a}}\ndata: {root: 2026-01-31}\n"
+    config = parse(as_file(tmp_path, text)).config
+    assert config.model.backbone_options == {"a": [1, 2], "b": [1, 2]}
+    assert config.data.root == "2026-01-31"
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert parse(["--resume", str(tmp_path)]).config == config
+
+
 def test_an_error_of_a_file_that_is_no_yaml_is_one_line(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("optimizer: [3\n")

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import difflib
 import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,6 +21,7 @@ import jsonargparse
 import yaml
 
 from vareid_ext.config import Config
+from vareid_ext.training import plain_yaml
 
 DEFAULT_RECIPE = "synthetic"
 """The recipe of a run that names none."""
@@ -125,9 +127,11 @@ def _pairs(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _check_file(text: str, source: str) -> dict[str, Any]:
     """The YAML text of a configuration, after a look at its keys."""
     try:
-        tree = yaml.safe_load(text)
+        tree = plain_yaml.load(text)
     except yaml.YAMLError as error:
         raise CommandLineError(f"{source}: not a YAML file: {' '.join(str(error).split())}") from error
+    except plain_yaml.PlainYamlError as error:
+        raise CommandLineError(f"{source}: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -188,8 +192,20 @@ def _normalise(arguments: Sequence[str]) -> list[str]:
             raise CommandLineError(f"--{option}: a value was expected after it, not an empty one")
         if name in _BOOLEANS:
             value = value.lower()
+        if not own:
+            _check_value(name, value)
         result.append(f"--{name}={value}")
     return result
+
+
+def _check_value(name: str, text: str) -> None:
+    """CommandLineError where an option's value, which jsonargparse reads as YAML, is more than plain values."""
+    try:
+        plain_yaml.load(text)
+    except yaml.YAMLError:
+        pass  # a string then, for whose field that is no error
+    except plain_yaml.PlainYamlError as error:
+        raise CommandLineError(f"{name}: {error}") from error
 
 
 def _parser(defaults: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
@@ -260,29 +276,37 @@ def parse(arguments: Sequence[str]) -> Request:
         name = recipe or DEFAULT_RECIPE
         defaults = _check_file(recipe_text(name), f"recipe {name}")
     # A file's values are given as options, whose types are checked; those of a recipe need not be.
-    overrides = [f"--{key}={_as_text(value)}" for key, value in _pairs(defaults)] if resume is not None else []
+    overrides = _as_options(defaults) if resume is not None else []
     if file is not None:
         if not Path(file).is_file():
             raise CommandLineError(f"--config: there is no file {file!r}")
         tree = _check_file(_read_text(Path(file)), file)
-        overrides = [f"--{key}={_as_text(value)}" for key, value in _pairs(tree)]
+        overrides = _as_options(tree)
         name = recipe or Path(file).stem
     parser = _parser({} if resume is not None else defaults)
     try:
-        namespace = parser.parse_args([*overrides, *options])
-        config = parser.instantiate(namespace)
+        sections = parser.instantiate(parser.parse_args([*overrides, *options]))
+        config = Config(**{f.name: getattr(sections, f.name) for f in dataclasses.fields(Config)})
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise CommandLineError(" ".join(str(error).split())) from error
-    sections = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)}
+        raise CommandLineError(textwrap.shorten(str(error), 600)) from error
     folder = resume if resume is not None else output
-    return Request(Config(**sections), name, None if folder is None else Path(folder), resume is not None)
+    return Request(config, name, None if folder is None else Path(folder), resume is not None)
 
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(plain_yaml.MOST_CHARACTERS + 1)
     except UnicodeDecodeError as error:
         raise CommandLineError(f"{path}: not UTF-8 text: {error}") from error
+
+
+def _as_options(tree: Mapping[str, Any]) -> list[str]:
+    """The fields of a file as options."""
+    pairs = [(key, _as_text(value)) for key, value in _pairs(tree)]
+    for key, text in pairs:
+        _check_value(key, text)
+    return [f"--{key}={text}" for key, text in pairs]
 
 
 def _as_text(value: Any) -> str:
