@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,15 +13,18 @@ import torch
 from torch import Tensor
 
 from vareid_ext._program import run_program
-from vareid_ext.feature_files import FeatureFileError, FeatureSet, read_features
+from vareid_ext._text import viewpoint_name
+from vareid_ext.feature_files import LABELS, SIDES, FeatureFileError, FeatureSet, read_features
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.metrics import (
     RankingMetrics,
+    RepeatedMetrics,
     evaluate_cross_viewpoint,
     evaluate_features,
     evaluate_single_viewpoint,
 )
-from vareid_ext.rerank import add_rerank_arguments
+from vareid_ext.metrics.ranking import check_junk_identity, results_table
+from vareid_ext.rerank import add_junk_identity, add_rerank_arguments, junk_note
 from vareid_ext.retrieval import check_parameters
 
 _DESCRIPTION = """\
@@ -29,9 +33,8 @@ CMC, mAP and mINP of features in files (.npy, .npz, .pt, .mat; memory-mapped whe
 Identities, cameras and viewpoints are looked for under the usual names in the same file (identity, pid, label; camera,
 camid, cam; viewpoint, view; also with query_ and gallery_ before them). Otherwise name a key of that file, a file of
 their own (.npy, .txt with whole numbers, ...), or FILE:KEY. Camera -1 is unknown; viewpoint -1 is unknown. One file may
-hold both sides: name it twice.
+hold both sides, or the one set of images that the viewpoint protocols need.
 """
-_VIEWS = {0: "front", 1: "side", 2: "back"}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m vareid_ext.evaluate", description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    parser.add_argument("--features", nargs=2, required=True, metavar=("QUERY", "GALLERY"), help="the two files")
+    parser.add_argument(
+        "--features", nargs="+", required=True, metavar=("QUERY", "GALLERY"), help="the two files, or the one for both"
+    )
     for side in ("query", "gallery"):
         parser.add_argument(f"--{side}-key", metavar="KEY", help=f"key of the {side} features")
         for label in ("identity", "camera", "viewpoint"):
@@ -50,13 +55,12 @@ def _parser() -> argparse.ArgumentParser:
         help="distance (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--max-rank", type=int, default=50, help="length of the CMC curve (default: %(default)s)")
-    parser.add_argument(
-        "--junk-identity", type=int, default=-1, metavar="ID", help="gallery images to leave out (default: %(default)s)"
-    )
+    add_junk_identity(parser)
     parser.add_argument("--block-rows", type=int, metavar="ROWS", help="queries handled at once (default: chosen)")
     parser.add_argument(
         "--protocol", choices=("standard", "single-viewpoint", "cross-viewpoint"), default="standard",
-        help="standard: queries against the gallery; the others follow the VA-reID supplement, on both sides together",
+        help="standard: queries against the gallery; the others follow the VA-reID supplement, on both sides together, "
+        "in which the same images count once",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=10, help="draws of single-viewpoint (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of these draws (default: %(default)s)")
@@ -68,98 +72,127 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read(options: argparse.Namespace) -> tuple[FeatureSet, FeatureSet]:
-    sides = []
-    for side, path in zip(("query", "gallery"), options.features, strict=True):
-        given = {label: getattr(options, f"{side}_{label}") for label in ("identity", "camera", "viewpoint")}
-        found = read_features(path, side, key=getattr(options, f"{side}_key"), **given)
-        if found.identity is None:
-            raise FeatureFileError(f"{path}: holds no identities; give --{side}-identity")
-        sides.append(found)
-    query, gallery = sides
-    if not options.no_cameras and (query.camera is None) != (gallery.camera is None):
+def _read(options: argparse.Namespace) -> tuple[FeatureSet, FeatureSet, bool]:
+    """Query, gallery, and whether they are the same images: a file named twice, a link to it, a copy."""
+    if len(options.features) > 2:
+        raise FeatureFileError(f"--features: {len(options.features)} files were given; one or two are needed")
+    paths = options.features[0], options.features[-1]
+    needed = ["identity"] if options.protocol == "standard" else ["identity", "viewpoint"]
+    query, gallery = (
+        read_features(
+            path, side, key=getattr(options, f"{side}_key"),
+            labels=needed if options.no_cameras else [*needed, "camera"],
+            **{label: getattr(options, f"{side}_{label}") for label in LABELS},
+        )
+        for side, path in zip(SIDES, paths, strict=True)
+    )  # fmt: skip
+    same = query.feature.dtype == gallery.feature.dtype and torch.equal(query.feature, gallery.feature)
+    if same:
+        query, gallery = _completed(query, gallery), _completed(gallery, query)
+    for side, path, found in zip(SIDES, paths, (query, gallery), strict=True):
+        for label in needed:
+            if getattr(found, label) is None:
+                raise FeatureFileError(f"--{side}-{label}: is needed, as {path} holds none")
+    if (query.camera is None) != (gallery.camera is None):
         side = "query" if query.camera is None else "gallery"
         raise FeatureFileError(f"--{side}-camera: is needed, as the other side has cameras (or give --no-cameras)")
-    return query, gallery
+    return query, gallery, same
 
 
-def _together(query: FeatureSet, gallery: FeatureSet, cameras: bool) -> dict[str, Tensor | None]:
-    """Both sides as one set of images."""
+def _completed(images: FeatureSet, same: FeatureSet) -> FeatureSet:
+    """The images with the labels that only the other set of the same images has."""
+    missing = [label for label in LABELS if getattr(images, label) is None]
+    return dataclasses.replace(images, **{label: getattr(same, label) for label in missing})
+
+
+def _together(query: FeatureSet, gallery: FeatureSet, same: bool) -> dict[str, Any]:
+    """Both sides as one set of images, in which the same images are once."""
     D, other = query.feature.shape[1], gallery.feature.shape[1]
     if other != D:
         raise FeatureFileError(f"gallery: features of {other} elements were given, but query's have {D}")
-
-    def joined(label: str) -> Tensor:
-        sides = {"query": getattr(query, label), "gallery": getattr(gallery, label)}
-        for side, value in sides.items():
-            if value is None:
-                raise FeatureFileError(f"--{side}-{label}: is needed for a viewpoint protocol")
-        return torch.cat(list(sides.values()))
-
-    images = {label: joined(label) for label in ("feature", "identity", "viewpoint")}
-    return {**images, "camera": joined("camera") if cameras else None}
-
-
-def _report(metrics: RankingMetrics) -> dict[str, Any]:
-    return {
-        **metrics.as_dict(), "cmc": metrics.cmc.tolist(), "num_valid_queries": metrics.num_valid_queries,
-        "num_queries": metrics.num_queries,
-    }  # fmt: skip
+    images: dict[str, Any] = {}
+    for name in ("feature", *LABELS):
+        sides = getattr(query, name), getattr(gallery, name)
+        if sides[0] is None:
+            continue
+        if same and not torch.equal(*sides):
+            raise FeatureFileError(f"--gallery-{name}: differs from query's, but the images are the same")
+        images[name] = sides[0] if same else torch.cat(sides)
+    return images
 
 
-def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """The results by name; each has the keys of :meth:`RankingMetrics.as_dict` and more."""
+def _evaluate(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | RepeatedMetrics], list[str]]:
+    """The results by name; and what is left out, or may not be what was meant."""
     rerank = {"k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value}
     if options.rerank:  # here, as the original ranking comes first and may take long
         check_parameters(**rerank)
-    query, gallery = _read(options)
-    cameras = query.camera is not None and not options.no_cameras
+    check_junk_identity(options.junk_identity)
+    query, gallery, same = _read(options)
     variants: dict[str, dict[str, Any]] = {"original": {"metric": options.metric}}
     if options.rerank:
         variants["reranked"] = {"rerank": rerank}
-    results: dict[str, Any] = {}
-    for name, variant in variants.items():
-        settings = {**variant, "max_rank": options.max_rank, "junk_identity": options.junk_identity}
-        if options.protocol == "standard":
-            metrics = evaluate_features(
-                query.feature,
-                gallery.feature,
-                query.identity,
-                gallery.identity,
-                query.camera if cameras else None,
-                gallery.camera if cameras else None,
-                block_rows=options.block_rows,
+    common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": options.junk_identity}
+    notes = ["no cameras: same-camera images stay in"] if query.camera is None else []
+    results: dict[str, RankingMetrics | RepeatedMetrics] = {}
+    if options.protocol == "standard":
+        labels: dict[str, Any] = {
+            f"{side}_{label}": getattr(found, label)
+            for side, found in zip(SIDES, (query, gallery), strict=True)
+            for label in ("identity", "camera")
+        }
+        for name, variant in variants.items():
+            results[name] = evaluate_features(
+                query.feature, gallery.feature, **labels, **variant, **common, block_rows=options.block_rows,
                 progress=not options.quiet,
-                **settings,
-            )
-            results[name] = _report(metrics)
-            continue
-        images = {**_together(query, gallery, cameras), **settings}
+            )  # fmt: skip
+        return results, notes + _notes(**labels, junk_identity=options.junk_identity, same=same)
+    images = _together(query, gallery, same)
+    for name, variant in variants.items():
+        by_viewpoint: Mapping[int, RankingMetrics | RepeatedMetrics]
         if options.protocol == "cross-viewpoint":
-            for view, metrics in evaluate_cross_viewpoint(**images).items():
-                results[f"{name} {_VIEWS.get(view, view)}"] = _report(metrics)
+            by_viewpoint = evaluate_cross_viewpoint(**images, **variant, **common)
         else:
-            draws = evaluate_single_viewpoint(**images, repeats=options.repeats, seed=options.seed)
-            for view, runs in draws.items():
-                spread = {"std": runs.std(), "repeats": len(runs.runs)}
-                results[f"{name} {_VIEWS.get(view, view)}"] = {**runs.mean(), **spread}
-    return results
+            draws = {"repeats": options.repeats, "seed": options.seed}
+            by_viewpoint = evaluate_single_viewpoint(**images, **variant, **common, **draws)
+        results.update({f"{name} {viewpoint_name(view)}": result for view, result in by_viewpoint.items()})
+    left_out = _is(images["identity"], options.junk_identity) | (images["viewpoint"] < 0)
+    notes.append(f"{len(left_out)} images, {'one set' if same else 'of query and gallery'}")
+    if left_out.any():
+        notes.append(f"junk or of unknown viewpoint, left out: {int(left_out.sum())} of them")
+    return results, notes
 
 
-def _table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """The results in percent."""
-    columns = [name for name in ("mAP", "mINP", "rank1", "rank5", "rank10") if name in next(iter(results.values()))]
-    width = max(len(name) for name in results)
-    lines = [" " * width + "".join(f"{column:>15}" for column in columns)]
-    for name, values in results.items():
-        spread = values.get("std", {})
-        cells = (f"{100 * values[c]:.2f}" + (f" ± {100 * spread[c]:.2f}" if c in spread else "") for c in columns)
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>15}" for cell in cells))
-    for name, values in results.items():
-        if values.get("num_valid_queries", 0) != values.get("num_queries", 0):
-            without = values["num_queries"] - values["num_valid_queries"]
-            lines.append(f"{name}: {without} of {values['num_queries']} queries have no match and are not counted")
-    return "\n".join(lines)
+def _is(identity: Tensor, junk_identity: int | None) -> Tensor:
+    return torch.zeros_like(identity, dtype=torch.bool) if junk_identity is None else identity == junk_identity
+
+
+def _notes(
+    query_identity: Tensor,
+    gallery_identity: Tensor,
+    query_camera: Tensor | None,
+    gallery_camera: Tensor | None,
+    junk_identity: int | None,
+    same: bool,
+) -> list[str]:
+    """What is to be said about an evaluation of queries against a gallery."""
+    junk = _is(gallery_identity, junk_identity)
+    notes = [junk_note(int(junk.sum()), len(junk))] if junk.any() else []
+    if same:
+        found = (query_identity == gallery_identity) & ~junk
+        if query_camera is not None and gallery_camera is not None:
+            found &= (query_camera != gallery_camera) | (query_camera < 0)
+        notes.append(f"query and gallery are the same images: {int(found.sum())} of {len(found)} find themselves")
+    return notes
+
+
+def _report(result: RankingMetrics | RepeatedMetrics) -> dict[str, Any]:
+    """What the .json file holds of a result."""
+    if isinstance(result, RepeatedMetrics):
+        return {**result.mean(), "std": result.std(), "repeats": len(result.runs)}
+    return {
+        **result.as_dict(), "cmc": result.cmc.tolist(), "num_valid_queries": result.num_valid_queries,
+        "num_queries": result.num_queries,
+    }  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,17 +201,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         output = None if options.output is None else check_writable(options.output, (".json",))
-        results = _evaluate(options)
+        results, notes = _evaluate(options)
         if output is not None:
             with atomic_file(output) as file:
-                file.write((json.dumps(results, indent=2) + "\n").encode())
+                report = {name: _report(result) for name, result in results.items()}
+                file.write((json.dumps(report, indent=2) + "\n").encode())
     except (ValueError, TypeError, OSError, MemoryError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    print(_table(results))
+    print("\n".join([results_table(results), *notes]))
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from vareid_ext import _arrays
 
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".mat", ".txt")
 SIDES = ("query", "gallery")
+LABELS = ("identity", "camera", "viewpoint")
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of its name and its extra field
 
 # The keys tried, in order, when none is given; {side} is query or gallery.
@@ -184,7 +185,7 @@ def read_features(
     identity: str | None = None,
     camera: str | None = None,
     viewpoint: str | None = None,
-    labels: bool = True,
+    labels: Collection[str] = LABELS,
 ) -> FeatureSet:
     """The features of one side of a retrieval, with what labels there are.
 
@@ -195,7 +196,7 @@ def read_features(
         identity: a key of the same file; a file of its own; or ``file:key``. None for the usual names in the same file.
         camera: likewise.
         viewpoint: likewise.
-        labels: whether to look for labels at all.
+        labels: which of ``LABELS`` to look for.
 
     Raises:
         FeatureFileError: a file is missing, damaged, or does not hold what was asked for; lengths do not fit.
@@ -218,7 +219,8 @@ def read_features(
         raise FeatureFileError(f"{named}: shape {list(feature.shape)} was found; [images, D] is needed")
     given_labels = {"identity": identity, "camera": camera, "viewpoint": viewpoint}
     found_labels: dict[str, torch.Tensor | None] = dict.fromkeys(given_labels)
-    for what, given in given_labels.items() if labels else ():
+    for what in labels:
+        given = given_labels[what]
         source, content, label_key = path, arrays, given
         if given is not None and given not in arrays:
             name, _, label_key = (given, "", None) if Path(given).is_file() else given.rpartition(":")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -13,10 +14,13 @@ from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vareid_ext._program import run_program
-from vareid_ext.feature_files import read_features
+from vareid_ext.feature_files import FeatureFileError, read_features
 from vareid_ext.files.atomic import atomic_file, check_writable
+from vareid_ext.metrics.ranking import check_junk_identity
 from vareid_ext.retrieval import k_reciprocal_rerank
 
 _DESCRIPTION = """\
@@ -26,8 +30,10 @@ Without --topk, OUTPUT is a .npy file with the final distances, float32 [queries
 query's K best gallery rows: a .npz file with "index" and "distance" [queries, K], or a .npy file of records with these
 two fields. OUTPUT appears when it is complete; until then, and if anything goes wrong, what was there stays.
 
-Leave junk images out of the gallery: they would be neighbours of the others.
+Where the gallery's identities are known, its junk images are in nobody's neighbourhood and nobody's result: their
+columns of a matrix hold 2, more than any distance, and they are not among the K best.
 """
+_JUNK = 2.0  # the distance to a junk image; all others are 0 to 1
 
 
 def add_rerank_arguments(parser: argparse._ArgumentGroup) -> None:
@@ -38,6 +44,23 @@ def add_rerank_arguments(parser: argparse._ArgumentGroup) -> None:
         "--lambda-value", type=float, default=0.3, metavar="L",
         help="weight of the original distance, 0 to 1 (default: %(default)s)",
     )  # fmt: skip
+
+
+def add_junk_identity(parser: argparse.ArgumentParser) -> None:
+    """The mark of junk."""
+    parser.add_argument(
+        "--junk-identity", type=_identity_or_none, default=-1, metavar="ID",
+        help='gallery images to leave out, "none" for none (default: %(default)s)',
+    )  # fmt: skip
+
+
+def _identity_or_none(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+def junk_note(junk: int, gallery: int) -> str:
+    """What is said where so many of the gallery's images are junk."""
+    return f"junk, left out: {junk} of {gallery} gallery images"
 
 
 def size_in_bytes(text: str) -> int:
@@ -61,6 +84,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--topk", type=int, metavar="K", help="keep each query's K best gallery rows only")
     parser.add_argument("--query-key", metavar="KEY", help="key of the query features (default: the usual names)")
     parser.add_argument("--gallery-key", metavar="KEY", help="key of the gallery features (default: the usual names)")
+    parser.add_argument(
+        "--gallery-identity", metavar="SOURCE", help="key, file or file:key, to know junk by (default: the usual names)"
+    )
+    add_junk_identity(parser)
     add_rerank_arguments(parser.add_argument_group("re-ranking"))
     parser.add_argument("--max-memory", type=size_in_bytes, metavar="SIZE", help="limit beyond input and result: 200M")
     parser.add_argument("--block-rows", type=int, metavar="ROWS", help="rows of a block of products (default: chosen)")
@@ -72,8 +99,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> str:
     suffixes = (".npy",) if options.topk is None else (".npy", ".npz")
     output = check_writable(options.output, suffixes, (options.query, options.gallery))
-    query = read_features(options.query, "query", key=options.query_key, labels=False).feature
-    gallery = read_features(options.gallery, "gallery", key=options.gallery_key, labels=False).feature
+    check_junk_identity(options.junk_identity)
+    query = read_features(options.query, "query", key=options.query_key, labels=()).feature
+    gallery, kept, note = _read_gallery(options)
     keywords = {
         "k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value, "block_rows": options.block_rows,
         "max_memory": options.max_memory, "show_plan": options.plan, "progress": not options.quiet,
@@ -81,21 +109,45 @@ def _run(options: argparse.Namespace) -> str:
     if options.topk is not None:
         distance, index = k_reciprocal_rerank(query, gallery, topk=options.topk, **keywords)
         with atomic_file(output) as file:
-            _write_best(file, output.suffix.lower(), distance.numpy(), index.numpy())
-        return f"{output}: the {options.topk} best of {len(gallery)} for each of {len(query)} queries"
-    needed = 4 * len(query) * len(gallery)
+            _write_best(file, output.suffix.lower(), distance.numpy(), np.flatnonzero(kept)[index])
+        return f"{output}: the {options.topk} best of {len(gallery)} for each of {len(query)} queries\n{note}"
+    needed = 4 * len(query) * len(kept)
     with atomic_file(output) as file:
         free = shutil.disk_usage(file.name).free
         if needed > free:
             raise ValueError(f"{output}: needs {needed} bytes, but {free} are free; --topk K keeps the best K only")
-        shape = (max(1, len(query)), max(1, len(gallery)))  # a map cannot be empty; an empty side is refused below
+        shape = (max(1, len(query)), max(1, len(kept)))  # a map cannot be empty; an empty side is refused below
         result = np.lib.format.open_memmap(file.name, "w+", dtype=np.float32, shape=shape)
         # A full disk would kill a process that writes through a memory map.
         os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        k_reciprocal_rerank(query, gallery, out=result, **keywords)
+        k_reciprocal_rerank(query, gallery, out=result[:, : max(1, len(gallery))], **keywords)
+        if len(gallery) < len(kept):
+            for row in result:
+                row[kept], row[~kept] = row[: len(gallery)].copy(), _JUNK
         result.flush()
         del result
-    return f"{output}: distances [{len(query)}, {len(gallery)}]"
+    return f"{output}: distances [{len(query)}, {len(kept)}]\n{note}"
+
+
+def _read_gallery(options: argparse.Namespace) -> tuple[Tensor, np.ndarray, str]:
+    """The gallery's features without junk, a mask of the rows that are kept, and what is to be said about it."""
+    read = functools.partial(read_features, options.gallery, "gallery", key=options.gallery_key)
+    try:
+        found = read(identity=options.gallery_identity, labels=("identity",))
+        note = "junk: not known, as the gallery's file holds no identities"
+    except FeatureFileError as error:
+        if options.gallery_identity is not None:
+            raise
+        found = read(labels=())  # fails again where the features are at fault
+        note = f"junk: not known: {error}"
+    kept = np.ones(len(found.feature), dtype=bool)
+    if found.identity is not None:
+        if options.junk_identity is not None:
+            kept = found.identity.numpy() != options.junk_identity
+        note = junk_note(int((~kept).sum()), len(kept))
+    if len(kept) and not kept.any():
+        raise FeatureFileError(f"{options.gallery}: every image has the junk identity {options.junk_identity}")
+    return found.feature if kept.all() else found.feature[torch.from_numpy(kept)], kept, note
 
 
 def _write_best(file: BinaryIO, suffix: str, distance: np.ndarray, index: np.ndarray) -> None:
