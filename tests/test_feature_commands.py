@@ -177,6 +177,8 @@ def test_junk_that_cannot_be_left_out_is_an_error(sides, tmp_path, capsys, chang
         (lambda q, g: None, ["--lambda-value", "2"], "lambda_value: 2.0 was given"),
         (lambda q, g: None, ["--topk", "41"], "topk: 41 was given; allowed are 1 to 40"),
         (lambda q, g: None, ["--max-memory", "10"], "max_memory: 10 bytes were given"),
+        (lambda q, g: None, ["--max-memory", "1e30G"], "max_memory: "),
+        (lambda q, g: None, ["--topk", str(2**70)], "topk: "),
         (lambda q, g: None, ["--gallery-key", "nothing"], "has no key 'nothing'"),
     ],
 )
@@ -440,6 +442,9 @@ def test_what_is_left_out_is_counted(one_set, tmp_path, capsys):
         ({"viewpoint": None}, ["--protocol", "cross-viewpoint"], "--query-viewpoint: is needed"),
         ({}, ["--max-rank", "0"], "max_rank: 0"),
         ({}, ["--rerank", "--k2", "0"], "k2: 0"),
+        ({}, ["--junk-identity", str(2**70)], "junk_identity: "),
+        ({}, ["--protocol", "single-viewpoint", "--seed", "-1"], "seed: "),
+        ({}, ["--protocol", "single-viewpoint", "--repeats", str(2**70)], "repeats: "),
         ({}, ["--query-identity", "nobody"], "nobody: is neither a file nor a key"),
     ],
 )

@@ -195,6 +195,17 @@ def _report(result: RankingMetrics | RepeatedMetrics) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _uncounted(results: Mapping[str, RankingMetrics | RepeatedMetrics]) -> list[str]:
+    """Where queries are not counted, how many."""
+    lines = []
+    for name, result in results.items():
+        runs = result.runs if isinstance(result, RepeatedMetrics) else (result,)
+        queries, valid = (sum(getattr(run, what) for run in runs) for what in ("num_queries", "num_valid_queries"))
+        if valid < queries:
+            lines.append(f"{name}: {queries - valid} of {queries} queries have no match and are not counted")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = _parser()
@@ -212,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return 130
-    print("\n".join([results_table(results), *notes]))
+    print("\n".join([results_table(results), *_uncounted(results), *notes]))
     return 0
 
 

@@ -289,7 +289,7 @@ def k_reciprocal_rerank(
     if block_rows is not None:
         block_rows = check_count("block_rows", block_rows, 1)
     if max_memory is not None:
-        max_memory = check_count("max_memory", max_memory, 0)
+        max_memory = check_count("max_memory", max_memory, 0, 2**63 - 1)
     plan = rerank_plan(
         Q, G, query.shape[1], k1=k1, k2=k2, topk=topk, block_rows=block_rows, max_memory=max_memory,
         copies=sum(part.numel() * part.element_size() for part in (query, gallery) if not has_contiguous_rows(part)),
