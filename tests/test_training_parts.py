@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from vareid_ext.checkpoint import (
     set_random_state,
 )
 from vareid_ext.data import ImageList, SyntheticSettings, build_transform, synthetic_data
+from vareid_ext.files import atomic
 from vareid_ext.models import ReidModel
 from vareid_ext.training import extraction, report, run_folder
 from vareid_ext.training.figures import choose_queries
@@ -153,6 +155,66 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
     torch.save({"format": 999}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="format 999"):
         load_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_bit_that_flipped_in_a_checkpoint_is_noticed_or_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    saved = {"weights": torch.arange(20.0), "step": 5, "names": ["a", "b"]}
+    save_checkpoint(path, saved)
+    written = path.read_bytes()
+    directory = written.index(b"PK\x01\x02")
+    refused = 0
+    for position in (*range(0, directory, 5), *range(directory, len(written))):
+        damaged = bytearray(written)
+        damaged[position] ^= 16 if position >= directory else 1 << position % 8
+        path.write_bytes(damaged)
+        try:
+            found = load_checkpoint(path)
+        except ValueError:
+            refused += 1
+            continue
+        assert torch.equal(found.pop("weights"), saved["weights"])
+        assert found == {"format": 1, "step": 5, "names": ["a", "b"]}
+    assert refused > 500
+
+
+def test_a_file_of_weights_without_checksums_is_read(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)
+        torch.save({"a": torch.arange(5)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert read_tensors(tmp_path / "a.pt", "weights")["a"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_weights_that_unpack_to_more_than_they_are_get_refused_unread(tmp_path):
+    torch.save({"a": torch.zeros(2_000_000)}, tmp_path / "flat.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "flat.pt") as flat,
+        zipfile.ZipFile(tmp_path / "a.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in flat.namelist():
+            bomb.writestr(name, flat.read(name))
+    with pytest.raises(ValueError, match=r"a\.pt"):
+        read_tensors(tmp_path / "a.pt", "weights")
+
+
+def test_a_signal_in_the_middle_of_a_write_is_raised_as_what_it_is(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path / "last.pt", {"step": 1})
+    write = atomic._File.write
+
+    def interrupted(self, data):
+        done = write(self, data)
+        if not signals.received:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(atomic._File, "write", interrupted)
+    with Signals() as signals, pytest.raises(RunInterruptedError), signals.immediate("all is saved"):
+        save_checkpoint(tmp_path / "last.pt", {"step": 2, **{str(i): torch.zeros(100_000) for i in range(5)}})
+    assert load_checkpoint(tmp_path / "last.pt")["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 @pytest.mark.parametrize(

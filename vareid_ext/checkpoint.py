@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import random
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,11 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         path: the file.
         state: nested dictionaries and lists of tensors, numbers, strings, booleans and None.
     """
+    # To memory first: torch's writer turns what a write raises, a full disk or a signal, into an error of its own.
+    content = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, content)
     with atomic_file(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
+        file.write(content.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -46,9 +51,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, what: str) -> Any:
     """A file of ``torch.save``, to the CPU, without running code; a ValueError that begins with `what` if damaged."""
     try:
+        _check_zip(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch fail with whatever it runs into
         raise ValueError(f"{what}: {str(path)!r} cannot be read: {_in_short(error)}") from error
+
+
+def _check_zip(path: Path) -> None:
+    """An error if a zip file of ``torch.save`` is not as it was written: ``torch.load`` looks at no checksum."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # torch's own criterion: the format before PyTorch 1.6 has no checksums
+            return
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        unpacked = sum(member.file_size for member in members)
+        if unpacked > path.stat().st_size:
+            raise ValueError(f"it unpacks to {unpacked:,} bytes; allowed are uncompressed files")
+        # A folder's members are not read by torch, which then takes whatever the memory holds for them.
+        folders = (member.filename for member in members if member.external_attr & 0x10)
+        # A writer may leave the checksums out, and has then left out all.
+        if any(member.CRC for member in members) and (damaged := archive.testzip() or next(folders, None)):
+            raise ValueError(f"{damaged!r} in it is not what was written")
 
 
 def _in_short(error: Exception) -> str:
