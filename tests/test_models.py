@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vareid_ext import models
-from vareid_ext.models import STRIPES, GeneralizedMeanPooling, ReidModel, StripeBranch, load_backbone_weights
+from vareid_ext.models import STRIPES, GeneralizedMeanPooling, ReidModel, StripeBranch, load_weights
 from vareid_ext.training.triplet import batch_hard_triplet
 
 TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}
@@ -145,18 +145,19 @@ def test_weights_come_from_a_local_file(tmp_path, wrapped):
 
 
 def test_weights_that_do_not_fit_are_errors(tmp_path):
-    backbone = tiny().backbone
+    model = tiny()
+    backbone = model.backbone
     path = tmp_path / "weights.pth"
     with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
-        load_backbone_weights(backbone, str(path))
+        load_weights(model, str(path))
     weights = dict(backbone.state_dict())
     del weights["conv1.0.weight"]
     torch.save(weights, path)
     with pytest.raises(ValueError, match=r"1 of \d+ entries .* conv1\.0\.weight"):
-        load_backbone_weights(backbone, str(path))
+        load_weights(model, str(path))
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="list"):
-        load_backbone_weights(backbone, str(path))
+        load_weights(model, str(path))
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
@@ -172,7 +173,7 @@ def test_weights_that_cannot_be_read_are_errors(tmp_path, name):
 def test_weights_that_are_no_tensors_are_errors(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(dict.fromkeys(tiny().backbone.state_dict(), 0), path)
-    with pytest.raises(ValueError, match="does not fit the backbone"):
+    with pytest.raises(ValueError, match="does not fit the network"):
         ReidModel("resnet10t", backbone_options=TINY, weights=str(path))
 
 
@@ -182,13 +183,102 @@ def test_options_that_the_backbone_does_not_take_are_errors(options):
         ReidModel("resnet10t", backbone_options=options)
 
 
-def test_a_failed_download_says_what_to_do(monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("no route to host")
+class Unreachable:
+    """An HTTP client in a place without a network."""
 
-    monkeypatch.setattr(models.timm, "create_model", offline)
+    def head(self, url, **options):
+        raise ConnectionError("no route to host")
+
+
+def test_a_failed_download_says_what_to_do_and_is_not_tried_for_a_minute(monkeypatch, tmp_path):
+    hub = models.huggingface_hub
+    asked = []
+
+    def create(name, **options):
+        asked.append(hub.constants.HF_HUB_OFFLINE)
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr(hub, "get_session", Unreachable)
+    monkeypatch.setattr(models.timm, "create_model", create)
     with pytest.raises(OSError, match=r"resnet18.*no route to host.*--weights FILE.*pretrained=false"):
         ReidModel("resnet18", pretrained=True)
+    assert asked == [True]
+    assert not hub.constants.HF_HUB_OFFLINE
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "pretrained"),
+    [
+        ("resnet18.no_such_weights", {}, False),
+        ("botnet50ts_256", {}, True),
+        ("resnet10t", {"block": 3}, False),
+        ("resnet10t", {"layers": 0}, False),
+        ("resnet10t", {"act_layer": "foo"}, False),
+        ("resnet10t", {"channels": [8, -8, 8, 8]}, False),
+        ("resnet10t", {"output_stride": 7}, False),
+        ("resnet10t", {"in_chans": 1}, False),
+        ("resnet10t", {"features_only": True}, False),
+    ],
+)
+def test_what_timm_cannot_build_is_an_error_of_one_line(monkeypatch, name, options, pretrained):
+    monkeypatch.setattr(models.huggingface_hub, "get_session", Unreachable)
+    with pytest.raises(ValueError, match="backbone") as error:
+        ReidModel(name, backbone_options=options, pretrained=pretrained)
+    assert name in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "base.", "model.", "_orig_mod.", "module.", "backbone.", "module._orig_mod.model."]
+)
+@pytest.mark.parametrize("counters", ["scalar", "missing", "one element"])
+def test_backbone_weights_of_other_programs_are_taken(tmp_path, prefix, counters):
+    torch.manual_seed(1)
+    weights = {**tiny().backbone.state_dict(), "fc.weight": torch.zeros(5, 16)}
+    for key in [key for key in weights if key.endswith("num_batches_tracked")]:
+        if counters == "missing":
+            del weights[key]
+        elif counters == "one element":
+            weights[key] = torch.tensor([7])
+    torch.save({prefix + key: value for key, value in weights.items()}, tmp_path / "weights.pth")
+    torch.manual_seed(2)
+    loaded = ReidModel("resnet10t", backbone_options=TINY, weights=str(tmp_path / "weights.pth"))
+    assert loaded.left_out == ("fc.weight",)
+    for key, value in loaded.backbone.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(value, weights[key]), key
+        elif counters == "one element":
+            assert value.item() == 7
+
+
+def test_an_error_about_weights_shows_what_the_file_holds(tmp_path):
+    path = str(tmp_path / "weights.pth")
+    for content in ({"encoder.stem": torch.zeros(3, 2)}, {"net": {"conv1": torch.zeros(2)}, "epoch": 3}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=rf"{next(iter(content))}.*") as error:
+            load_weights(tiny(), path)
+        assert "[3, 2]" in str(error.value) or "epoch int" in str(error.value)
+    weights = tiny().backbone.state_dict()
+    torch.save({**{f"model.{key}": weights[key] for key in weights}, **weights}, path)
+    with pytest.raises(ValueError, match="several networks"):
+        load_weights(tiny(), path)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod."])
+def test_the_weights_of_a_whole_network_fill_all_of_it_or_are_refused(tmp_path, wrapper):
+    torch.manual_seed(1)
+    source = tiny(pooling="gem", local=True, num_identities=3, stripe_dim=4)
+    for value in source.state_dict().values():
+        value.copy_(torch.rand(value.shape) * 3)
+    torch.save({wrapper + key: value for key, value in source.state_dict().items()}, tmp_path / "whole.pth")
+    same = {"pooling": "gem", "local": True, "num_identities": 3, "stripe_dim": 4}
+    loaded = tiny(weights=str(tmp_path / "whole.pth"), **same)
+    assert loaded.left_out == ()
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, source.state_dict()[key]), key
+    for other in ({"pooling": "avg"}, {"local": False}, {"num_identities": 4}, {"stripe_dim": 5}):
+        with pytest.raises(ValueError, match=r"weights: .*whole\.pth"):
+            tiny(weights=str(tmp_path / "whole.pth"), **{**same, **other})
 
 
 @pytest.mark.parametrize(

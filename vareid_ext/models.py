@@ -5,20 +5,27 @@ The classifiers of the global feature (the identity and viewpoint centres) belon
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub
 import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vareid_ext.checkpoint import read_tensors
+from vareid_ext.checkpoint import FORMAT, read_tensors
 
 STRIPES = (1, 2, 3)
 """The stripe branch cuts the feature map into this many horizontal stripes, one cut after the other: 6 in all."""
+
+_WRAPPERS = re.compile(r"((module|_orig_mod)\.)*")
+_PREFIXES = re.compile(r"((module|_orig_mod|base|model|backbone)\.)*")
 
 
 class ModelOutput(NamedTuple):
@@ -85,7 +92,7 @@ class ReidModel(nn.Module):
         backbone: name of a timm model whose feature map is [N, C, H, W].
         backbone_options: further arguments of ``timm.create_model``.
         pretrained: start from timm's weights, downloaded on first use.
-        weights: local file of backbone weights instead (.pth, .pt, .safetensors; also a checkpoint of this program).
+        weights: local file of weights instead (.pth, .pt, .safetensors), see :func:`load_weights`.
         last_stride: 1 sets the strides of the last stage to 1, so that the feature map has twice the resolution; no
             dilation is added. 2 leaves the backbone alone.
         pooling: "avg", or "gem" for generalised mean pooling.
@@ -120,9 +127,8 @@ class ReidModel(nn.Module):
             raise ValueError(f"last_stride: {last_stride!r} was given; allowed are 1 and 2")
         if pooling not in ("avg", "gem"):
             raise ValueError(f"pooling: {pooling!r} was given; allowed are 'avg' and 'gem'")
-        self.backbone = _create_backbone(backbone, dict(backbone_options or {}), pretrained and weights is None)
-        if weights is not None:
-            load_backbone_weights(self.backbone, weights)
+        options = dict(backbone_options or {})
+        self.backbone = _create_backbone(backbone, options, pretrained and weights is None)
         channels, stages = _probe(self.backbone, backbone)
         if last_stride == 1:
             _keep_resolution(backbone, stages)
@@ -137,6 +143,12 @@ class ReidModel(nn.Module):
             self.stripes = StripeBranch(channels, stripe_dim, num_identities)
         self.feature_dim = channels
         """length D of the global feature"""
+        self.settings = {
+            "backbone": backbone, "backbone_options": options, "last_stride": last_stride, "input_norm": input_norm,
+        }  # fmt: skip
+        """what the network computes from its weights, as far as these do not tell"""
+        self.left_out: tuple[str, ...] = () if weights is None else load_weights(self, weights)
+        """entries of the file of weights that the backbone has no place for, such as a classifier"""
 
     def forward(self, images: Tensor) -> ModelOutput:
         """Images [N, 3, H, W], normalised as the backbone expects -> :class:`ModelOutput`."""
@@ -161,67 +173,147 @@ def test_feature(output: ModelOutput) -> Tensor:
     return F.normalize(torch.cat(parts, dim=1), dim=1)
 
 
+_WRONG_ARGUMENTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError, ArithmeticError)
+
+
 def _create_backbone(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise ValueError(
             f"backbone: timm has no model {name!r}" + (f"; the nearest are {', '.join(close)}" if close else "")
         )
+    unreachable = _why_unreachable() if pretrained else ""
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **options)
-    except TypeError as error:
-        raise ValueError(
-            f"backbone_options: {options!r} was given; timm's {name!r} does not take it: {error}"
-        ) from error
-    except _download_errors() as error:
+        with _cached_weights_only(bool(unreachable)):
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **options)
+    except Exception as error:  # timm passes the options on to constructors of all kinds
+        if isinstance(error, _WRONG_ARGUMENTS) and not isinstance(error, OSError):
+            raise ValueError(
+                f"backbone, backbone_options: {name!r}, {options!r} were given; timm cannot build that: "
+                f"{_first_line(error)}"
+            ) from error
         if not pretrained:
             raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
-            f"the pretrained weights of {name!r} could not be downloaded ({reason}). Give a local file "
-            "with --weights FILE, or start from random weights with --model.pretrained=false"
+            f"the pretrained weights of {name!r} could not be downloaded ({unreachable or _first_line(error)}). Give a "
+            "local file with --weights FILE, or start from random weights with --model.pretrained=false"
         ) from error
 
 
-def _download_errors() -> tuple[type[BaseException], ...]:
-    """What a failed download raises: OSError, and the exceptions of the HTTP client the hub's library brings."""
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _why_unreachable() -> str:
+    """Why the server of the pretrained weights does not answer; "" if it does."""
     try:
-        from httpx import HTTPError
-    except ModuleNotFoundError:
-        return (OSError,)
-    return (OSError, HTTPError)
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of whatever HTTP client the hub's library is built on
+        return _first_line(error)
+    return ""
 
 
-def load_backbone_weights(backbone: nn.Module, path: str) -> None:
-    """Load a file of weights into a backbone; the file's classifier is left out.
+@contextlib.contextmanager
+def _cached_weights_only(switched_on: bool) -> Iterator[None]:
+    """A block in which the hub's library looks at its cache only; it would try to reach its server for a minute."""
+    constants = huggingface_hub.constants
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or switched_on
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def load_weights(model: ReidModel, path: str) -> tuple[str, ...]:
+    """Load a file of weights into a network.
+
+    A checkpoint of this program, or the weights of a whole :class:`ReidModel`, fill the network completely: of a run
+    with a moving average, the average. Any other file fills the backbone.
 
     Args:
-        backbone: a timm model without a classifier.
+        model: the network.
         path: .safetensors, or a file that ``torch.load(weights_only=True)`` reads: the weights, or a dictionary with
-            them under "state_dict" or "model". Prefixes "module." and "backbone." are removed.
+            them under "state_dict" or "model". Prefixes "module.", "_orig_mod.", "base.", "model." and "backbone." are
+            removed; batch norms may come without "num_batches_tracked".
+
+    Returns:
+        The file's entries that the backbone has no place for, such as its classifier.
 
     Raises:
         OSError: there is no such file.
         ValueError: the file is damaged or holds other than tensors; weights are missing or of another shape, and the
-            first ones are named.
+            first ones are named beside what the file holds; the checkpoint is of another network.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights: there is no file {path!r}")
     found = _read_weights(path)
+    if isinstance(found, Mapping) and found.get("format") == FORMAT and isinstance(found.get("config"), Mapping):
+        _check_settings(model, found["config"].get("model"), path)
+        found = found.get("average") or found
     for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping):
         raise ValueError(f"weights: {path!r} holds {type(found).__name__}, not a dictionary of weights")
-    weights = {str(key).removeprefix("module.").removeprefix("backbone."): value for key, value in found.items()}
-    expected = backbone.state_dict()
-    wrong = [key for key, value in expected.items() if getattr(weights.get(key), "shape", None) != value.shape]
+    whole = {_WRAPPERS.sub("", str(key), count=1): value for key, value in found.items()}
+    if "neck.running_mean" in whole and any(key.startswith("backbone.") for key in whole):
+        whole.pop("n_averaged", None)
+        left_out = _fill(model, whole, path, found)
+        if left_out:
+            raise ValueError(f"weights: {path!r} is of another network, with {left_out[0]!r}")
+        return ()
+    weights = {_PREFIXES.sub("", str(key), count=1): value for key, value in found.items()}
+    if len(weights) < len(found):
+        raise ValueError(f"weights: {path!r} holds several networks: {_describe(found)}")
+    return _fill(model.backbone, weights, path, found)
+
+
+def _check_settings(model: ReidModel, trained: Any, path: str) -> None:
+    """ValueError if a checkpoint's network computes something else from its weights than `model` would."""
+    for name, value in model.settings.items() if isinstance(trained, Mapping) else ():
+        if json.dumps(trained.get(name), default=str) != json.dumps(value, default=str):
+            raise ValueError(
+                f"weights: {path!r} was trained with model.{name} {trained.get(name)!r}; {value!r} was given, and a "
+                "checkpoint is loaded as a whole"
+            )
+
+
+def _fill(module: nn.Module, weights: Mapping[str, Any], path: str, held: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Load weights into a module, all of whose entries must be there; returns those it has no place for.
+
+    Args:
+        module, weights: both with the module's own names.
+        path, held: the file and what is in it, for the error.
+    """
+    fitting = {}
+    expected = module.state_dict()
+    for key, value in expected.items():
+        given = weights.get(key)
+        if given is None and key.endswith("num_batches_tracked"):  # which batch norms once did not have
+            given = value
+        if isinstance(given, Tensor) and given.numel() == value.numel() == 1:
+            given = given.reshape(value.shape)
+        if isinstance(given, Tensor) and given.shape == value.shape:
+            fitting[key] = given
+    wrong = [key for key in expected if key not in fitting]
     if wrong:
         raise ValueError(
-            f"weights: {path!r} does not fit the backbone: {len(wrong)} of {len(expected)} entries are missing or have "
-            f"another shape, the first are {', '.join(wrong[:3])}"
+            f"weights: {path!r} does not fit the network: {len(wrong)} of {len(expected)} entries are missing or have "
+            f"another shape, the first are {', '.join(wrong[:3])}; the file holds {_describe(held)}"
         )
-    backbone.load_state_dict({key: weights[key] for key in expected})
+    module.load_state_dict(fitting)
+    return tuple(sorted(weights.keys() - expected.keys()))
+
+
+def _describe(weights: Mapping[Any, Any]) -> str:
+    """The first entries of a dictionary with their shapes."""
+
+    def kind(value: Any) -> str:
+        return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+
+    first = [f"{str(key)[:80]} {kind(value)}" for key, value in list(weights.items())[:5]]
+    return ", ".join(first + [f"and {len(weights) - 5:,} more"] * (len(weights) > 5)) or "nothing"
 
 
 def _read_weights(path: str) -> Any:
@@ -258,8 +350,10 @@ def _probe(backbone: nn.Module, name: str) -> tuple[int, list[_StridedModule]]:
     try:
         with torch.no_grad():
             feature_map = backbone.eval()(torch.zeros(1, 3, 256, 256))
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"backbone: {name!r} does not take images of any size ({error}); choose another") from error
+    except Exception as error:  # a network meant for something else fails with whatever it runs into
+        raise ValueError(
+            f"backbone: {name!r} does not take images of any size ({_first_line(error)}); choose another"
+        ) from error
     finally:
         backbone.train(was_training)
         for handle in handles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,6 +78,9 @@ def introduction(
         f"device   {device}, {torch.get_num_threads()} threads, losses: {losses}",
         f"output   {folder.path}",
     ]
+    if state.model.left_out:
+        left_out = textwrap.shorten(", ".join(state.model.left_out), 80)
+        lines += [f"weights  {len(state.model.left_out)} entries of {config.model.weights} left out: {left_out}"]
     lines += [f"resumed  at step {state.progress.step}"] if state.progress.step else []
     return "\n".join([*lines, ""])
 
