@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from benchmarks.harness import Suite
 from vareid_ext import ViewpointAwareLoss, angular_center_regularizer, viewpoint_aware_cross_entropy
-from vareid_ext.config import Config
+from vareid_ext.config import DEFAULT_IDENTITIES, Config
 from vareid_ext.data import PKSampler, ReidDataset, SyntheticSettings, build_transform, collate, synthetic_data
 from vareid_ext.models import ReidModel
 from vareid_ext.train import training_loss
@@ -22,7 +22,7 @@ from vareid_ext.training.state import build_optimizer
 
 
 def run_case(suite: Suite, name: str, config: Config, num_identities: int, *, rounds: int | None = None) -> None:
-    P, K = config.sampler.identities, config.sampler.instances
+    P, K = config.sampler.identities or DEFAULT_IDENTITIES, config.sampler.instances
     # Enough rendered people to draw batches from; the heads have the data set's number of identities.
     people = SyntheticSettings(identities_train=P, identities_test=1, images_per_identity=6, distractors=0)
     data = synthetic_data(people)
