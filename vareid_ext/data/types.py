@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,29 +16,81 @@ UNKNOWN = -1
 """Label of a viewpoint or camera that is not known."""
 
 
+IMAGE_SUFFIXES = frozenset((
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm",
+    ".tif", ".tiff", ".webp", ".avif", ".jp2", ".j2k", ".tga",
+))  # fmt: skip
+"""What marks a file in a data set's folder as an image, in small letters: the usual suffixes that Pillow reads."""
+
+MAX_PIXELS = 50_000_000
+"""Images with more pixels are refused before they are decoded. Phones take 50 megapixels; 8K video has 33."""
+
+
+def is_litter(path: str) -> bool:
+    """Whether `path` is an operating system's own file (`._a.jpg`, `Thumbs.db`), which is never an image."""
+    *folders, name = path.replace("\\", "/").lower().split("/")
+    return name.startswith("._") or name in (".ds_store", "thumbs.db", "desktop.ini") or "__macosx" in (*folders, name)
+
+
+def left_out(what: str, names: Sequence[str]) -> tuple[str, ...]:
+    """A line that counts the `names` that were left out and shows the first three; nothing when there are none."""
+    if not names:
+        return ()
+    # Names on disk need not be Unicode; the text must be, to be printed.
+    first = ", ".join(name.encode("utf-8", "backslashreplace").decode() for name in names[:3])
+    return (f"{len(names):,} {what} left out: {first}{', ...' if len(names) > 3 else ''}",)
+
+
 def open_image(path: str) -> Image.Image:
     """Read the image file at `path` completely and return it upright, as RGB (8 bits per channel).
 
-    16-bit grey values are divided by 256.
+    Of an animation that is the first picture. Grey values of more than 8 bits are taken as 16-bit ones where one is
+    above 255, and divided by 256; floating point numbers that are all within 0..1 are multiplied by 255.
 
-    Raises OSError, naming the file, when it is missing, cut short, damaged or no image.
+    Raises OSError, naming the file, when it is missing, cut short, damaged or no image, when it is a pipe, a device or
+    an EPS file, has more than `MAX_PIXELS` pixels, or values that are no grey values.
     """
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is not a regular file")  # opening a pipe could wait for ever
         with Image.open(path) as image:
+            if image.format == "EPS":
+                raise ValueError("EPS files are programs, and are not run")
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels; at most {MAX_PIXELS:,} in all are allowed")
             # Phones store pictures as the sensor saw them, with a note which way is up.
-            return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+            ImageOps.exif_transpose(image, in_place=True)
+            return _eight_bits(image).convert("RGB")
     except Exception as error:  # the decoders fail on damaged files with whatever they happen to run into
         raise OSError(f"cannot read the image {path}: {str(error) or type(error).__name__}") from error
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The picture with 16-bit grey values made 8-bit ones; Pillow would clip them, and nearly all would be white."""
-    if not image.mode.startswith("I"):
+    """The picture with 8-bit values; Pillow would clip other ones, and nearly all would be white or black."""
+    if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
-    # Mode I is 32 bits wide, and holds 8- or 16-bit values.
-    sixteen = image.mode != "I" or values.max(initial=0) > 255
-    return Image.fromarray(np.clip(values >> 8 if sixteen else values, 0, 255).astype(np.uint8))
+    low, high = values.min(initial=0), values.max(initial=0)
+    if not (low >= 0 and high <= 65535):
+        raise ValueError(f"values from {low} to {high}; allowed are 0..1 (floating point), 0..255 and 0..65535")
+    if high > 255:
+        values = values // 256
+    elif image.mode == "F":
+        values = np.rint(values * 255 if high <= 1 else values)
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _whole(name: str, values: Any) -> np.ndarray:
+    """`values` as int64. Raises ValueError, naming them, where that would change one."""
+    given = np.asarray(values)
+    try:
+        with np.errstate(invalid="ignore"):
+            whole = given.astype(np.int64)
+    except (OverflowError, TypeError, ValueError):
+        whole = None
+    if whole is None or not np.array_equal(whole, given):
+        raise ValueError(f"{name}: values of type {given.dtype} were given; allowed are whole numbers of 64 bits")
+    return whole
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
@@ -74,7 +128,7 @@ class ImageList:
     def __post_init__(self) -> None:
         count = len(self.paths)
         for name in ("identity", "camera", "viewpoint"):
-            array = np.asarray(getattr(self, name), dtype=np.int64)
+            array = _whole(name, getattr(self, name))
             if array.shape != (count,):
                 raise ValueError(f"{name} must have shape ({count},), one entry per path, got {array.shape}")
             object.__setattr__(self, name, _frozen(array))
@@ -126,6 +180,7 @@ class ReidData:
         identity_names: training identity index -> the data set's own name for it.
         num_viewpoints: V, 3 unless a reader says otherwise.
         skipped: paths of unreadable images that were left out.
+        notes: one line for everything else that was left out, or does not fit.
     """
 
     name: str
@@ -135,6 +190,7 @@ class ReidData:
     identity_names: tuple[str, ...]
     num_viewpoints: int = len(VIEWPOINTS)
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         found = np.unique(self.train.identity)
@@ -172,7 +228,7 @@ class ReidData:
         return mask
 
     def summary(self) -> str:
-        """A table of images, identities, cameras and viewpoints per split; how many training images are labelled."""
+        """A table of images, identities, cameras and viewpoints per split; how many are labelled; what was left out."""
         names = VIEWPOINTS if self.num_viewpoints == len(VIEWPOINTS) else range(self.num_viewpoints)
         header = ("split", "images", "identities", "cameras", *(str(name) for name in names), "unknown")
         rows = [header]
@@ -190,7 +246,6 @@ class ReidData:
         known, total = self.num_train_viewpoints_known, len(self.train)
         kind = "soft " if self.train.viewpoint_weight is not None else ""
         lines.append(f"{self.name}: {known:,} of {total:,} training images have {kind}viewpoint labels")
-        if self.skipped:
-            named = ", ".join(self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
-            lines.append(f"{self.name}: {len(self.skipped):,} unreadable images left out: {named}")
+        notes = (*left_out("unreadable images", self.skipped), *self.notes)
+        lines += [f"{self.name}: {note}" for note in notes]
         return "\n".join(lines)
