@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -51,7 +53,7 @@ def write(folder, layout, lists=None):
     for name, files in layout.items():
         (folder / name).mkdir(parents=True)
         for file in files:
-            if file.endswith("db"):
+            if not file.endswith((".jpg", ".png", ".gif", ".pgm", ".jfif", ".JPEG", ".tga")):
                 (folder / name / file).write_bytes(b"not an image")
             else:
                 TINY.save(folder / name / file)
@@ -84,6 +86,9 @@ def test_market1501(tmp_path, inside):
     assert data.train.load(0).size == (4, 8)
     assert "0 of 3 training images have viewpoint labels" in data.summary()
     assert data.subclass_mask().all()
+    (note,) = data.notes
+    assert "2 junk" in note
+    assert note in data.summary()
 
 
 def test_dukemtmc(tmp_path):
@@ -176,7 +181,7 @@ def test_a_stray_image_name_is_an_error(tmp_path):
 @pytest.mark.parametrize("split", ["bounding_box_train", "query", "bounding_box_test"])
 def test_an_empty_split_is_an_error(tmp_path, split):
     write(tmp_path, MARKET | {split: ["Thumbs.db"]})
-    with pytest.raises(ValueError, match="has no images"):
+    with pytest.raises(FileNotFoundError, match=f"{split} has no images"):
         load("market1501", tmp_path)
 
 
@@ -248,6 +253,137 @@ def test_viewpoint_labels_are_joined(tmp_path):
     assert soft.subclass_mask().tolist() == [[True, True, True], [True, True, True]]
     assert soft.query.viewpoint_weight is None
     assert "2 of 3 training images have soft viewpoint labels" in soft.summary()
+
+
+LAYOUTS = {"market1501": MARKET, "dukemtmc-reid": DUKE, "cuhk03-np-labeled": CUHK03, "cuhk03-np-detected": CUHK03}
+
+
+def write_as(kind, folder, layout):
+    setting = kind.rpartition("-")[2] if kind.startswith("cuhk03") else ""
+    write(folder / setting, layout)
+    return folder / setting
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_every_usual_image_suffix_is_taken(tmp_path, kind):
+    more = [f"0100_c1_{place}{suffix}" for place, suffix in enumerate((".gif", ".pgm", ".jfif", ".JPEG", ".tga"))]
+    base = write_as(kind, tmp_path, LAYOUTS[kind] | {"bounding_box_train": more})
+    data = load(kind, tmp_path)
+    assert names(data.train) == sorted(more)
+    assert data.identity_names == ("0100",)
+    assert (base / "bounding_box_train").is_dir()
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_what_is_not_taken_is_counted_and_named(tmp_path, kind):
+    base = write_as(kind, tmp_path, LAYOUTS[kind])
+    before = load(kind, tmp_path)
+    for file in ("._0002_c1s1_000451_03.jpg", ".DS_Store", "desktop.ini", "thumbs.DB"):
+        (base / "query" / file).write_bytes(b"")
+    (base / "query" / "__MACOSX").mkdir()
+    assert load(kind, tmp_path).notes == before.notes
+    for file in ("0001_c1_7.heic", "0001_c1_8.svg", "0001_c1_9"):
+        (base / "query" / file).write_bytes(b"")
+    (base / "bounding_box_test" / "0001").mkdir()
+    data = load(kind, tmp_path)
+    assert len(data.query) == len(before.query)
+    (note,) = set(data.notes) - set(before.notes)
+    assert all(part in note for part in ("4", "0001_c1_7.heic", "0001_c1_8.svg", "0001_c1_9"))
+    assert note in data.summary()
+
+
+def test_names_that_are_no_unicode_can_be_printed(tmp_path):
+    write(tmp_path, MARKET)
+    (tmp_path / "query" / os.fsdecode(b"\xff\xfe.heic")).write_bytes(b"")
+    assert b"ff\\udcfe.heic" in load("market1501", tmp_path).summary().encode()
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("inside", ["0001/0001_c1s1_001051_00.jpg", "0001_c1s1_001051_00.heic"])
+def test_a_folder_of_anything_else_shows_the_usual_tree_and_itself(tmp_path, kind, inside):
+    base = write_as(kind, tmp_path, LAYOUTS[kind] | {"query": []})
+    (base / "query" / inside).parent.mkdir(exist_ok=True)
+    (base / "query" / inside).write_bytes(b"")
+    with pytest.raises(FileNotFoundError) as caught:
+        load(kind, tmp_path)
+    for part in (str(base / "query"), os.path.basename(inside), "bounding_box_test", "found instead"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [f"{2**63}_c1_0.jpg", f"{10**30}_c1_0.jpg", f"0001_c{2**63}_0.jpg", f"0001_c{'1' * 200}_0.jpg", "-2_c1_0.jpg",
+     "\N{ARABIC-INDIC DIGIT TWO}_c1_0.jpg", "0001_c\N{SUPERSCRIPT TWO}_0.jpg", "_c1_0.jpg"],
+)  # fmt: skip
+def test_numbers_in_file_names_have_64_bits(tmp_path, kind, name):
+    write_as(kind, tmp_path, LAYOUTS[kind] | {"bounding_box_test": ["999999999999999999_c999999999999999999_0.jpg"]})
+    data = load(kind, tmp_path)
+    assert data.gallery.identity.tolist() == data.gallery.camera.tolist() == [10**18 - 1]
+    base = write_as(kind, tmp_path / "other", LAYOUTS[kind] | {"query": [name]})
+    with pytest.raises(ValueError, match=r"query.*_c"):
+        load(kind, tmp_path / "other")
+    assert base.is_dir()
+
+
+def test_msmt17_lists_may_come_from_any_editor(tmp_path):
+    root = write(tmp_path, MSMT17, MSMT17_LISTS)
+    expected = load("msmt17", root)
+    for name, text in MSMT17_LISTS.items():
+        changed = text.replace("0000/", "0000\\", 1).replace(" ", "  \t").replace("\n", " \r\n")
+        (root / name).write_bytes(b"\xef\xbb\xbf" + changed.encode())
+    data = load("msmt17", root)
+    for split in ("train", "query", "gallery"):
+        old, new = getattr(expected, split), getattr(data, split)
+        assert new.paths == old.paths
+        assert new.identity.tolist() == old.identity.tolist()
+        assert new.camera.tolist() == old.camera.tolist()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [f"0000/0000_000_01_x_0.jpg {10**30}", f"0000/0000_000_{10**30}_x_0.jpg 0", "0000/0000_000_01_x_0.jpg -1",
+     "0000/0000_000_01_x_0.jpg \N{SUPERSCRIPT TWO}", "7"],
+)  # fmt: skip
+def test_msmt17_numbers_have_64_bits(tmp_path, line):
+    write(tmp_path, MSMT17, MSMT17_LISTS | {"list_query.txt": f"{MSMT17_LISTS['list_query.txt']}{line}\n"})
+    with pytest.raises(ValueError, match=r"list_query\.txt, line 2"):
+        load("msmt17", tmp_path)
+
+
+def test_an_msmt17_list_that_is_no_text_or_no_file_is_named(tmp_path):
+    write(tmp_path, MSMT17, MSMT17_LISTS)
+    (tmp_path / "list_val.txt").write_bytes(b"\xff\xfe0\0")
+    with pytest.raises(ValueError, match=r"list_val\.txt"):
+        load("msmt17", tmp_path)
+    (tmp_path / "list_val.txt").unlink()
+    os.mkfifo(tmp_path / "list_val.txt")
+    with pytest.raises(FileNotFoundError, match=r"list_val\.txt"):
+        load("msmt17", tmp_path)
+
+
+def test_msmt17_files_of_operating_systems_are_no_images(tmp_path):
+    more = f"0000/._0000_000_01_0113morning_0021_0.jpg 0\n{MSMT17_LISTS['list_query.txt']}"
+    data = load("msmt17", write(tmp_path, MSMT17, MSMT17_LISTS | {"list_query.txt": more}))
+    assert len(data.query) == 1
+    (note,) = data.notes
+    assert "0000/._0000_000_01_0113morning_0021_0.jpg" in note
+
+
+def test_msmt17_images_of_another_layout_show_the_usual_tree(tmp_path):
+    flat = {"train": MSMT17["train/0000"] + MSMT17["train/0001"], "test": MSMT17["test/0000"]}
+    write(tmp_path, flat, MSMT17_LISTS)
+    with pytest.raises(FileNotFoundError) as caught:
+        load("msmt17", tmp_path)
+    for part in ("MSMT17_V1/", str(tmp_path / "train"), MSMT17["train/0000"][0], "list_train.txt"):
+        assert part in str(caught.value)
+
+
+def test_a_pipe_among_the_images_is_unreadable(tmp_path):
+    write(tmp_path, MARKET)
+    os.mkfifo(tmp_path / "query" / "0009_c1s1_000001_00.jpg")
+    with pytest.raises(ValueError, match=r"0009_c1s1_000001_00\.jpg"):
+        load("market1501", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vareid_ext.data.types import UNKNOWN, ImageList, ReidData
-
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".tif", ".tiff", ".webp"))
-"""Files with other suffixes (Thumbs.db, .mat, ...) are passed over."""
+from vareid_ext.data.text_files import shown
+from vareid_ext.data.types import IMAGE_SUFFIXES, UNKNOWN, ImageList, ReidData, is_litter, left_out
 
 JUNK = -1
-"""Identity of images that are neither right nor wrong answers; they are dropped."""
+"""Identity of images that are neither right nor wrong answers; they are left out."""
+
+JUNK_IMAGES = f"junk images (identity {JUNK})"
+NOT_IMAGES = "entries that are not read as images"
 
 Entry = tuple[str, str, int]
 """Path, the identity as it is written in the data set, camera."""
@@ -39,8 +40,10 @@ class Layout:
     tree: str
 
 
-_NAMED = re.compile(r"(-?\d+)_c(\d+)")
-_MSMT17_NAMED = re.compile(r"(\d+)_(\d+)_(\d+)_")
+# Numbers of up to 18 digits fit into 64 bits.
+_NAMED = re.compile(r"(-1|[0-9]{1,18})_c([0-9]{1,18})(?![0-9])")
+_MSMT17_NAMED = re.compile(r"[0-9]+_[0-9]+_([0-9]{1,18})_")
+_MSMT17_IDENTITY = re.compile(r"[0-9]{1,18}")
 _SPLIT_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 
 MARKET1501 = Layout(
@@ -107,25 +110,33 @@ def _listing(folder: Path, most: int = 12) -> str:
     return "\n".join(lines) if lines else "  (nothing)"
 
 
+def _unexpected(layout: Layout, found: str) -> FileNotFoundError:
+    return FileNotFoundError(f"{layout.title}: expected\n{layout.tree}\nfound instead: {found}")
+
+
 def find_root(root: str | os.PathLike[str], layout: Layout) -> Path:
     """The folder that holds a data set laid out as `layout`: `root` itself or a folder of a usual name in it.
 
     Raises FileNotFoundError with the expected tree and what was found instead.
     """
     root = Path(root)
+
+    def missing(folder: Path) -> list[str]:
+        def there(entry: Path) -> bool:
+            return entry.is_file() if entry.suffix else entry.is_dir()
+
+        return [name for name in layout.required if not there(folder / name)]
+
     for candidate in (root, *(root / folder for folder in layout.folders)):
-        if all((candidate / entry).exists() for entry in layout.required):
+        if not missing(candidate):
             return candidate
     if root.is_dir():
         existing = next((root / folder for folder in layout.folders if (root / folder).is_dir()), root)
-        missing = [entry for entry in layout.required if not (existing / entry).exists()]
-        found = f"{existing} holds no {', no '.join(missing)}, but:\n{_listing(existing)}"
-    elif root.exists():
-        found = f"{root} is a file"
-    else:
-        parent = next(folder for folder in (*root.absolute().parents,) if folder.is_dir())
-        found = f"there is no {root}; {parent} holds:\n{_listing(parent)}"
-    raise FileNotFoundError(f"{layout.title}: expected\n{layout.tree}\nfound instead: {found}")
+        raise _unexpected(layout, f"{existing} holds no {', no '.join(missing(existing))}, but:\n{_listing(existing)}")
+    if root.exists():
+        raise _unexpected(layout, f"{root} is a file")
+    parent = next(folder for folder in (*root.absolute().parents,) if folder.is_dir())
+    raise _unexpected(layout, f"there is no {root}; {parent} holds:\n{_listing(parent)}")
 
 
 def build_list(entries: Sequence[Entry], identity: Sequence[int] | np.ndarray) -> ImageList:
@@ -144,6 +155,7 @@ def build_data(
     name: str,
     entries: dict[str, list[Entry]],
     number: Callable[[str], int] = int,
+    notes: tuple[str, ...] = (),
 ) -> ReidData:
     """A data set of the entries of `train`, `query` and `gallery`.
 
@@ -161,33 +173,47 @@ def build_data(
         build_list(entries["query"], [number(identity) for _, identity, _ in entries["query"]]),
         build_list(entries["gallery"], [number(identity) for _, identity, _ in entries["gallery"]]),
         tuple(names),
+        notes=notes,
     )
 
 
-def _scan(folder: Path, layout: Layout) -> list[Entry]:
-    entries = []
+def _scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> list[Entry]:
+    """The images in `folder`; the names of junk images are added to `junk`, those of other entries to `others`."""
+    entries: list[Entry] = []
     for file in sorted(os.listdir(folder)):
+        if is_litter(file):
+            continue
         if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
+            others.append(f"{folder.name}/{file}")
             continue
         match = _NAMED.match(file)
         if match is None:
             raise ValueError(
-                f"{layout.title}: the name of {folder / file} must begin with <identity>_c<camera>, as in\n"
-                f"{layout.tree}"
+                f"{layout.title}: the name of {folder / file} must begin with <identity>_c<camera>, numbers of at most "
+                f"18 digits, as in\n{layout.tree}"
             )
-        if int(match[1]) != JUNK:
+        if int(match[1]) == JUNK:
+            junk.append(f"{folder.name}/{file}")
+        else:
             entries.append((str(folder / file), match[1], int(match[2])))
+    if not entries:
+        raise _unexpected(layout, f"{folder} has no images, but:\n{_listing(folder)}")
     return entries
 
 
 def _read_folders(root: str | os.PathLike[str], name: str, layout: Layout) -> ReidData:
     base = find_root(root, layout)
-    train, query, gallery = (_scan(base / folder, layout) for folder in layout.required)
-    return build_data(name, {"train": train, "query": query, "gallery": gallery})
+    entries: dict[str, list[Entry]] = {}
+    junk: list[str] = []
+    others: list[str] = []
+    for split, folder in zip(("train", "query", "gallery"), layout.required, strict=True):
+        entries[split] = _scan(base / folder, layout, junk, others)
+    notes = (*left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, others))
+    return build_data(name, entries, notes=notes)
 
 
 def read_market1501(root: str | os.PathLike[str]) -> ReidData:
-    """Market-1501 (Zheng et al., ICCV 2015). Junk (identity -1) is dropped, distractors (0) stay in the gallery."""
+    """Market-1501 (Zheng et al., ICCV 2015). Junk (identity -1) is left out, distractors (0) stay in the gallery."""
     return _read_folders(root, "market1501", MARKET1501)
 
 
@@ -212,25 +238,33 @@ def read_msmt17(root: str | os.PathLike[str]) -> ReidData:
         names = (split, f"mask_{split}_v2")
         found = next((base / name for name in names if (base / name).is_dir()), None)
         if found is None:
-            raise FileNotFoundError(
-                f"{MSMT17.title}: expected\n{MSMT17.tree}\n"
-                f"found instead: {base} holds neither {names[0]} nor {names[1]}, but:\n{_listing(base)}"
-            )
+            raise _unexpected(MSMT17, f"{base} holds neither {names[0]} nor {names[1]}, but:\n{_listing(base)}")
         folders[split] = found
+    litter: list[str] = []
 
     def read_list(name: str, folder: Path) -> list[Entry]:
         entries = []
-        for number, line in enumerate((base / name).read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            text = (base / name).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{MSMT17.title}: {base / name} is not text in UTF-8: {error}") from None
+        for number, line in enumerate(text.split("\n"), start=1):
             if not line.strip():
                 continue
-            path, _, identity = line.strip().rpartition(" ")
+            *before, identity = line.rsplit(maxsplit=1)
+            path = "".join(before).strip().replace("\\", "/")
+            if is_litter(path):
+                litter.append(path)
+                continue
             match = _MSMT17_NAMED.match(os.path.basename(path))
-            if match is None or not identity.isdigit():
+            if match is None or not _MSMT17_IDENTITY.fullmatch(identity):
                 raise ValueError(
                     f"{MSMT17.title}: {base / name}, line {number}: expected a path like "
-                    f"0000/0000_000_01_0303morning_0008_0.jpg and an identity number, got {line.strip()!r}"
+                    f"0000/0000_000_01_0303morning_0008_0.jpg and an identity number, got {shown(line.strip())}"
                 )
-            entries.append((str(folder / path), identity, int(match[3])))
+            entries.append((str(folder / path), identity, int(match[1])))
+        if entries and not any(os.path.isfile(path) for path, _, _ in entries):
+            raise _unexpected(MSMT17, f"{folder} holds none of the images of {name}, but:\n{_listing(folder)}")
         return entries
 
     return build_data(
@@ -240,4 +274,5 @@ def read_msmt17(root: str | os.PathLike[str]) -> ReidData:
             "query": read_list("list_query.txt", folders["test"]),
             "gallery": read_list("list_gallery.txt", folders["test"]),
         },
+        notes=left_out(NOT_IMAGES, litter),
     )

@@ -1,0 +1,67 @@
+"""Reading the tables that people write: CSV files from any program, checked line by line."""
+
+from __future__ import annotations
+
+import csv
+import reprlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
+
+def shown(value: object) -> str:
+    """`value` as an error shows it: quoted, on one line, and short however long it is."""
+    return _SHORT.repr(value)
+
+
+def no_file(path: Path) -> str:
+    """Why `path` cannot be read as a file, "" when it can. Pipes and devices, which could block for ever, cannot."""
+    if path.is_file():
+        return ""
+    if path.is_dir():
+        return f"{path} is a folder"
+    return f"{path} is neither a file nor a folder" if path.exists() else f"{path} does not exist"
+
+
+def read_table(
+    path: Path, title: str, required: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, column -> cell) for each row of a CSV file in UTF-8, with or without a byte order mark.
+
+    The first line names the columns, in any order. Cells lose the blanks around them; blank lines are passed over.
+    `title` is what errors call the file. Raises ValueError, with the line, for unknown, repeated or missing columns, a
+    wrong number of cells, an empty cell in a `required` column, and a file that is no CSV.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            header = [cell.strip() for cell in next(reader, [])]
+            where = f"{title} {path}, line 1"
+            allowed = f"columns are {', '.join(required)}" + (
+                f" and optionally {', '.join(optional)}" if optional else ""
+            )
+            for column in header:
+                if column not in (*required, *optional):
+                    raise ValueError(f"{where}: unknown column {shown(column)}; {allowed}")
+                if header.count(column) > 1:
+                    raise ValueError(f"{where}: column {column!r} is given twice; {allowed}")
+            missing = [column for column in required if column not in header]
+            if missing:
+                raise ValueError(f"{where}: missing column {', '.join(missing)}; {allowed}")
+            for cells in reader:
+                if not any(cell.strip() for cell in cells):
+                    continue
+                where = f"{title} {path}, line {reader.line_num}"
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"{where}: {len(cells)} cells were given; {len(header)} are needed ({','.join(header)})"
+                    )
+                row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+                empty = [column for column in required if not row[column]]
+                if empty:
+                    raise ValueError(f"{where}: {empty[0]} is empty")
+                yield reader.line_num, row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{title} {path}: not a readable CSV file: {error}") from None
