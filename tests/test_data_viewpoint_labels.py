@@ -1,5 +1,6 @@
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,42 @@ def test_a_file_too_large_is_not_read(written, monkeypatch):
         read_viewpoint_labels(written(pickle.dumps(TABLE)))
 
 
+def table_of(rows):
+    """A pickle of many distinct short names, written by hand with nothing left out that costs memory."""
+    entries = (b"\x8c\x04" + b"%04x" % row + b"\x94K\x00h\x02\x86\x94s" for row in range(1, rows))
+    return b"\x80\x04}\x94\x8c\x010\x94K\x00\x8c\x05front\x94\x86s" + b"".join(entries) + b"."
+
+
+SIZE = 1 << 19
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x80\x04" + b"}" * SIZE + b".",
+        b"\x80\x04" + b"(" * SIZE + b".",
+        b"\x80\x04" + b"M\x00\x02" * (SIZE // 3) + b".",
+        b"\x80\x04}" + b"\x94" * SIZE + b".",
+        b"\x80\x04}\x94" + b"h\x00" * (SIZE // 2) + b".",
+        b"\x80\x04}" + b"K\x00\x940" * (SIZE // 4) + b".",
+        b"\x80\x02}" + b"".join(b"r" + number.to_bytes(4, "little") for number in range(SIZE // 5)) + b".",
+        b"\x80\x04" + b"(d" * (SIZE // 2) + b".",
+        table_of(30_000),
+    ],
+    ids=["dicts", "marks", "numbers", "stores", "loads", "pops", "numbered stores", "marked dicts", "a good table"],
+)
+def test_no_pickle_costs_more_memory_than_forty_times_its_length(data):
+    tracemalloc.start()
+    try:
+        load_label_table(data)
+    except ValueError:
+        pass
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 40 * len(data)
+
+
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.binary(max_size=200))
 def test_random_bytes_give_a_value_error_or_a_table(data):
@@ -172,6 +209,13 @@ def test_other_tables_are_refused(written, table, message):
 def test_true_is_no_label_in_the_oldest_protocol():
     with pytest.raises(ValueError, match="integer label"):
         load_label_table(pickle.dumps({"a": (True, "side")}, 0))
+
+
+def test_a_name_given_twice_in_a_pickle_is_an_error(written):
+    row = b"X\x01\x00\x00\x00aK\x00X\x05\x00\x00\x00front\x86s"
+    assert read_viewpoint_labels(written(b"\x80\x02}" + row + b".")).names == {"a": "front"}
+    with pytest.raises(ValueError, match=r"labels\.pkl"):
+        read_viewpoint_labels(written(b"\x80\x02}" + row + row + b"."))
 
 
 def test_doubled_suffixes_are_dropped(written):

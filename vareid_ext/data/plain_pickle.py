@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickletools
 
 _MARK = object()
+_DEEPEST = 4096  # values on the stack; pickle puts 1,000 keys and values there at a time
 _PUSH = frozenset(["BININT", "BININT1", "BININT2", "INT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"])
 _PUT = frozenset(["PUT", "BINPUT", "LONG_BINPUT"])
 _GET = frozenset(["GET", "BINGET", "LONG_BINGET"])
@@ -43,13 +44,15 @@ def _pair(values: list[object], position: int) -> tuple[int, str]:
 def load_label_table(data: bytes) -> dict[str, tuple[int, str]]:
     """The dictionary of file name -> (label, name) pickled in `data` (protocols 0 to 5).
 
-    Nothing is imported or called, whatever `data` holds; the work is linear in its length.
+    Nothing is imported or called, whatever `data` holds; the work is linear in its length, and the memory is at most 40
+    times it.
 
     Raises:
         ValueError: `data` is cut short, damaged, or holds anything else; the message names the byte.
     """
     stack: list[object] = []
     memo: dict[object, object] = {}
+    values = tables = 0
 
     def fill(table: object, items: list[object], position: int) -> None:
         if not isinstance(table, dict) or len(items) % 2:
@@ -60,6 +63,8 @@ def load_label_table(data: bytes) -> dict[str, tuple[int, str]]:
                     f"byte {position}: expected file name -> (label, name), got "
                     f"{type(key).__name__} -> {type(value).__name__}"
                 )
+            if key in table:
+                raise ValueError(f"byte {position}: a file name is given twice")
             table[key] = value
 
     for opcode, argument, at in pickletools.genops(data):
@@ -68,6 +73,7 @@ def load_label_table(data: bytes) -> dict[str, tuple[int, str]]:
             if type(argument) is bool:  # protocol 0 writes True and False as the integers 01 and 00
                 raise ValueError(f"byte {position}: expected an integer label, got {argument}")
             stack.append(argument)
+            values += 1
         elif name in _PUT or name == "MEMOIZE":
             (value,) = _pop(stack, 1, position)
             stack.append(value)
@@ -80,10 +86,12 @@ def load_label_table(data: bytes) -> dict[str, tuple[int, str]]:
             stack.append(_MARK)
         elif name == "EMPTY_DICT":
             stack.append({})
+            tables += 1
         elif name == "DICT":
             table: dict[str, tuple[int, str]] = {}
             fill(table, _pop_to_mark(stack, position), position)
             stack.append(table)
+            tables += 1
         elif name in _TUPLE:
             stack.append(_pair(_pop(stack, _TUPLE[name], position), position))
         elif name == "TUPLE":
@@ -101,4 +109,7 @@ def load_label_table(data: bytes) -> dict[str, tuple[int, str]]:
             return result
         elif name not in ("PROTO", "FRAME"):
             raise ValueError(f"byte {position}: the pickle instruction {name} is not one of plain label data")
+        # What no label file needs, and a hostile one could fill the memory with.
+        if len(stack) > _DEEPEST or tables > 1 or len(memo) > values + 1:
+            raise ValueError(f"byte {position}: more unused values, dictionaries or stored values than label data has")
     raise ValueError("the file is cut short")
