@@ -106,8 +106,8 @@ def load_data(
     Args:
         kind: one of `KINDS`.
         root: the data set's folder; the CSV file for "manifest"; not used for "synthetic".
-        viewpoint_labels: a label file (see `read_viewpoint_labels`); images are looked up by file name, and those it
-            does not name keep what the reader knows, if anything.
+        viewpoint_labels: a label file (see `read_viewpoint_labels`); images are looked up by path, or by file name
+            where that is enough, and those it does not name keep what the reader knows, if anything.
         viewpoint_mode: "hard" for one class per image; "soft" gives the training list a `viewpoint_weight`, in which
             ambiguous names share their weight.
         skip_bad_images: go on without unreadable images instead of stopping.
@@ -127,15 +127,15 @@ def load_data(
         raise ValueError(f"root must be the {'CSV file' if kind == 'manifest' else 'folder'} of {kind!r}, got None")
     labels = None if viewpoint_labels is None else read_viewpoint_labels(viewpoint_labels)
     if kind == "synthetic":
-        data = synthetic_data(synthetic, progress=progress)
+        data, folder = synthetic_data(synthetic, progress=progress), None
     else:
         assert root is not None
-        data = _READERS[kind](root)
-        if check_images:
-            data = check_readable(data, skip_bad_images=skip_bad_images, progress=progress)
+        data, folder = _READERS[kind](root), os.path.dirname(root) if kind == "manifest" else root
     if labels is not None:
-        lists = {split: label_images(getattr(data, split), labels) for split in _SPLITS}
-        data = replace(data, train=lists["train"], query=lists["query"], gallery=lists["gallery"])
+        # Before bad images are dropped: a file name must not become unique by that.
+        data = label_images(data, labels, folder)
+    if kind != "synthetic" and check_images:
+        data = check_readable(data, skip_bad_images=skip_bad_images, progress=progress)
     if viewpoint_mode == "soft":
         data = replace(data, train=with_soft_labels(data.train))
     return data

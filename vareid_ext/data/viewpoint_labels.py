@@ -1,20 +1,22 @@
 """Viewpoint labels for images of existing data sets: the pickle files that the authors of VA-reID published, or a CSV.
 
-Both map an image's file name to one of six names, the ambiguous ones kept as the annotators gave them.
+Both map an image's path or file name to one of six names, the ambiguous ones kept as the annotators gave them.
 """
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+import posixpath
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from vareid_ext.data.plain_pickle import load_label_table
-from vareid_ext.data.types import UNKNOWN, VIEWPOINTS, ImageList
+from vareid_ext.data.text_files import no_file, read_table, shown
+from vareid_ext.data.types import IMAGE_SUFFIXES, UNKNOWN, VIEWPOINTS, ImageList, ReidData, left_out
 
 HARD_LABELS: Mapping[str, int] = {"front": 0, "front_side": 0, "side": 1, "noise": 1, "back_side": 2, "back": 2}
 """Name -> class, as the authors trained: noise (no clear viewpoint) counts as side."""
@@ -31,40 +33,89 @@ SOFT_LABELS: Mapping[str, tuple[float, float, float]] = {
 
 MODES = ("hard", "soft")
 
-_MAX_BYTES = 256 << 20
+_MAX_BYTES = 8 << 20
+
+
+def _plain(path: str) -> str:
+    """`path` with slashes, and without `.`, `..` and a slash at its start: the same text however it is spelled."""
+    parts = posixpath.normpath(path.replace("\\", "/")).split("/")
+    return "/".join(part for part in parts if part not in ("", ".", ".."))
+
+
+def _without_suffixes(path: str) -> str:
+    """`path` without the suffixes of an image at its end, also without doubled ones (`.jpg.jpg`)."""
+    parts = path.split(".")
+    while len(parts) > 1 and f".{parts[-1].lower()}" in IMAGE_SUFFIXES:
+        parts.pop()
+    return ".".join(parts)
+
+
+def _owners(labels: Mapping[str, str], images: Sequence[str], relative: Sequence[str]) -> dict[int, str]:
+    """Image index -> the label that is its `relative` path, or the longest that this image's path alone ends with."""
+    depth = max((label.count("/") + 1 for label in labels), default=0)
+    ends: dict[str, list[int]] = {}
+    for index, image in enumerate(images):
+        parts = image.split("/")[-depth:]
+        for start in range(len(parts)):
+            end = "/".join(parts[start:])
+            if end in labels:
+                ends.setdefault(end, []).append(index)
+    shortest_first = sorted(ends, key=lambda label: label.count("/"))
+    found = {ends[label][0]: label for label in shortest_first if len(ends[label]) == 1}
+    same = Counter(relative)
+    found.update((index, path) for index, path in enumerate(relative) if path in labels and same[path] == 1)
+    return found
 
 
 @dataclass(frozen=True)
 class ViewpointLabels:
-    """File name -> viewpoint name.
+    """Image -> viewpoint name.
 
     Attributes:
-        names: the labels; its keys are bare file names.
-        dropped: how many entries of the file were left out because they repeat another one under a doubled suffix.
+        names: the labels; its keys are paths or bare file names.
         source: the file they come from.
     """
 
     names: Mapping[str, str]
-    dropped: int
     source: str
-    _stems: Mapping[str, str] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_stems", {os.path.splitext(name)[0]: view for name, view in self.names.items()})
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def find(self, file_name: str) -> str:
-        """The viewpoint name of `file_name`, "" when it has none. The suffix may differ (.png for .jpg)."""
-        found = self.names.get(file_name)
-        return self._stems.get(os.path.splitext(file_name)[0], "") if found is None else found
+    def find(
+        self, paths: Sequence[str], root: str | os.PathLike[str] | None = None
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The viewpoint name of each of a data set's images, "" where it has none; and the labels that were not used.
+
+        A label belongs to the image of its path, relative to `root` or else to any folder above the image; one that
+        fits several images, as a bare file name may, belongs to none. Slashes and backslashes are the same, and so are
+        the suffixes of images, also doubled ones (`.png`, `.jpg`, `.jpg.jpg`), where that leaves no doubt.
+        """
+        images = [_plain(os.path.abspath(path)) for path in paths]
+        base = "" if root is None else _plain(os.path.abspath(root)) + "/"
+        found = [""] * len(paths)
+        plain = {name: _plain(name) for name in self.names}
+        used = set()
+        for spelled in (str, _without_suffixes):
+            labels: dict[str, str] = {}
+            for name, view in self.names.items():
+                label = spelled(plain[name])
+                # Labels that differ in nothing but their suffixes and disagree say nothing about other suffixes.
+                labels[label] = view if labels.get(label, view) == view else ""
+            known = [spelled(image) for image in images]
+            for index, label in _owners(labels, known, [image.removeprefix(base) for image in known]).items():
+                found[index] = found[index] or labels[label]
+                if labels[label]:
+                    used.add(_without_suffixes(label))
+        return tuple(found), tuple(name for name in self.names if _without_suffixes(plain[name]) not in used)
 
 
 def _labels_from_pickle(path: Path) -> dict[str, str]:
     size = path.stat().st_size
     if size > _MAX_BYTES:
-        raise ValueError(f"viewpoint labels {path}: {size:,} bytes; a label file has at most {_MAX_BYTES:,}")
+        raise ValueError(
+            f"viewpoint labels {path}: {size:,} bytes; a pickle may have {_MAX_BYTES:,}, a CSV file any number"
+        )
     try:
         table = load_label_table(path.read_bytes())
     except ValueError as error:
@@ -74,34 +125,10 @@ def _labels_from_pickle(path: Path) -> dict[str, str]:
     for name, (label, view) in table.items():
         if HARD_LABELS.get(view) != label:
             allowed = ", ".join(repr((number, known)) for known, number in HARD_LABELS.items())
-            raise ValueError(f"viewpoint labels {path}: {name!r} has {(label, view)!r}; allowed are {allowed}")
+            raise ValueError(
+                f"viewpoint labels {path}: {shown(name)} has {shown((label, view))}; allowed are {allowed}"
+            )
     return {name: view for name, (_, view) in table.items()}
-
-
-def _labels_from_csv(path: Path) -> dict[str, str]:
-    labels: dict[str, str] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            header = [cell.strip() for cell in next(reader, [])]
-            if sorted(header) != ["path", "viewpoint"]:
-                raise ValueError(f"viewpoint labels {path}, line 1: expected the columns path,viewpoint, got {header}")
-            for row in reader:
-                where = f"viewpoint labels {path}, line {reader.line_num}"
-                if not row:
-                    continue
-                if len(row) != 2:
-                    raise ValueError(f"{where}: expected 2 cells, got {len(row)}")
-                cells = dict(zip(header, (cell.strip() for cell in row), strict=True))
-                name, view = os.path.basename(cells["path"]), cells["viewpoint"]
-                if view not in HARD_LABELS:
-                    raise ValueError(f"{where}: viewpoint must be one of {', '.join(HARD_LABELS)}, got {view!r}")
-                if name in labels:
-                    raise ValueError(f"{where}: {name!r} is given twice")
-                labels[name] = view
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"viewpoint labels {path}: not a readable CSV file: {error}") from None
-    return labels
 
 
 def read_viewpoint_labels(path: str | os.PathLike[str]) -> ViewpointLabels:
@@ -109,8 +136,7 @@ def read_viewpoint_labels(path: str | os.PathLike[str]) -> ViewpointLabels:
 
     A `.pkl` is one of the authors' `*_image_map_direction.pkl`: file name -> (label, name). It is read
     by an unpickler that admits no globals and only plain data, so that a hostile file raises and runs nothing. A `.csv`
-    has the columns `path,viewpoint` with names out of `HARD_LABELS`. Names ending in a doubled suffix (`.jpg.jpg`)
-    repeat another entry and are dropped.
+    has the columns `path,viewpoint` with names out of `HARD_LABELS`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -120,24 +146,40 @@ def read_viewpoint_labels(path: str | os.PathLike[str]) -> ViewpointLabels:
     suffix = path.suffix.lower()
     if suffix not in (".pkl", ".csv"):
         raise ValueError(f"viewpoint labels must be a .pkl or a .csv file, got {str(path)!r}")
-    if not path.is_file():
-        raise FileNotFoundError(f"viewpoint labels: there is no file {path}")
-    labels = _labels_from_pickle(path) if suffix == ".pkl" else _labels_from_csv(path)
-    doubled = []
-    for name in labels:
-        stem, last = os.path.splitext(name)
-        if last and os.path.splitext(stem)[1] == last and stem in labels:
-            doubled.append(name)
-    for name in doubled:
-        del labels[name]
-    return ViewpointLabels(labels, len(doubled), str(path))
+    if problem := no_file(path):
+        raise FileNotFoundError(f"viewpoint labels: {problem}")
+    names: dict[str, str] = {}
+    seen = set()
+    if suffix == ".pkl":
+        rows = ((f"viewpoint labels {path}", name, view) for name, view in _labels_from_pickle(path).items())
+    else:
+        rows = (
+            (f"viewpoint labels {path}, line {line}", row["path"], row["viewpoint"])
+            for line, row in read_table(path, "viewpoint labels", ("path", "viewpoint"))
+        )
+    for where, name, view in rows:
+        if view not in HARD_LABELS:
+            raise ValueError(f"{where}: viewpoint must be one of {', '.join(HARD_LABELS)}, got {shown(view)}")
+        if _plain(name) in seen:
+            raise ValueError(f"{where}: {shown(name)} is given twice")
+        seen.add(_plain(name))
+        names[name] = view
+    return ViewpointLabels(names, str(path))
 
 
-def label_images(images: ImageList, names: ViewpointLabels) -> ImageList:
-    """`images` with their viewpoints looked up by file name; those without an entry keep theirs."""
-    known = zip(images.paths, images.viewpoint_name, strict=True)
-    found = tuple(names.find(os.path.basename(path)) or view for path, view in known)
-    return replace(images, viewpoint=hard_labels(found), viewpoint_name=found, viewpoint_weight=None)
+def label_images(data: ReidData, labels: ViewpointLabels, root: str | os.PathLike[str] | None = None) -> ReidData:
+    """`data` with the viewpoints that `labels` gives to its images (see `ViewpointLabels.find`).
+
+    Images without a label keep their viewpoint. `notes` counts the labels that fit no image, or more than one.
+    """
+    splits = {split: getattr(data, split) for split in ("train", "query", "gallery")}
+    found, unused = labels.find([path for images in splits.values() for path in images.paths], root)
+    views = iter(found)
+    for split, images in splits.items():
+        names = tuple(next(views) or known for known in images.viewpoint_name)
+        splits[split] = replace(images, viewpoint=hard_labels(names), viewpoint_name=names, viewpoint_weight=None)
+    what = f"viewpoint labels that fit no image, or several, of {len(labels):,} in {labels.source},"
+    return replace(data, **splits, notes=(*data.notes, *left_out(what, unused)))
 
 
 def hard_labels(names: tuple[str, ...]) -> np.ndarray:
