@@ -1,3 +1,6 @@
+import os
+import threading
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -54,6 +57,132 @@ def test_integers_keep_their_numbers_and_junk_is_dropped(tmp_path):
     assert data.query.viewpoint.tolist() == [-1]
 
 
+UNKNOWN_SPELLINGS = ("", "-1", "-1.0", "-01", "nan", "NaN", "None", "null", "NA", "n/a", "unknown", "?")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_unknown_camera_is_no_camera_among_numbers_or_names(tmp_path, named):
+    cameras = ["c2", "c7", *UNKNOWN_SPELLINGS] if named else ["2", "7", *UNKNOWN_SPELLINGS]
+    text = "path,identity,camera,split\nq.png,1,,query\ng.png,1,-1,gallery\n"
+    text += "".join(f"{place}.png,1,{camera},train\n" for place, camera in enumerate(cameras))
+    data = read_manifest(write(tmp_path, text))
+    known = [1, 2] if named else [2, 7]
+    assert data.train.camera.tolist() == known + [-1] * len(UNKNOWN_SPELLINGS)
+    assert data.query.camera.tolist() == data.gallery.camera.tolist() == [-1]
+
+
+def test_an_unknown_viewpoint_is_spelled_as_an_unknown_camera_is(tmp_path):
+    text = "path,identity,viewpoint,split\nq.png,1,,query\ng.png,1,back,gallery\n"
+    text += "".join(f"{place}.png,1,{view},train\n" for place, view in enumerate(("side", *UNKNOWN_SPELLINGS)))
+    data = read_manifest(write(tmp_path, text))
+    assert data.train.viewpoint.tolist() == [1] + [-1] * len(UNKNOWN_SPELLINGS)
+
+
+def test_negative_numbers_are_names(tmp_path):
+    text = "path,identity,camera,split\na,5,-2,train\nb,7,3,train\nc,-4,3,query\nd,-4,-2,gallery\n"
+    data = read_manifest(write(tmp_path, text))
+    for values in (data.train.camera, data.gallery.camera, data.query.identity):
+        assert (values > 0).all()
+    assert data.train.camera[0] == data.gallery.camera[0] != data.query.camera[0]
+    assert data.query.identity.tolist() == data.gallery.identity.tolist()
+
+
+@pytest.mark.parametrize("large", [str(2**63), str(2**64), "1" + "0" * 30, "9" * 4000])
+def test_numbers_beyond_64_bits_are_names(tmp_path, large):
+    rows = [f"a,{large},{large},train", "b,2,5,train", f"c,{large},{large},query", f"d,{large},5,gallery"]
+    data = read_manifest(write(tmp_path, "\n".join(["path,identity,camera,split", *rows])))
+    assert data.num_identities == 2
+    assert data.query.identity.tolist() == data.gallery.identity.tolist()
+    assert data.train.camera[0] == data.query.camera[0] != data.gallery.camera[0] == data.train.camera[1]
+
+
+def test_junk_is_counted_in_every_split_and_spelling(tmp_path):
+    rows = ["a,1,train", "b,-1,train", "c,1,query", "d,-1,query", "e,1,gallery", "f,-1.0,gallery"]
+    data = read_manifest(write(tmp_path, "\n".join(["path,identity,split", *rows])))
+    assert data.identity_names == ("1",)
+    assert len(data.train) == len(data.query) == len(data.gallery) == 1
+    (note,) = data.notes
+    assert all(name in note for name in ("3", "b", "d", "f"))
+    assert note in data.summary()
+
+
+def test_files_of_operating_systems_in_a_manifest_are_no_images(tmp_path):
+    rows = ["images/._a.jpg,train", "__MACOSX/images/a.jpg,train", "images\\._b.jpg,query", "Thumbs.db,gallery"]
+    rows += ["a.jpg,train", ".hidden.jpg,query", "b.jpg,gallery"]
+    text = "path,split,identity\n" + "".join(f"{row},1\n" for row in rows)
+    data = read_manifest(write(tmp_path, text))
+    assert [len(images) for images in (data.train, data.query, data.gallery)] == [1, 1, 1]
+    (note,) = data.notes
+    assert "4" in note
+    assert "images/._a.jpg" in note
+
+
+def test_backslashes_separate_folders_unless_a_file_is_named_so(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("L", (4, 4), 10).save(tmp_path / "images" / "a.png")
+    Image.new("L", (4, 4), 20).save(tmp_path / "images\\b.png")
+    rows = "images\\a.png,1,train\nimages\\b.png,1,query\nc.png,1,gallery\n"
+    data = read_manifest(write(tmp_path, "path,identity,split\n" + rows))
+    assert [images.load(0).getpixel((0, 0))[0] for images in (data.train, data.query)] == [10, 20]
+
+
+def within_ten_seconds(function):
+    """Run `function` in a thread that may hang; its result."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
+    thread.start()
+    thread.join(10)
+    assert results, "it hangs"
+    return results[0]
+
+
+def test_a_pipe_in_a_manifest_is_an_unreadable_image(tmp_path):
+    (tmp_path / "images").mkdir()
+    for name in "abcdef":
+        Image.new("RGB", (3, 6)).save(tmp_path / "images" / f"{name}.png")
+    pipe = tmp_path / "images" / "c.png"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    path = write(tmp_path, GOOD.replace("images/b.png", "/dev/zero"))
+    data = within_ten_seconds(lambda: load_data("manifest", path, skip_bad_images=True, progress=False))
+    assert data.skipped == ("/dev/zero", str(pipe))
+    assert len(data.train) == 1
+
+
+def test_a_pipe_is_no_manifest(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(FileNotFoundError, match=r"pipe\.csv"):
+        read_manifest(tmp_path / "pipe.csv")
+
+
+def test_a_file_name_does_not_become_unique_because_an_image_is_bad(tmp_path):
+    """A label of a bare name, meant for the one or the other, must not go to what is left."""
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (3, 6)).save(tmp_path / folder / "1.png")
+    (tmp_path / "a" / "1.png").write_bytes(b"")
+    (tmp_path / "views.csv").write_text("path,viewpoint\n1.png,front\n")
+    Image.new("RGB", (3, 6)).save(tmp_path / "2.png")
+    Image.new("RGB", (3, 6)).save(tmp_path / "3.png")
+    path = write(tmp_path, "path,identity,split\na/1.png,1,train\nb/1.png,2,train\n2.png,1,query\n3.png,1,gallery\n")
+    options = {"viewpoint_labels": tmp_path / "views.csv", "skip_bad_images": True, "progress": False}
+    data = load_data("manifest", path, **options)
+    assert data.train.paths == (str(tmp_path / "b" / "1.png"),)
+    assert data.train.viewpoint.tolist() == [-1]
+    assert any("1.png" in note for note in data.notes)
+
+
+def test_viewpoint_labels_go_by_the_paths_of_the_manifest(tmp_path):
+    rows = "by/anna/001.jpg,anna,train\nby/bert/001.jpg,bert,train\nc/2.jpg,c,query\nd/2.jpg,c,gallery\n"
+    (tmp_path / "elsewhere").mkdir()
+    labels = write(tmp_path / "elsewhere", "path,viewpoint\nby\\anna\\001.jpg,front\nd/2.jpg,back\n", "views.csv")
+    path = write(tmp_path, "path,identity,split\n" + rows)
+    data = load_data("manifest", path, viewpoint_labels=labels, check_images=False)
+    assert data.train.viewpoint.tolist() == [0, -1]
+    assert data.query.viewpoint.tolist() == [-1]
+    assert data.gallery.viewpoint.tolist() == [2]
+
+
 def test_numbers_that_look_alike_stay_apart(tmp_path):
     text = "path,identity,split\na,7,train\nb,007,train\nc,7,query\nd,007,gallery\n"
     data = read_manifest(write(tmp_path, text))
@@ -82,8 +211,11 @@ HEAD = "path,identity,split\na,1,train\n"
         (HEAD + "b,1,test\n", "line 3: split must be one of train, query, gallery, got 'test'"),
         (HEAD + "\na,1,query\n", "line 4: path 'a' was already given in line 2"),
         (HEAD + "x/../a,1,query\n", "line 3: path 'x/../a' was already given in line 2"),
-        (HEAD + "b,1\n", "line 3: expected 3 cells"),
-        (HEAD + "b,1,query,\n", "line 3: expected 3 cells"),
+        (HEAD + "b,1\n", "line 3: 2 cells"),
+        (HEAD + "b,1,query,\n", "line 3: 4 cells"),
+        (HEAD + f"{'b' * 5000},1,query\n", "line 3: path"),
+        (HEAD + "x/../b\0,1,query\n", "list.csv"),
+        (HEAD + "c\\b,1,query\nc/b,2,query\n", "line 4: path"),
         (HEAD + "b,,query\n", "line 3: identity is empty"),
         (HEAD + ",1,query\n", "line 3: path is empty"),
         ("path,identity,split,viewpoint\na,1,train,above\n", "line 2: viewpoint must be empty or one of front"),
