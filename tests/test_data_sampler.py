@@ -93,7 +93,7 @@ def test_order_is_a_function_of_seed_and_epoch(images):
     assert list(first) == list(second) == list(first)
     second.set_epoch(3)
     assert batches(second) != batches(first)
-    other = sampler(seed=-4)
+    other = sampler(seed=2**63 - 1)
     other.set_epoch(2)
     assert batches(other) != batches(first)
 
@@ -129,6 +129,12 @@ def test_ranks_share_a_global_batch(images):
     keys = [draw.key for sampler in ranks for batch in sampler for draw in batch]
     assert len(set(keys)) == len(keys)
     assert len(PKSampler(images, identities_per_batch=2, instances=3, world_size=3)) == 200 // 18
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**70, 1.5, None, "1", True])
+def test_a_seed_out_of_range_is_refused(images, seed):
+    with pytest.raises(ValueError, match="seed"):
+        PKSampler(images, identities_per_batch=2, instances=2, seed=seed)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,8 @@ def test_sine_quarters():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("identities_train", 0), ("cameras", 0), ("height", 31), ("width", 8), ("distractors", -1), ("seed", 1.5),
-     ("images_per_identity", True), ("height", 4096)],
+     ("images_per_identity", True), ("height", 4096), ("seed", -1), ("seed", 2**63), ("cameras", 10**9),
+     ("images_per_identity", 10**9), ("distractors", 10**9)],
 )  # fmt: skip
 def test_settings_out_of_range(field, value):
     with pytest.raises(ValueError, match=field):

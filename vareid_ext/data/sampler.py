@@ -9,6 +9,7 @@ import numpy as np
 from torch.utils.data import Sampler
 
 from vareid_ext.data.random_stream import Stream
+from vareid_ext.data.text_files import shown
 from vareid_ext.data.types import ImageList
 
 SPREADABLE = ("viewpoint", "camera")
@@ -35,7 +36,7 @@ class PKSampler(Sampler[list[Draw]]):
         instances: images per identity, at least 1.
         spread: which of "viewpoint", "camera" an identity's images in a batch should differ in, the more important
             first; empty for none. Unknown ones (-1) count as one more value.
-        seed: any integer.
+        seed: an integer in [0, 2^63).
         batches_per_epoch: at least 1; None takes N / (P * instances * world_size), rounded down, but at least 1.
         rank, world_size: which share of each global batch of world_size * P identities this process gets.
     """
@@ -55,6 +56,8 @@ class PKSampler(Sampler[list[Draw]]):
         for name, value in (("identities_per_batch", identities_per_batch), ("instances", instances)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed: {shown(seed)} was given; allowed are integers in [0, 2^63)")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank must be in [0, {world_size}), the world size, got {rank}")
         unknown = [name for name in spread if name not in SPREADABLE]
@@ -95,7 +98,7 @@ class PKSampler(Sampler[list[Draw]]):
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, start = self.epoch, self.start_batch
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed & ((1 << 64) - 1), epoch])))
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
         left: list[list[int]] = [[] for _ in self._images_of]
         waiting: list[int] = []
         share = self.identities_per_batch

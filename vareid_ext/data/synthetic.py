@@ -26,6 +26,7 @@ from vareid_ext.data.synthetic_scene import (
     occlude,
     shade_ground,
 )
+from vareid_ext.data.text_files import shown
 from vareid_ext.data.types import ImageList, ReidData
 
 _PERSON, _CAMERA, _SHOT, _SPLIT = 1, 2, 3, 4
@@ -47,9 +48,9 @@ class SyntheticSettings:
         images_per_identity: pictures of each of them, spread evenly over the cameras, at least 1.
         distractors: people of whom the gallery has one picture each (identity 0), at least 0.
         cameras: at least 1; two or more are needed for anything to be found under the same-camera rule.
-        height: of the pictures in pixels, at least 32.
-        width: of the pictures in pixels, at least 16.
-        seed: an integer from -2^62 to 2^62; another seed gives other people and other cameras.
+        height: of the pictures in pixels, 32 to 2048.
+        width: of the pictures in pixels, 16 to 2048.
+        seed: an integer in [0, 2^63); another seed gives other people and other cameras.
 
     All numbers are bounded, and the pictures are at most 1,000,000 in all.
     """
@@ -65,12 +66,12 @@ class SyntheticSettings:
 
     def __post_init__(self) -> None:
         limits = {"distractors": (0, _MOST), "cameras": (1, 1000), "height": (32, 2048), "width": (16, 2048)}
-        limits["seed"] = (-(1 << 62), 1 << 62)
+        limits["seed"] = (0, (1 << 63) - 1)
         for entry in fields(self):
             value, (low, high) = getattr(self, entry.name), limits.get(entry.name, (1, _MOST))
             if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
                 raise ValueError(
-                    f"synthetic.{entry.name}: {value!r} was given; allowed are integers from {low:,} to {high:,}"
+                    f"synthetic.{entry.name}: {shown(value)} was given; allowed are integers from {low:,} to {high:,}"
                 )
         people = self.identities_train + self.identities_test
         if people * self.images_per_identity + self.distractors > _MOST:
