@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 import types
 
+import pytest
+import torch
+
 from vareid_ext import _native, doctor
 
 
@@ -42,3 +45,36 @@ def test_a_package_whose_distribution_has_another_name_is_reported(monkeypatch, 
     monkeypatch.setattr(doctor, "OPTIONAL", {module.__name__: "a test"})
     assert doctor.main([]) == 0
     assert "a_module_without_a_distribution (optional)  12.3" in capsys.readouterr().out
+
+
+def probe(reason):
+    return types.SimpleNamespace(with_cuda=True, cuda_unusable_reason=lambda device: reason)
+
+
+BUILT, UNFIT, CPU_ONLY = probe(""), probe("sm_120 is not in this build"), types.SimpleNamespace(with_cuda=False)
+PYPI = "VAREID_CUDA=PYPI pip install ."
+
+
+@pytest.mark.parametrize(
+    ("module", "visible", "driver", "cuda", "nvcc", "said"),
+    [
+        (None, True, True, "13.0", False, "type in the source folder: pip install ."),
+        (BUILT, True, True, "13.0", False, "they can run"),
+        (CPU_ONLY, True, True, "13.0", False, PYPI),
+        (CPU_ONLY, True, True, "13.0", True, "type in the source folder: pip install ."),
+        (UNFIT, True, True, "13.0", False, "sm_120"),
+        (UNFIT, True, True, "13.0", False, PYPI),
+        (BUILT, False, True, None, False, "pip install --force-reinstall torch"),
+        (BUILT, False, True, "13.0", False, "13.0 does not run on this driver"),
+        (CPU_ONLY, False, False, "13.0", False, "no NVIDIA driver"),
+    ],
+)
+def test_each_case_of_cuda_is_told_with_what_to_type(monkeypatch, tmp_path, module, visible, driver, cuda, nvcc, said):
+    monkeypatch.setattr(doctor, "GPU_DRIVERS", (tmp_path if driver else tmp_path / "none",))
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvcc" if nvcc else None)
+    monkeypatch.setattr(doctor._native, "loaded", lambda: module is not None)
+    monkeypatch.setattr(doctor._native, "module", lambda: module)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert said in doctor._cuda_advice()

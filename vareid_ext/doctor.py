@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ OPTIONAL = {
     "psutil": "memory in the benchmarks",
 }
 DISTRIBUTION = {"PIL": "pillow"}
+GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg")  # the second in Windows' Linux
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
@@ -49,6 +51,27 @@ def _cpu() -> tuple[str, list[str]]:
     fields = {key.strip(): value.strip() for key, value in values.items()}
     flags = set((fields.get("flags") or fields.get("Features") or "").split())
     return fields.get("model name", platform.machine()), [name for name in CPU_FEATURES if name in flags]
+
+
+def _cuda_advice() -> str:
+    """Whether the CUDA kernels can run on this machine's GPUs and, if not, which case this is and what to type."""
+    if not _native.loaded():
+        return "not built; type in the source folder: pip install ."
+    build = "pip install ." if shutil.which("nvcc") else "VAREID_CUDA=PYPI pip install ."
+    if torch.cuda.is_available():
+        module = _native.module()
+        if not module.with_cuda:
+            return f"left out of this build; type in the source folder: {build}"
+        reasons = map(module.cuda_unusable_reason, range(torch.cuda.device_count()))
+        unfit = next(filter(None, reasons), "")
+        if not unfit:
+            return "they can run"
+        return f"{unfit}; update the driver or, to build for this GPU, type in the source folder: {build}"
+    if not any(map(os.path.exists, GPU_DRIVERS)):
+        return "not needed: there is no NVIDIA driver"
+    if torch.version.cuda is None:
+        return "there is a GPU, but PyTorch is a CPU build; type: pip install --force-reinstall torch torchvision"
+    return f"PyTorch's CUDA {torch.version.cuda} does not run on this driver; update it (nvidia-smi shows its version)"
 
 
 def report() -> tuple[list[tuple[str, str]], list[str]]:
@@ -79,6 +102,7 @@ def report() -> tuple[list[tuple[str, str]], list[str]]:
             lines.append((f"GPU {index}", f"{what}, kernels: {state}"))
     else:
         lines.append(("GPU", "none that PyTorch can use"))
+    lines.append(("CUDA kernels", _cuda_advice()))
     for package in REQUIRED:
         works, version = _version(package)
         lines.append((package, version))

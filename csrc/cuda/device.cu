@@ -14,6 +14,14 @@ cudaError_t load_probe() {
   return cudaFuncGetAttributes(&attributes, probe_kernel);
 }
 
+// The runtime calls a driver that is missing insufficient too.
+std::string insufficient_driver() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) != cudaSuccess || version == 0) return "no CUDA device: there is no NVIDIA driver";
+  return "the NVIDIA driver is for CUDA " + std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) +
+         ", these kernels for CUDA " + std::to_string(CUDART_VERSION / 1000);
+}
+
 }  // namespace
 
 std::string cuda_unusable_reason(int device) {
@@ -21,6 +29,7 @@ std::string cuda_unusable_reason(int device) {
   const cudaError_t counted = cudaGetDeviceCount(&devices);
   if (counted != cudaSuccess) {
     cudaGetLastError();
+    if (counted == cudaErrorInsufficientDriver) return insufficient_driver();
     return std::string("no usable CUDA device: ") + cudaGetErrorString(counted);
   }
   if (devices == 0) return "no CUDA device";
