@@ -15,9 +15,22 @@ _users = 0
 _found: list[tuple[Any, str]] = []
 
 
+class _OneForAll:
+    """The one setting of PyTorch before 2.9, under the name that the settings of each backend have since."""
+
+    @property
+    def fp32_precision(self) -> str:
+        precision = torch.get_float32_matmul_precision()
+        return "ieee" if precision == "highest" else precision
+
+    @fp32_precision.setter
+    def fp32_precision(self, precision: str) -> None:
+        torch.set_float32_matmul_precision("highest" if precision == "ieee" else precision)
+
+
 def _settings() -> tuple[Any, ...]:
     mkldnn: Any = torch.backends.mkldnn
-    return torch.backends.cuda.matmul, mkldnn.matmul
+    return (torch.backends.cuda.matmul, mkldnn.matmul) if hasattr(mkldnn, "matmul") else (_OneForAll(),)
 
 
 @contextlib.contextmanager
