@@ -20,6 +20,7 @@ struct Batch {
 };
 
 bool rows_are_dense(const TensorView& view) {
+  if (view.contiguous) return true;
   int64_t expected = 1;
   for (int d = view.ndim - 1; d >= 1; --d) {
     if (view.shape[d] != 1 && view.strides[d] != expected) return false;

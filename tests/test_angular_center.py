@@ -322,6 +322,8 @@ def _native_loss_only(W, U):
         (lambda W, U: (W[:, :3], U), ValueError, "viewpoint_centers"),
         (lambda W, U: (W.numpy(), U), TypeError, "identity_centers"),
         (lambda W, U: (W, U.to("meta")), ValueError, "viewpoint_centers"),
+        (lambda W, U: (W.to_sparse(), U), TypeError, "identity_centers"),
+        (lambda W, U: (W, U.to_sparse()), TypeError, "viewpoint_centers"),
     ],
 )
 def test_bad_centers(backend, change, error, names):
@@ -337,3 +339,5 @@ def test_bad_options(backend):
         angular_center_regularizer(W, U, mask=torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(TypeError, match="mask: dtype float32"):
         angular_center_regularizer(W, U, mask=torch.ones(3, 2))
+    with pytest.raises(TypeError, match="mask"):
+        angular_center_regularizer(W, U, mask=torch.ones(3, 2, dtype=torch.bool).to_sparse())

@@ -290,6 +290,8 @@ def test_empty_batch(backend: str) -> None:
     assert [loss.item() for loss in losses] == [0, 0]
     f_grad, W_grad, U_grad = gradients(losses, tuple(tensors[:3]))
     assert f_grad.shape == (0, D)
+    strided = torch.randn(4, 2 * D)[:0, ::2].to(tensors[0].dtype)
+    assert sum(linear_viewpoint_aware_cross_entropy(strided, *tensors[1:], reduction="sum")) == 0
     assert (W_grad == 0).all()
     assert (U_grad == 0).all()
 
@@ -339,6 +341,11 @@ FEATURE, W_, U_, Y, VIEW, MASK = (x.detach() for x in make(dtype=torch.float32))
         ({"scale": 2.0}, ValueError, "scale: 2.0 was given, but"),
         ({"scale": 0.0, "normalize": True}, ValueError, "scale: 0.0"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows: 0"),
+        ({"chunk_rows": 2**70}, ValueError, "chunk_rows"),
+        ({"viewpoint_centers": U_.to_sparse()}, TypeError, "viewpoint_centers"),
+        ({"identity": Y.to_sparse()}, TypeError, "identity"),
+        ({"viewpoint": VIEW.to_sparse()}, TypeError, "viewpoint"),
+        ({"mask": MASK.to_sparse()}, TypeError, "mask"),
         ({"chunk_rows": 8.0}, TypeError, "chunk_rows: float"),
         ({"scale": "16", "normalize": True}, TypeError, "scale: str"),
         ({"normalize": "no"}, TypeError, "normalize: str"),

@@ -135,6 +135,12 @@ def test_state_and_copies_carry_centers_and_mask() -> None:
         ({"epsilon": 2.0}, ValueError, "epsilon"),
         ({"mask": torch.ones(K, 2, dtype=torch.bool)}, ValueError, "mask: shape"),
         ({"mask": torch.zeros(K, V, dtype=torch.bool)}, ValueError, "mask: identity 0"),
+        ({"mask": torch.ones(K, V, dtype=torch.bool).to_sparse()}, TypeError, "mask"),
+        ({"mask": torch.ones(K, V, dtype=torch.bool, device="meta")}, ValueError, "mask"),
+        ({"num_identities": 2**70}, ValueError, "num_identities"),
+        ({"num_identities": 2**30}, ValueError, "num_identities"),
+        ({"feature_dim": 2**31}, ValueError, "feature_dim"),
+        ({"num_viewpoints": 2**70}, ValueError, "num_viewpoints"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict, error: type[Exception], message: str) -> None:

@@ -202,6 +202,8 @@ def test_arguments_that_do_not_fit(backend):
         nearest_neighbors(x, features(3, 3), k=4)
     with pytest.raises(ValueError, match=r"k: 0"):
         nearest_neighbors(x, k=0)
+    with pytest.raises(ValueError, match="k: "):
+        nearest_neighbors(x, k=2**70)
     with pytest.raises(TypeError, match=r"k: float"):
         nearest_neighbors(x, k=2.0)
     poisoned = x.clone()

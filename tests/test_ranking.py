@@ -298,6 +298,14 @@ D34 = torch.zeros(3, 4)
         ((D34, [1] * 3, [2] * 4), {}, ValueError, "none of the 3 queries"),
         ((D34, [1] * 3, [1] * 4), {"max_rank": 0}, ValueError, "max_rank"),
         ((D34, [1] * 3, [1] * 4), {"max_rank": 2.5}, ValueError, "max_rank"),
+        ((D34, [1] * 3, [1] * 4), {"max_rank": 2**31}, ValueError, "max_rank"),
+        ((D34, [1] * 3, [1] * 4), {"max_rank": 2**70}, ValueError, "max_rank"),
+        ((D34, [1] * 3, [1] * 4), {"block_rows": 2**70}, ValueError, "block_rows"),
+        ((D34, [1] * 3, [1] * 4), {"junk_identity": 2**70}, ValueError, "junk_identity"),
+        ((D34.to("meta"), [1] * 3, [1] * 4), {}, ValueError, "distances"),
+        ((D34, torch.ones(3, dtype=torch.int64, device="meta"), [1] * 4), {}, ValueError, "query_identity"),
+        ((D34, [1] * 3, torch.ones(4, dtype=torch.int64).to_sparse()), {}, TypeError, "gallery_identity"),
+        ((torch.nested.nested_tensor([D34]), [1] * 3, [1] * 4), {}, TypeError, "distances"),
         ((D34, [1] * 3, [1] * 4), {"block_rows": 0}, ValueError, "block_rows"),
         ((D34, [1] * 3, [1] * 4), {"block_rows": 1.5}, TypeError, "block_rows: float"),
         ((D34, [1] * 3, [1] * 4), {"junk_identity": -1.0}, TypeError, "junk_identity: float"),
@@ -316,6 +324,14 @@ D34 = torch.zeros(3, 4)
 def test_bad_arguments_are_named(arguments, keywords, error, message):
     with pytest.raises(error, match=message):
         evaluate_ranking(*arguments, **keywords)
+
+
+def test_a_block_without_rows_changes_nothing(backend):
+    distances, *labels = problem(8, 12, 40, 3)
+    expected = evaluate_ranking(distances, *labels)
+    wide = torch.zeros(3, 80)
+    got = evaluate_ranking([wide[:0, ::2], distances, wide[:0, ::2]], *labels)
+    assert (got.mAP, got.mINP) == (expected.mAP, expected.mINP)
 
 
 def test_opcheck_and_compile():

@@ -380,6 +380,27 @@ def test_empty_batches(backend: str) -> None:
     assert viewpoint_cross_entropy(s, identity, viewpoint, reduction="none").shape == (0,)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_an_empty_batch_may_have_any_strides(backend: str, reduction: str) -> None:
+    """Also a slice of rows that are not dense, as of a transposed or a wider tensor."""
+    identity = torch.zeros(8, dtype=torch.int64)[::2][:0]
+    soft = torch.ones(8, 6)[::2, ::2][:0]
+    for z in (torch.randn(4, 6)[:0, ::2], torch.randn(3, 4).T[:0], torch.randn(1, 3).expand(4, 3)[:0]):
+        z = z.detach().requires_grad_()
+        loss = identity_cross_entropy(z, identity, reduction=reduction)
+        assert loss.sum() == 0
+        loss.sum().backward()
+        assert z.grad is not None
+        assert z.grad.shape == (0, 3)
+    for s in (torch.randn(4, 5, 6)[:0, :, ::2], torch.randn(3, 5, 4).permute(2, 1, 0)[:0]):
+        for viewpoint in (identity, soft):
+            s = s.detach().requires_grad_()
+            both = viewpoint_aware_cross_entropy(s[:, :, 0], s, identity, viewpoint, reduction=reduction)
+            (both[0].sum() + both[1].sum()).backward()
+            assert s.grad is not None
+            assert s.grad.shape == (0, 5, 3)
+
+
 Z, S, Y, VIEW = make(4, 5, 3)
 GOOD_MASK = make_mask(5, 3, Y, VIEW)
 NO_VIEW = GOOD_MASK.clone()
@@ -393,6 +414,12 @@ NO_VIEW[2] = False
         ({"identity_logits": Z.long()}, TypeError, "identity_logits: dtype int64"),
         ({"identity_logits": Z.to_sparse()}, TypeError, "identity_logits: layout torch.sparse_coo"),
         ({"identity_logits": Z[0]}, ValueError, r"identity_logits: shape \[5\]"),
+        ({"identity_logits": torch.nested.nested_tensor([Z])}, TypeError, "identity_logits"),
+        ({"viewpoint_logits": S.to_sparse()}, TypeError, "viewpoint_logits"),
+        ({"identity": Y.to_sparse()}, TypeError, "identity"),
+        ({"viewpoint": VIEW.to_sparse()}, TypeError, "viewpoint"),
+        ({"viewpoint": torch.eye(4, 3).to_sparse()}, TypeError, "viewpoint"),
+        ({"mask": GOOD_MASK.to_sparse()}, TypeError, "mask"),
         ({"viewpoint_logits": S.double()}, TypeError, "viewpoint_logits: dtype float64"),
         ({"viewpoint_logits": S[:, :4]}, ValueError, "viewpoint_logits: shape"),
         ({"viewpoint_logits": S[:, :, :0], "viewpoint": Y * 0 - 1}, ValueError, "there are no classes"),

@@ -16,6 +16,7 @@ from vareid_ext.ops._checks import (
     check_number,
     check_same_device,
     check_shape,
+    check_values,
 )
 from vareid_ext.ops._labels import check_batch, check_scalars, warn_of_alpha
 from vareid_ext.ops.angular_center import angular_center_regularizer
@@ -23,6 +24,7 @@ from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy, viewpoint_aware_cross_entropy
 
 _LINEAR_FROM_BYTES = 64 * 2**20  # of logits: above this, not holding them is faster, and memory stays bounded
+_MOST_DIM = 1 << 20  # with fewer than 2^31 subclasses, the centres' size in bytes then fits into 64 bits
 _INITIAL_STD = 0.001  # of the centres: small, so that training starts from a uniform prediction
 
 
@@ -49,8 +51,8 @@ class ViewpointAwareLoss(nn.Module):
     (smoothing="uniform"), L_y (smoothing="adaptive"), L_y + L_v, L_y + L_R, and all.
 
     Args:
-        num_identities: K, at least 1.
-        feature_dim: D, at least 1.
+        num_identities: K, at least 1; K V below 2^31.
+        feature_dim: D, 1 to 2^20.
         num_viewpoints: V, at least 2.
         alpha: coefficient of the adaptive labels, in [0, 0.5).
         beta: weight of the regularizer.
@@ -88,12 +90,9 @@ class ViewpointAwareLoss(nn.Module):
         use_regularizer: bool = True,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("num_identities", num_identities, 1),
-            ("feature_dim", feature_dim, 1),
-            ("num_viewpoints", num_viewpoints, 2),
-        ):
-            check_count(name, value, least)
+        check_count("feature_dim", feature_dim, 1, _MOST_DIM)
+        check_count("num_viewpoints", num_viewpoints, 2)
+        check_count("num_identities", num_identities, 1, ((1 << 31) - 1) // num_viewpoints)
         for name, weight in (("beta", beta), ("view_weight", view_weight)):
             check_number(name, weight)
             if not 0 <= weight < float("inf"):
@@ -106,6 +105,7 @@ class ViewpointAwareLoss(nn.Module):
         if mask is not None:
             check_shape("mask", mask, (num_identities, num_viewpoints))
             check_dtype("mask", mask, torch.bool)
+            check_values("mask", mask)
             empty = ~mask.any(1)
             if bool(empty.any()):
                 raise ValueError(f"mask: identity {int(empty.nonzero()[0, 0])} has no existing viewpoint")

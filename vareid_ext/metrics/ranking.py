@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vareid_ext import _arrays
 from vareid_ext._text import table
-from vareid_ext.ops._checks import check_count
+from vareid_ext.ops._checks import check_count, check_values
 from vareid_ext.ops.ranking import ranking_forward
 
+_MOST_RANKS = 1 << 20
 _DISTANCE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _BLOCK_ELEMENTS = 1 << 23  # distances asked of a function at a time, unless block_rows says otherwise
 
@@ -99,11 +100,11 @@ class QueryRanking:
         """The means over the queries that have a match.
 
         Args:
-            max_rank: length of the CMC curve, >= 1.
+            max_rank: length of the CMC curve, 1 to 2^20.
             subset: a boolean ``[Q]`` array or query indices, to count these queries only (those of one viewpoint, say).
 
         Raises:
-            ValueError: ``max_rank`` below 1, a ``subset`` of wrong length or with an index that no query has, or no
+            ValueError: ``max_rank`` out of range, a ``subset`` of wrong length or with an index that no query has, no
                 query with a match.
             TypeError: a ``subset`` of another kind.
         """
@@ -144,6 +145,7 @@ def _subset(subset: Any, queries: int) -> Tensor:
     if isinstance(subset, list | tuple):
         subset = np.asarray(subset, dtype=np.int64 if len(subset) == 0 else None)
     chosen = _arrays.to_tensor(subset, "subset")
+    check_values("subset", chosen)
     if chosen.dtype != torch.bool:
         chosen = label_vector(chosen, "subset")
         outside = chosen[(chosen < -queries) | (chosen >= queries)]
@@ -155,9 +157,9 @@ def _subset(subset: Any, queries: int) -> Tensor:
 
 
 def check_max_rank(max_rank: int) -> None:
-    """ValueError unless ``max_rank`` is a whole number >= 1."""
-    if isinstance(max_rank, bool) or not isinstance(max_rank, int | np.integer) or max_rank < 1:
-        raise ValueError(f"max_rank: {max_rank!r} was given; allowed are whole numbers >= 1")
+    """ValueError unless ``max_rank`` is a whole number from 1 to 2^20."""
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int | np.integer) or not 1 <= max_rank <= _MOST_RANKS:
+        raise ValueError(f"max_rank: {max_rank!r} was given; allowed are whole numbers from 1 to {_MOST_RANKS}")
 
 
 def check_junk_identity(junk_identity: int | None) -> None:
@@ -174,6 +176,7 @@ def label_vector(value: Any, name: str, device: torch.device | None = None) -> T
         except ValueError:
             raise ValueError(f"{name}: lists of different lengths were given, expected one dimension") from None
     tensor = _arrays.to_tensor(value, name)
+    check_values(name, tensor)
     if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
         raise TypeError(f"{name}: dtype {tensor.dtype} was given; allowed are whole-number types")
     if tensor.dim() != 1:
@@ -228,6 +231,7 @@ class Labels:
 
 
 def _check_block(tensor: Tensor, num_gallery: int) -> None:
+    check_values("distances", tensor)
     if tensor.dim() != 2:
         raise ValueError(f"distances: shape {tuple(tensor.shape)} was given, expected [queries, gallery]")
     if tensor.dtype not in _DISTANCE_DTYPES:
@@ -362,7 +366,7 @@ def evaluate_ranking(
         gallery_identity: ``[G]`` whole numbers.
         query_camera: ``[Q]`` whole numbers, or None if cameras are not known; -1: this one is not known.
         gallery_camera: ``[G]`` whole numbers; given if and only if ``query_camera`` is.
-        max_rank: length of the CMC curve, >= 1; a gallery shorter than that repeats its last value.
+        max_rank: length of the CMC curve, 1 to 2^20; a gallery shorter than that repeats its last value.
         junk_identity: the identity of gallery images to leave out; None for none.
         block_rows: rows asked of a function at a time (default: as many as make 2^23 distances).
         progress: called with the number of further queries done after each block.

@@ -17,16 +17,24 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """TypeError unless ``value`` is a tensor."""
+    """TypeError unless ``value`` is a dense tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: {type(value).__name__} was given; a torch.Tensor is needed")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name}: {kind} was given; a dense tensor is needed")
+
+
+def check_values(name: str, value: Tensor) -> None:
+    """:func:`check_tensor`, and ValueError for one on the device "meta", which has no values to look at."""
+    check_tensor(name, value)
+    if value.is_meta:
+        raise ValueError(f"{name}: is on the device meta; a tensor with values is needed")
 
 
 def check_floating(name: str, value: Tensor) -> None:
     """TypeError unless ``value`` is a dense tensor of a supported floating type."""
     check_tensor(name, value)
-    if value.layout != torch.strided:
-        raise TypeError(f"{name}: layout {value.layout} was given; a dense tensor is needed")
     if value.dtype not in FLOATING:
         allowed = ", ".join(map(dtype_name, FLOATING))
         raise TypeError(f"{name}: dtype {dtype_name(value.dtype)} was given; allowed are {allowed}")
@@ -62,13 +70,12 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}: {value!r} was given; allowed are {', '.join(map(repr, allowed))}")
 
 
-def check_count(name: str, value: object, least: int, most: int | None = None) -> int:
+def check_count(name: str, value: object, least: int, most: int = (1 << 31) - 1) -> int:
     """``value`` as an int; TypeError unless it is a whole number, ValueError unless it is in range."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name}: {type(value).__name__} was given; an int is needed")
-    if value < least or (most is not None and value > most):
-        allowed = f"at least {least} is needed" if most is None else f"allowed are {least} to {most}"
-        raise ValueError(f"{name}: {value} was given; {allowed}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: {value} was given; allowed are {least} to {most}")
     return int(value)
 
 
