@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vareid_ext import _native, k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
+from vareid_ext.ops import _progress
 from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.ops._filter import Filter, row_blocks
 from vareid_ext.retrieval import rerank_plan
@@ -253,6 +254,16 @@ def test_memory_limit_is_kept_before_any_work(capsys):
         k_reciprocal_rerank(q, g, max_memory=10, out=np.zeros((8, 20), np.float32))
     k_reciprocal_rerank(q, g, max_memory=10**9, show_plan=True)
     assert "re-ranking in blocks of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("block_rows", [None, 1, 5, 64])
+def test_progress_ends_at_the_number_of_pairs(block_rows):
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
+    done = []
+    with _progress.listen(done.append):
+        k_reciprocal_rerank(features(30), features(150, seed=1), block_rows=block_rows)
+    assert sum(done) == 180 * 181 // 2
 
 
 def test_progress(capsys):

@@ -188,7 +188,8 @@ def _symmetric_scan(filtered: Filter, scans: Sequence[_Scan], block_rows: int, o
                     for scan in scans[1:]:
                         scan.look(target, first, other_first, both=False, write=False)
                 scans[0].look(target, offset, other_offset, both=not same, write=crossed and out is not None)
-                _progress.advance((last - first) * (other_last - other_first))
+                size = last - first
+                _progress.advance(size * (size + 1) // 2 if same else size * (other_last - other_first))
 
 
 def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
