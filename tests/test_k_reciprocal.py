@@ -120,6 +120,29 @@ def test_matrix_dtypes(backend, dtype):
     np.testing.assert_allclose(got, rerank(d.astype(np.float64) ** 2, 10, 7, 3, 0.3), rtol=0, atol=1e-5)
 
 
+def product_distances(x, y, kind):
+    """As common tools make them from float32 products: rounding leaves diagonals and entries below 0."""
+    x, y = torch.from_numpy(x), torch.from_numpy(y)
+    if kind == "cosine":
+        x, y = (torch.nn.functional.normalize(z, dim=1) for z in (x, y))
+        return (1 - x @ y.T).numpy()
+    squares = x.square().sum(1, keepdim=True) + y.square().sum(1, keepdim=True).T
+    return squares.addmm(x, y.T, alpha=-2).numpy()
+
+
+@pytest.mark.parametrize("kind", ["cosine", "euclidean"])
+def test_rounding_below_zero_is_taken_as_zero(backend, kind):
+    x = 5 * features(60, 256)
+    x[40:] = x[:20]  # images that occur twice
+    x[40:, 0] += 1e-5
+    d = product_distances(x, x, kind)
+    assert -1e-3 * d.max() < d.min() < 0
+    d = np.minimum(d, d.T)
+    got = re_ranking(d[:20, 20:], d[:20, :20], d[20:, 20:], 7, 3, 0.3)
+    clipped = np.maximum(d, 0).astype(np.float64)
+    np.testing.assert_allclose(got, rerank(clipped**2, 20, 7, 3, 0.3), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e25])
 def test_units_do_not_matter(backend, factor):
     x = features(40, 5)

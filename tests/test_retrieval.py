@@ -277,8 +277,14 @@ def test_progress(capsys):
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
-        ({"k1": 0}, ValueError, "k1: 0 was given; at least 1"),
-        ({"k2": 0}, ValueError, "k2: 0 was given; at least 1"),
+        ({"k1": 0}, ValueError, "k1: 0"),
+        ({"k2": 0}, ValueError, "k2: 0"),
+        ({"k1": 2**70}, ValueError, "k1"),
+        ({"k2": 2**31}, ValueError, "k2"),
+        ({"topk": 2**70}, ValueError, "topk"),
+        ({"block_rows": 2**70}, ValueError, "block_rows"),
+        ({"max_memory": 2**70}, ValueError, "max_memory"),
+        ({"out": torch.zeros(8, 20, device="meta")}, ValueError, "out"),
         ({"k1": 2.5}, TypeError, "k1: float was given"),
         ({"lambda_value": -0.1}, ValueError, "lambda_value: -0.1 was given"),
         ({"lambda_value": 1.1}, ValueError, "lambda_value: 1.1 was given"),
@@ -352,6 +358,10 @@ def test_matrices_that_do_not_fit():
         re_ranking(q_g[:0], q_q[:0, :0], g_g)
     with pytest.raises(ValueError, match="lambda_value"):
         re_ranking(q_g, q_q, g_g, lambda_value=2)
+    with pytest.raises(ValueError, match="k1"):
+        re_ranking(q_g, q_q, g_g, k1=2**70)
+    with pytest.raises(ValueError, match="q_g_dist: is on"):
+        re_ranking(*(torch.from_numpy(m).to("meta") for m in (q_g, q_q, g_g)))
     with pytest.raises(TypeError, match="g_g_dist: dtype"):
         re_ranking(q_g, q_q, g_g.astype(np.int64))
     for at, name in enumerate(("q_g_dist", "q_q_dist", "g_g_dist")):
@@ -376,12 +386,39 @@ def test_asymmetry_is_refused_beyond_a_thousandth():
         assert np.isfinite(re_ranking(*broken)).all()
 
 
-def test_similarities_are_refused():
-    x = features(28)
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    s = x @ x.T
-    with pytest.raises(ValueError, match="this looks like a similarity matrix"):
-        re_ranking(s[:8, 8:], s[:8, :8], s[8:, 8:])
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+SIMILARITIES = {
+    "cosine": lambda x: unit(x) @ unit(x).T,
+    "100 x cosine": lambda x: 100 * (unit(x) @ unit(x).T),
+    "cosine of non-negative features": lambda x: unit(abs(x)) @ unit(abs(x)).T,
+    "dot products": lambda x: x @ x.T,
+    "non-negative dot products": lambda x: abs(x) @ abs(x).T,
+    "dot products of very different lengths": lambda x: (x * x[:, :1] ** 4) @ (x * x[:, :1] ** 4).T,
+    "8 normalised parts": lambda x: np.einsum("ipd,jpd->ij", *[unit(x.reshape(len(x), 8, -1))] * 2),
+    "a Gaussian kernel": lambda x: np.exp(-((x[:, None] - x[None]) ** 2).sum(-1) / 24),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("Q", [1, 8, 27])
+@pytest.mark.parametrize("kind", SIMILARITIES)
+def test_similarities_are_refused(kind, Q, dtype):
+    s = SIMILARITIES[kind](features(28, D=24)).astype(dtype)
+    with pytest.raises(ValueError, match="q_q_dist"):
+        re_ranking(s[:Q, Q:], s[:Q, :Q], s[Q:, Q:])
+
+
+@pytest.mark.parametrize("Q", [1, 8, 27])
+def test_distances_are_not_taken_for_similarities(Q):
+    """Also where all queries are one image, where rounding left diagonals, and where all images are equal."""
+    x = features(28, D=24)
+    x[:Q] = x[0]
+    d = np.sqrt(((x[:, None] - x[None]) ** 2).sum(-1))
+    for matrix in (d, d**2, d + 3e-2 * np.eye(28, dtype=d.dtype) * d.max(), np.zeros_like(d)):
+        assert np.isfinite(re_ranking(matrix[:Q, Q:], matrix[:Q, :Q], matrix[Q:, Q:])).all()
 
 
 def test_small_diagonals_of_real_products_are_fine():

@@ -27,6 +27,7 @@ from vareid_ext.ops._checks import (
     check_floating,
     check_number,
     check_same_device,
+    check_values,
     dtype_name,
 )
 from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude
@@ -138,6 +139,7 @@ class RerankPlan:
 
 _PRODUCT_BUFFERS = 4 << 20  # what the vendor's product packs its operands into
 _ENTRY = 16  # bytes of an entry of the expanded encodings and of their inverted index
+_ROUNDING = 1e-3  # share of the largest distance up to which asymmetry and negative distances are rounding errors
 _PLACE = 256  # bytes of a block's place in the list of blocks
 _SIDES = (1024, 768, 512, 256, 128, 64)
 
@@ -273,6 +275,7 @@ def k_reciprocal_rerank(
     """
     back = returner(query)
     query, gallery = to_tensor(query, "query"), to_tensor(gallery, "gallery")
+    check_values("query", query)
     check_features("query", query)
     check_same_features("gallery", gallery, "query", query)
     k1, k2, lambda_value = check_parameters(k1, k2, lambda_value)
@@ -333,7 +336,8 @@ def re_ranking(
     """Re-rank with k-reciprocal encoding, from three matrices of rooted Euclidean distances (fast-reid's signature).
 
     Args:
-        q_g_dist: [Q, G], distances between queries and gallery, float32, float16, bfloat16 or float64.
+        q_g_dist: [Q, G], distances between queries and gallery, float32, float16, bfloat16 or float64. In all three,
+            negative entries of up to 1e-3 of the largest are rounding errors and taken as 0.
         q_q_dist: [Q, Q], between queries; symmetric; of q_g_dist's dtype and device.
         g_g_dist: [G, G], within the gallery; likewise.
         k1: size of the k-reciprocal neighbour sets, at least 1.
@@ -345,12 +349,14 @@ def re_ranking(
 
     Raises:
         TypeError: not arrays, or dtypes that are not floating or differ.
-        ValueError: an empty matrix; shapes or parameters do not fit; NaN, Inf or negative entries; asymmetry beyond
-            1e-3 of the largest entry; similarities in place of distances.
+        ValueError: an empty matrix; shapes or parameters do not fit; NaN or Inf; negative entries or asymmetry beyond
+            1e-3 of the largest entry; similarities in place of distances (the diagonals of q_q_dist and g_g_dist are
+            then larger than the other entries).
     """
     back = returner(q_g_dist)
     names = ("q_g_dist", "q_q_dist", "g_g_dist")
     q_g, q_q, g_g = (to_tensor(value, name) for name, value in zip(names, (q_g_dist, q_q_dist, g_g_dist), strict=True))
+    check_values("q_g_dist", q_g)
     check_floating("q_g_dist", q_g)
     for name, value in (("q_q_dist", q_q), ("g_g_dist", g_g)):
         check_dtype(name, value, q_g.dtype)
@@ -361,15 +367,26 @@ def re_ranking(
     Q, G = q_g.shape
     for name, value, shape in zip(names, (q_g, q_q, g_g), ((Q, G), (Q, Q), (G, G)), strict=True):
         _check_matrix(name, value, shape)
-    largest = max(float(value.abs().max()) for value in (q_g, q_q, g_g))
-    if bool(((q_q.diagonal() - 1).abs() <= 1e-2).all()) and largest <= 1.01:
-        raise ValueError("q_q_dist: this looks like a similarity matrix (its diagonal is 1); distances are needed")
+    # A sum over pairs of s_ii + s_jj - 2 s_ij is a sum of |x_i - x_j|^2 where s are products of features, above 0;
+    # where s are distances, it is below 0.
+    trace = sum(float(value.diagonal().sum(dtype=torch.float64)) for value in (q_q, g_g))
+    total = sum(times * float(value.sum(dtype=torch.float64)) for value, times in ((q_g, 2), (q_q, 1), (g_g, 1)))
+    if (Q + G) * trace > total:
+        raise ValueError(
+            "q_q_dist: this looks like a similarity matrix (the diagonals of q_q_dist and g_g_dist are larger than the "
+            "other entries); distances are needed"
+        )
+    allowed = _ROUNDING * max(float(value.max()) for value in (q_g, q_q, g_g))
     for name, value in zip(names, (q_g, q_q, g_g), strict=True):
-        if bool((value < 0).any()):
-            raise ValueError(f"{name}: row {int((value < 0).any(1).nonzero()[0])} holds a negative distance")
+        negative = (value < -allowed).any(1)
+        if bool(negative.any()):
+            raise ValueError(
+                f"{name}: row {int(negative.nonzero()[0])} holds a negative distance (beyond 1e-3 of the largest)"
+            )
     for name, value in (("q_q_dist", q_q), ("g_g_dist", g_g)):
-        if float((value - value.T).abs().max()) > 1e-3 * largest:
+        if float((value - value.T).abs().max()) > allowed:
             raise ValueError(f"{name}: is not symmetric (beyond 1e-3 of the largest distance)")
+    q_g, q_q, g_g = (value.clamp(min=0) if bool((value < 0).any()) else value for value in (q_g, q_q, g_g))
     neighbor, row_max = _stages.matrix_neighbors(q_g, q_q, g_g, min(Q + G, max(k1 + 1, k2)))
     row_max.masked_fill_(row_max == 0, 1)  # such rows stay 0
     maximum = torch.ones_like(row_max, dtype=torch.float32)  # divided before squares can leave float32's range
