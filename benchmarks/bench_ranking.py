@@ -1,4 +1,5 @@
-"""Ranking metrics from a distance matrix: ``evaluate_ranking`` against reading the matrix once (``tensor.sum()``)."""
+"""Ranking metrics: ``evaluate_ranking`` against reading the distances once (``tensor.sum()``), ``evaluate_features``
+against one float32 product of queries and gallery and against the metrics of float32 distances."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import Suite
-from vareid_ext import evaluate_ranking, reference_backend
+from benchmarks.retrieval import features
+from vareid_ext import evaluate_features, evaluate_ranking, pairwise_distance, reference_backend
 
 
 def run_case(
@@ -51,10 +53,30 @@ def run_case(
         suite.case(f"Q={Q} G={G} against plain PyTorch", {"ours": ours, "reference": plain}, rounds=1)
 
 
+def run_features(suite: Suite, Q: int, G: int, D: int) -> None:
+    data = features(Q, G, D)
+    query, gallery = (part.to(suite.device) for part in data.feature.split([Q, G]))
+    labels = [part.to(suite.device) for label in (data.identity, data.camera) for part in label.split([Q, G])]
+
+    def rounded() -> Any:
+        return evaluate_ranking(lambda a, b: pairwise_distance(query[a:b], gallery, metric="sqeuclidean"), *labels)
+
+    suite.case(
+        f"features Q={Q} G={G} D={D}",
+        {
+            "ours": lambda: evaluate_features(query, gallery, *labels),
+            "product": lambda: query @ gallery.T,
+            "of float32 distances": rounded,
+        },
+        rounds=5,
+    )
+
+
 def main() -> None:
     suite = Suite("bench_ranking", description=__doc__ or "")
     if suite.quick:
         run_case(suite, 50, 400, 20, torch.float32)
+        run_features(suite, 50, 400, 32)
     else:
         run_case(suite, 3368, 15913, 750, torch.float32)
         for identities in (5000, 300, 100, 20):
@@ -62,6 +84,8 @@ def main() -> None:
         run_case(suite, 3368, 15913, 750, torch.float32, separated=True, reference=False)
         for dtype in (torch.float64, torch.float16, torch.bfloat16):
             run_case(suite, 3368, 15913, 750, dtype, reference=False)
+        for D in (256, 2048):
+            run_features(suite, 3368, 15913, D)
     suite.finish()
 
 

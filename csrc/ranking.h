@@ -15,17 +15,41 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "nearest_neighbors.h"
 
 namespace vareid {
+
+struct RankingLabels {
+  const int64_t* gallery_order;
+  const int64_t* group_begin;
+  const int64_t* group_end;
+  const uint8_t* junk;
+  const int64_t* query_camera;
+  const int64_t* gallery_camera;
+};
+
+struct RankingResults {
+  double* average_precision;
+  double* inverse_negative_penalty;
+  int64_t* first_match_rank;
+  int64_t* num_matches;
+};
 
 // Bytes that ranking_forward_cpu needs when no group is longer than max_group.
 int64_t ranking_workspace_bytes_cpu(int64_t max_group, int threads);
 
-void ranking_forward_cpu(const void* distances, int64_t row_stride, const int64_t* gallery_order,
-                         const int64_t* group_begin, const int64_t* group_end, const uint8_t* junk,
-                         const int64_t* query_camera, const int64_t* gallery_camera, double* average_precision,
-                         double* inverse_negative_penalty, int64_t* first_match_rank, int64_t* num_matches,
-                         void* workspace, DType dtype, int64_t Q, int64_t G, int64_t max_group, int threads);
+void ranking_forward_cpu(const void* distances, int64_t row_stride, const RankingLabels& labels,
+                         const RankingResults& results, void* workspace, DType dtype, int64_t Q, int64_t G,
+                         int64_t max_group, int threads);
+
+// The same from features x [Q, D] and y [G, D], in the order of their float64 distances, ties by index. products [Q, G]
+// (leading dimension ld) are overwritten; what they leave open is measured. The notation and the bounds that decide are
+// those of nearest_neighbors.h.
+int64_t ranking_features_workspace_bytes_cpu(int64_t max_group, int64_t G, int threads);
+
+void ranking_features_cpu(float* products, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
+                          const Bounds& x_bounds, const Bounds& y_bounds, const RankingLabels& labels,
+                          const RankingResults& results, void* workspace, int64_t max_group, int threads);
 
 // Reads a row once for every 256 images of the query's identity.
 void ranking_forward_cuda(const void* distances, int64_t row_stride, const int64_t* gallery_order,

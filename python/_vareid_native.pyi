@@ -1,5 +1,6 @@
 """Types of the compiled module. Arrays are DLPack capsules of PyTorch tensors (0.x protocol), borrowed for the call."""
 
+from collections.abc import Sequence
 from typing import Any
 
 version: str
@@ -78,20 +79,24 @@ def viewpoint_aware_cross_entropy_backward(
 def ranking_workspace_bytes(max_group: int, threads: int, /) -> int: ...
 def ranking_forward(
     distances: Any,
-    gallery_order: Any,
-    group_begin: Any,
-    group_end: Any,
-    junk: Any | None,
-    query_camera: Any | None,
-    gallery_camera: Any | None,
-    average_precision: Any,
-    inverse_negative_penalty: Any,
-    first_match_rank: Any,
-    num_matches: Any,
+    labels: Sequence[Any | None],
+    results: Sequence[Any],
     workspace: Any | None,
     max_group: int,
     threads: int,
     stream: int,
+    /,
+) -> None: ...
+def ranking_features_workspace_bytes(max_group: int, G: int, threads: int, /) -> int: ...
+def ranking_features(
+    products: Any,
+    x: tuple[Any, Any | None, Any, Any],
+    y: tuple[Any, Any | None, Any, Any],
+    labels: Sequence[Any | None],
+    results: Sequence[Any],
+    workspace: Any,
+    max_group: int,
+    threads: int,
     /,
 ) -> None: ...
 def linear_viewpoint_aware_cross_entropy_parts(N: int, columns: int, cuda: bool, /) -> int: ...

@@ -1,7 +1,10 @@
 #include "ranking.h"
 
+#include <tuple>
+#include <vector>
+
 #include "bindings.h"
-#include "tensor_view.h"
+#include "features.h"
 
 namespace vareid {
 namespace {
@@ -15,20 +18,15 @@ void check_labels(const TensorView& view, const char* name, int64_t size, const 
   check_device(view, name, distances.device_type, distances.device_id);
 }
 
-void forward(const TensorView& distances, const TensorView& gallery_order, const TensorView& group_begin,
-             const TensorView& group_end, const Optional& junk, const Optional& query_camera,
-             const Optional& gallery_camera, const TensorView& average_precision,
-             const TensorView& inverse_negative_penalty, const TensorView& first_match_rank,
-             const TensorView& num_matches, const Optional& workspace, int64_t max_group, int threads,
-             uintptr_t stream) {
-  if (distances.ndim != 2) refuse("distances", "shape " + shape_text(distances) + ", expected [Q, G]");
-  check_float(distances, "distances");
-  const int64_t Q = distances.shape[0], G = distances.shape[1];
-  if (G > INT32_MAX) refuse("distances", "has more than 2^31 - 1 columns");
-  if (G > 1 && distances.strides[1] != 1) refuse("distances", "must have contiguous rows");
-  check_labels(gallery_order, "gallery_order", G, distances);
-  check_labels(group_begin, "group_begin", Q, distances);
-  check_labels(group_end, "group_end", Q, distances);
+// order, begin, end, junk, query_camera, gallery_camera: the labels of Q queries and G gallery images.
+using Labels = std::vector<Optional>;
+RankingLabels make_labels(const Labels& views, int64_t Q, int64_t G, const TensorView& distances) {
+  if (views.size() != 6 || !views[0] || !views[1] || !views[2])
+    refuse("labels", "must be six arrays, three of them given");
+  const Optional &junk = views[3], &query_camera = views[4], &gallery_camera = views[5];
+  check_labels(*views[0], "gallery_order", G, distances);
+  check_labels(*views[1], "group_begin", Q, distances);
+  check_labels(*views[2], "group_end", Q, distances);
   if (junk) {
     check_shape(*junk, "junk", {G});
     if (!junk->is_bool()) refuse("junk", "must be bool");
@@ -38,44 +36,87 @@ void forward(const TensorView& distances, const TensorView& gallery_order, const
   if (query_camera.has_value() != gallery_camera.has_value()) refuse("query_camera", "both or neither camera array");
   if (query_camera) check_labels(*query_camera, "query_camera", Q, distances);
   if (gallery_camera) check_labels(*gallery_camera, "gallery_camera", G, distances);
-  check_labels(first_match_rank, "first_match_rank", Q, distances);
-  check_labels(num_matches, "num_matches", Q, distances);
-  for (const TensorView* const view : {&average_precision, &inverse_negative_penalty}) {
-    check_shape(*view, "average_precision", {Q});
-    check_contiguous(*view, "average_precision");
-    check_device(*view, "average_precision", distances.device_type, distances.device_id);
-    if (view->type_code != 2 || view->type_bits != 64) refuse("average_precision", "must be float64");
+  return {views[0]->as<int64_t>(),
+          views[1]->as<int64_t>(),
+          views[2]->as<int64_t>(),
+          junk ? junk->as<uint8_t>() : nullptr,
+          query_camera ? query_camera->as<int64_t>() : nullptr,
+          gallery_camera ? gallery_camera->as<int64_t>() : nullptr};
+}
+
+// average_precision, inverse_negative_penalty, first_match_rank, num_matches.
+using Results = std::vector<TensorView>;
+RankingResults make_results(const Results& views, int64_t Q, const TensorView& distances) {
+  if (views.size() != 4) refuse("results", "must be four arrays");
+  for (int i = 0; i < 2; ++i) {
+    check_shape(views[i], "average_precision", {Q});
+    check_contiguous(views[i], "average_precision");
+    check_device(views[i], "average_precision", distances.device_type, distances.device_id);
+    if (views[i].type_code != 2 || views[i].type_bits != 64) refuse("average_precision", "must be float64");
   }
-  const int64_t* const query_cameras = query_camera ? query_camera->as<int64_t>() : nullptr;
-  const int64_t* const gallery_cameras = gallery_camera ? gallery_camera->as<int64_t>() : nullptr;
-  const uint8_t* const left_out = junk ? junk->as<uint8_t>() : nullptr;
+  check_labels(views[2], "first_match_rank", Q, distances);
+  check_labels(views[3], "num_matches", Q, distances);
+  return {views[0].as<double>(), views[1].as<double>(), views[2].as<int64_t>(), views[3].as<int64_t>()};
+}
+
+void check_workspace(const Optional& workspace, int64_t needed) {
+  if (!workspace || !workspace->contiguous || !workspace->is_byte() || workspace->numel() < needed)
+    refuse("workspace", "is smaller than its ..._workspace_bytes says");
+}
+
+void forward(const TensorView& distances, const Labels& labels, const Results& results, const Optional& workspace,
+             int64_t max_group, int threads, uintptr_t stream) {
+  if (distances.ndim != 2) refuse("distances", "shape " + shape_text(distances) + ", expected [Q, G]");
+  check_float(distances, "distances");
+  const int64_t Q = distances.shape[0], G = distances.shape[1];
+  if (G > INT32_MAX) refuse("distances", "has more than 2^31 - 1 columns");
+  if (Q > 0 && G > 1 && distances.strides[1] != 1) refuse("distances", "must have contiguous rows");
+  const RankingLabels in = make_labels(labels, Q, G, distances);
+  const RankingResults out = make_results(results, Q, distances);
   if (distances.device_type == kDeviceCpu) {
-    if (!workspace || !workspace->contiguous || !workspace->is_byte() ||
-        workspace->numel() < ranking_workspace_bytes_cpu(max_group, threads))
-      refuse("workspace", "is smaller than ranking_workspace_bytes says");
-    ranking_forward_cpu(distances.data, distances.strides[0], gallery_order.as<int64_t>(), group_begin.as<int64_t>(),
-                        group_end.as<int64_t>(), left_out, query_cameras, gallery_cameras,
-                        average_precision.as<double>(), inverse_negative_penalty.as<double>(),
-                        first_match_rank.as<int64_t>(), num_matches.as<int64_t>(), workspace->data, distances.dtype(),
-                        Q, G, max_group, threads);
+    check_workspace(workspace, ranking_workspace_bytes_cpu(max_group, threads));
+    ranking_forward_cpu(distances.data, distances.strides[0], in, out, workspace->data, distances.dtype(), Q, G,
+                        max_group, threads);
     return;
   }
 #ifdef VAREID_WITH_CUDA
-  ranking_forward_cuda(distances.data, distances.strides[0], gallery_order.as<int64_t>(), group_begin.as<int64_t>(),
-                       group_end.as<int64_t>(), left_out, query_cameras, gallery_cameras,
-                       average_precision.as<double>(), inverse_negative_penalty.as<double>(),
-                       first_match_rank.as<int64_t>(), num_matches.as<int64_t>(), distances.dtype(), Q, G,
-                       distances.device_id, reinterpret_cast<void*>(stream));
+  ranking_forward_cuda(distances.data, distances.strides[0], in.gallery_order, in.group_begin, in.group_end, in.junk,
+                       in.query_camera, in.gallery_camera, out.average_precision, out.inverse_negative_penalty,
+                       out.first_match_rank, out.num_matches, distances.dtype(), Q, G, distances.device_id,
+                       reinterpret_cast<void*>(stream));
 #else
   (void)stream;
   refuse("distances", "is on a GPU, but this build has no CUDA kernels");
 #endif
 }
 
+// The CPU's only. Features with their factors, norms and windows: x, factor, norm, window.
+using FeatureViews = std::tuple<TensorView, OptionalView, TensorView, TensorView>;
+void features(const TensorView& products, const FeatureViews& x, const FeatureViews& y, const Labels& labels,
+              const Results& results, const TensorView& workspace, int64_t max_group, int threads) {
+  const auto& [x_rows, x_factor, x_norm, x_window] = x;
+  const auto& [y_rows, y_factor, y_norm, y_window] = y;
+  const Features left = make_features(x_rows, x_factor, "x"), right = make_features(y_rows, y_factor, "y");
+  const int64_t ld = leading_dimension(products, "products");
+  check_shape(products, "products", {left.rows, right.rows});
+  check_shape(y_rows, "y", {right.rows, x_rows.shape[1]});
+  check_same_dtype(y_rows, "y", x_rows, "x");
+  for (const TensorView* const view : {&products, &x_rows, &y_rows, &x_norm, &x_window, &y_norm, &y_window})
+    check_device(*view, "products", kDeviceCpu, 0);
+  const Bounds x_bounds{array<float>(x_norm, "norm", left.rows), array<float>(x_window, "window", left.rows)};
+  const Bounds y_bounds{array<float>(y_norm, "norm", right.rows), array<float>(y_window, "window", right.rows)};
+  check_workspace(workspace, ranking_features_workspace_bytes_cpu(max_group, right.rows, threads));
+  ranking_features_cpu(products.as<float>(), ld, left, right, x_rows.dtype(), x_rows.shape[1], x_bounds, y_bounds,
+                       make_labels(labels, left.rows, right.rows, products), make_results(results, left.rows, products),
+                       workspace.data, max_group, threads);
+}
+
 }  // namespace
 
 void bind_ranking(pybind11::module_& m) {
   m.def("ranking_workspace_bytes", &ranking_workspace_bytes_cpu);
+  m.def("ranking_features_workspace_bytes", &ranking_features_workspace_bytes_cpu);
+  m.def("ranking_features", &features, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("ranking_forward", &forward, pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 

@@ -7,19 +7,24 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.reranking_truth import squared_distances
 from vareid_ext import (
     evaluate_cross_viewpoint,
     evaluate_features,
     evaluate_ranking,
     evaluate_single_viewpoint,
     k_reciprocal_rerank,
+    nearest_neighbors,
     pairwise_distance,
     rank_features,
     rank_queries,
     reference_backend,
 )
 from vareid_ext.metrics import features as features_module
+from vareid_ext.ops.ranking import ranking_features
 
 
 def people(seed, Q, G, identities=6, D=16, dtype=torch.float32, scale=1.0):
@@ -42,15 +47,100 @@ def assert_equal_results(got, expected, tolerance=0.0):
         )
 
 
+def truth(query, gallery, *labels, metric="sqeuclidean", **options):
+    """By the definition, on float64 sums of squared differences."""
+    x, y = query.double().numpy(), gallery.double().numpy()
+    if metric == "cosine":
+        x, y = (z / np.sqrt((z**2).sum(1, keepdims=True)) for z in (x, y))
+    return rank_queries(squared_distances(x, y), *labels, **options)
+
+
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_streaming_equals_the_whole_matrix(metric, dtype):
+def test_streaming_equals_the_whole_matrix(backend, metric, dtype):
     query, gallery, *labels = people(0, 23, 60, dtype=dtype)
-    expected = rank_queries(pairwise_distance(query, gallery, metric=metric), *labels)
+    expected = truth(query, gallery, *labels, metric=metric)
     for block_rows in (None, 1, 7):
         got = rank_features(query, gallery, *labels, metric=metric, block_rows=block_rows)
-        assert_equal_results(got, expected, 1e-12)
+        assert_equal_results(got, expected, 1e-15)
     assert evaluate_features(query, gallery, *labels, metric=metric).mAP == pytest.approx(expected.metrics().mAP)
+
+
+def test_eight_whole_numbers_are_ranked_as_the_definition_ranks_them(backend):
+    """Their mean is none, so float32 products of centred features tell equal distances apart."""
+    query, gallery = torch.tensor([[2.0], [1.0]]), torch.tensor([[2.0], [1], [0], [0], [2], [3], [2], [1]])
+    labels = [0, 1], [2, 2, 0, 1, 2, 1, 1, 1]
+    assert evaluate_features(query, gallery, *labels).mAP == pytest.approx(0.3, abs=1e-15)
+    distances = pairwise_distance(query, gallery, metric="sqeuclidean")
+    assert evaluate_ranking(distances, *labels).mAP == pytest.approx(0.3, abs=1e-15)
+
+
+@pytest.mark.parametrize("largest", [3, 127, 1919])
+def test_whole_keypoints_are_ranked_as_in_float64(backend, largest):
+    rng = np.random.default_rng(largest)
+    sizes = 40, 1500
+    query, gallery = (torch.from_numpy(rng.integers(0, largest + 1, (n, 34))).float() for n in sizes)
+    labels = [rng.integers(0, 60, n) for n in sizes] + [rng.integers(0, 3, n) for n in sizes]
+    labels[1][::4] = -1
+    expected = truth(query, gallery, *labels)
+    kept = labels[1] != -1
+    for block_rows in (None, 1, 6):
+        assert_equal_results(rank_features(query, gallery, *labels, block_rows=block_rows), expected, 1e-15)
+        without = rank_features(
+            query, gallery[torch.from_numpy(kept)], labels[0], labels[1][kept], labels[2], labels[3][kept],
+            block_rows=block_rows,
+        )  # fmt: skip
+        assert_equal_results(without, expected, 1e-15)
+
+
+def test_near_ties_are_ranked_as_nearest_neighbors_orders_them():
+    """Two narrow clusters: float32 does not tell the distances from one to the other apart."""
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = (
+        torch.randn(1, 48, generator=generator) + 1e-6 * torch.randn(n, 48, generator=generator) for n in (40, 300)
+    )
+    labels = torch.arange(40) % 7, torch.arange(300) % 7
+    _, order = nearest_neighbors(query, gallery, k=300)
+    position = torch.empty_like(order).scatter_(1, order, torch.arange(300).expand(40, 300)).double()
+    assert_equal_results(rank_features(query, gallery, *labels), rank_queries(position, *labels))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 999), st.integers(1, 12), st.integers(1, 150), st.integers(1, 40), st.integers(1, 5),
+    st.sampled_from(["levels", "pixels", "normal", "offset", "near"]), st.sampled_from([None, -1, 0]),
+)  # fmt: skip
+def test_any_features_are_ranked_as_in_float64(seed, Q, G, D, identities, kind, junk):
+    """Ties and near ties, many and few matches, images left out by camera and as junk."""
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal((Q + G, D))
+    values = {
+        "levels": rng.integers(0, 4, (Q + G, D)), "pixels": rng.integers(0, 2000, (Q + G, D)), "normal": normal,
+        "offset": normal + 100, "near": rng.standard_normal(D) + 1e-6 * normal,
+    }[kind]  # fmt: skip
+    x = torch.from_numpy(values).float()
+    labels = [rng.integers(-1, identities, n) for n in (Q, G)] + [rng.integers(-1, 2, n) for n in (Q, G)]
+    expected = truth(x[:Q], x[Q:], *labels, junk_identity=junk)
+    assert_equal_results(rank_features(x[:Q], x[Q:], *labels, junk_identity=junk), expected)
+
+
+def test_threads_and_a_second_run_change_nothing():
+    query, gallery, *labels = people(11, 200, 900, identities=4)
+    query, gallery = query.round(), gallery.round()
+    expected, before = truth(query, gallery, *labels), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert_equal_results(rank_features(query, gallery, *labels), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_opcheck():
+    query, gallery, *labels = people(12, 6, 30)
+    tensors = [torch.from_numpy(label) for label in labels]
+    torch.library.opcheck(ranking_features, (query, gallery, "sqeuclidean", *tensors, -1, 4))
+    torch.library.opcheck(ranking_features, (query, gallery, "cosine", *tensors[:2], None, None, None, 9))
 
 
 @pytest.mark.parametrize(
@@ -100,6 +190,11 @@ def test_junk_enters_no_neighbourhood():
         got = rank_features(query, gallery, *labels, rerank=rerank)
         expected = rank_features(query, gallery[torch.from_numpy(kept)], *clean, rerank=rerank)
         assert_equal_results(got, expected)
+    gallery[57] = torch.nan  # junk, too: the error names it by its number among all
+    for rerank in (False, True):
+        with pytest.raises(ValueError, match="gallery: row 57"):
+            rank_features(query, gallery, *labels, rerank=rerank)
+    gallery[57] = 0
     with_junk = k_reciprocal_rerank(query, gallery)[:, torch.from_numpy(kept)]
     assert not torch.allclose(with_junk, k_reciprocal_rerank(query, gallery[torch.from_numpy(kept)]))
 
@@ -142,6 +237,13 @@ def test_kinds_of_arrays(tmp_path, capsys):
         ({"block_rows": 2.5}, TypeError, "block_rows: float"),
         ({"junk_identity": "x"}, TypeError, "junk_identity: str"),
         ({"max_rank": 0}, ValueError, "max_rank"),
+        ({"max_rank": 2**31}, ValueError, "max_rank"),
+        ({"max_rank": 2**70}, ValueError, "max_rank"),
+        ({"block_rows": 2**70}, ValueError, "block_rows"),
+        ({"rerank": {"k1": 2**70}}, ValueError, "k1"),
+        ({"query": torch.rand(5, 4, device="meta"), "gallery": torch.rand(9, 4, device="meta")}, ValueError, "query"),
+        ({"query": torch.nested.nested_tensor([torch.rand(5, 4)])}, TypeError, "query"),
+        ({"query_identity": torch.ones(5, dtype=torch.int64, device="meta")}, ValueError, "query_identity"),
         ({"query": torch.full((5, 4), float("nan"))}, ValueError, "query: row 0 holds NaN or Inf"),
         ({"gallery": torch.eye(9, 4), "metric": "cosine"}, ValueError, "gallery: row 4 is all zeros"),
         ({"gallery_identity": [-1] * 9, "rerank": True}, ValueError, "every image has the junk identity"),

@@ -37,6 +37,14 @@ def test_values(backend, metric, M, N, D):
     torch.testing.assert_close(got.double(), truth(x, y, metric), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("offset", [0, -3, 100_000])
+def test_distances_of_small_whole_numbers_are_exact(backend, offset):
+    x = torch.randint(0, 256, (90, 34), generator=torch.Generator().manual_seed(1)).float() + offset
+    assert torch.equal(
+        pairwise_distance(x[:20], x[20:], metric="sqeuclidean").double(), truth(x[:20], x[20:], "sqeuclidean")
+    )
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_set_against_itself(backend, metric):
     x = features(37, 20)

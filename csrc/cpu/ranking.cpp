@@ -1,9 +1,11 @@
 #include "ranking.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "cpu/distance_key.h"
+#include "cpu/exact_distance.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -291,31 +293,12 @@ VAREID_INLINE bool count_buckets(const T* row, const uint8_t* junk, int64_t G, c
   return true;
 }
 
-struct Outputs {
-  double* average_precision;
-  double* inverse_negative_penalty;
-  int64_t* first_match_rank;
-  int64_t* num_matches;
-};
-
-template <typename T>
-VAREID_INLINE void rank_query(const T* row, const uint8_t* junk, int64_t G, const Group& group, Hit* hits, int64_t q,
-                              const Outputs& out) {
-  int64_t n = 0;
-  for (int64_t i = 0; i < group.size; ++i)
-    if (!group.left_out(i)) {
-      const int64_t index = group.index[i];
-      hits[n++] = {key_from_bits(signed_bits(row + index)), index, 0};
-    }
-  const bool finite = n == 0           ? all_finite(row, G)
-                      : n >= kManyHits ? count_buckets(row, junk, G, group, hits, n)
-                                       : compare_all(row, junk, G, group, hits, n);
-  out.num_matches[q] = finite ? n : -1;
-  if (!finite || n == 0) {
-    out.average_precision[q] = out.inverse_negative_penalty[q] = 0;
-    out.first_match_rank[q] = 0;
-    return;
-  }
+// Writes a query's results from its matches, in order.
+VAREID_INLINE void write_results(const Hit* hits, int64_t n, int64_t q, const RankingResults& out) {
+  out.num_matches[q] = n;
+  out.average_precision[q] = out.inverse_negative_penalty[q] = 0;
+  out.first_match_rank[q] = 0;
+  if (n <= 0) return;
   double precision = 0;
   for (int64_t h = 0; h < n; ++h) precision += static_cast<double>(h + 1) / static_cast<double>(hits[h].before + 1);
   out.average_precision[q] = precision / static_cast<double>(n);
@@ -323,25 +306,37 @@ VAREID_INLINE void rank_query(const T* row, const uint8_t* junk, int64_t G, cons
   out.first_match_rank[q] = hits[0].before + 1;
 }
 
-struct Queries {
-  const int64_t* gallery_order;
-  const int64_t* group_begin;
-  const int64_t* group_end;
-  const int64_t* query_camera;
-  const int64_t* gallery_camera;
-};
+// Fills in how many images come before each match, and puts the matches in order. False if a distance is NaN or Inf.
+template <typename T>
+VAREID_INLINE bool count_all(const T* row, const uint8_t* junk, int64_t G, const Group& group, Hit* hits, int64_t n) {
+  if (n == 0) return all_finite(row, G);
+  return n >= kManyHits ? count_buckets(row, junk, G, group, hits, n) : compare_all(row, junk, G, group, hits, n);
+}
+
+VAREID_INLINE Group group_of(const RankingLabels& labels, int64_t q) {
+  const int64_t camera = labels.query_camera ? labels.query_camera[q] : -1;
+  return {labels.gallery_order + labels.group_begin[q], labels.group_end[q] - labels.group_begin[q],
+          camera == -1 ? nullptr : labels.gallery_camera, camera};
+}
+
+template <typename T>
+VAREID_INLINE void rank_query(const T* row, const uint8_t* junk, int64_t G, const Group& group, Hit* hits, int64_t q,
+                              const RankingResults& out) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < group.size; ++i)
+    if (!group.left_out(i)) {
+      const int64_t index = group.index[i];
+      hits[n++] = {key_from_bits(signed_bits(row + index)), index, 0};
+    }
+  write_results(hits, count_all(row, junk, G, group, hits, n) ? n : -1, q, out);
+}
 
 // target_clones does not reach templates: one plain function for each element type.
-#define VAREID_RANKING(T)                                                                                              \
-  VAREID_MULTIVERSION void rank_rows(const T* distances, int64_t row_stride, const uint8_t* junk, int64_t G,           \
-                                     const Queries& queries, Hit* hits, const Outputs& out, int64_t begin,             \
-                                     int64_t end) {                                                                    \
-    for (int64_t q = begin; q < end; ++q) {                                                                            \
-      const int64_t camera = queries.query_camera ? queries.query_camera[q] : -1;                                      \
-      const Group group{queries.gallery_order + queries.group_begin[q], queries.group_end[q] - queries.group_begin[q], \
-                        camera == -1 ? nullptr : queries.gallery_camera, camera};                                      \
-      rank_query<T>(distances + q * row_stride, junk, G, group, hits, q, out);                                         \
-    }                                                                                                                  \
+#define VAREID_RANKING(T)                                                                                            \
+  VAREID_MULTIVERSION void rank_rows(const T* distances, int64_t row_stride, const RankingLabels& labels, int64_t G, \
+                                     Hit* hits, const RankingResults& out, int64_t begin, int64_t end) {             \
+    for (int64_t q = begin; q < end; ++q)                                                                            \
+      rank_query<T>(distances + q * row_stride, labels.junk, G, group_of(labels, q), hits, q, out);                  \
   }
 
 VAREID_RANKING(float)
@@ -350,7 +345,119 @@ VAREID_RANKING(float16)
 VAREID_RANKING(bfloat16)
 #undef VAREID_RANKING
 
-int64_t hit_bytes(int64_t max_group) { return (max_group * static_cast<int64_t>(sizeof(Hit)) + 63) / 64 * 64; }
+// An image and its exact distance.
+struct Measured {
+  double distance;
+  int64_t index;
+
+  bool operator<(const Measured& other) const {
+    return distance < other.distance || (distance == other.distance && index < other.index);
+  }
+};
+
+// The floats next to a number on either side; the number itself twice if it is one.
+struct Between {
+  float below, above;
+};
+
+VAREID_INLINE Between between_floats(double value) {
+  constexpr float kFar = std::numeric_limits<float>::infinity();
+  const float near = static_cast<float>(value);
+  return {near > value ? std::nextafter(near, -kFar) : near, near < value ? std::nextafter(near, kFar) : near};
+}
+
+// What a thread needs for one query at a time.
+struct Scratch {
+  Hit* surely;        // [max_group], of each match: the images whose upper bounds are below its distance
+  Hit* perhaps;       // [max_group]: those whose lower bounds are not above it, itself among them
+  Measured* matches;  // [max_group], in order
+  Between* floats;    // [max_group], of their distances
+  float* upper;       // [G]
+};
+
+struct Sides {
+  const Features& x;
+  const Features& y;
+  int64_t D;
+  ExactDistance exact;
+
+  VAREID_INLINE Measured measure(int64_t q, int64_t j) const { return {exact(x, q, y, j, D), j}; }
+};
+
+// Lower and upper bounds of a query's distances from its products, which the lower ones overwrite.
+VAREID_INLINE void bounds_from(float* row, float* upper, float norm, float window, const Bounds& y, int64_t G) {
+  const float shrunk = norm - window, grown = norm + window;
+#pragma omp simd
+  for (int64_t j = 0; j < G; ++j) {
+    const float product = -2 * row[j];
+    row[j] = std::max(product + (y.norm[j] - y.window[j]) + shrunk, 0.0f);
+    upper[j] = std::max(product + (y.norm[j] + y.window[j]) + grown, 0.0f);
+  }
+}
+
+// Counts for each match the images that surely come before it, and measures those of which the bounds do not say it.
+VAREID_INLINE void rank_query_exactly(float* lower, const Scratch& scratch, const uint8_t* junk, int64_t G,
+                                      const Group& group, const Sides& features, int64_t q, const RankingResults& out) {
+  constexpr int64_t kTested = 64;  // images tested at once
+  Measured* const matches = scratch.matches;
+  Hit *const surely = scratch.surely, *const perhaps = scratch.perhaps;
+  const float* const upper = scratch.upper;
+  int64_t n = 0;
+  for (int64_t i = 0; i < group.size; ++i)
+    if (!group.left_out(i)) matches[n++] = features.measure(q, group.index[i]);
+  if (n == 0) return write_results(surely, 0, q, out);
+  std::sort(matches, matches + n);
+  for (int64_t h = 0; h < n; ++h) {
+    const Between floats = scratch.floats[h] = between_floats(matches[h].distance);
+    perhaps[h] = {key_from_bits(signed_bits(&floats.below)), G, 0};  // "at or below", wherever in the row
+    surely[h] = {key_from_bits(signed_bits(&floats.above)), -1, 0};  // "below"
+  }
+  count_all<float>(lower, junk, G, group, perhaps, n);
+  count_all<float>(upper, junk, G, group, surely, n);
+  int64_t open = 0;  // matches with others than themselves between the two; their numbers take perhaps' place
+  for (int64_t h = 0; h < n; ++h)
+    if (perhaps[h].before > surely[h].before + 1) perhaps[open++].index = h;
+  for (int64_t i = 0; open > 0 && i < group.size; ++i)
+    if (group.left_out(i)) lower[group.index[i]] = std::numeric_limits<float>::infinity();
+  for (int64_t begin = 0; open > 0 && begin < G; begin += kTested) {
+    const int64_t size = std::min(kTested, G - begin);
+    int32_t unclear[kTested] = {};
+    for (int64_t o = 0; o < open; ++o) {
+      const Between floats = scratch.floats[perhaps[o].index];
+#pragma omp simd
+      for (int64_t c = 0; c < size; ++c)
+        unclear[c] |= (lower[begin + c] <= floats.below ? 1 : 0) & (upper[begin + c] >= floats.above ? 1 : 0);
+    }
+    for (int64_t c = 0; c < size; ++c) {
+      const int64_t j = begin + c;
+      if (!unclear[c] || (junk && junk[j])) continue;
+      int64_t h = std::upper_bound(matches, matches + n, features.measure(q, j)) - matches;
+      for (; h < n && upper[j] >= scratch.floats[h].above; ++h) ++surely[h].before;
+    }
+  }
+  write_results(surely, n, q, out);
+}
+
+VAREID_MULTIVERSION void rank_rows_exactly(float* products, int64_t ld, const Sides& features, const Bounds& x_bounds,
+                                           const Bounds& y_bounds, const RankingLabels& labels, const Scratch& scratch,
+                                           const RankingResults& out, int64_t begin, int64_t end) {
+  const int64_t G = features.y.rows;
+  for (int64_t q = begin; q < end; ++q) {
+    float* const row = products + q * ld;
+    bounds_from(row, scratch.upper, x_bounds.norm[q], x_bounds.window[q], y_bounds, G);
+    rank_query_exactly(row, scratch, labels.junk, G, group_of(labels, q), features, q, out);
+  }
+}
+
+int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+int64_t hit_bytes(int64_t max_group) { return whole_lines(max_group * static_cast<int64_t>(sizeof(Hit))); }
+int64_t match_bytes(int64_t max_group) {
+  return whole_lines(max_group * static_cast<int64_t>(sizeof(Measured) + sizeof(Between)));
+}
+
+int64_t useful_threads(int64_t Q, int64_t G, int threads) {
+  return std::min<int64_t>(threads, Q * G / kThreadDistances + 1);
+}
 
 }  // namespace
 
@@ -358,21 +465,37 @@ int64_t ranking_workspace_bytes_cpu(int64_t max_group, int threads) {
   return hit_bytes(max_group) * std::max(threads, 1);
 }
 
-void ranking_forward_cpu(const void* distances, int64_t row_stride, const int64_t* gallery_order,
-                         const int64_t* group_begin, const int64_t* group_end, const uint8_t* junk,
-                         const int64_t* query_camera, const int64_t* gallery_camera, double* average_precision,
-                         double* inverse_negative_penalty, int64_t* first_match_rank, int64_t* num_matches,
-                         void* workspace, DType dtype, int64_t Q, int64_t G, int64_t max_group, int threads) {
+void ranking_forward_cpu(const void* distances, int64_t row_stride, const RankingLabels& labels,
+                         const RankingResults& results, void* workspace, DType dtype, int64_t Q, int64_t G,
+                         int64_t max_group, int threads) {
   char* const hits = static_cast<char*>(workspace);
-  const Queries queries{gallery_order, group_begin, group_end, query_camera, gallery_camera};
-  const Outputs out{average_precision, inverse_negative_penalty, first_match_rank, num_matches};
-  const int useful = static_cast<int>(std::min<int64_t>(threads, Q * G / kThreadDistances + 1));
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(Q, useful, [&](int64_t begin, int64_t end, int thread) {
-      rank_rows(static_cast<const T*>(distances), row_stride, junk, G, queries,
-                reinterpret_cast<Hit*>(hits + hit_bytes(max_group) * thread), out, begin, end);
+    parallel_for(Q, static_cast<int>(useful_threads(Q, G, threads)), [&](int64_t begin, int64_t end, int thread) {
+      rank_rows(static_cast<const T*>(distances), row_stride, labels, G,
+                reinterpret_cast<Hit*>(hits + hit_bytes(max_group) * thread), results, begin, end);
     });
+  });
+}
+
+int64_t ranking_features_workspace_bytes_cpu(int64_t max_group, int64_t G, int threads) {
+  return (2 * hit_bytes(max_group) + match_bytes(max_group) + whole_lines(4 * G)) * std::max(threads, 1);
+}
+
+void ranking_features_cpu(float* products, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
+                          const Bounds& x_bounds, const Bounds& y_bounds, const RankingLabels& labels,
+                          const RankingResults& results, void* workspace, int64_t max_group, int threads) {
+  const Sides features{x, y, D, exact_distance_function(dtype, x.factor != nullptr)};
+  const int64_t each = ranking_features_workspace_bytes_cpu(max_group, y.rows, 1);
+  const int useful = static_cast<int>(useful_threads(x.rows, y.rows, threads));
+  parallel_for(x.rows, useful, [&](int64_t begin, int64_t end, int thread) {
+    char* const own = static_cast<char*>(workspace) + each * thread;
+    char* const matches = own + 2 * hit_bytes(max_group);
+    const Scratch scratch{reinterpret_cast<Hit*>(own), reinterpret_cast<Hit*>(own + hit_bytes(max_group)),
+                          reinterpret_cast<Measured*>(matches),
+                          reinterpret_cast<Between*>(matches + max_group * sizeof(Measured)),
+                          reinterpret_cast<float*>(matches + match_bytes(max_group))};
+    rank_rows_exactly(products, ld, features, x_bounds, y_bounds, labels, scratch, results, begin, end);
   });
 }
 

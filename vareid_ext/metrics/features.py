@@ -20,11 +20,13 @@ from vareid_ext.metrics.ranking import (
     rank_queries,
 )
 from vareid_ext.ops import k_reciprocal as stages
-from vareid_ext.ops._checks import check_choice, check_count
-from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude
+from vareid_ext.ops._checks import check_choice, check_count, check_values
+from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude, row_magnitudes
 from vareid_ext.ops._filter import common_scale
+from vareid_ext.ops._progress import listen
 from vareid_ext.ops.nearest_neighbors import joint_neighbors
 from vareid_ext.ops.pairwise_distance import pairwise_distance
+from vareid_ext.ops.ranking import ranking_features
 from vareid_ext.reference.pairwise_distance import METRICS
 from vareid_ext.retrieval import check_parameters, k_reciprocal_rerank, rerank_plan
 
@@ -111,6 +113,7 @@ def rank_features(
     """The ranking results of each query, from features; the arguments are those of :func:`evaluate_features`."""
     back = _arrays.returner(query)
     query, gallery = _arrays.to_tensor(query, "query"), _arrays.to_tensor(gallery, "gallery")
+    check_values("query", query)
     check_features("query", query)
     check_same_features("gallery", gallery, "query", query)
     check_choice("metric", metric, METRICS)
@@ -127,6 +130,7 @@ def rank_features(
     if options is not None and junk_identity is not None:  # junk must not be anybody's neighbour
         kept = label_vector(gallery_identity, "gallery_identity") != junk_identity
         if not bool(kept.all()):
+            row_magnitudes("gallery", gallery)  # names rows by their numbers as given
             gallery = gallery[kept.to(gallery.device)]
             G = gallery.shape[0]
             if G == 0:
@@ -135,14 +139,14 @@ def rank_features(
             if gallery_camera is not None:
                 gallery_camera = label_vector(gallery_camera, "gallery_camera")[kept]
 
-    distances: Any
+    step = block_rows or max(1, _BLOCK_ELEMENTS // G)
     if options is None:
-        largest = largest_magnitude({"query": query, "gallery": gallery}, nonzero=metric == "cosine")
-        scale = 1.0 if metric == "cosine" else common_scale((query, gallery), largest)
-        # The order does not depend on it, but squares could leave float32's range.
-        query, gallery = _scaled(query, gallery, scale, largest)
-        distances = lambda begin, end: pairwise_distance(query[begin:end], gallery, metric)  # noqa: E731
-    elif block_rows is None and Q * G <= _DENSE_ELEMENTS:
+        labels = Labels(query_identity, gallery_identity, query_camera, gallery_camera).on(query.device)
+        with _bar(progress, Q) as advance, listen(lambda pairs: advance(pairs // G)):
+            found = ranking_features(query, gallery, metric, *labels, junk_identity, step)
+        return QueryRanking(*map(back, found))
+    distances: Any
+    if block_rows is None and Q * G <= _DENSE_ELEMENTS:
         distances = k_reciprocal_rerank(query, gallery, progress=progress, **options)
     else:
         distances = _reranked_rows(query, gallery, **options)
@@ -154,16 +158,16 @@ def rank_features(
             query_camera,
             gallery_camera,
             junk_identity=junk_identity,
-            block_rows=(block_rows or max(1, _BLOCK_ELEMENTS // G)) if callable(distances) else None,
+            block_rows=step if callable(distances) else None,
             progress=advance,
         )
     return QueryRanking(*map(back, vars(results).values()))
 
 
 @contextlib.contextmanager
-def _bar(show: bool, queries: int) -> Iterator[Callable[[int], object] | None]:
+def _bar(show: bool, queries: int) -> Iterator[Callable[[int], object]]:
     if not show:
-        yield None
+        yield lambda _queries: None
         return
     from tqdm.auto import tqdm
 
@@ -188,9 +192,9 @@ def evaluate_features(
 ) -> RankingMetrics:
     """CMC, mAP and mINP from features, without holding the Q x G distances.
 
-    Equivalent to ``evaluate_ranking(pairwise_distance(query, gallery, metric=metric), ...)`` (but no distance leaves
-    float32's range, whatever the features' unit), or with re-ranking to
-    ``evaluate_ranking(k_reciprocal_rerank(query, gallery, **rerank), ...)``.
+    Equivalent to :func:`evaluate_ranking` on float64 distances: the order is that of
+    :func:`vareid_ext.nearest_neighbors`, whatever the block size, the number of threads and the junk. With re-ranking
+    equivalent to ``evaluate_ranking(k_reciprocal_rerank(query, gallery, **rerank), ...)``.
 
     Args:
         query: features [Q, D], float32, float16, bfloat16 or float64; NumPy (memory-mapped, too), PyTorch or CuPy.
@@ -199,10 +203,10 @@ def evaluate_features(
         gallery_identity: ``[G]`` whole numbers.
         query_camera: ``[Q]`` whole numbers, or None if cameras are not known; -1: this one is not known.
         gallery_camera: ``[G]`` whole numbers; given if and only if ``query_camera`` is.
-        metric: "sqeuclidean", "euclidean" (rooting makes ties of near distances) or "cosine".
+        metric: "sqeuclidean", "euclidean" (the same order) or "cosine".
         rerank: True for k-reciprocal re-ranking, or a mapping with some of its ``k1`` (20), ``k2`` (6) and
             ``lambda_value`` (0.3). Junk is dropped before it, so that it is in nobody's neighbourhood.
-        max_rank: length of the CMC curve, >= 1.
+        max_rank: length of the CMC curve, 1 to 2^20.
         junk_identity: the identity of gallery images to leave out; None for none.
         block_rows: queries handled at once (default: as many as make 2^23 distances). With re-ranking, matrices up to
             2^26 elements are made whole unless this is given: that takes one product less.

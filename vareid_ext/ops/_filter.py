@@ -150,6 +150,7 @@ class Filter:
         first: Tensor | None = None  # elements that are the same in all rows get a centre without rounding errors
         total = torch.zeros(self.parts[0].shape[1], dtype=torch.float64, device=self.parts[0].device)
         squares, count = torch.zeros_like(total[0]), 0
+        whole = torch.ones_like(squares, dtype=torch.bool)
         for part, factor in zip(self.parts, self.factors, strict=True):
             step = max(1, -(-part.shape[0] * len(self.parts) // _SAMPLE))
             for begin in range(0, part.shape[0], _FEW_ROWS * step):
@@ -159,11 +160,15 @@ class Filter:
                     rows = rows * factor[some, None]
                 first = rows[0] if first is None else first
                 squares += rows.square().sum()
+                whole = whole & (rows == rows.round()).all()
                 total += (rows - first).sum(0)
                 count += rows.shape[0]
         if first is None:
             return None, 0.0
         mean = first + total / count
+        mean = torch.where(
+            whole, mean.round(), mean
+        )  # differences of whole numbers stay whole, so their products exact
         center_norm, length = torch.stack([mean.square().sum(), squares / count]).tolist()
         # Squares leave float64's range only where the rows' differences are tiny beside the rows.
         centered = center_norm > _CENTERED_SHARE * length or math.isinf(length)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vareid_ext import _native
+from vareid_ext.ops import _progress
+from vareid_ext.ops._features import largest_magnitude, stream_of
+from vareid_ext.ops._filter import BLOCK_ROWS, Filter, common_scale, row_blocks
+from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import ranking as reference
 
 
@@ -41,6 +46,39 @@ def _empty_results(distances: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+class _Labels:
+    """The labels as the kernels take them: the gallery grouped by identity, so that matches are found at once."""
+
+    def __init__(
+        self,
+        query_identity: Tensor,
+        gallery_identity: Tensor,
+        query_camera: Tensor | None,
+        gallery_camera: Tensor | None,
+        junk_identity: int | None,
+    ) -> None:
+        query_identity = query_identity.contiguous()
+        identity, self.order = torch.sort(gallery_identity, stable=True)
+        self.begin = torch.searchsorted(identity, query_identity)
+        self.end = torch.searchsorted(identity, query_identity, right=True)
+        self.junk = None
+        if junk_identity is not None:
+            junk = gallery_identity == junk_identity
+            self.junk = junk if bool(junk.any()) else None
+            self.end = torch.where(query_identity == junk_identity, self.begin, self.end)
+        self.query_camera = None if query_camera is None else query_camera.contiguous()
+        self.gallery_camera = None if gallery_camera is None else gallery_camera.contiguous()
+
+    def views(self, rows: slice) -> list[Any]:
+        """Of some queries, for the compiled module."""
+        camera = None if self.query_camera is None else self.query_camera[rows]
+        arrays = (self.order, self.begin[rows], self.end[rows], self.junk, camera, self.gallery_camera)
+        return [_native.view(array) for array in arrays]
+
+    def most_matches(self) -> int:
+        return int((self.end - self.begin).max()) if len(self.begin) else 0
+
+
 def _native_forward(
     distances: Tensor,
     query_identity: Tensor,
@@ -51,31 +89,118 @@ def _native_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if distances.shape[1] > 1 and distances.stride(1) != 1:
         distances = distances.contiguous()
-    # The gallery grouped by identity, so that a query's matches are found without reading all identities again.
-    identity, order = torch.sort(gallery_identity, stable=True)
-    group_begin = torch.searchsorted(identity, query_identity.contiguous())
-    group_end = torch.searchsorted(identity, query_identity.contiguous(), right=True)
-    junk = None
-    if junk_identity is not None:
-        junk = gallery_identity == junk_identity
-        junk = junk if bool(junk.any()) else None
-        group_end = torch.where(query_identity == junk_identity, group_begin, group_end)
+    labels = _Labels(query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
     results = _empty_results(distances)
     workspace, max_group, threads = None, 0, torch.get_num_threads()
     if not distances.is_cuda:
-        max_group = int((group_end - group_begin).max()) if len(query_identity) else 0
+        max_group = labels.most_matches()
         needed = _native.module().ranking_workspace_bytes(max_group, threads)
         workspace = torch.empty(needed, dtype=torch.uint8)
-    view = _native.view
     _native.module().ranking_forward(
-        view(distances), view(order), view(group_begin), view(group_end), view(junk),
-        view(None if query_camera is None else query_camera.contiguous()),
-        view(None if gallery_camera is None else gallery_camera.contiguous()),
-        *map(view, results), view(workspace), max_group, threads,
-        _native.stream(distances) if distances.is_cuda else 0,
+        _native.view(distances), labels.views(slice(None)), list(map(_native.view, results)), _native.view(workspace),
+        max_group, threads, stream_of(distances),
     )  # fmt: skip
     return results
 
 
 for _device_type in ("cpu", "cuda"):
     _native.register(ranking_forward, _device_type)(_native_forward)
+
+
+@torch.library.custom_op("vareid::ranking_features", mutates_args=())
+def ranking_features(
+    query: Tensor,
+    gallery: Tensor,
+    metric: str,
+    query_identity: Tensor,
+    gallery_identity: Tensor,
+    query_camera: Tensor | None,
+    gallery_camera: Tensor | None,
+    junk_identity: int | None,
+    block_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per-query results from features, in the order of their float64 distances, ties by gallery index.
+
+    Args:
+        query: [Q, D].
+        gallery: [G, D], G at least 1.
+        metric: "sqeuclidean", "euclidean" (the same order) or "cosine".
+        query_identity: as the following, that of :func:`ranking_forward`.
+        gallery_identity: [G].
+        query_camera: [Q] or None.
+        gallery_camera: [G] or None.
+        junk_identity: gallery images of this identity are left out; None leaves none out.
+        block_rows: queries handled at once.
+
+    Raises:
+        ValueError: a row with NaN or Inf, or a zero row under cosine.
+    """
+    largest = largest_magnitude({"query": query, "gallery": gallery}, nonzero=metric == "cosine")
+    scale = 1.0 if metric == "cosine" else common_scale((query, gallery), largest)
+    results = _empty_results(query)
+    for begin in range(0, query.shape[0], block_rows):
+        rows = slice(begin, begin + block_rows)
+        block = reference.ranking_features(
+            query[rows], gallery, scale, metric, query_identity[rows], gallery_identity,
+            None if query_camera is None else query_camera[rows], gallery_camera, junk_identity,
+        )  # fmt: skip
+        for result, part in zip(results, block, strict=True):
+            result[rows] = part
+        _progress.advance(block[0].shape[0] * gallery.shape[0])
+    return results
+
+
+@ranking_features.register_fake
+def _(query: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_results(query)
+
+
+def _products(filtered: Filter, block_rows: int) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks of queries and their products with the whole gallery, [rows, G]; each is valid until the next."""
+    of_queries, of_gallery = row_blocks(filtered, [0], block_rows), row_blocks(filtered, [1], BLOCK_ROWS)
+    most, G = max((last - first for _, first, last, _ in of_queries), default=0), filtered.parts[1].shape[0]
+    buffer = filtered.norm.new_empty((most, G))
+    for _, first, last, _ in of_queries:
+        products = buffer[: last - first]
+        with full_float32(buffer.device.type):
+            rows = filtered.block(0, first, last, 0)
+            for _, begin, end, _ in of_gallery:
+                torch.mm(rows, filtered.block(1, begin, end, 1).T, out=products[:, begin:end])
+        yield slice(first, last), products
+        _progress.advance((last - first) * G)
+
+
+def _cpu_features(
+    query: Tensor,
+    gallery: Tensor,
+    metric: str,
+    query_identity: Tensor,
+    gallery_identity: Tensor,
+    query_camera: Tensor | None,
+    gallery_camera: Tensor | None,
+    junk_identity: int | None,
+    block_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    native, view, threads = _native.module(), _native.view, torch.get_num_threads()
+    filtered = Filter([query, gallery], ["query", "gallery"], metric)
+    labels = _Labels(query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
+    results, max_group = _empty_results(query), labels.most_matches()
+    needed = native.ranking_features_workspace_bytes(max_group, gallery.shape[0], threads)
+    workspace = torch.empty(needed, dtype=torch.uint8)
+
+    def features(which: int, at: slice) -> tuple[Any, ...]:
+        factor = filtered.factors[which]
+        return (
+            view(filtered.parts[which][at]), view(None if factor is None else factor[at]),
+            view(filtered.norms[which][at]), view(filtered.windows[which][at]),
+        )  # fmt: skip
+
+    for rows, products in _products(filtered, block_rows):
+        native.ranking_features(
+            view(products), features(0, rows), features(1, slice(None)), labels.views(rows),
+            [view(result[rows]) for result in results], view(workspace), max_group, threads,
+        )  # fmt: skip
+    return results
+
+
+_native.register(ranking_features, "cpu")(_cpu_features)

@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vareid_ext.reference.pairwise_distance import exact_distance
+
 _BLOCK_ELEMENTS = 1 << 22
 
 
@@ -72,3 +74,33 @@ def ranking_forward(
         first_match_rank[rows] = torch.where(found, torch.where(hit, rank, G + 1).amin(1), 0)
         num_matches[rows] = torch.where(finite, count, -1)
     return average_precision, inverse_negative_penalty, first_match_rank, num_matches
+
+
+def ranking_features(
+    query: Tensor,
+    gallery: Tensor,
+    scale: float,
+    metric: str,
+    query_identity: Tensor,
+    gallery_identity: Tensor,
+    query_camera: Tensor | None,
+    gallery_camera: Tensor | None,
+    junk_identity: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`ranking_forward` of the float64 distances of features.
+
+    Args:
+        query: ``[Q, D]``, floating point.
+        gallery: ``[G, D]``.
+        scale: a power of two that the features are multiplied by, so that squares stay within float64's range.
+        metric: "sqeuclidean", "euclidean" or "cosine"; the first two give the same order.
+        query_identity: ``[Q]`` int64; this and what follows as in :func:`ranking_forward`.
+        gallery_identity: ``[G]``.
+        query_camera: ``[Q]`` or None.
+        gallery_camera: ``[G]`` or None.
+        junk_identity: an identity or None.
+    """
+    metric = "sqeuclidean" if metric == "euclidean" else metric  # a root can make two distances equal
+    wide_query, wide_gallery = query.to(torch.float64) * scale, gallery.to(torch.float64) * scale
+    distances = exact_distance(wide_query, wide_gallery, metric)
+    return ranking_forward(distances, query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)

@@ -12,14 +12,8 @@ def ranking_workspace_bytes(launch: Any, max_group: int, threads: int) -> int:
 
 
 def ranking_forward(
-    launch: Any, distances: Any, gallery_order: Any, group_begin: Any, group_end: Any, junk: Any, query_camera: Any,
-    gallery_camera: Any, average_precision: Any, inverse_negative_penalty: Any, first_match_rank: Any,
-    num_matches: Any, workspace: Any, max_group: int, threads: int, stream: int,
-) -> None:  # fmt: skip
+    launch: Any, distances: Any, labels: Any, results: Any, workspace: Any, max_group: int, threads: int, stream: int
+) -> None:
     Q, G = distances.shape
     memory, row_stride = spanned(distances)
-    launch(
-        "ranking_forward_cuda", memory, row_stride, gallery_order, group_begin, group_end, junk,
-        query_camera, gallery_camera, average_precision, inverse_negative_penalty, first_match_rank, num_matches,
-        dtype_code(distances), Q, G,
-    )  # fmt: skip
+    launch("ranking_forward_cuda", memory, row_stride, *labels, *results, dtype_code(distances), Q, G)
