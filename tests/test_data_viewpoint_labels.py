@@ -99,8 +99,8 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, written, protocol, place):
         b"\x80\x05\x97.",
     ],
 )
-def test_instructions_beyond_plain_data_are_named(written, data):
-    with pytest.raises(ValueError, match=r"labels.pkl.*instruction"):
+def test_instructions_beyond_plain_data_are_refused(written, data):
+    with pytest.raises(ValueError, match=r"labels\.pkl.*byte \d+"):
         read_viewpoint_labels(written(data))
 
 
@@ -125,7 +125,7 @@ def test_memory_bombs_are_refused_at_once(written):
         assert len(read_viewpoint_labels(written(bomb))) == 0
     # Tuples that hold the last one twice, 60 deep: hashing or printing the value would never end.
     laughs = b"\x80\x02}(K\x00X\x01\x00\x00\x00a\x86q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"K\x00s."
-    with pytest.raises(ValueError, match="expected a"):
+    with pytest.raises(ValueError, match=r"labels\.pkl"):
         read_viewpoint_labels(written(laughs))
 
 
@@ -171,6 +171,11 @@ def test_no_pickle_costs_more_memory_than_forty_times_its_length(data):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 40 * len(data)
+
+
+def test_a_table_of_the_shortest_entries_is_read():
+    table = load_label_table(table_of(30_000))
+    assert (len(table), table["752f"]) == (30_000, (0, "front"))
 
 
 def test_errors_stay_short_whatever_the_file_holds(written):
@@ -221,9 +226,9 @@ def test_damaged_bytes_give_a_value_error_or_a_table(data):
         ({"a.jpg": (3, "up")}, "allowed are"),
         ({"a.jpg": "front"}, "str -> str"),
         ({"a.jpg": (0, "front", 1)}, "pair"),
-        ({"a.jpg": (True, "side")}, "byte"),
-        ({"front": ["a.jpg", "b.jpg"]}, "instruction EMPTY_LIST"),
-        ([("a.jpg", 0)], "instruction EMPTY_LIST"),
+        ({"a.jpg": (True, "side")}, "pair"),
+        ({"front": ["a.jpg", "b.jpg"]}, "str -> list"),
+        ([("a.jpg", 0)], "one dictionary"),
         ({1: (0, "front")}, "int -> tuple"),
         ("text", "one dictionary"),
     ],
@@ -235,7 +240,7 @@ def test_other_tables_are_refused(written, table, message):
 
 
 def test_true_is_no_label_in_the_oldest_protocol():
-    with pytest.raises(ValueError, match="integer label"):
+    with pytest.raises(ValueError, match="'a'"):
         load_label_table(pickle.dumps({"a": (True, "side")}, 0))
 
 
