@@ -35,7 +35,6 @@ LAYERS = (
         "metrics",
         "config",
         "recipes",
-        "feature_files",
         "checkpoint",
         "files",
         "_program",

@@ -14,7 +14,7 @@ from vareid_ext import _native, doctor
 def test_names_backends_versions_and_devices(capsys):
     status = doctor.main([])
     out = capsys.readouterr().out
-    for word in ("backend cpu", "backend cuda", "torch", "threads", "processor", "GPU", "scipy (optional)"):
+    for word in ("backend cpu", "backend cuda", "torch", "threads", "processor", "GPU", "psutil (optional)"):
         assert word in out
     assert (status == 0) == ("training can run here" in out)
     if _native.loaded():

@@ -20,7 +20,6 @@ from vareid_ext._version import __version__
 REQUIRED = ("numpy", "torch", "torchvision", "timm", "PIL", "matplotlib", "tqdm", "tensorboard", "jsonargparse")
 OPTIONAL = {
     "cupy": "CuPy arrays in retrieval",
-    "scipy": "MATLAB feature files (.mat)",
     "psutil": "memory in the benchmarks",
 }
 DISTRIBUTION = {"PIL": "pillow"}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vareid_ext._program import run_program
 from vareid_ext._text import viewpoint_name
-from vareid_ext.feature_files import LABELS, SIDES, FeatureFileError, FeatureSet, read_features
 from vareid_ext.files.atomic import atomic_file, check_writable
+from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, FeatureSet, read_features
 from vareid_ext.metrics import (
     RankingMetrics,
     RepeatedMetrics,
@@ -24,14 +24,15 @@ from vareid_ext.metrics import (
     evaluate_single_viewpoint,
 )
 from vareid_ext.metrics.ranking import check_junk_identity, results_table
-from vareid_ext.rerank import add_junk_identity, add_rerank_arguments, junk_note
+from vareid_ext.rerank import add_junk_identity, add_max_unpacked, add_rerank_arguments, junk_note
 from vareid_ext.retrieval import check_parameters
 
 _DESCRIPTION = """\
 CMC, mAP and mINP of features in files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
 
-Identities, cameras and viewpoints are looked for under the usual names in the same file (identity, pid, label; camera,
-camid, cam; viewpoint, view; also with query_ and gallery_ before them). Otherwise name a key of that file, a file of
+Features, identities, cameras and viewpoints are looked for under the usual names in the same file (feature, feat,
+embedding; identity, pid, label, id; camera, camid, cam; viewpoint, view, viewid; singular or plural, also with query_,
+gallery_, q_ and g_ before them), and the names that were used are printed. Otherwise name a key of that file, a file of
 their own (.npy, .txt with whole numbers, ...), or FILE:KEY. Camera -1 is unknown; viewpoint -1 is unknown. One file may
 hold both sides, or the one set of images that the viewpoint protocols need.
 """
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{side}-key", metavar="KEY", help=f"key of the {side} features")
         for label in ("identity", "camera", "viewpoint"):
             parser.add_argument(f"--{side}-{label}", metavar="SOURCE", help="key, file or file:key")
+    add_max_unpacked(parser)
     parser.add_argument("--no-cameras", action="store_true", help="leave the cameras out of account")
     parser.add_argument(
         "--metric", choices=("sqeuclidean", "euclidean", "cosine"), default="sqeuclidean",
@@ -80,7 +82,7 @@ def _read(options: argparse.Namespace) -> tuple[FeatureSet, FeatureSet, bool]:
     needed = ["identity"] if options.protocol == "standard" else ["identity", "viewpoint"]
     query, gallery = (
         read_features(
-            path, side, key=getattr(options, f"{side}_key"),
+            path, side, key=getattr(options, f"{side}_key"), max_unpacked=options.max_unpacked,
             labels=needed if options.no_cameras else [*needed, "camera"],
             **{label: getattr(options, f"{side}_{label}") for label in LABELS},
         )
@@ -102,7 +104,8 @@ def _read(options: argparse.Namespace) -> tuple[FeatureSet, FeatureSet, bool]:
 def _completed(images: FeatureSet, same: FeatureSet) -> FeatureSet:
     """The images with the labels that only the other set of the same images has."""
     missing = [label for label in LABELS if getattr(images, label) is None]
-    return dataclasses.replace(images, **{label: getattr(same, label) for label in missing})
+    sources = {**same.sources, **images.sources}
+    return dataclasses.replace(images, **{label: getattr(same, label) for label in missing}, sources=sources)
 
 
 def _together(query: FeatureSet, gallery: FeatureSet, same: bool) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def _together(query: FeatureSet, gallery: FeatureSet, same: bool) -> dict[str, A
 
 
 def _evaluate(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | RepeatedMetrics], list[str]]:
-    """The results by name; and what is left out, or may not be what was meant."""
+    """The results by name; and what was read, what is left out, or what may not be meant."""
     rerank = {"k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value}
     if options.rerank:  # here, as the original ranking comes first and may take long
         check_parameters(**rerank)
@@ -132,7 +135,9 @@ def _evaluate(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | R
     if options.rerank:
         variants["reranked"] = {"rerank": rerank}
     common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": options.junk_identity}
-    notes = ["no cameras: same-camera images stay in"] if query.camera is None else []
+    notes = [f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)]
+    if query.camera is None:
+        notes.append("no cameras: same-camera images stay in")
     results: dict[str, RankingMetrics | RepeatedMetrics] = {}
     if options.protocol == "standard":
         labels: dict[str, Any] = {

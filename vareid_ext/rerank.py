@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from vareid_ext._program import run_program
-from vareid_ext.feature_files import FeatureFileError, read_features
 from vareid_ext.files.atomic import atomic_file, check_writable
+from vareid_ext.files.features import MAX_RATIO, MAX_UNPACKED, FeatureFileError, read_features
 from vareid_ext.metrics.ranking import check_junk_identity
 from vareid_ext.retrieval import k_reciprocal_rerank
 
@@ -73,6 +73,15 @@ def size_in_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; 200M and 1.5G are") from None
 
 
+def add_max_unpacked(parser: argparse.ArgumentParser) -> None:
+    """The limit on compressed files."""
+    parser.add_argument(
+        "--max-unpacked", type=size_in_bytes, default=MAX_UNPACKED, metavar="SIZE",
+        help=f"what a compressed file may unpack to in memory; {MAX_RATIO} times its size is always allowed "
+        f"(default: {MAX_UNPACKED >> 20}M)",
+    )  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vareid_ext.rerank", description=_DESCRIPTION,
@@ -89,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_junk_identity(parser)
     add_rerank_arguments(parser.add_argument_group("re-ranking"))
+    add_max_unpacked(parser)
     parser.add_argument("--max-memory", type=size_in_bytes, metavar="SIZE", help="limit beyond input and result: 200M")
     parser.add_argument("--block-rows", type=int, metavar="ROWS", help="rows of a block of products (default: chosen)")
     parser.add_argument("--plan", action="store_true", help="print how memory will be used")
@@ -100,8 +110,10 @@ def _run(options: argparse.Namespace) -> str:
     suffixes = (".npy",) if options.topk is None else (".npy", ".npz")
     output = check_writable(options.output, suffixes, (options.query, options.gallery))
     check_junk_identity(options.junk_identity)
-    query = read_features(options.query, "query", key=options.query_key, labels=()).feature
+    found = read_features(options.query, "query", key=options.query_key, labels=(), max_unpacked=options.max_unpacked)
+    query = found.feature
     gallery, kept, note = _read_gallery(options)
+    note = f"query: {found.used()}\n{note}"
     keywords = {
         "k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value, "block_rows": options.block_rows,
         "max_memory": options.max_memory, "show_plan": options.plan, "progress": not options.quiet,
@@ -131,7 +143,9 @@ def _run(options: argparse.Namespace) -> str:
 
 def _read_gallery(options: argparse.Namespace) -> tuple[Tensor, np.ndarray, str]:
     """The gallery's features without junk, a mask of the rows that are kept, and what is to be said about it."""
-    read = functools.partial(read_features, options.gallery, "gallery", key=options.gallery_key)
+    read = functools.partial(
+        read_features, options.gallery, "gallery", key=options.gallery_key, max_unpacked=options.max_unpacked
+    )
     try:
         found = read(identity=options.gallery_identity, labels=("identity",))
         note = "junk: not known, as the gallery's file holds no identities"
@@ -147,6 +161,7 @@ def _read_gallery(options: argparse.Namespace) -> tuple[Tensor, np.ndarray, str]
         note = junk_note(int((~kept).sum()), len(kept))
     if len(kept) and not kept.any():
         raise FeatureFileError(f"{options.gallery}: every image has the junk identity {options.junk_identity}")
+    note = f"gallery: {found.used()}\n{note}"
     return found.feature if kept.all() else found.feature[torch.from_numpy(kept)], kept, note
 
 

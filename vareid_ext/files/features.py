@@ -1,0 +1,292 @@
+"""Features and labels in files: .npy, .npz, .pt and .mat, memory-mapped where the format can be; labels in .txt too."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vareid_ext import _arrays
+from vareid_ext.files.entries import MAX_RATIO, MAX_UNPACKED, Entry, FeatureFileError, Limit, PlainValue
+from vareid_ext.files.matlab_files import open_mat
+from vareid_ext.files.numpy_files import open_npy, open_npz
+from vareid_ext.files.torch_files import open_pt
+
+__all__ = ["LABELS", "MAX_RATIO", "MAX_UNPACKED", "FeatureFileError", "FeatureSet", "open_arrays", "read_features"]
+
+SIDES = ("query", "gallery")
+LABELS = ("identity", "camera", "viewpoint")
+
+# Names by their meaning, the first that fits is taken. They are compared without case, "_" and "-", and each may have
+# the side or its initial before it: query_camid, q_pids, qf.
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "feature": ("feature", "features", "feat", "feats", "embedding", "embeddings", "f"),
+    "identity": ("identity", "identities", "pid", "pids", "label", "labels", "id", "ids"),
+    "camera": ("camera", "cameras", "cameraid", "cameraids", "camid", "camids", "cam", "cams"),
+    "viewpoint": ("viewpoint", "viewpoints", "view", "views", "viewid", "viewids"),
+}
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DESCRIBED = 20  # keys that an error lists
+
+
+def _open_txt(path: Path, limit: Limit) -> dict[str, Entry]:
+    """Numbers as text, a row a line, as ``numpy.savetxt`` writes them; int64 where all are whole."""
+    with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
+        warnings.simplefilter("error")  # no numbers at all; a fraction cut off
+        try:
+            return {"": PlainValue(np.loadtxt(file, np.int64, ndmin=2))}
+        except (ValueError, DeprecationWarning):
+            file.seek(0)
+            return {"": PlainValue(np.loadtxt(file, ndmin=2))}
+
+
+_OPENERS: Mapping[str, Callable[[Path, Limit], dict[str, Entry]]] = {
+    ".npy": open_npy,
+    ".npz": open_npz,
+    ".pt": open_pt,
+    ".pth": open_pt,
+    ".mat": open_mat,
+    ".txt": _open_txt,
+}
+
+
+@contextlib.contextmanager
+def _naming(path: Path, key: str = "") -> Iterator[None]:
+    """Inside, errors are FeatureFileErrors that name the file and the key."""
+    try:
+        yield
+    except Exception as error:  # the readers of damaged bytes raise whatever they stumble over
+        reason = _shown(str(error).strip().partition("\n")[0]) or type(error).__name__
+        where = f"{path}: {_shown(key)}" if key else f"{path}:"
+        raise FeatureFileError(f"{where} cannot be read as a {path.suffix.lower()} file: {reason}") from error
+
+
+def _shown(text: str) -> str:
+    """Text out of a file as a terminal may show it."""
+    return (text if text.isprintable() else repr(text))[:200]
+
+
+def open_arrays(path: str | os.PathLike[str], max_unpacked: int = MAX_UNPACKED) -> dict[str, Entry]:
+    """What a file holds, by key, not read yet; a file of one unnamed array has the key "".
+
+    .npy, uncompressed .npz, .pt and uncompressed .mat arrays are memory maps when they are read; nothing is ever
+    executed. The sizes that a file declares are compared with what it holds.
+
+    Args:
+        path: .npy, .npz, .pt, .pth, .mat (MATLAB 5) or .txt file.
+        max_unpacked: bytes that a compressed file may unpack to; ``MAX_RATIO`` times its own size is always allowed.
+
+    Raises:
+        FeatureFileError: the file does not exist, is damaged or truncated, or is of an unknown kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "is a folder" if path.is_dir() else "is a pipe or a device" if path.exists() else "does not exist"
+        raise FeatureFileError(f"{path}: {found}; a file is needed")
+    if path.suffix.lower() not in _OPENERS:
+        raise FeatureFileError(f"{path}: suffix {path.suffix!r} was given; allowed are {', '.join(_OPENERS)}")
+    with _naming(path):
+        return _OPENERS[path.suffix.lower()](path, Limit(path, max_unpacked))
+
+
+def _look(entry: Entry) -> tuple[int, ...] | str:
+    try:
+        return entry.look()
+    except Exception:  # it matters only when it is read
+        return "unreadable"
+
+
+def _describe(entries: Mapping[str, Entry]) -> str:
+    found = []
+    for key in list(entries)[:_DESCRIBED]:
+        look = _look(entries[key])
+        found.append(f"{_shown(key) or '(one array)'} {list(look) if isinstance(look, tuple) else f'({look})'}")
+    if len(entries) > _DESCRIBED:
+        found.append(f"and {len(entries) - _DESCRIBED} more")
+    return ", ".join(found) or "nothing"
+
+
+def _plain(key: str) -> str:
+    return key.lower().replace("_", "").replace("-", "")
+
+
+def _names(what: str, side: str) -> list[str]:
+    return [prefix + name for prefix in (side, side[0], "") for name in _NAMES[what]]
+
+
+def _usual(entries: Mapping[str, Entry], what: str, side: str) -> str | None:
+    """The key of this meaning, by the usual names."""
+    keys = {_plain(key): key for key in reversed(list(entries))}
+    return next((keys[name] for name in _names(what, side) if name in keys), None)
+
+
+def _only(entries: Mapping[str, Entry]) -> str | None:
+    """The key of the only array, besides those whose names say that they are something else."""
+    known = {name for what in _NAMES for side in SIDES for name in _names(what, side)}
+    keys = [key for key in entries if _plain(key) not in known]
+    if len(keys) > 1:
+        keys = [key for key in keys if isinstance(_look(entries[key]), tuple)]
+    return keys[0] if len(keys) == 1 else None
+
+
+def _as_numpy(value: Any) -> Any:
+    """Tensors but the floating ones as NumPy arrays, which know how to compare and convert all of them."""
+    return value.numpy() if isinstance(value, torch.Tensor) and not value.is_floating_point() else value
+
+
+def _features(value: Any, name: str) -> torch.Tensor:
+    value = _as_numpy(value)
+    if not isinstance(value, torch.Tensor | np.ndarray):
+        raise FeatureFileError(f"{name}: {type(value).__name__} was found; an array is needed")
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biu":
+        if value.dtype.itemsize == 8 and value.size and max(-int(value.min()), int(value.max())) > 2**53:
+            raise FeatureFileError(f"{name}: whole numbers beyond 2^53 were found; no floating type holds them")
+        value = value.astype(np.float32 if value.dtype.itemsize <= 2 else np.float64)
+    if isinstance(value, np.ndarray) and (value.dtype.kind != "f" or value.dtype.itemsize > 8):
+        raise FeatureFileError(f"{name}: dtype {value.dtype} was found; real numbers of up to 64 bits are needed")
+    feature = _arrays.to_tensor(value, name)
+    if feature.dtype not in _FLOATS:
+        raise FeatureFileError(f"{name}: dtype {feature.dtype} was found; allowed are {', '.join(map(str, _FLOATS))}")
+    if feature.dim() != 2:
+        raise FeatureFileError(f"{name}: shape {list(feature.shape)} was found; [images, D] is needed")
+    return feature
+
+
+def _labels(value: Any, name: str, length: int) -> torch.Tensor:
+    """Labels as int64 [length]; one row or one column will do, and whole numbers kept as floats (MATLAB does)."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point():
+        value = value.double()
+    if isinstance(value, list | tuple) and not all(isinstance(item, int | float | np.number) for item in value):
+        raise FeatureFileError(f"{name}: holds values that are not whole numbers")
+    array = np.asarray(_as_numpy(value))
+    if array.ndim == 2 and 1 in array.shape:
+        array = array.reshape(-1)
+    if array.ndim != 1:
+        raise FeatureFileError(f"{name}: shape {list(array.shape)} was given; one dimension is needed")
+    if len(array) != length:
+        raise FeatureFileError(f"{name}: length {len(array)} was given; {length} is needed, one for each feature")
+    if array.dtype.kind not in "iuf":
+        raise FeatureFileError(f"{name}: dtype {array.dtype} was given; whole numbers are needed")
+    with np.errstate(invalid="ignore"):
+        whole = array.astype(np.int64)
+    if not (whole == array).all():
+        raise FeatureFileError(f"{name}: holds values that are not whole numbers of 64 bits")
+    return torch.from_numpy(whole)
+
+
+def _address(path: Path, key: str) -> str:
+    return f"{path}:{key}" if key else str(path)
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The features of one side and their labels.
+
+    Attributes:
+        feature: ``[N, D]`` tensor, float32, float64, float16 or bfloat16; over a memory map where the file can be one.
+            Whole numbers of 8 and 16 bits in the file are float32 here, wider ones float64.
+        identity: ``[N]`` int64, or None if the file has none, or it was not asked for.
+        camera: ``[N]`` int64, or None.
+        viewpoint: ``[N]`` int64, or None.
+        path: the file of the features.
+        sources: where each of them was found, as ``file:key``, or ``file`` if that holds one array without a key.
+    """
+
+    feature: torch.Tensor
+    identity: torch.Tensor | None
+    camera: torch.Tensor | None
+    viewpoint: torch.Tensor | None
+    path: Path
+    sources: Mapping[str, str]
+
+    def used(self) -> str:
+        """What was read for what, in words."""
+        own = f"{self.path}:"
+        found = [f"{what}: {_shown(source.removeprefix(own))}" for what, source in self.sources.items()]
+        return f"{self.path} ({', '.join(found)})"
+
+
+def read_features(
+    path: str | os.PathLike[str],
+    side: str,
+    *,
+    key: str | None = None,
+    identity: str | None = None,
+    camera: str | None = None,
+    viewpoint: str | None = None,
+    labels: Collection[str] = LABELS,
+    max_unpacked: int = MAX_UNPACKED,
+) -> FeatureSet:
+    """The features of one side of a retrieval, with what labels there are. Nothing else in the file is read.
+
+    Args:
+        path: .npy, .npz, .pt or .mat file.
+        side: "query" or "gallery": a file may hold both, under keys such as ``query_feature`` and ``gallery_feature``.
+        key: of the features; None for the usual names, or the only array.
+        identity: a key of the same file; a file of its own; or ``file:key``. None for the usual names in the same file.
+        camera: likewise.
+        viewpoint: likewise.
+        labels: which of ``LABELS`` to look for.
+        max_unpacked: as in :func:`open_arrays`, for each file.
+
+    Raises:
+        FeatureFileError: a file is missing, damaged, or does not hold what was asked for; lengths do not fit.
+    """
+    path = Path(path)
+    entries = open_arrays(path, max_unpacked)
+    if key is None:
+        key = _usual(entries, "feature", side)
+    if key is None:
+        key = _only(entries)
+    if key is None:
+        raise FeatureFileError(
+            f"{path}: has no key of the usual names ({', '.join(_NAMES['feature'])}, also with {side}_ before them) "
+            f"and not one array alone; it holds {_describe(entries)}; name the key"
+        )
+    if key not in entries:
+        raise FeatureFileError(f"{path}: has no key {key!r}; it holds {_describe(entries)}")
+    with _naming(path, key):
+        found = entries[key].read()
+    feature = _features(found, f"{path}: {side} features")
+    sources = {"feature": _address(path, key)}
+    values: dict[str, torch.Tensor | None] = dict.fromkeys(LABELS)
+    given = {"identity": identity, "camera": camera, "viewpoint": viewpoint}
+    for what in labels:
+        source = _label_source(path, entries, what, side, given[what], max_unpacked)
+        if source is None:
+            continue
+        file, label_key, entry = source
+        with _naming(file, label_key):
+            found = entry.read()
+        values[what] = _labels(found, f"{file}: {side} {what}", len(feature))
+        sources[what] = _address(file, label_key)
+    return FeatureSet(feature, **values, path=path, sources=sources)
+
+
+def _label_source(
+    path: Path, entries: Mapping[str, Entry], what: str, side: str, given: str | None, max_unpacked: int
+) -> tuple[Path, str, Entry] | None:
+    """The file, the key and the entry of a label; None if none is given and none has a usual name."""
+    if given is None:
+        key = _usual(entries, what, side)
+        return None if key is None else (path, key, entries[key])
+    if given in entries:
+        return path, given, entries[given]
+    name, key = (given, None) if Path(given).exists() else given.rpartition(":")[::2]
+    if not name:
+        raise FeatureFileError(f"{given}: is neither a file nor a key of {path}, which holds {_describe(entries)}")
+    content = open_arrays(name, max_unpacked)
+    if key is None:
+        key = _usual(content, what, side) or _only(content)
+        if key is None:
+            raise FeatureFileError(f"{name}: has no {what} under the usual names; it holds {_describe(content)}")
+    if key not in content:
+        raise FeatureFileError(f"{name}: has no key {key!r}; it holds {_describe(content)}")
+    return Path(name), key, content[key]

@@ -1,0 +1,165 @@
+"""Arrays in .npy and .npz files, and NumPy arrays within a pickle."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from vareid_ext.files.entries import Entry, Limit, check_held, entries_of, stored_at
+from vareid_ext.files.pickles import read_pickle
+
+_HEAD = 2**14  # NumPy reads headers of at most 10,000 characters
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    order: Literal["C", "F"]
+    dtype: np.dtype
+    size: int  # bytes of the header itself
+
+    def look(self) -> tuple[int, ...] | str:
+        return "Python objects" if self.dtype.hasobject else self.shape
+
+    def map(self, path: Path, start: int, end: int) -> np.ndarray:
+        """The array over a memory map; it is those bytes of the file, after its header."""
+        check_held(self.shape, self.dtype.itemsize, end - start - self.size)
+        if start + self.size == end:
+            return np.empty(self.shape, self.dtype)
+        return np.memmap(path, self.dtype, "r", start + self.size, self.shape, self.order)
+
+
+def _header(head: bytes) -> _Header:
+    """The header of a .npy file from its first ``_HEAD`` bytes."""
+    stream = io.BytesIO(head)
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    return _Header(shape, "F" if fortran else "C", dtype, stream.tell())
+
+
+class _Npy(Entry):
+    def __init__(self, path: Path, header: _Header) -> None:
+        self.path, self.header = path, header
+
+    def look(self) -> tuple[int, ...] | str:
+        return self.header.look()
+
+    def read(self) -> np.ndarray:
+        return self.header.map(self.path, 0, self.path.stat().st_size)
+
+
+class _NpzMember(Entry):
+    def __init__(self, path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo, limit: Limit) -> None:
+        self.path, self.archive, self.member, self.limit = path, archive, member, limit
+
+    def _bytes(self, count: int) -> bytes:
+        if self.member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError(f"{self.member.filename}: compression method {self.member.compress_type}, not NumPy's")
+        with self.archive.open(self.member) as stream:
+            return stream.read(count)
+
+    def look(self) -> tuple[int, ...] | str:
+        return _header(self._bytes(_HEAD)).look()
+
+    def read(self) -> Any:
+        header, size = _header(self._bytes(_HEAD)), self.member.file_size
+        if self.member.compress_type == zipfile.ZIP_STORED and not header.dtype.hasobject:
+            start = stored_at(self.path, self.member)
+            return header.map(self.path, start, start + size)
+        self.limit.check(size)
+        content = self._bytes(size)
+        if header.dtype.hasobject:
+            return _objects(io.BytesIO(content[header.size :]), self.limit)
+        check_held(header.shape, header.dtype.itemsize, len(content) - header.size)
+        array = np.frombuffer(content, header.dtype, math.prod(header.shape), header.size)
+        return array.reshape(header.shape, order=header.order)
+
+
+def open_npy(path: Path, limit: Limit) -> dict[str, Entry]:
+    """The array of a .npy file, or what a saved dictionary holds."""
+    with path.open("rb") as file:
+        header = _header(file.read(_HEAD))
+        if not header.dtype.hasobject:
+            return {"": _Npy(path, header)}
+        file.seek(header.size)
+        return entries_of(_objects(file, limit))
+
+
+def open_npz(path: Path, limit: Limit) -> dict[str, Entry]:
+    """The arrays of an .npz file; those stored without compression are memory-mapped."""
+    archive = zipfile.ZipFile(path)  # closed with the last of its members
+    return {
+        member.filename.removesuffix(".npy"): _NpzMember(path, archive, member, limit) for member in archive.infolist()
+    }
+
+
+# ---- NumPy arrays within a pickle
+
+
+class _PickledDtype:
+    """A dtype by its name; its state sets the order of its bytes."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.dtype = np.dtype(str(name))
+        if self.dtype.kind not in "biufcO":
+            raise ValueError(f"arrays of dtype {self.dtype}; numbers are needed")
+
+    def build(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _PickledArray(Entry):
+    """An array whose bytes are in the pickle."""
+
+    shape: tuple[int, ...] = ()
+    dtype: np.dtype = np.dtype(object)
+    data: Any = (None,)  # bytes, the same as a string of Latin-1, or a list of objects
+
+    def build(self, state: Any) -> None:
+        _, self.shape, kind, self.fortran, self.data = state
+        self.dtype = kind.dtype
+
+    def look(self) -> tuple[int, ...] | str:
+        return "Python objects" if self.dtype.hasobject else self.shape
+
+    def read(self) -> Any:
+        if self.dtype.hasobject:
+            return self.data[0] if self.shape == () else self.data
+        order: Literal["C", "F"] = "F" if self.fortran else "C"
+        return np.frombuffer(_to_bytes(self.data), self.dtype).reshape(self.shape, order=order)
+
+
+def _to_bytes(data: str | bytes) -> bytes:
+    return data.encode("latin1") if isinstance(data, str) else data
+
+
+def _scalar(kind: _PickledDtype, data: str | bytes) -> Any:
+    return np.frombuffer(_to_bytes(data[:16]), kind.dtype, 1)[0]
+
+
+def _names(module: str) -> dict[str, Any]:
+    return {
+        f"{module}.multiarray._reconstruct": lambda *_: _PickledArray(),
+        f"{module}.multiarray.scalar": _scalar,
+    }
+
+
+NAMES: dict[str, Any] = {
+    **_names("numpy.core"),
+    **_names("numpy._core"),
+    "numpy.ndarray": None,
+    "numpy.dtype": _PickledDtype,
+    "_codecs.encode": lambda text, _: text,  # bytes in the protocols that have none; encoded when they are needed
+}
+"""What NumPy's own pickles name, for :func:`read_pickle`."""
+
+
+def _objects(file: Any, limit: Limit) -> Any:
+    """What a pickled array of objects holds: a list, or its only value."""
+    value = read_pickle(file, NAMES, max_steps=limit.steps)
+    return value.read() if isinstance(value, _PickledArray) else value
