@@ -53,9 +53,12 @@ class Call:
 
 
 def recorded_calls(row: str) -> list[Call]:
-    """The launcher calls that the row's tests make, smallest first; large ones are left out."""
+    """The launcher calls that the row's tests make, smallest first; large ones are left out.
+
+    The checker build runs them: it raises where another one might end the process.
+    """
     calls: list[Call] = []
-    library = package("fast")
+    library = package("checker")
     with Launcher(library) as launcher:
 
         def record(function: str, *arguments: Any) -> Any:

@@ -33,7 +33,7 @@ TOO_MANY = [
 
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[Launcher]:
-    with Launcher(package("fast")) as launch:
+    with Launcher(package("checker")) as launch:
         yield launch
 
 
