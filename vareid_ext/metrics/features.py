@@ -208,8 +208,8 @@ def evaluate_features(
             ``lambda_value`` (0.3). Junk is dropped before it, so that it is in nobody's neighbourhood.
         max_rank: length of the CMC curve, 1 to 2^20.
         junk_identity: the identity of gallery images to leave out; None for none.
-        block_rows: queries handled at once (default: as many as make 2^23 distances). With re-ranking, matrices up to
-            2^26 elements are made whole unless this is given: that takes one product less.
+        block_rows: queries handled at once (default: as many as make 2^23 distances; on a CPU at most 1,024). With
+            re-ranking, matrices up to 2^26 elements are made whole unless this is given: that takes one product less.
         progress: show progress bars on standard error.
 
     Returns:

@@ -130,7 +130,7 @@ def ranking_features(
         query_camera: [Q] or None.
         gallery_camera: [G] or None.
         junk_identity: gallery images of this identity are left out; None leaves none out.
-        block_rows: queries handled at once.
+        block_rows: queries handled at once, as far as 1,024 by the native kernel.
 
     Raises:
         ValueError: a row with NaN or Inf, or a zero row under cosine.
@@ -157,7 +157,8 @@ def _(query: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _products(filtered: Filter, block_rows: int) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of queries and their products with the whole gallery, [rows, G]; each is valid until the next."""
-    of_queries, of_gallery = row_blocks(filtered, [0], block_rows), row_blocks(filtered, [1], BLOCK_ROWS)
+    of_queries = row_blocks(filtered, [0], min(block_rows, BLOCK_ROWS))
+    of_gallery = row_blocks(filtered, [1], BLOCK_ROWS)
     most, G = max((last - first for _, first, last, _ in of_queries), default=0), filtered.parts[1].shape[0]
     buffer = filtered.norm.new_empty((most, G))
     for _, first, last, _ in of_queries:
