@@ -14,6 +14,9 @@ from vareid_ext.ops._features import largest_magnitude, stream_of
 from vareid_ext.ops._filter import BLOCK_ROWS, Filter, common_scale, row_blocks
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import ranking as reference
+from vareid_ext.reference.pairwise_distance import exact_distance
+
+_PAIR_ELEMENTS = 1 << 22  # of the features of pairs that are measured at once
 
 
 @torch.library.custom_op("vareid::ranking_forward", mutates_args=())
@@ -78,6 +81,12 @@ class _Labels:
     def most_matches(self) -> int:
         return int((self.end - self.begin).max()) if len(self.begin) else 0
 
+    def matches(self, rows: slice, most: int) -> tuple[Tensor, Tensor]:
+        """Of some queries: the gallery images of their identity [rows, most], and which of these places are taken."""
+        place = self.begin[rows, None] + torch.arange(most, device=self.begin.device)
+        taken = place < self.end[rows, None]
+        return self.order[place.clamp(max=len(self.order) - 1)], taken
+
 
 def _native_forward(
     distances: Tensor,
@@ -91,16 +100,20 @@ def _native_forward(
         distances = distances.contiguous()
     labels = _Labels(query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
     results = _empty_results(distances)
-    workspace, max_group, threads = None, 0, torch.get_num_threads()
+    _rank_rows(distances, labels, slice(None), results, 0 if distances.is_cuda else labels.most_matches())
+    return results
+
+
+def _rank_rows(distances: Tensor, labels: _Labels, rows: slice, results: tuple[Tensor, ...], most_matches: int) -> None:
+    """Writes the results of some queries, whose distances have contiguous rows."""
+    workspace, threads = None, torch.get_num_threads()
     if not distances.is_cuda:
-        max_group = labels.most_matches()
-        needed = _native.module().ranking_workspace_bytes(max_group, threads)
+        needed = _native.module().ranking_workspace_bytes(most_matches, threads)
         workspace = torch.empty(needed, dtype=torch.uint8)
     _native.module().ranking_forward(
-        _native.view(distances), labels.views(slice(None)), list(map(_native.view, results)), _native.view(workspace),
-        max_group, threads, stream_of(distances),
+        _native.view(distances), labels.views(rows), [_native.view(result[rows]) for result in results],
+        _native.view(workspace), most_matches, threads, stream_of(distances),
     )  # fmt: skip
-    return results
 
 
 for _device_type in ("cpu", "cuda"):
@@ -204,4 +217,56 @@ def _cpu_features(
     return results
 
 
+def _gpu_features(
+    query: Tensor,
+    gallery: Tensor,
+    metric: str,
+    query_identity: Tensor,
+    gallery_identity: Tensor,
+    query_camera: Tensor | None,
+    gallery_camera: Tensor | None,
+    junk_identity: int | None,
+    block_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Products where their bounds decide, measured distances elsewhere, and then the kernel that ranks distances."""
+    filtered = Filter([query, gallery], ["query", "gallery"], metric)
+    labels = _Labels(query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
+    results, most_matches = _empty_results(query), max(1, labels.most_matches())
+    for rows, products in _products(filtered, block_rows):
+        distances = filtered.norms[0][rows, None].double() + filtered.norms[1].double()
+        distances -= 2 * products.double()
+        window = filtered.windows[0][rows, None].double() + filtered.windows[1].double()
+        image, taken = labels.matches(rows, most_matches)
+        match = torch.full(image.shape, torch.inf, dtype=torch.float64, device=query.device)
+        match[taken] = _measured(filtered, rows.start + taken.nonzero()[:, 0], image[taken])
+        match = match.sort(dim=1).values
+        # Images that may lie on either side of a match; the matches are among them.
+        level = torch.searchsorted(match, distances - window) < torch.searchsorted(
+            match, distances + window, right=True
+        )
+        if labels.junk is not None:
+            level &= ~labels.junk
+        row, image = level.nonzero(as_tuple=True)
+        distances[row, image] = _measured(filtered, rows.start + row, image)
+        _rank_rows(distances, labels, rows, results, most_matches)
+    return results
+
+
+def _measured(filtered: Filter, row: Tensor, image: Tensor) -> Tensor:
+    """Squared distances of pairs of a query and a gallery row, float64, each by itself."""
+    distance = torch.empty(row.shape, dtype=torch.float64, device=row.device)
+    step = max(1, _PAIR_ELEMENTS // filtered.parts[0].shape[1])
+    for begin in range(0, len(row), step):
+        pairs = slice(begin, begin + step)
+        x, y = (_rows_in_full(filtered, which, number[pairs]) for which, number in enumerate((row, image)))
+        distance[pairs] = exact_distance(x[:, None], y[:, None], "sqeuclidean")[:, 0, 0]
+    return distance
+
+
+def _rows_in_full(filtered: Filter, which: int, number: Tensor) -> Tensor:
+    rows, factor = filtered.parts[which][number].double(), filtered.factors[which]
+    return rows if factor is None else rows * factor[number, None]
+
+
 _native.register(ranking_features, "cpu")(_cpu_features)
+_native.register(ranking_features, "cuda")(_gpu_features)
