@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_UNFINISHED = re.compile(r"(\..*\.[0-9a-f]{8}\.)[0-9a-f]{8}\.part", re.DOTALL)  # the names that _locked_file gives
+
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
@@ -47,11 +49,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """A block that writes `path`: its errors name `path` where they name no file (a full disk) or an unfinished one."""
-    target = Path(os.path.realpath(path))
     try:
         yield
     except OSError as error:
-        unfinished = str(error.filename).startswith(str(target.with_name(_prefix(target))))
+        unfinished = _UNFINISHED.fullmatch(os.path.basename(str(error.filename)))
         if error.errno is not None and (error.filename is None or unfinished):
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
         raise
@@ -81,11 +82,12 @@ def remove_unfinished(path: str | os.PathLike[str]) -> None:
     A writer keeps its file locked, and the system unlocks it when the process ends, however it ends.
     """
     target = Path(os.path.realpath(path))
-    names = re.compile(re.escape(_prefix(target)) + r"[0-9a-f]{8}\.part")
     with contextlib.suppress(OSError):  # the folder cannot be read
-        for name in filter(names.fullmatch, os.listdir(target.parent)):
-            with contextlib.suppress(OSError):  # it is locked, another user's, or gone
-                _remove_unlocked(target.with_name(name))
+        for name in os.listdir(target.parent):
+            match = _UNFINISHED.fullmatch(name)
+            if match and match[1] == _prefix(target):
+                with contextlib.suppress(OSError):  # it is locked, another user's, or gone
+                    _remove_unlocked(target.with_name(name))
 
 
 def _remove_unlocked(path: Path) -> None:
