@@ -31,8 +31,9 @@ def command(name, folder):
     }[name]
 
 
-def call(arguments, **streams):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+def call(arguments, encoding="utf-8", **streams):
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONIOENCODING": encoding}
     environment.pop("PYTHONUNBUFFERED", None)
     return subprocess.run([sys.executable, "-m", *arguments], env=environment, timeout=300, check=False, **streams)
 
@@ -71,6 +72,12 @@ def test_output_that_cannot_be_written_is_one_line_and_status_2(tmp_path, name):
     assert done.returncode == 2
     assert "standard output" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_table_reaches_a_terminal_of_few_letters(tmp_path):
+    done = call(command("evaluate", tmp_path), "ascii", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert b"original" in done.stdout
 
 
 def test_a_training_whose_reader_goes_can_be_resumed(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ def run_program(main: Callable[[], int]) -> NoReturn:
     That is 128 + SIGPIPE, and nothing is said, if the reader of its output has gone, as in ``command | head``; 2, and
     one line on standard error, if the output cannot be written for another reason, such as a full disk.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal lacks is no reason to fail
     try:
         with naming("standard output"):
             try:
