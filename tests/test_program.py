@@ -13,6 +13,8 @@ import pytest
 
 from tests.test_feature_files import images
 from tests.test_train import SMALL
+from vareid_ext import train
+from vareid_ext._program import run_program
 from vareid_ext.training import terminal
 from vareid_ext.training.terminal import TrainingBar
 
@@ -45,6 +47,14 @@ def unread():
     os.close(read)
     yield write
     os.close(write)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Puts the handler back that run_program, which ends a process, leaves."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("name", ["doctor", "evaluate", "rerank", "train"])
@@ -105,3 +115,47 @@ def test_a_bar_that_nobody_reads_does_not_stop_the_training(monkeypatch):
             bar.update(8, {"total": 1.0}, 0.1)
         bar.close()
         os.dup2(os.open(os.devnull, os.O_WRONLY), write)  # what is left in the buffer goes there
+
+
+def interruptible():
+    """What a process does with Ctrl-C where nobody has told it to ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(
+    ("name", "imported"),
+    [*((name, "_interrupt") for name in ("doctor", "evaluate", "rerank", "train")), ("train", "_program")],
+)
+def test_ctrl_c_while_a_command_imports_is_quiet(tmp_path, name, imported):
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", *command(name, tmp_path)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible,
+    )  # fmt: skip
+    for line in process.stderr:
+        if line.rpartition("|")[2].strip() == f"vareid_ext.{imported}":
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    assert process.wait(timeout=300) == 128 + signal.SIGINT
+    assert "Traceback" not in rest
+
+
+def test_ctrl_c_where_a_command_does_not_expect_it_is_one_line(monkeypatch, capsys):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        run_program(interrupted)
+    assert end.value.code == 128 + signal.SIGINT
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    monkeypatch.setattr(train, "parse_or_exit", interrupted)
+    assert train.main([]) == 128 + signal.SIGINT
+
+
+def test_a_program_that_imports_the_package_keeps_its_ctrl_c(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import vareid_ext")
+    (tmp_path / "other" / "__main__.py").write_text(
+        "import signal\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    )
+    subprocess.run([sys.executable, "-m", "other"], cwd=tmp_path, check=True, preexec_fn=interruptible)

@@ -1,5 +1,6 @@
 """VA-reID: viewpoint-aware losses, exact re-ranking and evaluation for person re-identification, on PyTorch."""
 
+from vareid_ext import _interrupt  # noqa: F401, first of all: the next lines take seconds
 from vareid_ext._native import backends, reference_backend
 from vareid_ext._version import __version__
 from vareid_ext.losses import LossParts, ViewpointAwareLoss
