@@ -37,7 +37,7 @@ def flat(config):
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_names_every_field_and_parses_to_what_it_says(name):
     tree = yaml.safe_load(recipe_text(name))
-    named = dict(command_line._pairs(tree))
+    named = dict(command_line.pairs(tree))
     assert set(named) == set(FIELD_NAMES)
     config = flat(parse(["--recipe", name, "--root", "some/where"]).config)
     for key, value in named.items():

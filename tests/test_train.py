@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 
@@ -19,8 +20,11 @@ from PIL import Image
 import vareid_ext
 from vareid_ext import train
 from vareid_ext.checkpoint import load_checkpoint, save_checkpoint
-from vareid_ext.data import SyntheticSettings, load, synthetic_data
+from vareid_ext.data import SyntheticSettings, load, synthetic_data, write_manifest
+from vareid_ext.files import atomic
 from vareid_ext.training.report import METRIC_NAMES
+from vareid_ext.training.run_folder import RunFolder
+from vareid_ext.training.signals import RunInterruptedError
 from vareid_ext.training.terminal import TrainingBar
 
 SMALL = [
@@ -186,6 +190,133 @@ def copied(short, tmp_path):
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_a_run_killed_after_its_last_step_ends_bit_identical(finished, tmp_path, monkeypatch):
+    output = tmp_path / "killed"
+
+    def killed(*arguments):
+        raise RunInterruptedError(signal.SIGTERM, "killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "conclude", killed)
+        assert start(output, "--ema-decay=0.9", "--tensorboard=true", "--local") == 128 + signal.SIGTERM
+    assert train.main(["--resume", str(output)]) == 0
+    expected, found = (load_checkpoint(folder / "last.pt") for folder in (finished, output))
+    for state in (expected, found):
+        state["progress"].pop("seconds")
+    assert_same(expected, found)
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize("average", [False, True])
+def test_weights_of_a_run_give_its_metrics_again_or_are_refused(finished, short, tmp_path, capsys, average):
+    run = finished if average else short
+    options = ["--local"] if average else []
+    arguments = ["--epochs=0", "--baselines=false", f"--weights={run / 'last.pt'}"]
+    assert start(tmp_path / "again", *arguments, *options) == 0
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (run, tmp_path / "again")]
+    assert metrics[0]["trained"] == pytest.approx(metrics[1]["trained"], rel=1e-9)
+    assert metrics[0]["reranked"] == pytest.approx(metrics[1]["reranked"], rel=1e-9)
+    for other in ("--last-stride=2", "--pooling=gem", "--input-norm=false", "--stripe-dim=8" if average else "--local"):
+        capsys.readouterr()
+        assert start(tmp_path / "other", *arguments, *options, other) == 2
+        assert "last.pt" in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_of_a_relative_data_root_is_resumed_from_anywhere(tmp_path, monkeypatch):
+    data = synthetic_data(SyntheticSettings(8, 4, 12, 2, height=32, width=16))
+    write_manifest(data, tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    manifest = ["--data.kind=manifest", "--root=data/manifest.csv", "--baselines=false", "--epochs=1"]
+    assert start("run", *manifest) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train.main(["--resume", "../run"]) == 0
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_resumed_run_says_what_it_does_otherwise(copied, capsys):
+    assert train.main(["--resume", str(copied)]) == 0
+    assert "learning rate" not in capsys.readouterr().out
+    assert train.main(["--resume", str(copied), "--epochs=3", "--k1=7"]) == 0
+    out = capsys.readouterr().out
+    # The cosine of one epoch has ended at the floor; a third of three is at three quarters of the way from it.
+    assert "optimizer.epochs: 3" in out
+    assert "evaluation.k1: 7" in out
+    assert f"{0.002 * (0.01 + 0.99 * 0.75):.3g}" in out
+    assert f"{0.002 * 0.01:.3g}" in out
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_configuration_keeps_the_command_that_made_it(copied):
+    def comments():
+        lines = (copied / "config.yaml").read_text().splitlines()
+        return [line for line in lines if line.startswith("#")]
+
+    (first,) = comments()
+    assert "--epochs=1" in first
+    assert "'--model.backbone_options={channels: [8, 8, 8, 8], stem_width: 8}'" in first
+    assert train.main(["--resume", str(copied)]) == 0
+    assert comments() == [first]
+    assert train.main(["--resume", str(copied), "--k1=7"]) == 0
+    assert comments()[0] == first
+    assert "--k1=7" in comments()[1]
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(("limit", "name"), [(2_000, "config.yaml"), (20_000, "last.pt"), (None, "log.jsonl")])
+def test_a_file_that_cannot_be_written_is_named_in_one_line(tmp_path, capsys, monkeypatch, limit, name):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit is None:
+        (tmp_path / "run").mkdir()
+        monkeypatch.setattr(RunFolder, "_check_that_nothing_is_lost", lambda *arguments: None)
+        (tmp_path / "run" / "log.jsonl").symlink_to("/dev/full")
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit or hard, hard))
+        assert start(tmp_path / "run", "--baselines=false", "--workers=0") == 2  # the limit would bind their pipes too
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert name in error.splitlines()[-1]
+    assert not (tmp_path / "run" / "last.pt").exists()
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_signal_while_the_last_checkpoint_is_written_is_one_line(finished, tmp_path, monkeypatch, capsys):
+    write = atomic._File.write
+    files = []
+
+    def interrupted(self, data):
+        done = write(self, data)
+        if self.name.rpartition("/")[2].startswith(".best.pt"):
+            files.append(self.name)
+            if len(set(files)) == 2 and files.count(self.name) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return done
+
+    monkeypatch.setattr(atomic._File, "write", interrupted)
+    monkeypatch.setattr(train, "metrics_of", lambda scores: dict.fromkeys(METRIC_NAMES, 0.5))
+    assert start(tmp_path / "run", "--baselines=false") == 128 + signal.SIGTERM
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "--resume" in error
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["progress"]["step"] == 8
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_batches_follow_a_data_set_of_few_identities(tmp_path):
+    options = [option for option in SMALL if "sampler" not in option and "batches" not in option]
+    arguments = ["--output", str(tmp_path / "run"), "--epochs=1", "--baselines=false", "--sampler.instances=3"]
+    assert train.main([*options, *arguments]) == 0
+    steps = [entry["step"] for entry in log_of(tmp_path / "run") if "loss" in entry]
+    assert steps == [1, 2, 3, 4]  # 96 images in batches of 8 identities x 3 images
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_resumed_run_keeps_the_options_it_was_given(copied):
     assert train.main(["--resume", str(copied), "--epochs=2", "--weight-decay=0.5"]) == 0
     assert yaml.safe_load((copied / "config.yaml").read_text())["optimizer"]["epochs"] == 2
@@ -240,7 +371,7 @@ def test_another_network_is_refused_in_a_few_words(copied, capsys):
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_resumed_run_removes_what_a_killed_one_left(copied):
-    left = copied / ".last.pt.999999999.tmp"
+    left = copied / f"{atomic._prefix(copied / 'last.pt')}0123abcd.part"
     left.write_bytes(b"half")
     assert train.main(["--resume", str(copied)]) == 0
     assert not left.exists()
@@ -327,8 +458,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path, m
         interrupt_at(patch, 2, signal.SIGTERM)
         assert start(output, "--optimizer.name=sgd") == 128 + signal.SIGTERM
     before = (output / "last.pt").read_bytes()
-    explode = ["--lr=1e30", "--schedule=multistep", "--warmup-epochs=0", "--clip-norm=null"]
-    assert train.main(["--resume", str(output), *explode]) == 3
+    step = torch.optim.SGD.step
+
+    def explode(self, *arguments, **options):
+        step(self, *arguments, **options)
+        self.param_groups[0]["params"][-1].data.fill_(1e38)  # a centre, finite itself
+
+    monkeypatch.setattr(torch.optim.SGD, "step", explode)
+    assert train.main(["--resume", str(output)]) == 3
     assert "non_finite_batch.pt" in capsys.readouterr().err
     assert (output / "last.pt").read_bytes() == before
     batch = load_checkpoint(output / "non_finite_batch.pt")
@@ -339,7 +476,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path, m
         assert data.train.paths[i] == path
     assert batch["identity"].tolist() == data.train.identity[batch["index"].numpy()].tolist()
     first = (output / "non_finite_batch.pt").read_bytes()
-    assert train.main(["--resume", str(output), *explode]) == 3
+    assert train.main(["--resume", str(output)]) == 3
     assert "non_finite_batch-2.pt" in capsys.readouterr().err
     assert (output / "non_finite_batch.pt").read_bytes() == first
 

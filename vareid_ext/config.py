@@ -7,8 +7,9 @@ stand in the docstrings; fractions are in [0, 1].
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from vareid_ext.data import SyntheticSettings, check_normalisation
 
@@ -298,3 +299,22 @@ class Config:
                     f"{name} x data.height x data.width: {images} x {self.data.height} x {self.data.width} was given; "
                     f"allowed are at most {_MOST_PIXELS:,} pixels in a batch"
                 )
+
+    def plain(self) -> dict[str, Any]:
+        """The sections as dictionaries of what YAML and a checkpoint hold: lists in place of tuples."""
+        return _plain(asdict(self))
+
+    def with_absolute_paths(self) -> Config:
+        """The same run, also from another working directory."""
+
+        def absolute(path: str | None) -> str | None:
+            return str(Path(path).absolute()) if path else path
+
+        data = replace(self.data, root=absolute(self.data.root), viewpoint_file=absolute(self.data.viewpoint_file))
+        return replace(self, data=data, model=replace(self.model, weights=absolute(self.model.weights)))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value

@@ -58,9 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Its exit code: 0 done; 2 the request cannot be met; 3 the loss became NaN or infinite; 128 + n: signal n.
     """
-    request = parse_or_exit(arguments)
     try:
-        run(request)
+        run(parse_or_exit(arguments))
     except BrokenPipeError:  # the reader of the output has gone: run_program
         raise
     except (ValueError, OSError) as error:
@@ -90,6 +89,7 @@ def run(request: Request) -> dict[str, Any]:
         RunInterruptedError: by SIGINT or SIGTERM, with everything saved.
     """
     started = time.monotonic()
+    request = request._replace(config=request.config.with_absolute_paths())
     with Signals() as signals:
         with signals.immediate("before the first step; nothing was lost"):
             config, device, folder, data, sampler, state = prepare(request)
@@ -111,7 +111,7 @@ def prepare(request: Request) -> tuple[Config, torch.device, RunFolder, ReidData
     # A folder that was asked for is looked at before the data set is read, which takes its time.
     folder = None
     if request.output is not None:
-        folder = RunFolder(request.output, resume=request.resume, config_text=text)
+        folder = RunFolder(request.output, resume=request.resume, config_text=text, command=request.command)
     data = datasets.load_data(
         config.data.kind,
         config.data.root,
@@ -135,7 +135,7 @@ def prepare(request: Request) -> tuple[Config, torch.device, RunFolder, ReidData
     )
     state = build(config, data, device, load_weights=not request.resume)
     if folder is None:
-        folder = RunFolder(default_folder(request.name), resume=False)
+        folder = RunFolder(default_folder(request.name), resume=False, command=request.command)
     folder.create()
     if request.resume:
         state.restore(folder.last)
@@ -147,8 +147,8 @@ def prepare(request: Request) -> tuple[Config, torch.device, RunFolder, ReidData
             )
         folder.rewind_log(state.progress.step, state.progress.evaluations)
     else:
-        folder.write_text(folder.config, text)
-    folder.write_json(folder.environment, environment(device))
+        folder.write_config(text)
+    folder.write_json(folder.environment, environment(device, request.command))
     return config, device, folder, data, sampler, state
 
 
@@ -429,9 +429,7 @@ def save(state: TrainingState, folder: RunFolder, started: float) -> None:
             f"the weights are not finite after step {state.progress.step}; the checkpoints are as they were"
         )
     state.save(folder.last, time.monotonic() - started)
-    text = to_yaml(state.config)
-    if folder.config.read_text(encoding="utf-8") != text:
-        folder.write_text(folder.config, text)
+    folder.write_config(to_yaml(state.config))
 
 
 def save_batch(folder: RunFolder, data: ReidData, batch: Batch, step: int, values: Mapping[str, float]) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,6 +74,8 @@ class Request(NamedTuple):
     """the run folder; None: a new one"""
     resume: bool
     """whether `output` holds a run to continue"""
+    command: str
+    """the command line, in one line"""
 
 
 def recipe_names() -> list[str]:
@@ -114,12 +117,12 @@ _DICTIONARIES = {name for name, value in fields(Config()) if isinstance(value, d
 _BOOLEANS = {name for name, value in fields(Config()) if isinstance(value, bool)}
 
 
-def _pairs(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def pairs(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every leaf of a tree of sections as (dotted name, value)."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and name not in _DICTIONARIES:
-            yield from _pairs(value, f"{name}.")
+            yield from pairs(value, f"{name}.")
         else:
             yield name, value
 
@@ -139,7 +142,7 @@ def _check_file(text: str, source: str) -> dict[str, Any]:
             f"{source}: must hold sections such as `data:` and `optimizer:`, not {type(tree).__name__}"
         )
     sections = {name.rsplit(".", n)[0] for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
-    for name, _ in _pairs(tree):
+    for name, _ in pairs(tree):
         if name in sections:
             raise CommandLineError(f"{source}: {name} is a section and must hold fields")
         if name not in FIELD_NAMES:
@@ -234,7 +237,7 @@ def _parser(defaults: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
     for action in parser._actions:
         if sections & set(action.option_strings):
             action.help = argparse.SUPPRESS
-    parser.set_defaults(dict(_pairs(defaults)))
+    parser.set_defaults(dict(pairs(defaults)))
     return parser
 
 
@@ -290,7 +293,9 @@ def parse(arguments: Sequence[str]) -> Request:
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         raise CommandLineError(textwrap.shorten(str(error), 600)) from error
     folder = resume if resume is not None else output
-    return Request(config, name, None if folder is None else Path(folder), resume is not None)
+    command = f"python -m vareid_ext.train {shlex.join(arguments)}".strip()
+    command = command if command.isprintable() else ascii(command)
+    return Request(config, name, None if folder is None else Path(folder), resume is not None, command)
 
 
 def _read_text(path: Path) -> str:
@@ -303,10 +308,10 @@ def _read_text(path: Path) -> str:
 
 def _as_options(tree: Mapping[str, Any]) -> list[str]:
     """The fields of a file as options."""
-    pairs = [(key, _as_text(value)) for key, value in _pairs(tree)]
-    for key, text in pairs:
+    texts = {key: _as_text(value) for key, value in pairs(tree)}
+    for key, text in texts.items():
         _check_value(key, text)
-    return [f"--{key}={text}" for key, text in pairs]
+    return [f"--{key}={text}" for key, text in texts.items()]
 
 
 def _as_text(value: Any) -> str:
@@ -327,13 +332,7 @@ _Dumper.add_representer(list, _Dumper.represent_list)
 
 def to_yaml(config: Config) -> str:
     """A configuration as the YAML text that ``--config`` and ``--resume`` read."""
-    return yaml.dump(_plain(dataclasses.asdict(config)), Dumper=_Dumper, sort_keys=False, width=120)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+    return yaml.dump(config.plain(), Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def parse_or_exit(arguments: Sequence[str] | None = None) -> Request:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext._text import table
-from vareid_ext.config import Config
+from vareid_ext.config import Config, OptimizerConfig
 from vareid_ext.data import PKSampler, ReidData
-from vareid_ext.training.command_line import Request
+from vareid_ext.training.command_line import Request, pairs
 from vareid_ext.training.extraction import Features, Scores
 from vareid_ext.training.figures import TOP, choose_queries, draw_curves, draw_ranking
 from vareid_ext.training.run_folder import RunFolder
-from vareid_ext.training.schedule import view_weight
+from vareid_ext.training.schedule import learning_rate, view_weight
 from vareid_ext.training.state import Progress, TrainingState
 
 METRIC_NAMES = ("mAP", "mINP", "rank1", "rank5", "rank10")
@@ -81,8 +81,21 @@ def introduction(
     if state.model.left_out:
         left_out = textwrap.shorten(", ".join(state.model.left_out), 80)
         lines += [f"weights  {len(state.model.left_out)} entries of {config.model.weights} left out: {left_out}"]
-    lines += [f"resumed  at step {state.progress.step}"] if state.progress.step else []
+    if state.restored is not None:
+        lines += [f"resumed  at step {state.progress.step}", *_changes(state.restored, config, state.progress, batches)]
     return "\n".join([*lines, ""])
+
+
+def _changes(before: Mapping[str, Any], config: Config, progress: Progress, batches: int) -> list[str]:
+    """What a resumed run does otherwise than the configuration `before` said, in lines of text."""
+    old, new = dict(pairs(before)), dict(pairs(config.plain()))
+    names = [name for name in new if name in old and new[name] != old[name]]
+    lines = [f"changed  {name}: {new[name]!r} now, {old[name]!r} before" for name in names]
+    optimizers = (config.optimizer, OptimizerConfig(**before["optimizer"]))
+    now, then = (learning_rate(optimizer, progress.step / batches) for optimizer in optimizers)
+    if now != then:
+        lines.append(f"schedule the learning rate goes on at {now:.3g}; it was to go on at {then:.3g}")
+    return lines
 
 
 def closing_tables(results: Mapping[str, Mapping[str, float]], trained: Scores, reranked: Scores) -> str:

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,7 @@ class RunFolder:
         resume: go on with the run it holds; otherwise it must hold no file that a run writes.
         config_text: the new run's config.yaml. A folder with no more than this very file, and environment.json, is that
             of the same run, ended before its first step, and is taken.
+        command: the command line, for config.yaml.
 
     Raises:
         FileExistsError: the folder holds a run, or files that one would overwrite, and `resume` is off.
@@ -41,8 +41,8 @@ class RunFolder:
         FileNotFoundError: the folder holds no run and `resume` is on.
     """
 
-    def __init__(self, path: Path, *, resume: bool, config_text: str = "") -> None:
-        self.path = path
+    def __init__(self, path: Path, *, resume: bool, config_text: str = "", command: str = "") -> None:
+        self.path, self._command = path, command
         self.config, self.environment = path / "config.yaml", path / "environment.json"
         self.log, self.metrics = path / "log.jsonl", path / "metrics.json"
         self.last, self.best = path / "last.pt", path / "best.pt"
@@ -63,7 +63,7 @@ class RunFolder:
             remove_unfinished(path)
 
     def _files(self) -> list[Path]:
-        return [value for value in vars(self).values() if value != self.path]
+        return [value for value in vars(self).values() if isinstance(value, Path) and value != self.path]
 
     def _check_that_it_can_be_written(self) -> None:
         place = next(p for p in (self.path, *self.path.absolute().parents) if os.path.lexists(p))
@@ -86,7 +86,7 @@ class RunFolder:
         found = [path for path in self._files() if path.exists()]
         # A run that ended before its first step has left these two; the same run may start again.
         if set(found) <= {self.config, self.environment} and self.config.is_file():
-            found = [] if self.config.read_bytes() == config_text.encode() else [self.config]
+            found = [] if self._read_config()[1] == config_text else [self.config]
         if found:
             raise FileExistsError(
                 f"output: {str(self.path)!r} holds {found[0].name} already, which a run would overwrite; "
@@ -97,6 +97,20 @@ class RunFolder:
         """Write a text file of the folder atomically."""
         with atomic_file(path) as file:
             file.write(text.encode())
+
+    def write_config(self, text: str) -> None:
+        """Write config.yaml where it holds something else, under the command that began the run and those since."""
+        commands, before = self._read_config()
+        if before != text:
+            self.write_text(self.config, f"{commands}# {self._command}\n{text}")
+
+    def _read_config(self) -> tuple[str, str]:
+        """config.yaml, the comments that it begins with by themselves; empty where it does not exist."""
+        lines = (
+            self.config.read_text(encoding="utf-8", errors="replace").splitlines(True) if self.config.exists() else []
+        )
+        count = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+        return "".join(lines[:count]), "".join(lines[count:])
 
     def write_json(self, path: Path, value: Any) -> None:
         """Write a JSON file of the folder atomically."""
@@ -157,11 +171,11 @@ def default_folder(name: str) -> Path:
     raise AssertionError("never reached: the numbers do not end")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device, command: str) -> dict[str, Any]:
     """What a result depends on besides the configuration: versions, device, threads, backends, the command line."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": command,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "vareid_ext": vareid_ext.__version__,

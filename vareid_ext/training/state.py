@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class TrainingState:
     average: AveragedModel | None
     """the moving average of the model's weights, None where it is off"""
     progress: Progress
+    restored: Mapping[str, Any] | None = None
+    """the configuration, as plain values, of the checkpoint that the state was restored from"""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -64,7 +67,7 @@ class TrainingState:
         """Write a checkpoint; `seconds` is the time that this start of the program has taken so far."""
         progress = dataclasses.replace(self.progress, seconds=self.progress.seconds + seconds)
         state = {
-            "config": _plain(dataclasses.asdict(self.config)),
+            "config": self.config.plain(),
             "identity_names": list(self.identity_names),
             "model": self.model.state_dict(),
             "loss": self.loss.state_dict(),
@@ -92,17 +95,20 @@ class TrainingState:
         if (state["average"] is None) != (self.average is None):
             raise ValueError("optimizer.ema_decay: cannot be switched on or off when a run is resumed")
         try:
-            trained_by = state["config"]["optimizer"]["name"]
+            trained_by = OptimizerConfig(**state["config"]["optimizer"]).name
             progress = Progress(**state["progress"])
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"resume: {str(path)!r} is not a run's checkpoint: {error}") from error
         if trained_by != self.config.optimizer.name:
             raise ValueError(
                 f"optimizer.name: {self.config.optimizer.name!r} was given; the run was trained by {trained_by!r} and "
                 "cannot change it when it is resumed"
             )
-        # The optimizer's settings are the configuration's, which may differ from those it was saved with.
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        # The optimizer's settings are the configuration's, which may differ from those it was saved with; the learning
+        # rate is set at every step, and stays that of the last one where none follows.
+        settings = [
+            {k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups
+        ]
         try:
             self.model.load_state_dict(state["model"])
             self.loss.load_state_dict(state["loss"])
@@ -116,7 +122,7 @@ class TrainingState:
             raise ValueError(f"resume: {str(path)!r} does not fit the configuration: {reason}") from error
         for group, setting in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(setting)
-        self.progress = progress
+        self.progress, self.restored = progress, state["config"]
 
 
 def build(config: Config, data: ReidData, device: torch.device, *, load_weights: bool = True) -> TrainingState:
@@ -182,9 +188,3 @@ def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> 
     if config.name == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=momentum > 0)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
