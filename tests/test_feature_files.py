@@ -489,6 +489,42 @@ def test_pickles_that_ask_for_memory_get_none(tmp_path, pickled):
         assert peak < 16 * len(pickled) + (2 << 20)
 
 
+# A tuple that holds twice one that holds twice ... : two to the sixty when it is hashed, copied or printed.
+DEEP = b"K\x00\x85q\x00" + b"h\x00h\x00\x86q\x00" * 60
+SHAPE, BEGIN = b"K\x01\x85K\x01\x85", b"ctorch._utils\n_rebuild_tensor_v2\n("
+STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n%sX\x03\x00\x00\x00cpuK\x01%stQ"
+ARRAY = b"cnumpy._core.multiarray\n_reconstruct\n)R(K\x01%scnumpy\ndtype\n%s\x85R\x89NtbX\x00\x00\x00\x00"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda view: BEGIN + STORAGE % (b"h\x00", view) + b"K\x00" + SHAPE + b"\x89NtR",
+        lambda view: BEGIN + STORAGE % (b"X\x01\x00\x00\x000", view) + b"K\x00h\x00h\x00\x89NtR",
+        lambda view: ARRAY % (b"h\x00", b"X\x02\x00\x00\x00f8"),
+        lambda view: ARRAY % (b"K\x01\x85", b"h\x00"),
+        lambda view: b"ccollections\nOrderedDict\n(h\x00K\x01\x86lq\x01\x85R",
+        lambda view: b"ctorch\nSize\nh\x00\x85R",
+        lambda view: b"h\x00",
+    ],
+    ids=["key", "shape", "array", "dtype", "dictionary", "size", "value"],
+)
+def test_tuples_of_tuples_do_not_hang(tmp_path, program, zipped):
+    value = b"X\x07\x00\x00\x00feature" + program(b"" if zipped else b"N") + b"s."
+    content = b"}X\x04\x00\x00\x00junk(" + DEEP + b"ts" + value
+    path = tmp_path / "a.pt"
+    if zipped:
+        in_pt(path, b"\x80\x02" + content)
+    else:
+        torch.save(torch.zeros(1), path, _use_new_zipfile_serialization=False)
+        path.write_bytes(path.read_bytes().partition(b"ctorch._utils")[0] + content + b"\x80\x02].")
+    np.save(tmp_path / "f.npy", np.zeros((3, 2)))
+    for file, keywords in ((path, {}), (path, {"key": "x"}), ("f.npy", {"identity": f"{path}:feature"})):
+        with pytest.raises(FeatureFileError, match=r"a\.pt"):
+            read_features(tmp_path / file, "query", **keywords)
+
+
 def test_compressed_members_of_pt_files_are_refused(tmp_path):
     """torch.save writes none; torch.load maps the compressed bytes as if they were numbers."""
     torch.save({"feature": torch.zeros(100, 10)}, tmp_path / "a.pt")
@@ -614,6 +650,7 @@ def test_pickles_are_not_run(tmp_path, monkeypatch):
         ({"x": np.zeros((3, 2)), "y": np.zeros(3)}, {}, r"x \[3, 2\], y \[3\]"),
         ({"feature": np.zeros((3, 2))}, {"key": "features"}, r"'features'.*feature \[3, 2\]"),
         ({"feature": np.zeros(3)}, {}, r"query features.*\[3\]"),
+        ({"feature": np.zeros((3, 0))}, {}, r"query features.*\[3, 0\]"),
         ({"feature": np.zeros((3, 2), dtype=complex)}, {}, "query features.*complex128"),
         ({"feature": np.zeros((3, 2), dtype=np.longdouble)}, {}, "query features"),
         ({"feature": np.full((3, 2), "a")}, {}, "query features.*U1"),

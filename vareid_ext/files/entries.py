@@ -67,6 +67,13 @@ class Limit:
             raise ValueError(f"it unpacks to {needed:,} bytes; allowed are {self.bytes:,} (max_unpacked raises that)")
 
 
+def shape_of(value: Any) -> tuple[int, ...]:
+    """A shape out of a pickle, where it may be anything, and of any size when it is copied or printed."""
+    if type(value) is not tuple or len(value) > 64 or any(type(size) is not int for size in value):
+        raise ValueError("a shape that is no tuple of whole numbers")
+    return value
+
+
 def check_held(shape: tuple[int, ...], itemsize: int, held: int) -> None:
     """Raises a ValueError if ``held`` bytes are not what an array of this shape takes."""
     declared = math.prod(shape) * itemsize

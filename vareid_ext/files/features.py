@@ -107,7 +107,9 @@ def _describe(entries: Mapping[str, Entry]) -> str:
     found = []
     for key in list(entries)[:_DESCRIBED]:
         look = _look(entries[key])
-        found.append(f"{_shown(key) or '(one array)'} {list(look) if isinstance(look, tuple) else f'({look})'}")
+        found.append(
+            f"{_shown(key) or '(one array)'} {_shown(str(list(look))) if isinstance(look, tuple) else f'({look})'}"
+        )
     if len(entries) > _DESCRIBED:
         found.append(f"and {len(entries) - _DESCRIBED} more")
     return ", ".join(found) or "nothing"
@@ -154,7 +156,7 @@ def _features(value: Any, name: str) -> torch.Tensor:
     feature = _arrays.to_tensor(value, name)
     if feature.dtype not in _FLOATS:
         raise FeatureFileError(f"{name}: dtype {feature.dtype} was found; allowed are {', '.join(map(str, _FLOATS))}")
-    if feature.dim() != 2:
+    if feature.dim() != 2 or not feature.shape[1]:
         raise FeatureFileError(f"{name}: shape {list(feature.shape)} was found; [images, D] is needed")
     return feature
 

@@ -74,7 +74,7 @@ class _Mat(Entry):
 
     def read(self) -> np.ndarray:
         if self.variable.kind is None:
-            raise ValueError(f"{self.variable.name} is a {self.look()}; an array of real numbers is needed")
+            raise ValueError(f"it is a {self.look()}; an array of real numbers is needed")
         with self.path.open("rb") as file:
             file.seek(self.start)
             if self.packed is None:
@@ -83,7 +83,7 @@ class _Mat(Entry):
                 content = self._unpacked(file.read(self.packed))
         kind, at, size, _ = _element(content, self.variable.size, self.order)
         if kind not in _TYPES or at + size > self.size:
-            raise ValueError(f"{self.variable.name} is cut short, or no array of numbers")
+            raise ValueError("it is cut short, or no array of numbers")
         stored, dtype = np.dtype(self.order + _TYPES[kind]), np.dtype(self.variable.kind)
         check_held(self.variable.shape, stored.itemsize, size)
         if at + size <= len(content):
@@ -100,7 +100,7 @@ class _Mat(Entry):
         stream = zlib.decompressobj()
         content = stream.decompress(packed, _TAG + self.size + 1)
         if len(content) != _TAG + self.size or not stream.eof:
-            raise ValueError(f"{self.variable.name} unpacks to other than the {self.size:,} bytes that it declares")
+            raise ValueError(f"it unpacks to other than the {self.size:,} bytes that it declares")
         return content[_TAG:]
 
 

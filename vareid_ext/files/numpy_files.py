@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from vareid_ext.files.entries import Entry, Limit, check_held, entries_of, stored_at
+from vareid_ext.files.entries import Entry, Limit, check_held, entries_of, shape_of, stored_at
 from vareid_ext.files.pickles import read_pickle
 
 _HEAD = 2**14  # NumPy reads headers of at most 10,000 characters
@@ -105,12 +105,13 @@ class _PickledDtype:
     """A dtype by its name; its state sets the order of its bytes."""
 
     def __init__(self, name: str, *_: Any) -> None:
-        self.dtype = np.dtype(str(name))
+        self.dtype = np.dtype(name if type(name) is str else "V")
         if self.dtype.kind not in "biufcO":
             raise ValueError(f"arrays of dtype {self.dtype}; numbers are needed")
 
     def build(self, state: Any) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
+        if state[1] in (">", "<"):
+            self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _PickledArray(Entry):
@@ -121,8 +122,8 @@ class _PickledArray(Entry):
     data: Any = (None,)  # bytes, the same as a string of Latin-1, or a list of objects
 
     def build(self, state: Any) -> None:
-        _, self.shape, kind, self.fortran, self.data = state
-        self.dtype = kind.dtype
+        _, shape, kind, self.fortran, self.data = state
+        self.shape, self.dtype = shape_of(shape), kind.dtype
 
     def look(self) -> tuple[int, ...] | str:
         return "Python objects" if self.dtype.hasobject else self.shape

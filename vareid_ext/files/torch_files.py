@@ -19,7 +19,7 @@ import torch
 
 from vareid_ext import _arrays
 from vareid_ext.files import numpy_files
-from vareid_ext.files.entries import Entry, Limit, entries_of, stored_at
+from vareid_ext.files.entries import Entry, Limit, entries_of, shape_of, stored_at
 from vareid_ext.files.pickles import read_pickle
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -49,7 +49,7 @@ class _Storage:
 class _Tensor(Entry):
     def __init__(self, path: Path, limit: Limit, storage: _Storage, view: tuple[Any, ...], dtype: torch.dtype) -> None:
         self.path, self.limit, self.storage, self.dtype = path, limit, storage, dtype
-        self.offset, self.shape, self.stride = view
+        self.offset, self.shape, self.stride = view[0], shape_of(view[1]), shape_of(view[2])
 
     def look(self) -> tuple[int, ...]:
         return self.shape
@@ -77,17 +77,22 @@ def _names(path: Path, limit: Limit) -> dict[str, Any]:
         **{f"torch.{name}": dtype for name, dtype in _DTYPES.items()},
         **{f"torch.{name}": getattr(torch, name) for name in ("uint16", "uint32", "uint64")},
         "torch.storage.UntypedStorage": torch.uint8,
-        "torch.Size": tuple,
+        "torch.Size": lambda sizes: sizes,
         "torch._utils._rebuild_tensor_v2": tensor,
         "torch._utils._rebuild_tensor_v3": typed_tensor,
         "torch._utils._rebuild_parameter": lambda data, *_: data,
-        "collections.OrderedDict": dict,
+        "collections.OrderedDict": lambda: {},
     }
 
 
 def open_pt(path: Path, limit: Limit) -> dict[str, Entry]:
     """The tensors and arrays of a file of ``torch.save``, of today's format or the one before PyTorch 1.6."""
     return _open_zip(path, limit) if zipfile.is_zipfile(path) else _open_legacy(path, limit)
+
+
+def _check_key(key: Any) -> None:
+    if type(key) is not str:  # another could be made to take for ever to hash or print
+        raise ValueError("a storage whose key is no string")
 
 
 def _check_order(order: str) -> None:
@@ -101,6 +106,7 @@ def _open_zip(path: Path, limit: Limit) -> dict[str, Entry]:
 
     def storage(identifier: Any) -> _Storage:
         _, dtype, key, _, count = identifier
+        _check_key(key)
 
         def position(nbytes: int) -> int:
             member = members[f"data/{key}"]
@@ -126,6 +132,7 @@ def _open_legacy(path: Path, limit: Limit) -> dict[str, Entry]:
 
     def storage(identifier: Any) -> _Storage:
         _, dtype, key, _, count, view = identifier
+        _check_key(key)
         if view is not None:
             raise ValueError("a view of a storage; save the tensors with today's torch.save")
         return storages.setdefault(key, _Storage(dtype, count, lambda _: positions[key]))
