@@ -185,7 +185,7 @@ def _notes(
     if same:
         found = (query_identity == gallery_identity) & ~junk
         if query_camera is not None and gallery_camera is not None:
-            found &= (query_camera != gallery_camera) | (query_camera < 0)
+            found &= (query_camera != gallery_camera) | (query_camera == -1)
         notes.append(f"query and gallery are the same images: {int(found.sum())} of {len(found)} find themselves")
     return notes
 
