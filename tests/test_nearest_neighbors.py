@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -168,6 +170,33 @@ def test_many_rows_cross_blocks():
     """More than one block of products, and thresholds that tighten while blocks go by."""
     x = torch.cat([features(1300, 32), features(200, 32)])
     assert_exact(x, None, 21)
+
+
+@pytest.mark.parametrize("multiprocessors", [8, 46, 108, 132, 148, 300])
+def test_blocks_of_products_fill_a_gpu(monkeypatch, multiprocessors):
+    """Whole rounds of tiles of 128 x 128: the last round, half empty on average, is at most an eighth of the work."""
+    found = SimpleNamespace(multi_processor_count=multiprocessors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    side = _filter.block_side(torch.device("cuda", 0))
+    tiles = (side // 128) ** 2
+    rounds = -(-tiles // multiprocessors)
+    assert tiles / (rounds * multiprocessors) >= 0.85
+    assert 4 * side**2 <= 256 << 20
+    assert _filter.block_side(torch.device("cpu")) == 1024
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3], ids=["as they are", "centred"])
+def test_rows_looked_at_at_once_change_nothing(monkeypatch, offset):
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
+    x = features(2500, 9) + offset
+    few = _filter.Filter([x[:300], x[300:]], ["x", "y"], "sqeuclidean")
+    monkeypatch.setattr(_filter, "rows_at_once", lambda part: 1000)
+    many = _filter.Filter([x[:300], x[300:]], ["x", "y"], "sqeuclidean")
+    torch.testing.assert_close(many.norm, few.norm, rtol=1e-6, atol=0)
+    assert (few.center is None) == (offset == 0)
+    if offset:
+        torch.testing.assert_close(many.center, few.center, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("offset", [0.3, 1e3])

@@ -68,7 +68,7 @@ def test_a_set_against_itself_is_symmetric_whatever_the_product_is(monkeypatch):
 
     x = features(70, 20)
     monkeypatch.setattr(torch, "mm", uneven)
-    monkeypatch.setattr(op, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(op, "block_side", lambda device: 32)
     for metric in METRICS:
         got = pairwise_distance(x, metric=metric)
         assert torch.equal(got, got.T)

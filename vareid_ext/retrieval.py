@@ -31,7 +31,7 @@ from vareid_ext.ops._checks import (
     dtype_name,
 )
 from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude
-from vareid_ext.ops._filter import common_scale, contiguous_rows, has_contiguous_rows
+from vareid_ext.ops._filter import block_side, common_scale, contiguous_rows, has_contiguous_rows
 from vareid_ext.ops._progress import listen
 from vareid_ext.reference import k_reciprocal as reference
 from vareid_ext.reference.pairwise_distance import rows_per_block
@@ -293,6 +293,8 @@ def k_reciprocal_rerank(
         block_rows = check_count("block_rows", block_rows, 1)
     if max_memory is not None:
         max_memory = check_count("max_memory", max_memory, 0, 2**63 - 1)
+    if block_rows is None and max_memory is None and query.is_cuda:
+        block_rows = block_side(query.device)
     plan = rerank_plan(
         Q, G, query.shape[1], k1=k1, k2=k2, topk=topk, block_rows=block_rows, max_memory=max_memory,
         copies=sum(part.numel() * part.element_size() for part in (query, gallery) if not has_contiguous_rows(part)),

@@ -30,7 +30,7 @@ def _distances(Q: int, G: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_pairwise_distance__several_blocks_of_a_set_against_itself(backend: str) -> None:
     x = _random(70, 9)
-    with mock.patch.object(pairwise_op, "BLOCK_ROWS", 24):
+    with mock.patch.object(pairwise_op, "block_side", return_value=24):
         got = vareid_ext.pairwise_distance(x)
     torch.testing.assert_close(got.double(), torch.cdist(x.double(), x.double()), rtol=2e-5, atol=2e-6)
 
@@ -116,7 +116,7 @@ def test_nearest_neighbors__lists_that_overflow_in_later_blocks(backend: str) ->
     """Far rows first, so that every block brings nearer ones; also more candidates than the smaller lists hold."""
     x = torch.arange(150, dtype=torch.float32).flip(0)[:, None] ** 1.25
     for k in (3, 70):
-        with mock.patch.object(nearest_op, "BLOCK_ROWS", 50):
+        with mock.patch.object(nearest_op, "block_side", return_value=50):
             distance, index = vareid_ext.nearest_neighbors(x, k=k)
         expected = torch.sort((x.double() - x.double().T).square(), dim=1, stable=True)
         assert torch.equal(index, expected.indices[:, :k])

@@ -22,13 +22,13 @@ from vareid_ext.metrics.ranking import (
 from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.ops._checks import check_choice, check_count, check_values
 from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude, row_magnitudes
-from vareid_ext.ops._filter import common_scale
+from vareid_ext.ops._filter import block_side, common_scale
 from vareid_ext.ops._progress import listen
 from vareid_ext.ops.nearest_neighbors import joint_neighbors
 from vareid_ext.ops.pairwise_distance import pairwise_distance
 from vareid_ext.ops.ranking import ranking_features
 from vareid_ext.reference.pairwise_distance import METRICS
-from vareid_ext.retrieval import check_parameters, k_reciprocal_rerank, rerank_plan
+from vareid_ext.retrieval import check_parameters, k_reciprocal_rerank
 
 _DENSE_ELEMENTS = 1 << 26  # re-ranked matrices up to this size are made whole, which saves a second product
 _BLOCK_ELEMENTS = 1 << 23
@@ -70,9 +70,8 @@ def _reranked_rows(
     Q, G = query.shape[0], gallery.shape[0]
     largest = largest_magnitude({"query": query, "gallery": gallery})
     scale = common_scale((query, gallery), largest)
-    block_rows = rerank_plan(Q, G, query.shape[1], k1=k1, k2=k2).block_rows
     neighbor, near, row_max, _, _ = joint_neighbors(
-        query, gallery, scale, min(Q + G, max(k1 + 1, k2)), 0, None, block_rows
+        query, gallery, scale, min(Q + G, max(k1 + 1, k2)), 0, None, block_side(query.device)
     )
     indptr, index = stages.k_reciprocal_sets(neighbor, k1)
     value = stages.listed_distance(query, gallery, scale, neighbor, near, indptr, index)

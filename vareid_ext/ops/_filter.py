@@ -35,9 +35,11 @@ from torch import Tensor
 from vareid_ext import _native
 from vareid_ext.ops._features import row_magnitudes, stream_of
 
-BLOCK_ROWS = 1024  # rows and columns of a block of products: 4 MiB, which stays in a third-level cache
+_SIDE = 1024  # rows and columns of a block of products: 4 MiB, which stays in a third-level cache
 _UNIT = 2.0**-24
-_FEW_ROWS = 32  # converted at once where no block is at hand: at most 2 MiB
+_FEW_ROWS = 32  # looked at or converted at once where no block is at hand: at most 2 MiB
+_MANY_ELEMENTS = 1 << 21  # likewise on a GPU, where each launch and each look costs, and there is no cache to stay in
+_TILE, _TILES_EACH = 128, 8  # of the vendor's product on a GPU: rows and columns, and how many fill a multiprocessor
 _SAMPLE = 1024  # rows that the mean is taken from: any centre is correct, a good one makes the window small
 _CENTERED_SHARE = 0.5  # the mean's share of the mean squared length from which on features are centred
 _NARROW = 2.0**-10  # differences below this share of the largest element decide the scale in its place
@@ -68,13 +70,24 @@ def _spread(parts: Sequence[Tensor], enough: float) -> float:
     first = next(part[:1] for part in parts if part.shape[0]).double()
     largest = 0.0
     for part in parts:
-        # A look at a GPU's values costs a wait, and there is no cache to stay in.
-        step = max(_FEW_ROWS, (1 << 21) // part.shape[1]) if part.is_cuda else _FEW_ROWS
-        for rows in part.split(step):
+        for rows in part.split(rows_at_once(part)):
             largest = max([largest, *(rows.double() - first).abs().amax(1).tolist()])
             if largest >= enough:
                 return largest
     return largest
+
+
+def block_side(device: torch.device) -> int:
+    """Rows and columns of a block of products: small enough for a CPU's cache, or large enough for the whole GPU."""
+    if device.type != "cuda":
+        return _SIDE
+    tiles = _TILES_EACH * torch.cuda.get_device_properties(device).multi_processor_count
+    return _SIDE * max(1, round(_TILE * math.sqrt(tiles) / _SIDE))
+
+
+def rows_at_once(part: Tensor) -> int:
+    """Rows that are looked at or converted at once where no block is at hand."""
+    return max(_FEW_ROWS, _MANY_ELEMENTS // part.shape[1]) if part.is_cuda else _FEW_ROWS
 
 
 def has_contiguous_rows(x: Tensor) -> bool:
@@ -153,8 +166,9 @@ class Filter:
         whole = torch.ones_like(squares, dtype=torch.bool)
         for part, factor in zip(self.parts, self.factors, strict=True):
             step = max(1, -(-part.shape[0] * len(self.parts) // _SAMPLE))
-            for begin in range(0, part.shape[0], _FEW_ROWS * step):
-                some = slice(begin, begin + _FEW_ROWS * step, step)
+            reach = rows_at_once(part) * step
+            for begin in range(0, part.shape[0], reach):
+                some = slice(begin, begin + reach, step)
                 rows = part[some].double()
                 if factor is not None:
                     rows = rows * factor[some, None]
@@ -179,8 +193,8 @@ class Filter:
         if self.direct:
             self.norms[which].copy_(self._norms_of(part, None))
             return
-        for begin in range(0, part.shape[0], _FEW_ROWS):
-            self.block(which, begin, min(part.shape[0], begin + _FEW_ROWS), 0)
+        for begin in range(0, part.shape[0], rows_at_once(part)):
+            self.block(which, begin, min(part.shape[0], begin + rows_at_once(part)), 0)
 
     def _prepare(self, x: Tensor, factor: Tensor | None, out: Tensor, norm: Tensor) -> Tensor:
         view = _native.view

@@ -19,7 +19,7 @@ from vareid_ext import _native
 from vareid_ext.ops import _progress
 from vareid_ext.ops._checks import check_choice, check_count
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes, stream_of
-from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks
+from vareid_ext.ops._filter import Filter, block_side, row_blocks
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import nearest_neighbors as reference
 from vareid_ext.reference.pairwise_distance import METRICS, result_dtype
@@ -225,6 +225,7 @@ def _native_nearest_neighbors(
 ) -> tuple[Tensor, Tensor]:
     if k > MOST_NEIGHBORS[x.device.type]:
         return NotImplemented
+    block_rows = block_rows or block_side(x.device)
     if y is None:
         filtered = Filter([x], ["x"], metric)
         scan = _Scan(filtered, [0], [0], k, metric, block_rows)
@@ -297,4 +298,4 @@ def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple
     k = check_count("k", k, 1)
     if k > rows:
         raise ValueError(f"k: {k} was given; allowed are 1 to {rows}, the number of rows of {name}")
-    return _nearest_neighbors(x, y, k, metric, BLOCK_ROWS)
+    return _nearest_neighbors(x, y, k, metric, 0)

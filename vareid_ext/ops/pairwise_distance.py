@@ -10,7 +10,7 @@ from torch import Tensor
 from vareid_ext import _native
 from vareid_ext.ops._checks import check_choice
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes, stream_of
-from vareid_ext.ops._filter import BLOCK_ROWS, Filter, row_blocks
+from vareid_ext.ops._filter import Filter, block_side, row_blocks
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import pairwise_distance as reference
 
@@ -61,9 +61,10 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
         factor = filtered.factors[which]
         return view(filtered.parts[which][at]), view(None if factor is None else factor[at])
 
-    columns_of = row_blocks(filtered, [other], BLOCK_ROWS)
+    side = block_side(x.device)
+    columns_of = row_blocks(filtered, [other], side)
     with full_float32(x.device.type):
-        for which, first, last, _ in row_blocks(filtered, [0], BLOCK_ROWS):
+        for which, first, last, _ in row_blocks(filtered, [0], side):
             rows, at = filtered.block(which, first, last, 0), slice(first, last)
             for _, other_first, other_last, _ in columns_of:
                 if symmetric and other_first < first:

@@ -11,7 +11,7 @@ from torch import Tensor
 from vareid_ext import _native
 from vareid_ext.ops import _progress
 from vareid_ext.ops._features import largest_magnitude, stream_of
-from vareid_ext.ops._filter import BLOCK_ROWS, Filter, common_scale, row_blocks
+from vareid_ext.ops._filter import Filter, block_side, common_scale, row_blocks
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import ranking as reference
 from vareid_ext.reference.pairwise_distance import exact_distance
@@ -170,8 +170,9 @@ def _(query: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _products(filtered: Filter, block_rows: int) -> Iterator[tuple[slice, Tensor]]:
     """Blocks of queries and their products with the whole gallery, [rows, G]; each is valid until the next."""
-    of_queries = row_blocks(filtered, [0], min(block_rows, BLOCK_ROWS))
-    of_gallery = row_blocks(filtered, [1], BLOCK_ROWS)
+    side = block_side(filtered.norm.device)
+    of_queries = row_blocks(filtered, [0], min(block_rows, side))
+    of_gallery = row_blocks(filtered, [1], side)
     most, G = max((last - first for _, first, last, _ in of_queries), default=0), filtered.parts[1].shape[0]
     buffer = filtered.norm.new_empty((most, G))
     for _, first, last, _ in of_queries:
