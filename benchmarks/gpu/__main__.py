@@ -51,7 +51,7 @@ STEPS = (
     Step("ceilings", "What the device can do at most", [*_MODULE, "benchmarks.gpu.ceilings"], 25, 15),
     Step("operators", "Every op: predicted, measured, plain PyTorch", [*_MODULE, "benchmarks.gpu.operators"], 110, 40),
     Step("jobs", "Whole jobs", [*_MODULE, "benchmarks.gpu.jobs"], 150, 90),
-    Step("sanitizer", "compute-sanitizer", [*_MODULE, "benchmarks.gpu.sanitizer"], 90, 90, optional=True),
+    Step("sanitizer", "compute-sanitizer", [*_MODULE, "benchmarks.gpu.sanitizer"], 120, 120, optional=True),
 )  # fmt: skip
 
 

@@ -148,13 +148,13 @@ def _ranking(distances: Tensor, labels: tuple[Tensor, ...], reference: bool) -> 
 def cases() -> Iterator[Case]:
     """The operators at the sizes of the report; each case's arrays live until the next is asked for."""
     f32, bf16 = torch.float32, torch.bfloat16
-    big = (20, 30) if DRY_RUN else (751, 10_000)
+    N, D = (8, 64) if DRY_RUN else (256, 2048)
     for dtype in (f32, bf16):
-        for K in big:
-            yield _angular_center(K, 3, 64 if DRY_RUN else 2048, dtype)
-        for K in big:
-            yield _cross_entropy(8 if DRY_RUN else 256, K * (1 if DRY_RUN else 5), 3, dtype)
-        yield _linear_cross_entropy(8 if DRY_RUN else 256, 4 * big[1], 3, 64 if DRY_RUN else 2048, dtype)
+        for K in (20, 30) if DRY_RUN else (751, 10_000):
+            yield _angular_center(K, 3, D, dtype)
+        for K in (20, 30) if DRY_RUN else (751, 25_000):
+            yield _cross_entropy(N, K, 3, dtype)
+        yield _linear_cross_entropy(N, 100 if DRY_RUN else 100_000, 3, D, dtype)
     Q, G, D = market_size()
     data = features(Q, G, D)
     query, gallery = data.feature[:Q].to(DEVICE), data.feature[Q:].to(DEVICE)

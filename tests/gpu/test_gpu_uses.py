@@ -259,6 +259,10 @@ def _gradient(network: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
+def _relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize(
     ("dtype", "scales"),
     [(torch.bfloat16, {2.0**10: True}), (torch.float16, {2.0**10: True, 2.0**127: False})],  # the last one overflows
@@ -278,7 +282,7 @@ def test_a_scaled_step_in_mixed_precision(dtype: torch.dtype, scales: dict[float
         scaler.scale(total).backward()
         scaler.unscale_(optimizer)
         if taken:
-            assert float((_gradient(network) - expected).norm() / expected.norm()) < 0.05
+            assert _relative_error(_gradient(network), expected) < 0.1
         scaler.step(optimizer)
         scaler.update()
         after = torch.cat([p.detach().flatten() for p in network.parameters()])
@@ -294,10 +298,10 @@ def test_compiled_model_and_loss_train_as_eager_ones(mode: str) -> None:
     options: dict[str, Any] = {"backend": "aot_eager"} if gpu_backend.DRY_RUN else {"mode": mode}
     compiled = torch.compile(network, fullgraph=True, **options)
     for _ in range(3):  # with graphs: warm-up, recording, replay
+        torch.compiler.cudagraph_mark_step_begin()
         network.zero_grad()
         compiled(*inputs).backward()
-        got = _gradient(network)
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+        assert _relative_error(_gradient(network), expected) < 5e-3  # convolutions may use TF32
 
 
 # ---- the operators' registration -----------------------------------------------------------------------------------
