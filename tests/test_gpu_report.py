@@ -59,12 +59,16 @@ def test_an_exception_in_a_check_fails_it_and_the_next_goes_on(tmp_path: Path) -
 records.check("wrong", lambda: raises(ValueError("seven")))
 records.check("right", lambda: {"ms": 1.5})
 records.check("absent", lambda: raises(Skip("not here")))
+with records.section("large data"):
+    raises(MemoryError("eight"))
+records.check("last", dict)
 """
     status, found = run(tmp_path, step("bad", program), step("good", 'records.check("b", dict)'))
     assert status == 1
     assert found["bad"]["status"] == "failed"
     assert found["good"]["status"] == "passed"
-    assert statuses(found["bad"]) == {"wrong": "failed", "right": "passed", "absent": "skipped"}
+    expected = {"wrong": "failed", "right": "passed", "absent": "skipped", "large data": "failed", "last": "passed"}
+    assert statuses(found["bad"]) == expected
     assert "seven" in found["bad"]["records"][0]["why"]
     assert found["bad"]["records"][1]["ms"] == 1.5
 

@@ -151,12 +151,14 @@ def default_run() -> dict[str, Any]:
 def main() -> None:
     torch.manual_seed(0)
     records, clock = Records(), Clock()
-    market = Sized("Market-1501", MARKET)
-    market.check(records, clock)
-    records.check("Market-1501: against a dense re-ranking", market.against_dense)
+    with records.section("Market-1501"):
+        market = Sized("Market-1501", MARKET)
+        market.check(records, clock)
+        records.check("Market-1501: against a dense re-ranking", market.against_dense)
+        del market
     records.check("training step of the Market recipe", market_step)
-    del market
-    Sized("MSMT17", MSMT17).check(records, clock)
+    with records.section("MSMT17"):
+        Sized("MSMT17", MSMT17).check(records, clock)
     records.check("default training run", default_run)
 
 

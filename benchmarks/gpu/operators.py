@@ -299,24 +299,27 @@ def main() -> None:
     torch.manual_seed(0)
     records, clock = Records(), Clock()
     ceilings = Ceilings(records)
-    for case in cases():
-        values = ceilings.predict(case.bytes_moved, case.operations, case.product)
-        records.check(
-            f"{case.operator}, {case.size}",
-            lambda case=case, values=values: measure(case, clock, values.get("predicted ms")), **values,
-        )  # fmt: skip
-    Q, G, D = market_size()
-    data = features(Q, G, D).feature.to(DEVICE)
-    query, gallery = data[:Q], data[Q:]
-    distance = vareid_ext.pairwise_distance(data)
-    matrices = distance[:Q, Q:].contiguous(), distance[:Q, :Q].contiguous(), distance[Q:, Q:].contiguous()
-    _kernels_of(records, ceilings, "rerank", lambda: vareid_ext.k_reciprocal_rerank(query, gallery))
-    _kernels_of(records, ceilings, "topk", lambda: vareid_ext.k_reciprocal_rerank(query, gallery, topk=100))
-    _kernels_of(records, ceilings, "matrices", lambda: vareid_ext.re_ranking(*matrices))
-    for case in cases():  # compiling takes the longest and is worth the least
-        if case.compiled:
-            name = f"{case.operator}, {case.size}, against compiled PyTorch"
-            records.check(name, lambda case=case: measure_compiled(case, clock))
+    with records.section("operators"):
+        for case in cases():
+            values = ceilings.predict(case.bytes_moved, case.operations, case.product)
+            records.check(
+                f"{case.operator}, {case.size}",
+                lambda case=case, values=values: measure(case, clock, values.get("predicted ms")), **values,
+            )  # fmt: skip
+    with records.section("kernels of re-ranking"):
+        Q, G, D = market_size()
+        data = features(Q, G, D).feature.to(DEVICE)
+        query, gallery = data[:Q], data[Q:]
+        _kernels_of(records, ceilings, "rerank", lambda: vareid_ext.k_reciprocal_rerank(query, gallery))
+        _kernels_of(records, ceilings, "topk", lambda: vareid_ext.k_reciprocal_rerank(query, gallery, topk=100))
+        whole = vareid_ext.pairwise_distance(data)
+        matrices = [part.contiguous() for part in (whole[:Q, Q:], whole[:Q, :Q], whole[Q:, Q:])]
+        _kernels_of(records, ceilings, "matrices", lambda: vareid_ext.re_ranking(*matrices))
+    with records.section("compiled PyTorch"):  # takes the longest and is worth the least
+        for case in cases():
+            if case.compiled:
+                name = f"{case.operator}, {case.size}, against compiled PyTorch"
+                records.check(name, lambda case=case: measure_compiled(case, clock))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ that outlives the process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,17 @@ class Records:
         self.put(name, status, **values, seconds=round(time.monotonic() - start, 2))
         if status == "failed" and device_is_lost():
             sys.exit(LOST)
+
+    @contextlib.contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """What prepares some checks and makes them: if that raises, it is a failed record, and the step goes on."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.put(name, "failed", why=first_line(error))
+            if device_is_lost():
+                sys.exit(LOST)
 
     def neighbour(self, step: str) -> dict[str, dict[str, Any]]:
         """The records of another step of the same run; none where there is no such file."""
