@@ -58,14 +58,14 @@ class Clock:
         return begin.elapsed_time(end) / 1e3
 
     def medians(self, contenders: Sequence[Callable[[], Any]], budget: float, most: int = 30) -> list[float]:
-        """Median seconds of each, in turn: one round warms up, then 3 to ``most`` as the budget in seconds allows."""
+        """Median seconds of each, in turn: a round to warm up, then 1 to ``most`` as the budget in seconds allows."""
         times: list[list[float]] = [[] for _ in contenders]
         for run in contenders:
             run()
         synchronize()
         stop = time.monotonic() + budget
         for index in range(1 if DRY_RUN else most):
-            if index >= 3 and time.monotonic() > stop:
+            if index and time.monotonic() > stop:
                 break
             for run, taken in zip(contenders, times, strict=True):
                 taken.append(self.seconds(run))
