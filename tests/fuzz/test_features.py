@@ -14,16 +14,21 @@ import pytest
 import torch
 
 from tests.fuzz import runner
-from vareid_ext.feature_files import FeatureFileError, read_features
+from vareid_ext.files.features import MAX_UNPACKED, FeatureFileError, read_features
 
 scipy_io = pytest.importorskip("scipy.io")
-BOMB = 1 << 31  # bytes: what some megabytes unpack to
 PART = bytes(1 << 20)
 
 
-def _npy(array: np.ndarray, version: tuple[int, int] | None = None) -> bytes:
+def _npy(array: Any, version: tuple[int, int] | None = None) -> bytes:
     file = io.BytesIO()
-    np.lib.format.write_array(file, array, version)
+    np.lib.format.write_array(file, np.asanyarray(array), version)
+    return file.getvalue()
+
+
+def _npz(arrays: dict[str, Any], save: Any = np.savez) -> bytes:
+    file = io.BytesIO()
+    save(file, **arrays)
     return file.getvalue()
 
 
@@ -36,74 +41,61 @@ def _pt(content: Any, **options: Any) -> bytes:
 def _mat(content: dict[str, Any], **options: Any) -> bytes:
     file = io.BytesIO()
     scipy_io.savemat(file, content, **options)
-    data = file.getvalue()
-    return data if options.get("format") == "4" else b"MATLAB 5.0 MAT-file".ljust(116) + data[116:]  # no date
+    return b"MATLAB 5.0 MAT-file".ljust(116) + file.getvalue()[116:]  # without the date
 
 
-def _zip(members: dict[str, bytes], huge: str) -> bytes:
-    """A compressed archive in which zeros follow one member's bytes."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
-        for name, data in members.items():
-            with archive.open(zipfile.ZipInfo(name), "w", force_zip64=True) as member:
-                member._compressor = zlib.compressobj(wbits=-15)
-                member.write(data)
-                for _ in range(BOMB // len(PART) if name == huge else 0):
-                    member.write(PART)
+def _zeros_npz(megabytes: int) -> bytes:
+    file, member = io.BytesIO(), zipfile.ZipInfo("feature.npy")
+    member.compress_type = zipfile.ZIP_DEFLATED
+    with zipfile.ZipFile(file, "w") as archive, archive.open(member, "w") as array:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (megabytes << 12, 64)}
+        np.lib.format.write_array_header_1_0(array, header)
+        for _ in range(megabytes):
+            array.write(PART)
     return file.getvalue()
 
 
-def _bombs() -> dict[str, bytes]:
-    """Valid files of an array of zeros."""
-    rows = BOMB // 4 // 64
-    npy = _npy(np.zeros((0, 64), np.float32)).replace(b"(0, 64), }" + b" " * 8, f"({rows}, 64), }}".encode().ljust(18))
-    with zipfile.ZipFile(io.BytesIO(_pt({"feature": torch.zeros(1009, 64)}))) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    (huge,) = (name for name in members if name.endswith("/data/0"))
-    (table,) = (name for name in members if name.endswith("/data.pkl"))
-    sizes = {b"J" + struct.pack("<i", 1009 * 64): rows * 64, b"M" + struct.pack("<H", 1009): rows}
-    for code, size in sizes.items():
-        assert code in members[table]
-        members[table] = members[table].replace(code, b"J" + struct.pack("<i", size))
-    head = struct.pack("<IIIIIIII", 6, 8, 6, 0, 5, 8, rows, 32) + struct.pack("<II8sII", 1, 7, b"feature", 9, BOMB)
+def _zeros_mat(megabytes: int) -> bytes:
+    size = megabytes << 20
+    head = struct.pack("<IIIIIIII", 6, 8, 6, 0, 5, 8, size >> 9, 64) + struct.pack("<II8sII", 1, 7, b"feature", 9, size)
     packer = zlib.compressobj()
-    parts = [packer.compress(struct.pack("<II", 14, len(head) + BOMB) + head)]
-    parts += [packer.compress(PART) for _ in range(BOMB // len(PART))]
-    packed = b"".join([*parts, packer.flush()])
-    return {
-        "bomb.npz": _zip({"feature.npy": npy}, "feature.npy"),
-        "bomb.pt": _zip({**members, huge: b""}, huge),
-        "bomb.mat": _mat({})[:128] + struct.pack("<II", 15, len(packed)) + packed,
-    }
+    parts = [packer.compress(struct.pack("<II", 14, len(head) + size) + head)]
+    packed = b"".join([*parts, *(packer.compress(PART) for _ in range(megabytes)), packer.flush()])
+    return _mat({})[:128] + struct.pack("<II", 15, len(packed)) + packed
 
 
 def seeds() -> dict[str, bytes]:
-    """Features of 9 images with their labels, in every kind of file."""
+    """Features of 9 images with their labels, in every kind of file; files of zeros that unpack to much or too much."""
     rng = np.random.default_rng(0)
     feature = rng.standard_normal((9, 6)).astype(np.float32)
     labels = {name: rng.integers(0, 4, 9) for name in ("identity", "camera", "viewpoint")}
     arrays = {"feature": feature, **labels}
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
-    odd = {**arrays, "names": np.array(["a", "bc"], object), "part": {"x": feature, "y": "text"}, "on": np.eye(3) > 0}
+    objects = {**arrays, "names": np.array(["a", "bc"], object), "camera": np.array([1] * 9, object)}
+    odd = {**arrays, "names": objects["names"], "part": {"x": feature, "y": "text"}, "on": np.eye(3) > 0}
     sparse = {**arrays, "weight": pytest.importorskip("scipy.sparse").eye(5).tocsc(), "z": feature * 1j}
-    stored, packed = io.BytesIO(), io.BytesIO()
-    np.savez(stored, **arrays)
-    np.savez_compressed(packed, **arrays)
-    text = "\n".join(str(i) for i in labels["identity"])
+    allowed = (MAX_UNPACKED >> 20) - 1
     return {
         "c-order.npy": _npy(feature),
         "f-order.npy": _npy(np.asfortranarray(feature.astype(">f8")), (2, 0)),
-        "stored.npz": stored.getvalue(),
-        "packed.npz": packed.getvalue(),
+        "saved-dictionary.npy": _npy(arrays),
+        "stored.npz": _npz(arrays),
+        "packed.npz": _npz(arrays, np.savez_compressed),
+        "objects.npz": _npz(objects),
         "table.pt": _pt(tensors),
+        "arrays.pt": _pt(arrays),
         "tensor.pt": _pt(tensors["feature"].bfloat16().t()),
         "old.pt": _pt(tensors, _use_new_zipfile_serialization=False),
         "plain.mat": _mat(odd),
         "packed.mat": _mat(arrays, do_compression=True),
         "sparse.mat": _mat(sparse),
-        "4.mat": _mat(arrays, format="4"),
-        "labels.txt": text.encode(),
-        **_bombs(),
+        "labels.txt": "\n".join(map(str, labels["identity"])).encode(),
+        "fractions.txt": b"1.0 \n2e0\n" * 4 + b"3",
+        "large.npz": _zeros_npz(allowed),
+        "large.mat": _zeros_mat(allowed),
+        "bomb.npz": _zeros_npz(1024),
+        "bomb.mat": _zeros_mat(1024),
+        "bomb.pt": _pt(torch.zeros(1).expand(1 << 23, 64)),
     }
 
 
