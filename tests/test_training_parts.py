@@ -27,7 +27,7 @@ from vareid_ext.models import ReidModel
 from vareid_ext.training import extraction, report, run_folder
 from vareid_ext.training.figures import choose_queries
 from vareid_ext.training.run_folder import RunFolder
-from vareid_ext.training.signals import RunInterruptedError, Signals
+from vareid_ext.training.signals import RunInterruptedError, Signals, postponed
 from vareid_ext.training.terminal import tell
 
 
@@ -275,6 +275,23 @@ def test_signals_are_kept_until_asked_for_and_handlers_restored():
     assert signal.getsignal(signal.SIGTERM) is before
     with Signals() as signals, pytest.raises(RunInterruptedError), signals.immediate("all is saved"):
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_block_that_postpones_a_signal_is_finished_before_it_is_raised():
+    finished = []
+
+    def work():
+        with postponed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            finished.append(sum(range(1000)))
+        finished.append("too far")
+
+    with Signals() as signals, pytest.raises(RunInterruptedError), signals.immediate("all is saved"):
+        work()
+    assert finished == [499500]
+    with postponed():  # without anybody who waits for signals
+        finished.clear()
+    assert not finished
 
 
 def test_a_terminal_of_few_letters_is_no_reason_to_stop(monkeypatch):

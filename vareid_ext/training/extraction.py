@@ -19,6 +19,7 @@ from vareid_ext.files.atomic import atomic_file
 from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_queries
 from vareid_ext.models import ReidModel
 from vareid_ext.retrieval import k_reciprocal_rerank, pairwise_distance
+from vareid_ext.training.signals import ignore_in_worker, postponed
 
 _BASELINE_SIZE = (64, 32)
 _HISTOGRAM_BINS = 8
@@ -99,13 +100,16 @@ def extract_features(
         collate_fn=collate,
         generator=torch.Generator(),
         pin_memory=torch.device(device).type == "cuda",
+        worker_init_fn=_start_worker,
     )
+    with postponed():  # processes that are half started, or half ended below, complain
+        batches = iter(loader)
     was_training = model.training
     model.eval()
     parts: list[Tensor] = []
     try:
         with torch.inference_mode(), torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
-            for batch in loader:
+            for batch in batches:
                 parts.append(
                     model.test_feature(_channels_like(model, batch.to(device, non_blocking=True).image)).float()
                 )
@@ -113,7 +117,13 @@ def extract_features(
                     progress(len(parts[-1]))
     finally:
         model.train(was_training)
+        with postponed():
+            del batches
     return Features(torch.cat(parts), images.identity, images.camera, images.viewpoint)
+
+
+def _start_worker(worker: int) -> None:
+    ignore_in_worker()
 
 
 def _channels_like(model: ReidModel, image: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from types import FrameType, TracebackType
+from typing import ClassVar
 
 
 class RunInterruptedError(BaseException):
@@ -29,28 +30,32 @@ class Signals:
     """
 
     _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    _active: ClassVar[Signals | None] = None
 
     def __init__(self) -> None:
         self.received = 0
         """number of the signal that came, 0 for none"""
         self._reason = ""  # of a block in which a signal raises at once
+        self._postponed = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Signals:
         with contextlib.suppress(ValueError):
             for number in self._NUMBERS:
                 self._before[number] = signal.signal(number, self._note)
+        Signals._active = self
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        Signals._active = None
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         first, self.received = not self.received, self.received or number
-        if self._reason or not first:
+        if (self._reason or not first) and not self._postponed:
             raise RunInterruptedError(number, self._reason or "before the step's end; the last checkpoint stands")
 
     @contextlib.contextmanager
@@ -70,6 +75,21 @@ class Signals:
         # What a handler raises is lost where Python happens to run a destructor.
         if self.received:
             raise RunInterruptedError(self.received, reason)
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """A short block that a signal may not leave half done: it raises at the end what it would have raised within."""
+    signals = Signals._active
+    if signals is not None:
+        signals._postponed = True
+    try:
+        yield
+    finally:
+        if signals is not None:
+            signals._postponed = False
+    if signals is not None and signals.received and signals._reason:
+        raise RunInterruptedError(signals.received, signals._reason)
 
 
 def ignore_in_worker() -> None:
