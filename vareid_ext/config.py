@@ -68,7 +68,7 @@ class DataConfig:
     """the rendered data set, for kind synthetic"""
 
     def __post_init__(self) -> None:
-        _check("data", self, height=(16, 4096), width=(16, 4096), pad=(0, 4096), flip=(0, 1), erasing=(0, 1))
+        _check("data", self, height=(16, 4096), width=(16, 4096), pad=(0, 1024), flip=(0, 1), erasing=(0, 1))
         _check("data", self, workers=(0, 256))
         check_normalisation(self.mean, self.std, "data.")
         if self.kind != "synthetic" and not self.root:
@@ -125,7 +125,7 @@ class ModelConfig:
     """length of each stripe's feature"""
 
     def __post_init__(self) -> None:
-        _check("model", self, stripe_dim=(1, 65_536))
+        _check("model", self, stripe_dim=(1, 8192))
 
 
 @dataclass(frozen=True)
