@@ -40,6 +40,14 @@ def start(output, *arguments):
     return train.main([*SMALL, "--output", str(output), *arguments])
 
 
+def status(call, *arguments):
+    """The exit status of a program, returned or raised."""
+    try:
+        return call(*arguments)
+    except SystemExit as end:
+        return end.code
+
+
 def log_of(output):
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 
@@ -541,12 +549,15 @@ def test_no_epochs_evaluate_the_untrained_network(tmp_path):
         (["--device=cuda:99"], "run.device"),
         (["--precision=fp16", "--device=cpu"], "run.precision"),
         (["--backbone=resnet10x"], "the nearest are resnet10t"),
+        (["--backbone=resnet18.foo_in1k"], "resnet18.foo_in1k"),
+        (["--model.backbone_options={block: 3}"], "backbone_options"),
+        (["--mean=[123.7, 116.3, 103.5]"], "data.mean"),
         (["--sampler.identities=9"], "sampler.identities: 9 was given; the training split has only 8 identities"),
         (["--recipe=coil20", "--root=no/such.csv"], "no/such.csv"),
     ],
 )
 def test_a_request_that_cannot_be_met_ends_with_one_line(tmp_path, capsys, arguments, words):
-    assert start(tmp_path / "run", *arguments) == 2
+    assert status(start, tmp_path / "run", *arguments) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert words in error
