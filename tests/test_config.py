@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from importlib import resources
 
 import pytest
 import yaml
@@ -24,10 +25,11 @@ from vareid_ext.training.command_line import (
     fields,
     parse,
     recipe_names,
-    recipe_text,
     to_yaml,
 )
 from vareid_ext.training.schedule import learning_rate, view_weight
+
+RECIPES = resources.files("vareid_ext.recipes")
 
 
 def flat(config):
@@ -35,14 +37,18 @@ def flat(config):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_names_every_field_and_parses_to_what_it_says(name):
-    tree = yaml.safe_load(recipe_text(name))
-    named = dict(command_line.pairs(tree))
-    assert set(named) == set(FIELD_NAMES)
-    config = flat(parse(["--recipe", name, "--root", "some/where"]).config)
-    for key, value in named.items():
-        expected = "some/where" if key == "data.root" else tuple(value) if isinstance(value, list) else value
-        assert config[key] == expected, key
+def test_a_recipe_holds_exactly_what_differs_from_its_base_in_a_few_lines(name):
+    text = (RECIPES / f"{name}.yaml").read_text()
+    own = dict(command_line.pairs(yaml.safe_load(text)))
+    base = flat(Config())
+    if "base" in own:
+        above = own.pop("base")
+        assert "base" not in yaml.safe_load((RECIPES / f"{above}.yaml").read_text())
+        base = flat(parse(["--recipe", above, "--root", "x"]).config)
+    config = flat(parse(["--recipe", name, "--root", "x"]).config)
+    differs = {key: value for key, value in config.items() if key != "data.root" and value != base[key]}
+    assert differs == {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
+    assert len([line for line in text.splitlines() if not line.startswith("#")]) <= 12
 
 
 def test_without_arguments_the_synthetic_recipe_runs():
@@ -94,6 +100,20 @@ def test_command_line_wins_over_file_and_file_over_recipe(tmp_path):
     assert request.config.model.backbone_options == {"a": [1, 2]}
     assert request.config.sampler == parse([]).config.sampler
     assert request.name == "mine"
+
+
+def test_a_file_may_name_the_recipe_that_it_differs_from(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: market1501-lsr\noptimizer: {epochs: 7}\n")
+    by_option = parse(["--recipe", "market1501-lsr", "--root", "x", "--epochs", "7"]).config
+    request = parse(["--config", str(path), "--root", "x"])
+    assert (request.config, request.name) == (by_option, "mine")
+    assert parse(["--config", str(path), "--recipe", "synthetic"]).config == parse(["--epochs", "7"]).config
+
+
+def test_the_configuration_of_a_run_names_every_field_and_no_base():
+    tree = yaml.safe_load(to_yaml(parse(["--recipe", "market1501-lsr", "--root", "x"]).config))
+    assert [name for name, _ in command_line.pairs(tree)] == list(FIELD_NAMES)
 
 
 def test_a_written_configuration_reads_back_equal(tmp_path):
@@ -161,6 +181,8 @@ def test_a_request_that_cannot_be_met_is_named(arguments, words, capsys):
         ("optimizer:\n  epoch: 3\n", ["optimizer.epoch", "optimizer.epochs"]),
         ("optimiser:\n  epochs: 3\n", ["optimiser.epochs", "optimizer.epochs"]),
         ("optimizer: 3\n", ["optimizer", "section"]),
+        ("base: market1501-lsd\n", ["faulty.yaml", "base", "market1501-lsd", "market1501-lsr"]),
+        ("base: 3\n", ["faulty.yaml", "base", "3"]),
         ("- 1\n", ["list"]),
         ("a: [\n", ["YAML"]),
         ("optimizer:\n  epochs: -1\n", ["optimizer.epochs", "-1"]),

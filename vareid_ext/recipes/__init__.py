@@ -1,1 +1,4 @@
-"""Named training configurations: one complete YAML file each, which names every field and inherits nothing."""
+"""Named training configurations, one YAML file each: the fields that differ from those of `base`.
+
+`base` is another recipe, which names no base itself; without one it is the defaults of ``vareid_ext.config``.
+"""

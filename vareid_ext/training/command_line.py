@@ -1,5 +1,7 @@
 """The training program's command line: recipes, configuration files and single fields, the later winning.
 
+A recipe or a configuration file holds what differs from its `base`, a recipe.
+
 Every field of ``vareid_ext.config.Config`` is an option, ``--section.field VALUE``. Its last name alone will do where
 only one section has it (``--lr 1e-3``), a truth value may be left out (``--local``), and dashes and underscores are the
 same.
@@ -85,11 +87,14 @@ def recipe_names() -> list[str]:
     return sorted(names, key=lambda name: name != DEFAULT_RECIPE)
 
 
-def recipe_text(name: str) -> str:
-    """The configuration file of a recipe; CommandLineError, naming the nearest, where there is none of that name."""
+def _recipe(name: str, source: str) -> dict[str, Any]:
+    """What a recipe and its base set, by dotted field name; CommandLineError, naming `source`, if there is none."""
     if name not in recipe_names():
-        raise CommandLineError(f"recipe: there is no {name!r}{nearest(name, recipe_names())}")
-    return resources.files("vareid_ext.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+        raise CommandLineError(f"{source}: there is no recipe {name!r}{nearest(name, recipe_names())}")
+    text = resources.files("vareid_ext.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    values = _check_file(text, f"recipe {name}")
+    base = values.pop("base", None)
+    return values if base is None else _recipe(base, f"recipe {name}: base") | values
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -128,7 +133,7 @@ def pairs(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _check_file(text: str, source: str) -> dict[str, Any]:
-    """The YAML text of a configuration, after a look at its keys."""
+    """What the YAML text of a configuration sets, by dotted field name, and its `base` if it names one."""
     try:
         tree = plain_yaml.load(text)
     except yaml.YAMLError as error:
@@ -142,12 +147,13 @@ def _check_file(text: str, source: str) -> dict[str, Any]:
             f"{source}: must hold sections such as `data:` and `optimizer:`, not {type(tree).__name__}"
         )
     sections = {name.rsplit(".", n)[0] for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
-    for name, _ in pairs(tree):
+    values = dict(pairs(tree))
+    for name in values:
         if name in sections:
             raise CommandLineError(f"{source}: {name} is a section and must hold fields")
-        if name not in FIELD_NAMES:
+        if name not in FIELD_NAMES and name != "base":
             raise CommandLineError(f"{source}: there is no field {name!r}{nearest(name, FIELD_NAMES)}")
-    return tree
+    return values
 
 
 def _full_name(option: str) -> str:
@@ -211,7 +217,7 @@ def _check_value(name: str, text: str) -> None:
         raise CommandLineError(f"{name}: {error}") from error
 
 
-def _parser(defaults: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
+def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="python -m vareid_ext.train",
@@ -226,7 +232,7 @@ def _parser(defaults: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
         "--recipe",
         help=f"named configuration to start from, {DEFAULT_RECIPE} if none is given: {', '.join(recipe_names())}",
     )
-    parser.add_argument("--config", help="YAML file of fields that differ from the recipe")
+    parser.add_argument("--config", help="YAML file of what differs from the recipe, which its `base` may name")
     parser.add_argument("--output", help="run folder; default: runs/<recipe>-<date and time>")
     parser.add_argument(
         "--resume", help="run folder of an interrupted run to continue, with the configuration it holds"
@@ -237,7 +243,7 @@ def _parser(defaults: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
     for action in parser._actions:
         if sections & set(action.option_strings):
             action.help = argparse.SUPPRESS
-    parser.set_defaults(dict(pairs(defaults)))
+    parser.set_defaults(defaults)
     return parser
 
 
@@ -273,20 +279,18 @@ def parse(arguments: Sequence[str]) -> Request:
         saved = Path(resume) / "config.yaml"
         if not saved.is_file():
             raise CommandLineError(f"--resume: {resume!r} is not a run folder (there is no {saved})")
-        defaults = _check_file(_read_text(saved), str(saved))
+        defaults, values = {}, _check_file(_read_text(saved), str(saved))
         name = Path(resume).name
     else:
-        name = recipe or DEFAULT_RECIPE
-        defaults = _check_file(recipe_text(name), f"recipe {name}")
-    # A file's values are given as options, whose types are checked; those of a recipe need not be.
-    overrides = _as_options(defaults) if resume is not None else []
-    if file is not None:
-        if not Path(file).is_file():
+        if file is not None and not Path(file).is_file():
             raise CommandLineError(f"--config: there is no file {file!r}")
-        tree = _check_file(_read_text(Path(file)), file)
-        overrides = _as_options(tree)
-        name = recipe or Path(file).stem
-    parser = _parser({} if resume is not None else defaults)
+        values = {} if file is None else _check_file(_read_text(Path(file)), file)
+        base = str(values.pop("base", DEFAULT_RECIPE))
+        defaults = _recipe(base, f"{file}: base") if recipe is None else _recipe(recipe, "--recipe")
+        name = recipe or (DEFAULT_RECIPE if file is None else Path(file).stem)
+    # A file's values are given as options, whose types are checked; those of a recipe need not be.
+    overrides = _as_options(values)
+    parser = _parser(defaults)
     try:
         sections = parser.instantiate(parser.parse_args([*overrides, *options]))
         config = Config(**{f.name: getattr(sections, f.name) for f in dataclasses.fields(Config)})
@@ -306,9 +310,9 @@ def _read_text(path: Path) -> str:
         raise CommandLineError(f"{path}: not UTF-8 text: {error}") from error
 
 
-def _as_options(tree: Mapping[str, Any]) -> list[str]:
+def _as_options(values: Mapping[str, Any]) -> list[str]:
     """The fields of a file as options."""
-    texts = {key: _as_text(value) for key, value in pairs(tree)}
+    texts = {key: _as_text(value) for key, value in values.items()}
     for key, text in texts.items():
         _check_value(key, text)
     return [f"--{key}={text}" for key, text in texts.items()]
