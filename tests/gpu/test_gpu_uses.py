@@ -330,6 +330,7 @@ def _recorded() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         arguments = t["feature"], t["W"], t["U"], t["identity"], t["viewpoint"]
         rows = vareid_ext.linear_viewpoint_aware_cross_entropy(*arguments, reduction="none")
         (rows[0] + rows[1]).sum().backward()
+        FUNCTIONS["rank_features"]({name: torch.from_numpy(x).to(DEVICE) for name, x in _images(np).items()})
     return recorder.calls
 
 
