@@ -253,4 +253,5 @@ def _copy_output(argument: Any) -> Any:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    # A clone: an empty tensor counts as contiguous whatever its strides, which view() does not take.
+    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
