@@ -90,7 +90,7 @@ def recipe_names() -> list[str]:
 def _recipe(name: str, source: str) -> dict[str, Any]:
     """What a recipe and its base set, by dotted field name; CommandLineError, naming `source`, if there is none."""
     if name not in recipe_names():
-        raise CommandLineError(f"{source}: there is no recipe {name!r}{nearest(name, recipe_names())}")
+        raise CommandLineError(f"{source}: there is no recipe {name!r:.60}{nearest(name, recipe_names())}")
     text = resources.files("vareid_ext.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     values = _check_file(text, f"recipe {name}")
     base = values.pop("base", None)
