@@ -354,6 +354,7 @@ EXPANDING = "\n".join(["a0: &a0 [" + "1, " * 9 + "1]", *(f"a{i}: &a{i} [{f'*a{i 
     [
         "optimizer:\n  lr: 0.1\noptimizer:\n  epochs: 3\n",
         "optimizer:\n  lr: 0.1\n  lr: 0.2\n",
+        "optimizer: {lr: 0.1}\noptimizer.lr: 0.2\n",
         "model:\n  backbone_options: {a: 1, 'a': 2}\n",
         "model:\n  backbone_options:\n    " + EXPANDING.replace("\n", "\n    "),
         "model:\n  backbone_options: &a {a: *a}\n",
@@ -376,7 +377,7 @@ EXPANDING = "\n".join(["a0: &a0 [" + "1, " * 9 + "1]", *(f"a{i}: &a{i} [{f'*a{i 
         "data:\n  <<: {flip: 0.1}\n",
         "x" * 50_000 + ": 1\n",
     ],
-    ids=range(23),
+    ids=range(24),
 )
 def test_yaml_that_hides_or_blows_up_what_it_holds_is_an_error_of_one_line(tmp_path, where, text):
     with pytest.raises(CommandLineError) as error:

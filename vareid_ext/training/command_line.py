@@ -147,12 +147,15 @@ def _check_file(text: str, source: str) -> dict[str, Any]:
             f"{source}: must hold sections such as `data:` and `optimizer:`, not {type(tree).__name__}"
         )
     sections = {name.rsplit(".", n)[0] for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
-    values = dict(pairs(tree))
-    for name in values:
+    values: dict[str, Any] = {}
+    for name, value in pairs(tree):
         if name in sections:
             raise CommandLineError(f"{source}: {name} is a section and must hold fields")
         if name not in FIELD_NAMES and name != "base":
             raise CommandLineError(f"{source}: there is no field {name!r}{nearest(name, FIELD_NAMES)}")
+        if name in values:
+            raise CommandLineError(f"{source}: {name} is given twice")
+        values[name] = value
     return values
 
 
