@@ -387,6 +387,13 @@ def test_yaml_that_hides_or_blows_up_what_it_holds_is_an_error_of_one_line(tmp_p
     assert len(str(error.value)) < 2000
 
 
+def test_a_base_of_many_letters_is_an_error_of_few(tmp_path):
+    (tmp_path / "faulty.yaml").write_text("base: " + "x" * 5000)
+    with pytest.raises(CommandLineError, match="base") as error:
+        parse(["--config", str(tmp_path / "faulty.yaml")])
+    assert len(str(error.value)) < 2000
+
+
 def test_a_value_of_the_command_line_is_checked_as_that_of_a_file():
     for text in ("{a: 1, a: 2}", "&a {a: *a}", "{" + EXPANDING.replace("\n", ", ") + "}"):
         for field in ("model.backbone_options", "data.root", "optimizer.epochs"):
