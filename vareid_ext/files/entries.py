@@ -10,8 +10,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-MAX_UNPACKED = 2**28
-"""Bytes that a file of any size may unpack to; a larger file may unpack to ``MAX_RATIO`` times its own size."""
+MAX_UNPACKED = 2**27
+"""Bytes that a file may unpack to, or ``MAX_RATIO`` times its own size if that is more; reading takes twice as many."""
 MAX_RATIO = 16
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, ..., lengths of its name and its extra field
