@@ -78,7 +78,7 @@ def _is_own(identity: Tensor, identities: int) -> Tensor:
 
 def _own(values: Tensor, identity: Tensor) -> Tensor:
     """The values [N, V] of each sample's identity, of ``values [N, K, V]``."""
-    return torch.take_along_dim(values, identity[:, None, None], 1)[:, 0]
+    return values.gather(1, identity[:, None, None].expand(-1, 1, values.shape[2]))[:, 0]
 
 
 def _own_target(w: Tensor, statistics: Tensor, exists: Tensor) -> Tensor:
