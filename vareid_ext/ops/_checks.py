@@ -72,7 +72,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 def check_count(name: str, value: object, least: int, most: int = (1 << 31) - 1) -> int:
     """``value`` as an int; TypeError unless it is a whole number, ValueError unless it is in range."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: {type(value).__name__} was given; an int is needed")
     if not least <= value <= most:
         raise ValueError(f"{name}: {value} was given; allowed are {least} to {most}")
@@ -88,7 +88,7 @@ def check_number(name: str, value: object) -> None:
 
 def check_flag(name: str, value: object) -> None:
     """TypeError unless ``value`` is a bool."""
-    if not isinstance(value, bool | np.bool_):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: {type(value).__name__} was given; a bool is needed")
 
 
