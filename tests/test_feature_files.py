@@ -248,8 +248,12 @@ def test_the_sides_own_name_comes_before_the_common_one(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_only_array_is_taken(tmp_path, kind):
     feature = images(3, 4)["feature"]
-    for others in ({}, {"pid": np.arange(4)}):
-        found = read_features(save(tmp_path / f"a.{kind}", {"whatever": feature, **others}), "query")
+    for others in ({}, {"pid": np.arange(4)}, {"names": np.array(["a.jpg", "b.jpg"]), "pid": np.arange(4)}):
+        if kind == "pt":
+            torch.save({"whatever": feature, **others}, tmp_path / "a.pt")
+        else:
+            save(tmp_path / f"a.{kind}", {"whatever": feature, **others})
+        found = read_features(tmp_path / f"a.{kind}", "query")
         np.testing.assert_array_equal(found.feature, feature)
         assert found.sources["feature"] == f"{tmp_path / f'a.{kind}'}:whatever"
     np.savez(tmp_path / "unnamed.npz", feature)
@@ -612,16 +616,20 @@ def test_values_that_are_no_arrays_are_described(tmp_path):
     assert read_features(tmp_path / "b.npz", "query", key="\x1b[31mred\n").used().isprintable()
 
 
-@pytest.mark.parametrize("kind", ["npz", "pt", "mat"])
+@pytest.mark.parametrize("kind", ["npz", "npy", "pt", "mat"])
 def test_what_nobody_asks_for_may_be_anything(tmp_path, kind):
     arrays = images(7, 5)
     path = tmp_path / f"a.{kind}"
+    names = np.array(["images/0001.jpg", "é"])
+    odd = {"names": names, "list": list(names), "time": np.array("2020-01-01", "M8[D]"), "rows": np.zeros(2, "U3,f4")}
     if kind == "npz":
         np.savez(path, **arrays, names=np.array([Hostile(), None]), records=np.zeros(2, dtype="U3,f4"))
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr("README", "no array")
     elif kind == "pt":
-        torch.save({**arrays, "names": ["a", None, ("b", {})], 3: torch.zeros(1)}, path)
+        torch.save({**arrays, **odd, "values": ["a", None, ("b", {})], 3: torch.zeros(1)}, path)
+    elif kind == "npy":
+        np.save(path, {**arrays, **odd})
     else:
         scipy_io.savemat(path, {**arrays, "names": np.array(["a", "bc"], dtype=object), "options": {"a": {"b": 1}}})
     found = read_features(path, "query")

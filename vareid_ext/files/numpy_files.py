@@ -14,6 +14,14 @@ from vareid_ext.files.entries import Entry, Limit, check_held, entries_of, shape
 from vareid_ext.files.pickles import read_pickle
 
 _HEAD = 2**14  # NumPy reads headers of at most 10,000 characters
+_NUMBERS = "biufc"  # kinds of dtypes
+_LONGEST_NAME = 20  # of a dtype: "U" and the number of its letters
+
+
+def _look(dtype: np.dtype, shape: tuple[int, ...]) -> tuple[int, ...] | str:
+    if dtype.hasobject:
+        return "Python objects"
+    return shape if dtype.kind in _NUMBERS else f"dtype {dtype}"
 
 
 class _Header(NamedTuple):
@@ -23,7 +31,7 @@ class _Header(NamedTuple):
     size: int  # bytes of the header itself
 
     def look(self) -> tuple[int, ...] | str:
-        return "Python objects" if self.dtype.hasobject else self.shape
+        return _look(self.dtype, self.shape)
 
     def map(self, path: Path, start: int, end: int) -> np.ndarray:
         """The array over a memory map; it is those bytes of the file, after its header."""
@@ -105,9 +113,8 @@ class _PickledDtype:
     """A dtype by its name; its state sets the order of its bytes."""
 
     def __init__(self, name: str, *_: Any) -> None:
-        self.dtype = np.dtype(name if type(name) is str else "V")
-        if self.dtype.kind not in "biufcO":
-            raise ValueError(f"arrays of dtype {self.dtype}; numbers are needed")
+        # A longer one, a list of a thousand types, takes long to understand each time that it is named.
+        self.dtype = np.dtype(name if type(name) is str and len(name) <= _LONGEST_NAME else "V")
 
     def build(self, state: Any) -> None:
         if state[1] in (">", "<"):
@@ -126,7 +133,7 @@ class _PickledArray(Entry):
         self.shape, self.dtype = shape_of(shape), kind.dtype
 
     def look(self) -> tuple[int, ...] | str:
-        return "Python objects" if self.dtype.hasobject else self.shape
+        return _look(self.dtype, self.shape)
 
     def read(self) -> Any:
         if self.dtype.hasobject:
@@ -140,6 +147,8 @@ def _to_bytes(data: str | bytes) -> bytes:
 
 
 def _scalar(kind: _PickledDtype, data: str | bytes) -> Any:
+    if kind.dtype.kind not in _NUMBERS:  # of any length, and copied each time that it is named
+        return str(kind.dtype)
     return np.frombuffer(_to_bytes(data[:16]), kind.dtype, 1)[0]
 
 
