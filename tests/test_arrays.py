@@ -81,3 +81,11 @@ def test_kinds_may_be_mixed_and_the_first_one_is_returned(name):
         assert isinstance(result, np.ndarray if first == "numpy" else torch.Tensor), (first, second)
         given = torch.as_tensor(result).detach()
         np.testing.assert_allclose(given, expected, rtol=0, atol=1e-6, err_msg=f"{first}, {second}")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("function", [evaluate_single_viewpoint, evaluate_cross_viewpoint, evaluate_ranking])
+def test_nested_tensors_are_named(function):
+    nested = torch.nested.nested_tensor([torch.rand(3, 4), torch.rand(2, 4)])
+    with pytest.raises(TypeError, match=r"^(feature|distances): "):
+        function(nested, QUERY_IDENTITY, GALLERY_IDENTITY)

@@ -24,11 +24,12 @@ def to_tensor(value: Any, name: str) -> torch.Tensor:
         name: how errors call the argument.
 
     Raises:
-        TypeError: ``value`` is none of these, is sparse or masked, or holds a type that PyTorch does not know.
+        TypeError: ``value`` is none of these, is sparse, nested or masked, or holds a type that PyTorch does not know.
     """
     if isinstance(value, torch.Tensor):
-        if value.layout != torch.strided:
-            raise TypeError(f"{name}: a tensor of layout {value.layout} was given; a dense one is needed")
+        if value.layout != torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else f"of layout {value.layout}"
+            raise TypeError(f"{name}: a tensor {kind} was given; a dense one is needed")
         return value.detach()
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name}: a masked array was given; a plain one is needed (its mask would be lost)")
