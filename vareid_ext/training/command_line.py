@@ -298,7 +298,8 @@ def parse(arguments: Sequence[str]) -> Request:
         sections = parser.instantiate(parser.parse_args([*overrides, *options]))
         config = Config(**{f.name: getattr(sections, f.name) for f in dataclasses.fields(Config)})
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        raise CommandLineError(textwrap.shorten(str(error), 600)) from error
+        message = textwrap.shorten(str(error), 600)
+        raise CommandLineError(message if message.isprintable() else ascii(message)) from error
     folder = resume if resume is not None else output
     command = f"python -m vareid_ext.train {shlex.join(arguments)}".strip()
     command = command if command.isprintable() else ascii(command)

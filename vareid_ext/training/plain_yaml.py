@@ -83,11 +83,14 @@ def _check(root: yaml.Node) -> None:
         if isinstance(node, yaml.SequenceNode):
             waiting += [(value, level + 1) for value in node.value]
         elif isinstance(node, yaml.MappingNode):
-            for key, times in Counter(key.value if _is_name(key) else None for key, _ in node.value).items():
-                if key is None:
+            for key, _ in node.value:
+                if not _is_name(key):
+                    given = repr(key.value[:_LONGEST_NAME]) if isinstance(key, yaml.ScalarNode) else "a list or section"
                     raise PlainYamlError(
-                        f"{line}: a key that is no name was given; allowed are strings of {_LONGEST_NAME} letters"
+                        f"line {key.start_mark.line + 1}: {given} was given as a key; allowed are strings of "
+                        f"{_LONGEST_NAME} letters"
                     )
+            for key, times in Counter(key.value for key, _ in node.value).items():
                 if times > 1:
                     raise PlainYamlError(f"{line}: {key!r} was given {times} times; allowed is once")
             waiting += [(value, level + 1) for _, value in node.value]
