@@ -70,7 +70,7 @@ class _Mat(Entry):
         return self.variable.name
 
     def look(self) -> tuple[int, ...] | str:
-        return self.variable.shape if self.variable.kind else _OTHER.get(self.variable.flags & 0xFF, "no array")
+        return self.variable.shape if self.variable.kind else _OTHER.get(self.variable.flags & 0xFF, "MATLAB value")
 
     def read(self) -> np.ndarray:
         if self.variable.kind is None:

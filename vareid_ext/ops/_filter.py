@@ -180,9 +180,8 @@ class Filter:
         if first is None:
             return None, 0.0
         mean = first + total / count
-        mean = torch.where(
-            whole, mean.round(), mean
-        )  # differences of whole numbers stay whole, so their products exact
+        # Differences of whole numbers stay whole, and so their products exact.
+        mean = torch.where(whole, mean.round(), mean)
         center_norm, length = torch.stack([mean.square().sum(), squares / count]).tolist()
         # Squares leave float64's range only where the rows' differences are tiny beside the rows.
         centered = center_norm > _CENTERED_SHARE * length or math.isinf(length)
