@@ -164,6 +164,17 @@ def test_junk_that_cannot_be_left_out_is_an_error(sides, tmp_path, capsys, chang
     assert not (tmp_path / "r.npy").exists()
 
 
+@pytest.mark.parametrize("command", [rerank, evaluate])
+def test_a_junk_identity_that_is_no_number_is_shown(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(["--junk-identity", "anna"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2
+    assert "--junk-identity" in message
+    assert "'anna'" in message
+    assert "_identity" not in message  # a function's name
+
+
 @pytest.mark.parametrize(
     ("break_it", "arguments", "message"),
     [

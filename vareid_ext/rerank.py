@@ -55,7 +55,10 @@ def add_junk_identity(parser: argparse.ArgumentParser) -> None:
 
 
 def _identity_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} was given; a whole number or none is needed") from None
 
 
 def junk_note(junk: int, gallery: int) -> str:
