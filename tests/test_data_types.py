@@ -124,6 +124,7 @@ def test_floating_point_images_keep_their_contrast(tmp_path):
     """In 0..1, as matrices are often stored, and in the ranges of 8 and 16 bits; Pillow would clip them."""
     for name, values, expected in (
         ("one.tif", [0, 0.25, 0.5, 1], [0, 64, 128, 255]),
+        ("resized.tif", [0, 0.25, 0.5, 1.01], [0, 64, 128, 255]),
         ("half.tif", [0, 0.1, 0.2, 0.5], [0, 26, 51, 128]),
         ("eight.tif", [0, 1, 127.6, 255], [0, 1, 128, 255]),
         ("sixteen.tif", [0, 255.9, 32768, 65535], [0, 0, 128, 255]),

@@ -346,6 +346,13 @@ def test_evaluate_takes_the_cameras_of_one_file_for_both_sides(sides, tmp_path, 
         assert all(name in printed for name in both if names[2] not in name)
         np.savez(file, **{name: value for name, value in both.items() if names[2] not in name})
     assert abs(found[True] - found[False]) > 0.01
+    unknown = {
+        f"{side}_{names[2]}": np.full_like(data["camera"], -1)
+        for side, data in (("query", query), ("gallery", gallery))
+    }
+    np.savez(file, **both | unknown)
+    assert results_of(tmp_path, "--features", file, file)["original"]["mAP"] == pytest.approx(found[False], abs=1e-12)
+    assert "no cameras" in capsys.readouterr().out
 
 
 def test_the_commands_raise_the_limit_on_compressed_files(tmp_path, capsys):

@@ -136,7 +136,7 @@ def _evaluate(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | R
         variants["reranked"] = {"rerank": rerank}
     common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": options.junk_identity}
     notes = [f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)]
-    if query.camera is None:
+    if query.camera is None or bool((query.camera == -1).all()):
         notes.append("no cameras: same-camera images stay in")
     results: dict[str, RankingMetrics | RepeatedMetrics] = {}
     if options.protocol == "standard":

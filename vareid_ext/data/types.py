@@ -76,8 +76,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if high > 255:
         values = values // 256
     elif image.mode == "F":
-        values = np.rint(values * 255 if high <= 1 else values)
-    return Image.fromarray(values.astype(np.uint8))
+        values = np.rint(values * 255 if high < 2 else values)  # resizing leaves values a little above 1
+    return Image.fromarray(values.clip(max=255).astype(np.uint8))
 
 
 def _whole(name: str, values: Any) -> np.ndarray:

@@ -64,7 +64,9 @@ class Limit:
     def check(self, needed: int) -> None:
         """Raises a ValueError if that many bytes are too many to unpack."""
         if needed > self.bytes:
-            raise ValueError(f"it unpacks to {needed:,} bytes; allowed are {self.bytes:,} (max_unpacked raises that)")
+            raise ValueError(
+                f"it unpacks to {needed:,} bytes; allowed are {self.bytes:,}, or --max-unpacked (max_unpacked)"
+            )
 
 
 def shape_of(value: Any) -> tuple[int, ...]:
