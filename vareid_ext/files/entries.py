@@ -65,7 +65,7 @@ class Limit:
         """Raises a ValueError if that many bytes are too many to unpack."""
         if needed > self.bytes:
             raise ValueError(
-                f"it unpacks to {needed:,} bytes; allowed are {self.bytes:,}, or --max-unpacked (max_unpacked)"
+                f"it unpacks to {needed:,} bytes; allowed are {self.bytes:,} (--max-unpacked, max_unpacked)"
             )
 
 
