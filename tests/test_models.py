@@ -218,6 +218,7 @@ def test_a_failed_download_says_what_to_do_and_is_not_tried_for_a_minute(monkeyp
         ("resnet10t", {"output_stride": 7}, False),
         ("resnet10t", {"in_chans": 1}, False),
         ("resnet10t", {"features_only": True}, False),
+        ("resnet10t", {"checkpoint_path": "no/such/file.pth"}, False),
     ],
 )
 def test_what_timm_cannot_build_is_an_error_of_one_line(monkeypatch, name, options, pretrained):

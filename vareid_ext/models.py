@@ -187,13 +187,11 @@ def _create_backbone(name: str, options: dict[str, Any], pretrained: bool) -> nn
         with _cached_weights_only(bool(unreachable)):
             return timm.create_model(name, pretrained=pretrained, num_classes=0, global_pool="", **options)
     except Exception as error:  # timm passes the options on to constructors of all kinds
-        if isinstance(error, _WRONG_ARGUMENTS) and not isinstance(error, OSError):
+        if not pretrained or (isinstance(error, _WRONG_ARGUMENTS) and not isinstance(error, OSError)):
             raise ValueError(
                 f"backbone, backbone_options: {name!r}, {options!r} were given; timm cannot build that: "
                 f"{_first_line(error)}"
             ) from error
-        if not pretrained:
-            raise
         raise OSError(
             f"the pretrained weights of {name!r} could not be downloaded ({unreachable or _first_line(error)}). Give a "
             "local file with --weights FILE, or start from random weights with --model.pretrained=false"
