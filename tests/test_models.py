@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -158,6 +159,11 @@ def test_weights_that_do_not_fit_are_errors(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="list"):
         load_weights(model, str(path))
+    for change in (torch.Tensor.to_sparse, lambda value: value.to("meta"), lambda value: value * math.nan):
+        weights["conv1.0.weight"] = change(torch.ones_like(model.backbone.conv1[0].weight))
+        torch.save(weights, path)
+        with pytest.raises(ValueError, match=r"1 of \d+ entries .* conv1\.0\.weight"):
+            load_weights(model, str(path))
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])

@@ -240,8 +240,9 @@ def load_weights(model: ReidModel, path: str) -> tuple[str, ...]:
 
     Raises:
         OSError: there is no such file.
-        ValueError: the file is damaged or holds other than tensors; weights are missing or of another shape, and the
-            first ones are named beside what the file holds; the checkpoint is of another network.
+        ValueError: the file is damaged or holds other than tensors; weights are missing, have another shape or are not
+            finite numbers, and the first ones are named beside what the file holds; the checkpoint is of another
+            network.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights: there is no file {path!r}")
@@ -292,16 +293,22 @@ def _fill(module: nn.Module, weights: Mapping[str, Any], path: str, held: Mappin
             given = value
         if isinstance(given, Tensor) and given.numel() == value.numel() == 1:
             given = given.reshape(value.shape)
-        if isinstance(given, Tensor) and given.shape == value.shape:
+        if isinstance(given, Tensor) and given.shape == value.shape and _is_finite(given):
             fitting[key] = given
     wrong = [key for key in expected if key not in fitting]
     if wrong:
         raise ValueError(
-            f"weights: {path!r} does not fit the network: {len(wrong)} of {len(expected)} entries are missing or have "
-            f"another shape, the first are {', '.join(wrong[:3])}; the file holds {_describe(held)}"
+            f"weights: {path!r} does not fit the network: {len(wrong)} of {len(expected)} entries are missing, have "
+            f"another shape or are not finite numbers, the first are {', '.join(wrong[:3])}; the file holds "
+            f"{_describe(held)}"
         )
     module.load_state_dict(fitting)
     return tuple(sorted(weights.keys() - expected.keys()))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds a finite value at each place: a sparse one does not, one on the meta device has none."""
+    return tensor.layout == torch.strided and not tensor.is_meta and bool(torch.isfinite(tensor).all())
 
 
 def _describe(weights: Mapping[Any, Any]) -> str:
