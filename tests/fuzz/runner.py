@@ -27,6 +27,7 @@ from pathlib import Path
 CASES = int(os.environ.get("VAREID_FUZZ_CASES", "20000"))
 BATCH = 200  # cases for a child
 SECONDS, PATIENCE = 10, 60  # of the processor and of the clock, for a case
+DONE = 77  # the exit status of a child that has read all that it was to read
 MEGABYTES, CHARACTERS = 500, 2000  # of memory for a case, and of its error's message
 HUGE = 8 << 20  # bytes that one change adds at most
 _INTEGERS = (0, 1, -1, 2, 10, 127, 128, 65535, 2**31 - 1, -(2**31), 2**32 - 1, 10**9, 2**62, 2**63 - 1)
@@ -167,14 +168,15 @@ def outcomes(subject: Subject, seeds: Mapping[str, bytes], cases: range) -> Iter
             if process == 0:
                 try:
                     _child(subject, seeds, cases[:BATCH], Path(folder), theirs)
+                    os._exit(DONE)
                 finally:
-                    os._exit(0)
+                    os._exit(1)
             os.close(theirs)
             with open(ours) as pipe:
                 found = pipe.read().splitlines()
-            _, status = os.waitpid(process, 0)
-            if os.WIFSIGNALED(status):
-                found.append(f"ended by {signal.Signals(os.WTERMSIG(status)).name}")
+            status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            if status != DONE:
+                found.append(f"ended by {signal.Signals(-status).name if status < 0 else f'exit status {status}'}")
             yield from found
             cases = cases[len(found) :]
 
