@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 import sys
 import zipfile
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Client
 
 import numpy as np
 import pytest
@@ -27,7 +30,7 @@ from vareid_ext.models import ReidModel
 from vareid_ext.training import extraction, report, run_folder
 from vareid_ext.training.figures import choose_queries
 from vareid_ext.training.run_folder import RunFolder
-from vareid_ext.training.signals import RunInterruptedError, Signals, postponed
+from vareid_ext.training.signals import RunInterruptedError, Signals, ignore_in_worker, postponed
 from vareid_ext.training.terminal import tell
 
 
@@ -292,6 +295,26 @@ def test_a_block_that_postpones_a_signal_is_finished_before_it_is_raised():
     with postponed():  # without anybody who waits for signals
         finished.clear()
     assert not finished
+
+
+def test_a_loading_process_says_nothing_if_what_it_hands_over_is_not_taken(capfd):
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def load():
+        ignore_in_worker()
+        theirs.send([resource_sharer.DupFd(theirs.fileno()) for _ in range(2)])
+        theirs.recv()
+
+    process = context.Process(target=load)
+    process.start()
+    left, taken = ours.recv()
+    # What an interrupted main process does; the second one is handed over after that.
+    Client(left._id[0], authkey=multiprocessing.current_process().authkey).close()
+    os.close(taken.detach())
+    ours.send(None)
+    process.join()
+    assert capfd.readouterr().err == ""
 
 
 def test_a_terminal_of_few_letters_is_no_reason_to_stop(monkeypatch):

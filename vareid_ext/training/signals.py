@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import ClassVar
@@ -96,3 +97,5 @@ def ignore_in_worker() -> None:
     """Leave Ctrl-C, which reaches every process of a terminal, and SIGTERM to the main process."""
     for number in Signals._NUMBERS:
         signal.signal(number, signal.SIG_IGN)
+    # What a thread that hands images over calls where the main process, interrupted, does not take them.
+    sys.excepthook = lambda *error: None
