@@ -207,6 +207,18 @@ def test_text_as_numpy_writes_it(tmp_path):
         np.testing.assert_array_equal(getattr(found, name), value)
     (tmp_path / "ids.txt").write_text("9007199254740993\n-1\n")
     assert read_all(tmp_path / "ids.txt")[""].ravel().tolist() == [2**53 + 1, -1]
+    (tmp_path / "ids.txt").write_text("# identités\n7 # née\n8\n", encoding="utf-8")
+    assert read_all(tmp_path / "ids.txt")[""].ravel().tolist() == [7, 8]
+
+
+@pytest.mark.parametrize("character", ["\u00e9", "\u0663", "\u2003", "\U00010a01", "\U000d1efe", "\U0010ffff"])
+def test_characters_of_no_number_in_text_are_refused(tmp_path, character):
+    """NumPy looks some of them up outside its tables and dies."""
+    file = tmp_path / "ids.txt"
+    for text in (f"{character}2\n", f"2{character}\n", f"2\n{character}"):
+        file.write_text(text, encoding="utf-8")
+        with pytest.raises(FeatureFileError, match=r"ids\.txt"):
+            read_all(file)
 
 
 # ---- names

@@ -38,13 +38,16 @@ _DESCRIBED = 20  # keys that an error lists
 
 def _open_txt(path: Path, limit: Limit) -> dict[str, Entry]:
     """Numbers as text, a row a line, as ``numpy.savetxt`` writes them; int64 where all are whole."""
-    with path.open(encoding="utf-8-sig") as file, warnings.catch_warnings():
+    lines = [line.partition("#")[0] for line in path.read_text(encoding="utf-8-sig").split("\n")]
+    # NumPy looks characters up beyond the end of its table of white space, which can kill the process.
+    if not all(map(str.isascii, lines)):
+        raise ValueError("it holds characters that are in no number")
+    with warnings.catch_warnings():
         warnings.simplefilter("error")  # no numbers at all; a fraction cut off
         try:
-            return {"": PlainValue(np.loadtxt(file, np.int64, ndmin=2))}
+            return {"": PlainValue(np.loadtxt(lines, np.int64, ndmin=2))}
         except (ValueError, DeprecationWarning):
-            file.seek(0)
-            return {"": PlainValue(np.loadtxt(file, ndmin=2))}
+            return {"": PlainValue(np.loadtxt(lines, ndmin=2))}
 
 
 _OPENERS: Mapping[str, Callable[[Path, Limit], dict[str, Entry]]] = {
