@@ -106,7 +106,10 @@ def _cuda_reason(device: int) -> str:
     if _module is None:
         return _missing_reason
     if not _module.with_cuda:
-        return "the compiled module was built without CUDA (VAREID_CUDA=OFF, or no usable nvcc at build time)"
+        return (
+            "the compiled module was built without CUDA (VAREID_CUDA=OFF, or no usable nvcc at build time); "
+            "python -m vareid_ext.doctor says what to type"
+        )
     if device not in _cuda_reasons:
         _cuda_reasons[device] = str(_module.cuda_unusable_reason(device))
     return _cuda_reasons[device]
