@@ -183,7 +183,7 @@ def test_an_architecture_that_nvcc_does_not_know_is_refused(tmp_path, toolkit, m
 
 
 @pytest.mark.parametrize(("gpu", "architectures"), [((9, 0), "90-real"), ((1, 2), "all-major"), (None, "all-major")])
-def test_without_a_choice_the_visible_gpu_decides(tmp_path, toolkit, gpu, architectures):
+def test_without_a_choice_the_visible_gpu_decides(tmp_path, python, toolkit, gpu, architectures):
     """The GPU is the one that CMake's own test program is told of by macros."""
     header = tmp_path / "gpu.h"
     if gpu is None:
@@ -194,7 +194,7 @@ def test_without_a_choice_the_visible_gpu_decides(tmp_path, toolkit, gpu, archit
             f"#define cudaGetDeviceProperties(p, n) ((p)->major = {gpu[0]}, (p)->minor = {gpu[1]}, cudaSuccess)\n"
         )
     environment = {"CUDACXX": str(toolkit / "bin" / "nvcc"), "CUDAARCHS": "", "CUDAFLAGS": f"-include {header}"}
-    result = configure(tmp_path, "ON", **environment)
+    result = configure(tmp_path, "ON", python=python[0], **environment)
     assert result.returncode == 0, result.stderr
     assert f"architectures {architectures})" in result.stdout
     assert (PYPI in result.stdout) == (gpu == (1, 2))  # an nvcc that does not know the GPU
@@ -210,3 +210,24 @@ def test_a_driver_too_old_and_a_torch_too_new_for_nvcc_are_told(tmp_path, python
     lines = [line for line in result.stdout.splitlines() if "vareid_ext: " in line and "CUDA kernels" not in line]
     assert len(lines) == 1
     assert told in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("mode", "needed"), [("PYPI", True), ("pypi", True), ("AUTO", False), ("OFF", False), ("", False)]
+)
+def test_only_a_build_by_the_nvcc_of_pypi_downloads_one(monkeypatch, mode, needed):
+    build = pytest.importorskip("scikit_build_core.build")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("VAREID_CUDA", mode)
+    required = build.get_requires_for_build_wheel()
+    assert any(requirement.startswith("cuda-toolkit[") for requirement in required) == needed
+
+
+def test_the_matrix_of_versions_lists_its_names_when_asked_for_another():
+    matrix = ROOT / ".ci" / "matrix"
+    if not matrix.exists():
+        pytest.skip("needs the repository")
+    result = subprocess.run([matrix, "a-name-it-has-not"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    for name in ("oldest", "torch-2.11", "python-3.11", "newest", "wheel"):
+        assert re.search(rf"^ *{name} ", result.stderr, re.M)
