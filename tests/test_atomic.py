@@ -18,6 +18,7 @@ from vareid_ext.checkpoint import save_checkpoint
 from vareid_ext.data import SyntheticSettings, synthetic_data, write_manifest
 from vareid_ext.files import atomic
 from vareid_ext.files.atomic import atomic_file, check_writable, remove_unfinished
+from vareid_ext.rerank import _write_best
 from vareid_ext.training.extraction import Features
 from vareid_ext.training.run_folder import RunFolder
 
@@ -229,6 +230,11 @@ def write_features(path):
     Features(torch.zeros(5_000, 1), *(np.zeros(5_000, dtype=np.int64),) * 3).save(path)
 
 
+def write_best(path, suffix):
+    with atomic_file(path) as file:
+        _write_best(file, suffix, np.zeros((50, 50), np.float32), np.zeros((50, 50), np.int64))
+
+
 def write_log(path):
     folder = RunFolder(path.parent, resume=False)
     folder.log = path
@@ -244,9 +250,11 @@ def write_log(path):
         lambda path: save_checkpoint(path, {"a": torch.zeros(5_000)}),
         lambda path: save_checkpoint(path, {str(i): torch.zeros(1) for i in range(500)}),  # only the directory is large
         lambda path: RunFolder(path.parent, resume=False).write_json(path, "x" * 20_000),
+        lambda path: write_best(path, ".npy"),
+        lambda path: write_best(path, ".npz"),
         lambda path: write_manifest(synthetic_data(SyntheticSettings(2, 2, 4)), path),
     ],
-    ids=["bytes", "features", "log", "checkpoint", "checkpoint-of-little", "json", "manifest"],
+    ids=["bytes", "features", "log", "checkpoint", "checkpoint-of-little", "json", "best", "best-npz", "manifest"],
 )
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, full_disk, write):
     path = tmp_path / "result"

@@ -174,7 +174,9 @@ def _write_best(file: BinaryIO, suffix: str, distance: np.ndarray, index: np.nda
         return
     records = np.empty(index.shape, dtype=[("index", np.int64), ("distance", np.float32)])
     records["index"], records["distance"] = index, distance
-    np.save(file, records)
+    # np.save leaves the writing to C, and on a full disk says neither why nor where.
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(records))
+    file.write(records.tobytes())
 
 
 @contextlib.contextmanager
