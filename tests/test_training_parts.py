@@ -25,7 +25,6 @@ from vareid_ext.checkpoint import (
     set_random_state,
 )
 from vareid_ext.data import ImageList, SyntheticSettings, build_transform, synthetic_data
-from vareid_ext.files import atomic
 from vareid_ext.models import ReidModel
 from vareid_ext.training import extraction, report, run_folder
 from vareid_ext.training.figures import choose_queries
@@ -205,15 +204,15 @@ def test_weights_that_unpack_to_more_than_they_are_get_refused_unread(tmp_path):
 
 def test_a_signal_in_the_middle_of_a_write_is_raised_as_what_it_is(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "last.pt", {"step": 1})
-    write = atomic._File.write
 
-    def interrupted(self, data):
-        done = write(self, data)
-        if not signals.received:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return done
+    class Interrupted(io.FileIO):
+        def write(self, data):
+            done = super().write(data)
+            if not signals.received:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return done
 
-    monkeypatch.setattr(atomic._File, "write", interrupted)
+    monkeypatch.setattr(io, "FileIO", Interrupted)
     with Signals() as signals, pytest.raises(RunInterruptedError), signals.immediate("all is saved"):
         save_checkpoint(tmp_path / "last.pt", {"step": 2, **{str(i): torch.zeros(100_000) for i in range(5)}})
     assert load_checkpoint(tmp_path / "last.pt")["step"] == 1

@@ -12,7 +12,7 @@ import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 _UNFINISHED = re.compile(r"(\..*\.[0-9a-f]{8}\.)[0-9a-f]{8}\.part", re.DOTALL)  # the names that _locked_file gives
 
@@ -25,8 +25,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     points to is replaced. What killed writers of `path` have left is removed first.
 
     Raises:
-        OSError: the file cannot be written; the error names `path`. Also where the block raises another error because
-            of that, as ``torch.save`` does on a full disk.
+        OSError: the file cannot be written; the error names `path`.
     """
     target = Path(os.path.realpath(path))
     remove_unfinished(target)
@@ -38,10 +37,6 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(raw.fileno())
                 os.replace(raw.name, target)  # before the file is closed, and with that unlocked
-        except Exception:
-            if raw.failure is None:
-                raise
-            raise raw.failure from None
         finally:
             Path(raw.name).unlink(missing_ok=True)
 
@@ -102,23 +97,10 @@ def _prefix(target: Path) -> str:
     return f".{target.name}.{zlib.crc32(os.uname().nodename.encode()):08x}."
 
 
-class _File(io.FileIO):
-    """A file that remembers why it could not be written."""
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            self.failure = error
-            raise
-
-
-def _locked_file(target: Path) -> _File:
+def _locked_file(target: Path) -> io.FileIO:
     """A new file beside `target`."""
     while True:
-        file = _File(str(target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}.part")), "xb")
+        file = io.FileIO(str(target.with_name(f"{_prefix(target)}{secrets.token_hex(4)}.part")), "xb")
         with contextlib.suppress(OSError):  # without locks nothing is ever taken for left behind
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:  # else it was taken for that before it was locked
