@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -212,13 +213,15 @@ def test_a_symbolic_link_stays_and_its_target_is_replaced(tmp_path, exists):
     assert names(target.parent) == ["target"]
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
     """No file can grow beyond 10,000 bytes, which fails as a full disk does: an OSError that names no file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:  # before pytest goes on to write its output, which may be a file
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def write_plainly(path):
@@ -256,9 +259,9 @@ def write_log(path):
     ],
     ids=["bytes", "features", "log", "checkpoint", "checkpoint-of-little", "json", "best", "best-npz", "manifest"],
 )
-def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, full_disk, write):
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, write):
     path = tmp_path / "result"
-    with pytest.raises(OSError, match="File too large") as caught:
+    with pytest.raises(OSError, match="File too large") as caught, full_disk():
         write(path)
     assert caught.value.errno == errno.EFBIG
     assert str(caught.value).endswith(f": '{path}'")

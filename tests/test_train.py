@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import os
@@ -294,18 +295,18 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(tmp_path, capsys, mo
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_signal_while_the_last_checkpoint_is_written_is_one_line(finished, tmp_path, monkeypatch, capsys):
-    write = atomic._File.write
     files = []
 
-    def interrupted(self, data):
-        done = write(self, data)
-        if self.name.rpartition("/")[2].startswith(".best.pt"):
-            files.append(self.name)
-            if len(set(files)) == 2 and files.count(self.name) == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-        return done
+    class Interrupted(io.FileIO):
+        def write(self, data):
+            done = super().write(data)
+            if self.name.rpartition("/")[2].startswith(".best.pt"):
+                files.append(self.name)
+                if len(set(files)) == 2 and files.count(self.name) == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return done
 
-    monkeypatch.setattr(atomic._File, "write", interrupted)
+    monkeypatch.setattr(io, "FileIO", Interrupted)
     monkeypatch.setattr(train, "metrics_of", lambda scores: dict.fromkeys(METRIC_NAMES, 0.5))
     assert start(tmp_path / "run", "--baselines=false") == 128 + signal.SIGTERM
     error = capsys.readouterr().err
