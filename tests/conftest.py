@@ -5,8 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from vareid_ext import _native, reference_backend
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Modules that compute when they are imported start no threads, whose pool would hang in a forked process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return (yield)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that run in a forked process come before those that start threads in this one."""
+    items.sort(key=lambda item: item.path.parent.name != "cuda_on_cpu")
 
 
 @pytest.fixture(params=["native", "reference"])
