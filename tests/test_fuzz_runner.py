@@ -42,8 +42,9 @@ def work_forever() -> None:
 def test_a_planted_fault_of_a_reader_is_reported(
     monkeypatch: pytest.MonkeyPatch, fault: Callable[[], object], reported: str
 ) -> None:
-    monkeypatch.setattr(runner, "SECONDS", 1)
-    monkeypatch.setattr(runner, "PATIENCE", 2)
+    # Only the limit that is meant is short: a busy machine may take seconds for the other faults.
+    if reported in ("SIGPROF", "SIGALRM"):
+        monkeypatch.setattr(runner, "SECONDS" if reported == "SIGPROF" else "PATIENCE", 1)
 
     def read(path: Path) -> None:
         if path.name == "faulty":
