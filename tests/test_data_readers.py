@@ -1,11 +1,14 @@
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vareid_ext.data import KINDS, load_data
-from vareid_ext.data.readers import read_cuhk03
+from vareid_ext.data import READERS, load_data
+from vareid_ext.data.readers.layout import ImageEntry, build_data
+from vareid_ext.training.command_line import parse
 
 TINY = Image.new("RGB", (4, 8), (10, 200, 30))
 
@@ -114,11 +117,6 @@ def test_cuhk03(tmp_path, setting):
         load(f"cuhk03-np-{other}", tmp_path)
 
 
-def test_cuhk03_setting_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="labeled or detected"):
-        read_cuhk03(tmp_path, "manual")
-
-
 @pytest.mark.parametrize(("train", "test"), [("train", "test"), ("mask_train_v2", "mask_test_v2")])
 def test_msmt17(tmp_path, train, test):
     layout = {key.replace("train", train).replace("test", test): files for key, files in MSMT17.items()}
@@ -146,7 +144,7 @@ def test_msmt17_without_image_folders(tmp_path):
         load("msmt17", tmp_path)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("synthetic", "manifest")])
+@pytest.mark.parametrize("kind", [kind for kind in READERS if kind not in ("synthetic", "manifest")])
 def test_a_wrong_path_shows_what_was_expected_and_found(tmp_path, kind):
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday" / "beach.jpg").write_bytes(b"")
@@ -389,9 +387,9 @@ def test_a_pipe_among_the_images_is_unreadable(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("market", "x"), "kind must be one of synthetic, market1501"),
-        (("market1501", None), "root must be the folder"),
-        (("manifest", None), "root must be the CSV file"),
+        (("market", "x"), "kind: 'market' was given; allowed are synthetic, market1501"),
+        (("market1501", None), "root: nothing was given; kind market1501 needs"),
+        (("manifest", None), "root: nothing was given; kind manifest needs"),
     ],
 )
 def test_arguments_are_checked(arguments, message):
@@ -402,3 +400,34 @@ def test_arguments_are_checked(arguments, message):
 def test_viewpoint_mode_is_checked(tmp_path):
     with pytest.raises(ValueError, match="viewpoint_mode must be one of hard, soft"):
         load("market1501", tmp_path, viewpoint_mode="fuzzy")
+
+
+def documented_reader():
+    """`read_flat` of docs/extending.md."""
+    text = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+    names = {"os": os, "ImageEntry": ImageEntry, "build_data": build_data}
+    exec(re.search(r"```python\n(def read_flat.*?)```", text, re.DOTALL)[1], names)
+    return names["read_flat"]
+
+
+def test_a_new_reader_is_one_function_and_one_line(tmp_path, monkeypatch, capsys):
+    for name in ("train-7-1", "train-9-2", "query-3-1", "gallery-3-2"):
+        TINY.save(tmp_path / f"{name}.jpg")
+    with pytest.raises(ValueError, match=r"data\.kind: 'flat' was given; allowed are synthetic, .*manifest"):
+        parse(["--data.kind=flat", f"--root={tmp_path}"])
+    monkeypatch.setitem(READERS, "flat", documented_reader())
+
+    data = load("flat", tmp_path)
+    assert data.identity_names == ("7", "9")
+    assert data.train.camera.tolist() == [1, 2]
+    assert data.query.viewpoint.tolist() == [-1]
+    (tmp_path / "train-7-3.jpg").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="1 unreadable images"):
+        load("flat", tmp_path)
+
+    assert parse(["--data.kind=flat", f"--root={tmp_path}"]).config.data.kind == "flat"
+    with pytest.raises(ValueError, match=r"data\.root: nothing was given; data\.kind flat needs"):
+        parse(["--data.kind=flat"])
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "manifest, flat" in " ".join(capsys.readouterr().out.split())

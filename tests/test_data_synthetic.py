@@ -9,9 +9,9 @@ import torch
 
 from vareid_ext.data import SyntheticSettings, synthetic_data
 from vareid_ext.data.random_stream import Stream
-from vareid_ext.data.synthetic_drawing import TURN, sine, tube
-from vareid_ext.data.synthetic_figure import Pose, paint_person
-from vareid_ext.data.synthetic_person import draw_person
+from vareid_ext.data.synthetic.drawing import TURN, sine, tube
+from vareid_ext.data.synthetic.figure import Pose, paint_person
+from vareid_ext.data.synthetic.person import draw_person
 
 SMALL = SyntheticSettings(
     identities_train=4, identities_test=3, images_per_identity=7, distractors=2, cameras=3, height=64, width=32
@@ -205,7 +205,7 @@ def test_smallest_set():
 
 
 def test_a_large_set_is_rendered_as_it_is_used(small, monkeypatch):
-    monkeypatch.setattr("vareid_ext.data.synthetic._CACHE_BYTES", 1000)
+    monkeypatch.setattr("vareid_ext.data.synthetic.renderer._CACHE_BYTES", 1000)
     data = synthetic_data(SMALL)
     assert not data.train.loader._rendered
     assert np.array_equal(pixels(data.query), pixels(small.query))

@@ -19,7 +19,7 @@ from vareid_ext.data import (
     with_soft_labels,
 )
 from vareid_ext.data.plain_pickle import load_label_table
-from vareid_ext.data.viewpoint_labels import HARD_LABELS, SOFT_LABELS
+from vareid_ext.data.viewpoints import HARD_LABELS, SOFT_LABELS
 
 TABLE = {
     "0002_c1s1_000451_03.jpg": (0, "front"),
@@ -130,7 +130,7 @@ def test_memory_bombs_are_refused_at_once(written):
 
 
 def test_a_file_too_large_is_not_read(written, monkeypatch):
-    monkeypatch.setattr("vareid_ext.data.viewpoint_labels._MAX_BYTES", 50)
+    monkeypatch.setattr("vareid_ext.data.viewpoints._MAX_BYTES", 50)
     with pytest.raises(ValueError, match=r"labels\.pkl.*50"):
         read_viewpoint_labels(written(pickle.dumps(TABLE)))
     # One million images fit into a CSV file.

@@ -11,12 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vareid_ext.data import SyntheticSettings, check_normalisation
-
-DataKind = Literal[
-    "synthetic", "market1501", "dukemtmc-reid", "cuhk03-np-labeled", "cuhk03-np-detected", "msmt17", "manifest"
-]
-
+from vareid_ext.data import SyntheticSettings, check_kind, check_normalisation
 
 _MOST_EPOCHS = 100_000
 _MOST_STEPS = 10**9
@@ -37,7 +32,7 @@ def _check(section: str, config: object, **limits: tuple[float, float]) -> None:
 class DataConfig:
     """Which images, and how they are read and augmented."""
 
-    kind: DataKind = "synthetic"
+    kind: str = "synthetic"
     """the data set's layout; synthetic is rendered from a seed, manifest is a CSV file of your own images"""
     root: str | None = None
     """the data set's folder, or the CSV file of kind manifest; not used by kind synthetic"""
@@ -71,10 +66,7 @@ class DataConfig:
         _check("data", self, height=(16, 4096), width=(16, 4096), pad=(0, 1024), flip=(0, 1), erasing=(0, 1))
         _check("data", self, workers=(0, 256))
         check_normalisation(self.mean, self.std, "data.")
-        if self.kind != "synthetic" and not self.root:
-            raise ValueError(
-                f"data.root: nothing was given; data.kind {self.kind} needs the data set's path (--data.root)"
-            )
+        check_kind(self.kind, self.root, "data.")
 
     @property
     def processes(self) -> int:

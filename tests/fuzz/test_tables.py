@@ -6,8 +6,8 @@ import pickle
 from pathlib import Path
 
 from tests.fuzz import runner
-from vareid_ext.data.manifest import read_manifest
-from vareid_ext.data.viewpoint_labels import HARD_LABELS, read_viewpoint_labels
+from vareid_ext.data.readers.manifest import read_manifest
+from vareid_ext.data.viewpoints import HARD_LABELS, read_viewpoint_labels
 
 
 def seeds() -> dict[str, bytes]:

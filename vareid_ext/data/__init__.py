@@ -2,18 +2,20 @@
 
 from vareid_ext.data.dataset import Batch, ReidDataset, collate, worker_init
 from vareid_ext.data.export import write_manifest
-from vareid_ext.data.load import KINDS, check_readable, load_data
-from vareid_ext.data.manifest import read_manifest
+from vareid_ext.data.load import check_readable, load_data
+from vareid_ext.data.readers import READERS, check_kind
+from vareid_ext.data.readers.manifest import read_manifest
+from vareid_ext.data.readers.synthetic import synthetic_data
 from vareid_ext.data.sampler import Draw, PKSampler
-from vareid_ext.data.synthetic import SyntheticSettings, synthetic_data
+from vareid_ext.data.synthetic.renderer import SyntheticSettings
 from vareid_ext.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform, check_normalisation
 from vareid_ext.data.types import UNKNOWN, VIEWPOINTS, ImageList, ReidData
-from vareid_ext.data.viewpoint_labels import ViewpointLabels, label_images, read_viewpoint_labels, with_soft_labels
+from vareid_ext.data.viewpoints import ViewpointLabels, label_images, read_viewpoint_labels, with_soft_labels
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "KINDS",
+    "READERS",
     "UNKNOWN",
     "VIEWPOINTS",
     "Batch",
@@ -25,6 +27,7 @@ __all__ = [
     "SyntheticSettings",
     "ViewpointLabels",
     "build_transform",
+    "check_kind",
     "check_normalisation",
     "check_readable",
     "collate",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from vareid_ext.data.types import ImageList, ReidData
+from vareid_ext.data.types import ReidData
 from vareid_ext.files.atomic import naming
 
 
@@ -34,8 +34,7 @@ def write_manifest(data: ReidData, folder: str | os.PathLike[str], *, progress: 
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        splits: dict[str, ImageList] = {"train": data.train, "query": data.query, "gallery": data.gallery}
-        total = sum(len(images) for images in splits.values())
+        total = sum(len(images) for images in data.splits.values())
         with (
             naming(folder),
             (unfinished / "manifest.csv").open("w", newline="", encoding="utf-8") as file,
@@ -43,7 +42,7 @@ def write_manifest(data: ReidData, folder: str | os.PathLike[str], *, progress: 
         ):
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(("path", "identity", "camera", "viewpoint", "split"))
-            for split, images in splits.items():
+            for split, images in data.splits.items():
                 (unfinished / split).mkdir()
                 for index in range(len(images)):
                     name = f"{split}/{index:06d}.png"

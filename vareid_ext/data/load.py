@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
-from vareid_ext.data.manifest import read_manifest
-from vareid_ext.data.readers import read_cuhk03, read_dukemtmc, read_market1501, read_msmt17
-from vareid_ext.data.synthetic import SyntheticSettings, synthetic_data
+from vareid_ext.data.readers import check_kind, needs_root, read
+from vareid_ext.data.synthetic.renderer import SyntheticSettings
 from vareid_ext.data.types import ImageList, ReidData
-from vareid_ext.data.viewpoint_labels import MODES, label_images, read_viewpoint_labels, with_soft_labels
+from vareid_ext.data.viewpoints import MODES, label_images, read_viewpoint_labels, with_soft_labels
 
-_Reader = Callable[[str | os.PathLike[str]], ReidData]
-_READERS: Mapping[str, _Reader] = {
-    "market1501": read_market1501,
-    "dukemtmc-reid": read_dukemtmc,
-    "cuhk03-np-labeled": lambda root: read_cuhk03(root, "labeled"),
-    "cuhk03-np-detected": lambda root: read_cuhk03(root, "detected"),
-    "msmt17": read_msmt17,
-    "manifest": read_manifest,
-}
-
-KINDS = ("synthetic", *_READERS)
-"""What `load_data` can load."""
-
-_SPLITS = ("train", "query", "gallery")
 _NAMED_AT_MOST = 20
 
 
@@ -52,8 +37,7 @@ def unreadable_images(images: ImageList, *, progress: bool = False) -> list[tupl
 
 def _drop(data: ReidData, bad: Mapping[str, list[tuple[int, str]]]) -> ReidData:
     lists = {}
-    for split in _SPLITS:
-        images: ImageList = getattr(data, split)
+    for split, images in data.splits.items():
         keep = np.ones(len(images), dtype=bool)
         keep[[index for index, _ in bad[split]]] = False
         if not keep.any():
@@ -67,7 +51,7 @@ def _drop(data: ReidData, bad: Mapping[str, list[tuple[int, str]]]) -> ReidData:
         query=lists["query"],
         gallery=lists["gallery"],
         identity_names=tuple(data.identity_names[index] for index in kept),
-        skipped=tuple(getattr(data, split).paths[index] for split in _SPLITS for index, _ in bad[split]),
+        skipped=tuple(images.paths[index] for split, images in data.splits.items() for index, _ in bad[split]),
     )
 
 
@@ -77,8 +61,8 @@ def check_readable(data: ReidData, *, skip_bad_images: bool = False, progress: b
     Raises:
         ValueError: images cannot be read and `skip_bad_images` is False, or a split has no readable image.
     """
-    bad = {split: unreadable_images(getattr(data, split), progress=progress) for split in _SPLITS}
-    problems = [why for split in _SPLITS for _, why in bad[split]]
+    bad = {split: unreadable_images(images, progress=progress) for split, images in data.splits.items()}
+    problems = [why for found in bad.values() for _, why in found]
     if not problems:
         return data
     if skip_bad_images:
@@ -104,7 +88,7 @@ def load_data(
     """Load a data set.
 
     Args:
-        kind: one of `KINDS`.
+        kind: a key of `READERS`.
         root: the data set's folder; the CSV file for "manifest"; not used for "synthetic".
         viewpoint_labels: a label file (see `read_viewpoint_labels`); images are looked up by path, or by file name
             where that is enough, and those it does not name keep what the reader knows, if anything.
@@ -119,22 +103,16 @@ def load_data(
         ValueError: an argument outside what is allowed, unreadable images, a manifest or label file with errors.
         FileNotFoundError: the data set is not there; the message shows what was expected and what was found.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_kind(kind, root)
+    root = root if needs_root(kind) else None
     if viewpoint_mode not in MODES:
         raise ValueError(f"viewpoint_mode must be one of {', '.join(MODES)}, got {viewpoint_mode!r}")
-    if kind != "synthetic" and root is None:
-        raise ValueError(f"root must be the {'CSV file' if kind == 'manifest' else 'folder'} of {kind!r}, got None")
     labels = None if viewpoint_labels is None else read_viewpoint_labels(viewpoint_labels)
-    if kind == "synthetic":
-        data, folder = synthetic_data(synthetic, progress=progress), None
-    else:
-        assert root is not None
-        data, folder = _READERS[kind](root), os.path.dirname(root) if kind == "manifest" else root
+    data = read(kind, root=root, settings=synthetic, progress=progress)
     if labels is not None:
         # Before bad images are dropped: a file name must not become unique by that.
-        data = label_images(data, labels, folder)
-    if kind != "synthetic" and check_images:
+        data = label_images(data, labels, os.path.dirname(root) if root and os.path.isfile(root) else root)
+    if check_images and root is not None:
         data = check_readable(data, skip_bad_images=skip_bad_images, progress=progress)
     if viewpoint_mode == "soft":
         data = replace(data, train=with_soft_labels(data.train))

@@ -15,6 +15,7 @@ from vareid_ext._text import VIEWPOINTS
 UNKNOWN = -1
 """Label of a viewpoint or camera that is not known."""
 
+SPLITS = ("train", "query", "gallery")
 
 IMAGE_SUFFIXES = frozenset((
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".dib", ".gif", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm",
@@ -201,6 +202,11 @@ class ReidData:
             )
 
     @property
+    def splits(self) -> dict[str, ImageList]:
+        """The three lists by name."""
+        return {split: getattr(self, split) for split in SPLITS}
+
+    @property
     def num_identities(self) -> int:
         """K, the number of training identities."""
         return len(self.identity_names)
@@ -232,8 +238,7 @@ class ReidData:
         names = VIEWPOINTS if self.num_viewpoints == len(VIEWPOINTS) else range(self.num_viewpoints)
         header = ("split", "images", "identities", "cameras", *(str(name) for name in names), "unknown")
         rows = [header]
-        for split in ("train", "query", "gallery"):
-            images: ImageList = getattr(self, split)
+        for split, images in self.splits.items():
             cameras = np.unique(images.camera[images.camera >= 0]).size
             views = [int((images.viewpoint == view).sum()) for view in (*range(self.num_viewpoints), UNKNOWN)]
             counts = (len(images), np.unique(images.identity).size, cameras, *views)

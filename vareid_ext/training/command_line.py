@@ -24,6 +24,7 @@ import jsonargparse
 import yaml
 
 from vareid_ext.config import Config
+from vareid_ext.data import READERS
 from vareid_ext.training import plain_yaml
 
 DEFAULT_RECIPE = "synthetic"
@@ -246,6 +247,8 @@ def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
     for action in parser._actions:
         if sections & set(action.option_strings):
             action.help = argparse.SUPPRESS
+        elif "--data.kind" in action.option_strings:
+            action.help = f"{action.help}: {', '.join(READERS)}"
     parser.set_defaults(defaults)
     return parser
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vareid_ext.data.random_stream import Stream
-from vareid_ext.data.synthetic_drawing import Colour
+from vareid_ext.data.synthetic.drawing import Colour
 
 CLOTHES: tuple[Colour, ...] = (
     (36, 36, 40),

@@ -1,6 +1,6 @@
 """The cameras of the synthetic set: what stands behind a person, and what the camera does to the picture.
 
-Integer arithmetic throughout, as in `synthetic_drawing`.
+Integer arithmetic throughout, as in `drawing`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vareid_ext.data.random_stream import Stream
-from vareid_ext.data.synthetic_drawing import ONE
+from vareid_ext.data.synthetic.drawing import ONE
 
 SUPERSAMPLE = 2
 """The canvas has this many pixels per picture pixel and side; averaging them smooths the edges."""

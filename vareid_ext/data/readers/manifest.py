@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vareid_ext.data.readers import JUNK_IMAGES, NOT_IMAGES, Entry, build_data
+from vareid_ext.data.readers.layout import JUNK_IMAGES, NOT_IMAGES, ImageEntry, build_data
 from vareid_ext.data.text_files import no_file, read_table, shown
-from vareid_ext.data.types import UNKNOWN, ImageList, ReidData, is_litter, left_out
-from vareid_ext.data.viewpoint_labels import HARD_LABELS, hard_labels
+from vareid_ext.data.types import SPLITS, UNKNOWN, ReidData, is_litter, left_out
+from vareid_ext.data.viewpoints import HARD_LABELS
 
-SPLITS = ("train", "query", "gallery")
 _REQUIRED = ("path", "identity", "split")
 _OPTIONAL = ("camera", "viewpoint")
 
 _LONGEST_PATH = 4096  # that Linux opens
 _MINUS_ONE = re.compile(r"-0*1(\.0*)?")
 _UNKNOWN_WORDS = ("", "nan", "none", "null", "na", "n/a", "unknown", "?")
-
-
-@dataclass(frozen=True)
-class _Row:
-    path: str
-    identity: str
-    camera: str
-    viewpoint: str
-    split: str
 
 
 def _known(text: str) -> str:
@@ -54,10 +43,10 @@ def _file_id(folder: str, path: str) -> str:
     return os.path.realpath(joined) if ".." in Path(path).parts else os.path.normpath(joined)
 
 
-def _read_rows(path: Path) -> tuple[list[_Row], list[str], list[str]]:
-    """The rows of a manifest, the paths of its junk, and those of operating systems' own files in it."""
+def _read_rows(path: Path) -> tuple[list[tuple[str, str, ImageEntry]], list[str], list[str]]:
+    """(split, camera's name, the rest) of every row, and the paths of junk and of operating systems' own files."""
     folder = os.path.realpath(path.parent)
-    rows: list[_Row] = []
+    rows: list[tuple[str, str, ImageEntry]] = []
     junk: list[str] = []
     litter: list[str] = []
     lines: dict[str, int] = {}
@@ -85,11 +74,12 @@ def _read_rows(path: Path) -> tuple[list[_Row], list[str], list[str]]:
             junk.append(image)
         else:
             camera = _known(row.get("camera", ""))
-            rows.append(_Row(str(path.parent / image), row["identity"], camera, view, row["split"]))
+            entry = ImageEntry(str(path.parent / image), row["identity"], viewpoint=view)
+            rows.append((row["split"], camera, entry))
     return rows, junk, litter
 
 
-def read_manifest(path: str | os.PathLike[str]) -> ReidData:
+def read_manifest(root: str | os.PathLike[str]) -> ReidData:
     """The data set listed in a CSV file with the columns `path,identity,split` and optionally `camera,viewpoint`.
 
     - path: relative to the CSV file's folder, or absolute; every image once. Backslashes separate folders.
@@ -106,28 +96,15 @@ def read_manifest(path: str | os.PathLike[str]) -> ReidData:
         FileNotFoundError: there is no such file.
         ValueError: the file is not as described; the message names the line.
     """
-    path = Path(path)
+    path = Path(root)
     if state := no_file(path):
         tree = "path,identity,camera,viewpoint,split\nimages/a.jpg,anna,1,front,train\n..."
         raise FileNotFoundError(f"manifest: expected a CSV file like\n{tree}\nfound instead: {state}")
     rows, junk, litter = _read_rows(path)
-    cameras = _numbers({row.camera for row in rows if row.camera})
-    identities = _numbers({row.identity for row in rows})
-    entries: dict[str, list[Entry]] = {split: [] for split in SPLITS}
-    views: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for row in rows:
-        entries[row.split].append((row.path, row.identity, cameras.get(row.camera, UNKNOWN)))
-        views[row.split].append(row.viewpoint)
+    cameras = _numbers({camera for _, camera, _ in rows if camera})
+    identities = _numbers({entry.identity for _, _, entry in rows})
+    entries: dict[str, list[ImageEntry]] = {split: [] for split in SPLITS}
+    for split, camera, entry in rows:
+        entries[split].append(entry._replace(camera=cameras.get(camera, UNKNOWN)))
     notes = (*left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, litter))
-    data = build_data(f"manifest {path.name}", entries, lambda identity: identities[identity], notes)
-
-    def seen(images: ImageList, split: str) -> ImageList:
-        names = tuple(views[split])
-        return replace(images, viewpoint=hard_labels(names), viewpoint_name=names)
-
-    return replace(
-        data,
-        train=seen(data.train, "train"),
-        query=seen(data.query, "query"),
-        gallery=seen(data.gallery, "gallery"),
-    )
+    return build_data(f"manifest {path.name}", entries, identities.__getitem__, notes)

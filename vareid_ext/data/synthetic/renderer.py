@@ -1,7 +1,6 @@
-"""The embedded synthetic data set: rendered pedestrians seen from all sides by cameras that disagree about colour.
+"""Rendered pedestrians seen from all sides by cameras that disagree about colour.
 
-Everything is a pure function of `SyntheticSettings`, down to the last bit of every pixel, on every machine. Nothing is
-downloaded or written to disk.
+Every pixel is a pure function of `SyntheticSettings` and of the picture's name, to the last bit, on every machine.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from vareid_ext.data.random_stream import Stream
-from vareid_ext.data.synthetic_drawing import ONE, TURN
-from vareid_ext.data.synthetic_figure import Pose, paint_person
-from vareid_ext.data.synthetic_person import Person, draw_person
-from vareid_ext.data.synthetic_scene import (
+from vareid_ext.data.synthetic.drawing import ONE, TURN
+from vareid_ext.data.synthetic.figure import Pose, paint_person
+from vareid_ext.data.synthetic.person import Person, draw_person
+from vareid_ext.data.synthetic.scene import (
     SUPERSAMPLE,
     Camera,
     background,
@@ -27,15 +26,10 @@ from vareid_ext.data.synthetic_scene import (
     shade_ground,
 )
 from vareid_ext.data.text_files import shown
-from vareid_ext.data.types import ImageList, ReidData
 
-_PERSON, _CAMERA, _SHOT, _SPLIT = 1, 2, 3, 4
-_FIRST_TEST, _FIRST_DISTRACTOR = 1_000_000, 2_000_000
+_PERSON, _CAMERA, _SHOT = 1, 2, 3  # keys of the streams; 4 is the reader's
 _CACHE_BYTES = 2 << 30
 _MOST = 1_000_000
-
-# (largest turn away from the front in degrees, name, label): the bounds of the views, the in-between ones ambiguous.
-_VIEWS = ((28, "front", 0), (62, "front_side", 0), (118, "side", 1), (152, "back_side", 2), (180, "back", 2))
 
 
 @dataclass(frozen=True)
@@ -82,7 +76,7 @@ class SyntheticSettings:
 
 
 @dataclass(frozen=True)
-class _Shot:
+class Shot:
     """One picture: of whom, by which camera, and its number among those of the person by that camera."""
 
     person: int
@@ -90,19 +84,10 @@ class _Shot:
     number: int
 
 
-def _view(facing: int) -> tuple[str, int]:
-    degrees = facing % TURN * 360 // TURN
-    turned = min(degrees, 360 - degrees)
-    for bound, name, label in _VIEWS:
-        if turned <= bound:
-            return name, label
-    raise AssertionError(f"{turned} degrees is more than half a turn")
-
-
 class SyntheticRenderer:
     """Turns the names of synthetic pictures into pictures, and keeps those it was asked to render ahead of time."""
 
-    def __init__(self, settings: SyntheticSettings, shots: dict[str, _Shot]) -> None:
+    def __init__(self, settings: SyntheticSettings, shots: dict[str, Shot]) -> None:
         self.settings = settings
         self._shots = shots
         self._rendered: dict[str, np.ndarray] = {}
@@ -124,7 +109,7 @@ class SyntheticRenderer:
             if path not in self._rendered:
                 self._rendered[path] = self._render(self._shots[path])
 
-    def facing(self, shot: _Shot) -> int:
+    def facing(self, shot: Shot) -> int:
         """The direction, in 1/4096 turn, in which the person of a picture looks."""
         camera = _camera(self.settings, shot.camera)
         # One walk past a camera is a track: pictures of it show about the same side.
@@ -135,7 +120,7 @@ class SyntheticRenderer:
             turn = -turn
         return turn + Stream(self.settings.seed, _SHOT, shot.person, shot.camera, shot.number, 1).integer(-170, 170)
 
-    def _render(self, shot: _Shot) -> np.ndarray:
+    def _render(self, shot: Shot) -> np.ndarray:
         settings, camera = self.settings, _camera(self.settings, shot.camera)
         stream = Stream(settings.seed, _SHOT, shot.person, shot.camera, shot.number, 2)
         height, width = settings.height * SUPERSAMPLE, settings.width * SUPERSAMPLE
@@ -169,56 +154,3 @@ def _person(seed: int, number: int) -> Person:
 @lru_cache(maxsize=64)
 def _camera(settings: SyntheticSettings, number: int) -> Camera:
     return draw_camera(Stream(settings.seed, _CAMERA, number), settings.height, settings.width)
-
-
-def synthetic_data(settings: SyntheticSettings | None = None, *, progress: bool = False) -> ReidData:
-    """The synthetic data set of these settings (the default ones when None), rendered in memory.
-
-    As in Market-1501 the test people are not among the training ones, each of them has one query per camera (when there
-    are more pictures than cameras), the rest is gallery, and the gallery holds distractors of identity 0. `progress`
-    shows a bar while rendering.
-    """
-    settings = SyntheticSettings() if settings is None else settings
-    shots: dict[str, _Shot] = {}
-    renderer = SyntheticRenderer(settings, shots)
-    lists: dict[str, list[tuple[str, int]]] = {"train": [], "query": [], "gallery": []}
-
-    def add(split: str, folder: str, identity: int, shot: _Shot) -> None:
-        path = f"synthetic/{folder}/{identity:04d}_c{shot.camera}_{shot.person:07d}_{shot.number:03d}"
-        shots[path] = shot
-        lists[split].append((path, identity))
-
-    def cameras_of(person: int, count: int) -> list[tuple[int, int]]:
-        """(camera, number) of each of a person's pictures."""
-        order = Stream(settings.seed, _SPLIT, person).shuffled(range(1, settings.cameras + 1))
-        return [(order[index % settings.cameras], index // settings.cameras) for index in range(count)]
-
-    for identity in range(settings.identities_train):
-        for camera, number in cameras_of(identity, settings.images_per_identity):
-            add("train", "train", identity, _Shot(identity, camera, number))
-    for index in range(settings.identities_test):
-        person = _FIRST_TEST + index
-        for place, (camera, number) in enumerate(cameras_of(person, settings.images_per_identity)):
-            # The first picture by each camera asks; with no more than one by each, every other picture does.
-            few = settings.images_per_identity <= settings.cameras
-            asks = place % 2 == 0 if few else number == 0
-            add("query" if asks else "gallery", "test", index + 1, _Shot(person, camera, number))
-    for index in range(settings.distractors):
-        person = _FIRST_DISTRACTOR + index
-        camera, number = cameras_of(person, 1)[0]
-        add("gallery", "test", 0, _Shot(person, camera, number))
-
-    renderer.render_all(progress=progress)
-    splits = {}
-    for split, entries in lists.items():
-        views = [_view(renderer.facing(shots[path])) for path, _ in entries]
-        splits[split] = ImageList(
-            paths=tuple(path for path, _ in entries),
-            identity=np.array([identity for _, identity in entries], dtype=np.int64),
-            camera=np.array([shots[path].camera for path, _ in entries], dtype=np.int64),
-            viewpoint=np.array([label for _, label in views], dtype=np.int64),
-            viewpoint_name=tuple(name for name, _ in views),
-            loader=renderer,
-        )
-    names = tuple(f"{identity:04d}" for identity in range(settings.identities_train))
-    return ReidData("synthetic", splits["train"], splits["query"], splits["gallery"], names)

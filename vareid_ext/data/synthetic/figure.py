@@ -1,7 +1,7 @@
 """How one of the synthetic people is drawn, from any side.
 
 A body is a stack of tubes. Every tube knows, for each pixel, which side of the body it shows, so that a logo is seen
-from the front, a print or a backpack from the back and a shoulder bag from its side. Units as in `synthetic_drawing`.
+from the front, a print or a backpack from the back and a shoulder bag from its side. Units as in `drawing`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vareid_ext.data.synthetic_drawing import (
+from vareid_ext.data.synthetic.drawing import (
     ONE,
     PIXEL,
     TURN,
@@ -25,7 +25,7 @@ from vareid_ext.data.synthetic_drawing import (
     tube,
     turned,
 )
-from vareid_ext.data.synthetic_person import Person
+from vareid_ext.data.synthetic.person import Person
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -172,7 +173,7 @@ def label_images(data: ReidData, labels: ViewpointLabels, root: str | os.PathLik
 
     Images without a label keep their viewpoint. `notes` counts the labels that fit no image, or more than one.
     """
-    splits = {split: getattr(data, split) for split in ("train", "query", "gallery")}
+    splits: dict[str, Any] = data.splits
     found, unused = labels.find([path for images in splits.values() for path in images.paths], root)
     views = iter(found)
     for split, images in splits.items():

@@ -1,0 +1,172 @@
+"""What readers are made of: finding a data set on disk, and turning what it lists into a `ReidData`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, UNKNOWN, ImageList, ReidData, is_litter, left_out
+from vareid_ext.data.viewpoints import hard_labels
+
+JUNK = -1
+"""Identity of images that are neither right nor wrong answers; they are left out."""
+
+JUNK_IMAGES = f"junk images (identity {JUNK})"
+NOT_IMAGES = "entries that are not read as images"
+
+
+class ImageEntry(NamedTuple):
+    """One image of a data set, as it is listed there."""
+
+    path: str
+    identity: str
+    """as it is written in the data set"""
+    camera: int = UNKNOWN
+    viewpoint: str = ""
+    """a name out of `HARD_LABELS`; "" where it is unknown"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one data set looks on disk.
+
+    Attributes:
+        title: its name.
+        folders: names under which it is commonly unpacked; the root may be such a folder or the one that holds it.
+        required: files and folders that must be there.
+        tree: what to show when they are not.
+    """
+
+    title: str
+    folders: tuple[str, ...]
+    required: tuple[str, ...]
+    tree: str
+
+
+# Numbers of up to 18 digits fit into 64 bits.
+_NAMED = re.compile(r"(-1|[0-9]{1,18})_c([0-9]{1,18})(?![0-9])")
+SPLIT_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
+
+
+def listing(folder: Path, limit: int = 12) -> str:
+    """The first entries of a folder, and a look into each, as an error shows them."""
+    lines = []
+    entries = sorted(folder.iterdir())
+    for entry in entries[:limit]:
+        inside = ""
+        if entry.is_dir():
+            names = sorted(os.listdir(entry))
+            inside = "/  " + (" ".join(names[:3]) + (f" ... ({len(names):,} entries)" if len(names) > 3 else ""))
+        lines.append(f"  {entry.name}{inside}".rstrip())
+    if len(entries) > limit:
+        lines.append(f"  ... ({len(entries):,} entries)")
+    return "\n".join(lines) if lines else "  (nothing)"
+
+
+def unexpected(layout: Layout, found: str) -> FileNotFoundError:
+    """The error for a data set that is not laid out as it should be."""
+    return FileNotFoundError(f"{layout.title}: expected\n{layout.tree}\nfound instead: {found}")
+
+
+def find_root(root: str | os.PathLike[str], layout: Layout) -> Path:
+    """The folder that holds a data set laid out as `layout`: `root` itself or a folder of a usual name in it.
+
+    Raises FileNotFoundError with the expected tree and what was found instead.
+    """
+    root = Path(root)
+
+    def missing(folder: Path) -> list[str]:
+        def there(entry: Path) -> bool:
+            return entry.is_file() if entry.suffix else entry.is_dir()
+
+        return [name for name in layout.required if not there(folder / name)]
+
+    for candidate in (root, *(root / folder for folder in layout.folders)):
+        if not missing(candidate):
+            return candidate
+    if root.is_dir():
+        existing = next((root / folder for folder in layout.folders if (root / folder).is_dir()), root)
+        raise unexpected(layout, f"{existing} holds no {', no '.join(missing(existing))}, but:\n{listing(existing)}")
+    if root.exists():
+        raise unexpected(layout, f"{root} is a file")
+    parent = next(folder for folder in (*root.absolute().parents,) if folder.is_dir())
+    raise unexpected(layout, f"there is no {root}; {parent} holds:\n{listing(parent)}")
+
+
+def build_data(
+    name: str,
+    entries: Mapping[str, Sequence[ImageEntry]],
+    number: Callable[[str], int] = int,
+    notes: tuple[str, ...] = (),
+) -> ReidData:
+    """A data set of the entries of `train`, `query` and `gallery`.
+
+    Training identities are numbered in the order of `number`, which also gives the identities of query and gallery.
+    Raises ValueError when a split is empty.
+    """
+    for split in SPLITS:
+        if not entries[split]:
+            raise ValueError(f"{name}: the {split} split has no images")
+    names = sorted({entry.identity for entry in entries["train"]}, key=lambda identity: (number(identity), identity))
+    index = {identity: position for position, identity in enumerate(names)}
+
+    def images(split: str, identity: Callable[[str], int]) -> ImageList:
+        views = tuple(entry.viewpoint for entry in entries[split])
+        return ImageList(
+            paths=tuple(entry.path for entry in entries[split]),
+            identity=np.array([identity(entry.identity) for entry in entries[split]], dtype=np.int64),
+            camera=np.array([entry.camera for entry in entries[split]], dtype=np.int64),
+            viewpoint=hard_labels(views),
+            viewpoint_name=views,
+        )
+
+    return ReidData(
+        name,
+        images("train", index.__getitem__),
+        images("query", number),
+        images("gallery", number),
+        tuple(names),
+        notes=notes,
+    )
+
+
+def _scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> list[ImageEntry]:
+    """The images in `folder`; the names of junk images are added to `junk`, those of other entries to `others`."""
+    entries: list[ImageEntry] = []
+    for file in sorted(os.listdir(folder)):
+        if is_litter(file):
+            continue
+        if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
+            others.append(f"{folder.name}/{file}")
+            continue
+        match = _NAMED.match(file)
+        if match is None:
+            raise ValueError(
+                f"{layout.title}: the name of {folder / file} must begin with <identity>_c<camera>, numbers of at most "
+                f"18 digits, as in\n{layout.tree}"
+            )
+        if int(match[1]) == JUNK:
+            junk.append(f"{folder.name}/{file}")
+        else:
+            entries.append(ImageEntry(str(folder / file), match[1], int(match[2])))
+    if not entries:
+        raise unexpected(layout, f"{folder} has no images, but:\n{listing(folder)}")
+    return entries
+
+
+def read_folders(root: str | os.PathLike[str], name: str, layout: Layout) -> ReidData:
+    """A data set of one folder a split (`layout.required`), with files named <identity>_c<camera>..."""
+    base = find_root(root, layout)
+    entries: dict[str, list[ImageEntry]] = {}
+    junk: list[str] = []
+    others: list[str] = []
+    for split, folder in zip(SPLITS, layout.required, strict=True):
+        entries[split] = _scan(base / folder, layout, junk, others)
+    notes = (*left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, others))
+    return build_data(name, entries, notes=notes)

@@ -1,0 +1,1 @@
+"""The renderer of the synthetic data set, in integer arithmetic throughout."""
