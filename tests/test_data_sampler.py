@@ -1,9 +1,10 @@
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from vareid_ext.data import ImageList, PKSampler
+from vareid_ext.data import ImageList, PKSampler, ShuffledSampler
 
 
 def images_of(identity, viewpoint=None, camera=None):
@@ -81,11 +82,20 @@ def test_spread_covers_viewpoints_then_cameras():
     assert seen[3] < 5
 
 
-def test_order_is_a_function_of_seed_and_epoch(images):
-    def sampler(seed=3):
-        return PKSampler(images, identities_per_batch=3, instances=2, spread=("camera",), seed=seed)
+def p_by_k(images, **options):
+    return PKSampler(images, **({"identities_per_batch": 2, "instances": 3, "spread": ("viewpoint",)} | options))
 
-    first, second = sampler(), sampler()
+
+def shuffled(images, **options):
+    return ShuffledSampler(images, **({"batch_size": 6} | options))
+
+
+both = pytest.mark.parametrize("sampler_of", [p_by_k, shuffled])
+
+
+@both
+def test_order_is_a_function_of_seed_and_epoch(images, sampler_of):
+    first, second = sampler_of(images, seed=3), sampler_of(images, seed=3)
     second.set_epoch(7)
     list(second)
     first.set_epoch(2)
@@ -93,13 +103,14 @@ def test_order_is_a_function_of_seed_and_epoch(images):
     assert list(first) == list(second) == list(first)
     second.set_epoch(3)
     assert batches(second) != batches(first)
-    other = sampler(seed=2**63 - 1)
+    other = sampler_of(images, seed=2**63 - 1)
     other.set_epoch(2)
     assert batches(other) != batches(first)
 
 
-def test_resuming_in_the_middle_gives_the_rest(images):
-    sampler = PKSampler(images, identities_per_batch=2, instances=3, spread=("viewpoint",))
+@both
+def test_resuming_in_the_middle_gives_the_rest(images, sampler_of):
+    sampler = sampler_of(images)
     sampler.set_epoch(4)
     whole = list(sampler)
     for start in (0, 1, 20, len(whole)):
@@ -110,8 +121,9 @@ def test_resuming_in_the_middle_gives_the_rest(images):
         sampler.set_epoch(4, start_batch=len(whole) + 1)
 
 
-def test_augmentation_keys_differ_everywhere(images):
-    sampler = PKSampler(images, identities_per_batch=2, instances=3)
+@both
+def test_augmentation_keys_differ_everywhere(images, sampler_of):
+    sampler = sampler_of(images)
     keys = []
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -120,35 +132,109 @@ def test_augmentation_keys_differ_everywhere(images):
     assert all(0 <= key < 1 << 63 for key in keys)
 
 
-def test_ranks_share_a_global_batch(images):
-    options = {"identities_per_batch": 2, "instances": 3, "spread": ("viewpoint",), "seed": 5, "batches_per_epoch": 6}
-    ranks = [PKSampler(images, rank=rank, world_size=3, **options) for rank in range(3)]
-    alone = PKSampler(images, **(options | {"identities_per_batch": 6}))
+@both
+def test_ranks_share_a_global_batch(images, sampler_of):
+    options = {"seed": 5, "batches_per_epoch": 6}
+    ranks = [sampler_of(images, rank=rank, world_size=3, **options) for rank in range(3)]
+    alone = sampler_of(
+        images, **options, **({"batch_size": 18} if sampler_of is shuffled else {"identities_per_batch": 6})
+    )
     for parts, together in zip(zip(*map(batches, ranks), strict=True), batches(alone), strict=True):
         assert [index for part in parts for index in part] == together
     keys = [draw.key for sampler in ranks for batch in sampler for draw in batch]
     assert len(set(keys)) == len(keys)
-    assert len(PKSampler(images, identities_per_batch=2, instances=3, world_size=3)) == 200 // 18
+    assert len(sampler_of(images, world_size=3)) == 200 // 18
 
 
+def test_ranks_get_equal_shares_of_an_incomplete_batch():
+    ranks = [ShuffledSampler(images_of([0] * 8), batch_size=5, rank=rank, world_size=3) for rank in range(3)]
+    shares = [index for sampler in ranks for batch in batches(sampler) for index in batch]
+    assert [sampler.batch_size for sampler in ranks] == [2, 2, 2]
+    assert len(set(shares)) == len(shares) == 6
+
+
+def test_a_shuffled_epoch_shows_every_image_once():
+    images = images_of([0] * 12)
+    sampler = ShuffledSampler(images, batch_size=4)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        found = batches(sampler)
+        assert [len(batch) for batch in found] == [4, 4, 4]
+        orders.append([index for batch in found for index in batch])
+        assert sorted(orders[-1]) == list(range(12))
+    assert orders[0] != orders[1] != orders[2] != list(range(12))
+
+
+def test_what_fills_no_shuffled_batch_is_dropped():
+    sampler = ShuffledSampler(images_of([0] * 11), batch_size=4)
+    dropped = set()
+    for epoch in range(60):
+        sampler.set_epoch(epoch)
+        drawn = [index for batch in sampler for index in (draw.index for draw in batch)]
+        assert len(drawn) == len(set(drawn)) == 8
+        dropped |= set(range(11)) - set(drawn)
+    assert dropped == set(range(11))  # another one in each epoch
+    # Unless it is the only one.
+    alone = ShuffledSampler(images_of([0] * 3), batch_size=4)
+    assert (alone.batch_size, alone.batches_per_epoch, sorted(*batches(alone))) == (3, 1, [0, 1, 2])
+
+
+def test_every_place_of_a_shuffled_epoch_may_hold_any_image():
+    sampler = ShuffledSampler(images_of([0] * 4), batch_size=2)
+    orders = Counter()
+    for epoch in range(2400):
+        sampler.set_epoch(epoch)
+        orders[tuple(index for batch in batches(sampler) for index in batch)] += 1
+    # 24 orders, 100 of each expected, with a standard deviation of 10.
+    assert len(orders) == 24
+    assert all(50 < count < 150 for count in orders.values())
+
+
+def test_more_batches_than_a_round_begin_another(images):
+    found = batches(ShuffledSampler(images, batch_size=60, batches_per_epoch=7))
+    assert len(found) == 7
+    for begin in (0, 3, 6):  # three batches of 60 are in 200 images
+        round_ = [index for batch in found[begin : begin + 3] for index in batch]
+        assert len(set(round_)) == len(round_)
+    assert found[:3] != found[3:6]
+
+
+def test_a_sampler_says_what_a_batch_is(images):
+    sampler = PKSampler(images, identities_per_batch=3, instances=4)
+    assert (sampler.description, sampler.batch_size, sampler.batches_per_epoch) == ("3 identities x 4 images", 12, 16)
+    sampler = ShuffledSampler(images, batch_size=12)
+    assert (sampler.description, sampler.batch_size, sampler.batches_per_epoch) == ("12 images", 12, 16)
+
+
+@both
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**70, 1.5, None, "1", True])
-def test_a_seed_out_of_range_is_refused(images, seed):
+def test_a_seed_out_of_range_is_refused(images, sampler_of, seed):
     with pytest.raises(ValueError, match="seed"):
-        PKSampler(images, identities_per_batch=2, instances=2, seed=seed)
+        sampler_of(images, seed=seed)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("sampler_of", "change", "message"),
     [
-        ({"identities_per_batch": 0}, "identities_per_batch must be at least 1"),
-        ({"instances": 0}, "instances must be at least 1"),
-        ({"identities_per_batch": 11}, "at most 10, for 10 identities shared by 1"),
-        ({"identities_per_batch": 6, "world_size": 2}, "at most 5"),
-        ({"rank": 1}, r"rank must be in \[0, 1\)"),
-        ({"spread": ("colour",)}, "spread must be out of viewpoint, camera, got 'colour'"),
-        ({"batches_per_epoch": 0}, "batches_per_epoch must be at least 1"),
+        (p_by_k, {"identities_per_batch": 0}, "identities_per_batch: 0 was given; allowed are integers from 1 to 10"),
+        (p_by_k, {"instances": 0}, "instances: 0 was given; allowed are integers from 1 to 524,288"),
+        (p_by_k, {"instances": 10**9}, "instances: 1000000000 was given"),
+        (p_by_k, {"instances": 2.0}, "instances: 2.0 was given"),
+        (p_by_k, {"identities_per_batch": 11}, "integers from 1 to 10"),
+        (p_by_k, {"identities_per_batch": 6, "world_size": 2}, "integers from 1 to 5"),
+        (p_by_k, {"rank": 1}, "rank: 1 was given; allowed are integers from 0 to 0"),
+        (p_by_k, {"world_size": 11}, "world_size: 11 was given; allowed are integers from 1 to 10"),
+        (p_by_k, {"spread": ("colour",)}, "spread: 'colour' was given; allowed are viewpoint, camera"),
+        (p_by_k, {"batches_per_epoch": 0}, "batches_per_epoch: 0 was given"),
+        (shuffled, {"batch_size": 0}, "batch_size: 0 was given"),
+        (shuffled, {"batch_size": 10**9}, "batch_size: 1000000000 was given; allowed are integers from 1 to 1,048,576"),
+        (shuffled, {"rank": -1, "world_size": 2}, "rank: -1 was given; allowed are integers from 0 to 1"),
+        (shuffled, {"world_size": 0}, "world_size: 0 was given; allowed are integers from 1 to 200"),
+        (shuffled, {"world_size": 201}, "world_size: 201 was given"),
+        (shuffled, {"batches_per_epoch": 0}, "batches_per_epoch: 0 was given"),
     ],
 )
-def test_arguments_are_checked(images, change, message):
-    with pytest.raises(ValueError, match=message):
-        PKSampler(images, **({"identities_per_batch": 2, "instances": 2} | change))
+def test_arguments_are_checked(images, sampler_of, change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sampler_of(images, **change)

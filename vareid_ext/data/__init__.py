@@ -6,7 +6,7 @@ from vareid_ext.data.load import check_readable, load_data
 from vareid_ext.data.readers import READERS, check_kind
 from vareid_ext.data.readers.manifest import read_manifest
 from vareid_ext.data.readers.synthetic import synthetic_data
-from vareid_ext.data.sampler import Draw, PKSampler
+from vareid_ext.data.sampler import BatchSampler, Draw, PKSampler, ShuffledSampler
 from vareid_ext.data.synthetic.renderer import SyntheticSettings
 from vareid_ext.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform, check_normalisation
 from vareid_ext.data.types import UNKNOWN, VIEWPOINTS, ImageList, ReidData
@@ -19,11 +19,13 @@ __all__ = [
     "UNKNOWN",
     "VIEWPOINTS",
     "Batch",
+    "BatchSampler",
     "Draw",
     "ImageList",
     "PKSampler",
     "ReidData",
     "ReidDataset",
+    "ShuffledSampler",
     "SyntheticSettings",
     "ViewpointLabels",
     "build_transform",

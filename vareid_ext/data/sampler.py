@@ -1,9 +1,10 @@
-"""Batches of P identities with K images each, and the keys that make augmentation repeatable."""
+"""Batches of images, drawn as P identities x K images or at random, and the keys that make augmentation repeatable."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -13,6 +14,8 @@ from vareid_ext.data.text_files import shown
 from vareid_ext.data.types import ImageList
 
 SPREADABLE = ("viewpoint", "camera")
+_MAX_BATCH = 1 << 20
+_MAX_BATCHES = 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +26,109 @@ class Draw:
     key: int
 
 
-class PKSampler(Sampler[list[Draw]]):
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise ValueError(f"{name}: {shown(value)} was given; allowed are integers from {low:,} to {high:,}")
+    return int(value)
+
+
+class BatchSampler(Sampler[list[Draw]]):
+    """What the samplers share: epochs that can be repeated and resumed, a share for each process, keys.
+
+    The batches are a pure function of the arguments and the epoch (`set_epoch`), whatever ran before.
+
+    Attributes:
+        batch_size: images in each batch of this process.
+        batches_per_epoch: batches in a whole epoch.
+        description: what a batch is, in words.
+    """
+
+    description: str
+
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, batches_per_epoch: int | None, rank: int, world_size: int
+    ) -> None:
+        if batches_per_epoch is None:
+            batches_per_epoch = max(1, num_images // (batch_size * world_size))
+        self.batch_size = batch_size
+        self.batches_per_epoch = _whole("batches_per_epoch", batches_per_epoch, 1, _MAX_BATCHES)
+        self.seed = _whole("seed", seed, 0, (1 << 63) - 1)
+        self.rank = _whole("rank", rank, 0, world_size - 1)
+        self.world_size = world_size
+        self.epoch = 0
+        self.start_batch = 0
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, from its batch `start_batch` on (to resume within it)."""
+        self.epoch, self.start_batch = epoch, _whole("start_batch", start_batch, 0, self.batches_per_epoch)
+
+    def __len__(self) -> int:
+        """Batches that the next iteration gives."""
+        return self.batches_per_epoch - self.start_batch
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        epoch, start = self.epoch, self.start_batch
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
+        begin, end = self.rank * self.batch_size, (self.rank + 1) * self.batch_size
+        # Every process draws the whole of every batch, used or not, to keep the processes' random numbers together.
+        for batch, everyone in enumerate(islice(self._global_batches(generator), self.batches_per_epoch)):
+            if batch >= start:
+                keys = Stream(self.seed, epoch, batch, self.rank)
+                yield [Draw(index, keys.bits() >> 1) for index in everyone[begin:end]]
+
+    def _global_batches(self, generator: np.random.Generator) -> Iterator[list[int]]:
+        """Batches without end, each of world_size * batch_size image indices, the processes' shares in turn."""
+        raise NotImplementedError
+
+
+class ShuffledSampler(BatchSampler):
+    """A batch sampler that goes through all images in random order, each once in an epoch.
+
+    What is left over at the end of a round and fills no batch is dropped. Fewer images than one batch are one batch,
+    smaller than asked for.
+
+    Args:
+        images: the training images, N of them.
+        batch_size: images per batch and process, at least 1.
+        seed: an integer in [0, 2^63).
+        batches_per_epoch: at least 1; beyond one round of all images another round begins. None takes one round.
+        rank, world_size: which share of each global batch of world_size * batch_size images this process gets.
+    """
+
+    def __init__(
+        self,
+        images: ImageList,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        batches_per_epoch: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._num_images = len(images)
+        world_size = _whole("world_size", world_size, 1, max(1, len(images)))
+        batch_size = min(_whole("batch_size", batch_size, 1, _MAX_BATCH), len(images) // world_size)
+        super().__init__(len(images), batch_size, seed, batches_per_epoch, rank, world_size)
+        self.description = f"{batch_size} images"
+
+    def _global_batches(self, generator: np.random.Generator) -> Iterator[list[int]]:
+        size = self.batch_size * self.world_size
+        while True:
+            order = generator.permutation(self._num_images).tolist()
+            for begin in range(0, len(order) - size + 1, size):
+                yield order[begin : begin + size]
+
+
+class PKSampler(BatchSampler):
     """A batch sampler: `identities_per_batch` identities, `instances` images of each, next to one another.
 
-    The batches are a pure function of the arguments and the epoch (`set_epoch`), whatever ran before. In an epoch the
-    identities are gone through in random order again and again, none twice in a batch. An identity's images are used up
-    before any is used again; one with fewer than `instances` images is repeated within its group.
+    In an epoch the identities are gone through in random order again and again, none twice in a batch. An identity's
+    images are used up before any is used again; one with fewer than `instances` images is repeated within its group.
 
     Args:
         images: the training images, N of them; its identities, viewpoints and cameras count.
         identities_per_batch: P, at least 1 and at most the number of identities over `world_size`.
-        instances: images per identity, at least 1.
+        instances: K, images per identity, at least 1; P * K is at most 2^20.
         spread: which of "viewpoint", "camera" an identity's images in a batch should differ in, the more important
             first; empty for none. Unknown ones (-1) count as one more value.
         seed: an integer in [0, 2^63).
@@ -53,68 +148,31 @@ class PKSampler(Sampler[list[Draw]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        for name, value in (("identities_per_batch", identities_per_batch), ("instances", instances)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-            raise ValueError(f"seed: {shown(seed)} was given; allowed are integers in [0, 2^63)")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, {world_size}), the world size, got {rank}")
+        numbers = np.unique(images.identity)
+        world_size = _whole("world_size", world_size, 1, numbers.size)
+        identities_per_batch = _whole("identities_per_batch", identities_per_batch, 1, numbers.size // world_size)
+        instances = _whole("instances", instances, 1, _MAX_BATCH // identities_per_batch)
         unknown = [name for name in spread if name not in SPREADABLE]
         if unknown:
-            raise ValueError(f"spread must be out of {', '.join(SPREADABLE)}, got {unknown[0]!r}")
-        numbers = np.unique(images.identity)
-        if identities_per_batch * world_size > numbers.size:
-            raise ValueError(
-                f"identities_per_batch must be at most {numbers.size // world_size}, for {numbers.size} identities "
-                f"shared by {world_size} processes, got {identities_per_batch}"
-            )
-        if batches_per_epoch is None:
-            batches_per_epoch = max(1, len(images) // (identities_per_batch * instances * world_size))
-        if batches_per_epoch < 1:
-            raise ValueError(f"batches_per_epoch must be at least 1, got {batches_per_epoch}")
+            raise ValueError(f"spread: {unknown[0]!r} was given; allowed are {', '.join(SPREADABLE)}")
+        super().__init__(len(images), identities_per_batch * instances, seed, batches_per_epoch, rank, world_size)
+        self.description = f"{identities_per_batch} identities x {instances} images"
         self.identities_per_batch = identities_per_batch
         self.instances = instances
-        self.seed = seed
-        self.batches_per_epoch = batches_per_epoch
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.start_batch = 0
         order = np.argsort(images.identity, kind="stable")
         starts = np.searchsorted(images.identity[order], numbers)
         self._images_of = np.split(order, starts[1:])
         self._spread = [np.asarray(getattr(images, name)) for name in spread]
 
-    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, from its batch `start_batch` on (to resume within it)."""
-        if not 0 <= start_batch <= self.batches_per_epoch:
-            raise ValueError(f"start_batch must be in [0, {self.batches_per_epoch}], got {start_batch}")
-        self.epoch, self.start_batch = epoch, start_batch
-
-    def __len__(self) -> int:
-        """Batches that the next iteration gives."""
-        return self.batches_per_epoch - self.start_batch
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        epoch, start = self.epoch, self.start_batch
-        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
+    def _global_batches(self, generator: np.random.Generator) -> Iterator[list[int]]:
         left: list[list[int]] = [[] for _ in self._images_of]
-        waiting: list[int] = []
-        share = self.identities_per_batch
-        for batch in range(self.batches_per_epoch):
-            if len(waiting) < share * self.world_size:
-                # What is left of the last round waits for the next epoch: a batch never straddles two rounds, so that
-                # no identity is in it twice.
-                waiting = generator.permutation(len(self._images_of)).tolist()
-            everyone, waiting = waiting[: share * self.world_size], waiting[share * self.world_size :]
-            # All groups are drawn in every process, whoever uses them, to keep the processes' random numbers together.
-            groups = [self._group(identity, left[identity], generator) for identity in everyone]
-            if batch < start:
-                continue
-            mine = [index for group in groups[self.rank * share : (self.rank + 1) * share] for index in group]
-            keys = Stream(self.seed, epoch, batch, self.rank)
-            yield [Draw(index, keys.bits() >> 1) for index in mine]
+        size = self.identities_per_batch * self.world_size
+        while True:
+            # A batch never straddles two rounds, so that no identity is in it twice.
+            order = generator.permutation(len(self._images_of)).tolist()
+            for begin in range(0, len(order) - size + 1, size):
+                groups = [self._group(identity, left[identity], generator) for identity in order[begin : begin + size]]
+                yield [index for group in groups for index in group]
 
     def _group(self, identity: int, left: list[int], generator: np.random.Generator) -> list[int]:
         """`instances` images of an identity, taken out of those `left`, as different as the spread asks for."""
