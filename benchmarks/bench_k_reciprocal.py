@@ -23,14 +23,16 @@ def run_case(suite: Suite, Q: int, G: int, D: int, k1: int, k2: int) -> None:
     value = op.k_reciprocal_encode(
         indptr, op.listed_distance(query, gallery, 1.0, neighbor, near, indptr, index), row_max
     )
-    encoding = op.k_reciprocal_expand(neighbor, k2, indptr, index, value)
+    encodings = op.k_reciprocal_expand(neighbor, k2, indptr, index, value)
+    inverted = op.k_reciprocal_invert(*encodings, Q, Q + G)
     work = original.clone()
     stages: dict[str, Callable[[], Any]] = {
         "sets": lambda: op.k_reciprocal_sets(neighbor, k1),
         "distances": lambda: op.listed_distance(query, gallery, 1.0, neighbor, near, indptr, index),
         "encode": lambda: op.k_reciprocal_encode(indptr, value, row_max),
         "expand": lambda: op.k_reciprocal_expand(neighbor, k2, indptr, index, value),
-        "blend": lambda: op.k_reciprocal_blend(work, row_max, *encoding, 0.3),
+        "invert": lambda: op.k_reciprocal_invert(*encodings, Q, Q + G),
+        "blend": lambda: op.k_reciprocal_blend(work, row_max, *encodings, *inverted, 0.3),
     }
 
     def plain(run: Callable[[], Any]) -> Callable[[], Any]:

@@ -144,7 +144,8 @@ def stage_seconds(query: torch.Tensor, gallery: torch.Tensor) -> dict[str, float
     )
     seconds["encode"], value = _timed(lambda: stages.k_reciprocal_encode(pattern[0], distance, row_max))
     seconds["expand"], rows = _timed(lambda: stages.k_reciprocal_expand(neighbor, k2, *pattern, value))
-    seconds["blend"], _ = _timed(lambda: stages.k_reciprocal_blend(out, row_max, *rows, 0.3))
+    seconds["invert"], inverted = _timed(lambda: stages.k_reciprocal_invert(*rows, *query.shape[:1], len(row_max)))
+    seconds["blend"], _ = _timed(lambda: stages.k_reciprocal_blend(out, row_max, *rows, *inverted, 0.3))
     return seconds
 
 

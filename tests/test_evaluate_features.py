@@ -26,6 +26,7 @@ from vareid_ext import (
 )
 from vareid_ext.metrics import features as features_module
 from vareid_ext.metrics.ranking import QueryRanking
+from vareid_ext.ops import _progress
 from vareid_ext.ops.ranking import _gpu_features, ranking_features
 
 
@@ -181,13 +182,13 @@ def test_reranked_rows_equal_the_reranked_matrix(Q, G, scale, options, monkeypat
 def test_reranking_streams_when_asked_to(monkeypatch):
     query, gallery, *labels = people(2, 25, 80)
     asked = []
-    plain = features_module.pairwise_distance
+    plain = features_module.RowDistances.__call__
 
-    def recorded(x, y, metric):
-        asked.append(len(x))
-        return plain(x, y, metric)
+    def recorded(self, begin, end):
+        asked.append(end - begin)
+        return plain(self, begin, end)
 
-    monkeypatch.setattr(features_module, "pairwise_distance", recorded)
+    monkeypatch.setattr(features_module.RowDistances, "__call__", recorded)
     monkeypatch.setattr(features_module, "k_reciprocal_rerank", None)
     streamed = rank_features(query, gallery, *labels, rerank={"k1": 10}, block_rows=8)
     assert asked == [8, 8, 8, 1]
@@ -276,12 +277,14 @@ def test_bad_arguments_are_named(change, error, message):
         evaluate_features(**{**arguments, **change})
 
 
-def test_a_bad_row_is_named_before_any_block_is_made(monkeypatch):
+@pytest.mark.parametrize("rerank", [False, True])
+def test_a_bad_row_is_named_before_any_block_is_made(rerank):
     query, gallery, *labels = people(8, 12, 20)
     query[7, 3] = torch.nan
-    monkeypatch.setattr(features_module, "pairwise_distance", None)
-    with pytest.raises(ValueError, match="query: row 7 holds NaN or Inf"):
-        evaluate_features(query, gallery, *labels, block_rows=2)
+    done = []
+    with _progress.listen(done.append), pytest.raises(ValueError, match="query: row 7 holds NaN or Inf"):
+        evaluate_features(query, gallery, *labels, rerank=rerank, block_rows=2)
+    assert done == []
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])

@@ -216,7 +216,11 @@ def test_stages_agree_with_the_reference(backend):
     value = op.k_reciprocal_encode(indptr, distance, row_max)
     expanded = op.k_reciprocal_expand(neighbor, 3, indptr, index, value)
     final = torch.from_numpy(squared_distances(x[:12], x[12:]).astype(np.float32))
-    op.k_reciprocal_blend(final, row_max, *expanded, 0.3)
+    inverted = op.k_reciprocal_invert(*expanded, 12, 50)
+    op.k_reciprocal_blend(final, row_max, *expanded, *inverted, 0.3)
+    some = torch.from_numpy(squared_distances(x[5:9], x[12:]).astype(np.float32))
+    op.k_reciprocal_blend(some, row_max[5:], expanded[0][5:], *expanded[1:], *inverted, 0.3)
+    assert torch.equal(some, final[5:9])
     with reference_backend():
         assert torch.equal(op.k_reciprocal_sets(neighbor, 7)[1], index)
         expected = op.listed_distance(x[:12], x[12:], 1.0, neighbor, near, indptr, index)
@@ -226,6 +230,8 @@ def test_stages_agree_with_the_reference(backend):
         assert torch.equal(again[0], expanded[0])
         assert torch.equal(again[1], expanded[1])
         torch.testing.assert_close(again[2], expanded[2], rtol=1e-6, atol=0)
+        for got, expected in zip(inverted, op.k_reciprocal_invert(*expanded, 12, 50), strict=True):
+            assert torch.equal(got, expected)
 
 
 def test_opcheck():
@@ -238,11 +244,13 @@ def test_opcheck():
     value = torch.rand(index.shape)
     torch.library.opcheck(op.k_reciprocal_encode, (indptr, value, row_max))
     torch.library.opcheck(op.k_reciprocal_expand, (neighbor, 3, indptr, index, value))
-    torch.library.opcheck(op.k_reciprocal_blend, (torch.rand(5, 15), row_max, indptr, index, value, 0.3))
+    torch.library.opcheck(op.k_reciprocal_invert, (indptr, index, value, 5, 20))
+    encodings = (indptr, index, value, *op.k_reciprocal_invert(indptr, index, value, 5, 20))
+    torch.library.opcheck(op.k_reciprocal_blend, (torch.rand(5, 15), row_max, *encodings, 0.3))
     nearest = torch.arange(4, dtype=torch.int32).repeat(5, 1)
     torch.library.opcheck(
         op.k_reciprocal_topk,
-        (x[:5], x[5:], 1.0, nearest, torch.rand(5, 4), row_max, indptr, index, value, 0.3),
+        (x[:5], x[5:], 1.0, nearest, torch.rand(5, 4), row_max, *encodings, 0.3),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     torch.library.opcheck(op.matrix_neighbors, (torch.rand(5, 15), torch.rand(5, 5), torch.rand(15, 15), 6))

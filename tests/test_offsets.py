@@ -187,12 +187,12 @@ def test_sparse_rows():
     )  # fmt: skip
     assert_equal((far_new_index[shift:], far_new_value[shift:]), (new_index, new_value))
 
-    inverted = stages.invert(indptr, index, value, 20, M)
-    far_inverted = stages.invert(far_indptr, far_index, far_value, 20, M)
+    inverted = stages.k_reciprocal_invert(indptr, index, value, 20, M)
+    far_inverted = stages.k_reciprocal_invert(far_indptr, far_index, far_value, 20, M)
     assert_equal(far_inverted, inverted)
 
     distance = torch.rand(20, 90, generator=generator)
     expected = distance.clone()
-    stages.k_reciprocal_blend(expected, row_max, indptr, index, value, 0.3)
-    stages.k_reciprocal_blend(distance, row_max, far_indptr, far_index, far_value, 0.3)
+    stages.k_reciprocal_blend(expected, row_max, indptr, index, value, *inverted, 0.3)
+    stages.k_reciprocal_blend(distance, row_max, far_indptr, far_index, far_value, *far_inverted, 0.3)
     torch.testing.assert_close(distance, expected, rtol=0, atol=0)

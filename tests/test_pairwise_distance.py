@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.reranking_truth import squared_distances
 from vareid_ext import _native, pairwise_distance
 from vareid_ext.ops import _matmul
 from vareid_ext.ops import pairwise_distance as op
@@ -265,3 +266,17 @@ def test_arguments_that_do_not_fit():
         pairwise_distance(torch.ones(3))
     with pytest.raises(ValueError, match=r"x: features of 20000 elements"):
         pairwise_distance(torch.ones(2, 20000))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("offset", "scale"), [(0.0, 1.0), (50.0, 1.0), (0.0, 2.0**-40)])
+def test_rows_of_a_prepared_pair_are_those_of_the_whole(backend, dtype, offset, scale):
+    generator = torch.Generator().manual_seed(0)
+    x, y = ((torch.randn(rows, 24, generator=generator) + offset).to(dtype) for rows in (13, 1100))
+    y[1099] = x[12]
+    expected = torch.from_numpy(squared_distances(x.double() * scale, y.double() * scale))
+    of_rows = op.RowDistances(x, y, scale)
+    for begin, end in ((0, 13), (12, 13), (4, 9), (7, 7)):
+        got = of_rows(begin, end)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), expected[begin:end], rtol=2e-6, atol=0)

@@ -315,12 +315,13 @@ def k_reciprocal_rerank(
     value = _stages.listed_distance(query, gallery, scale, neighbor, near, indptr, index)
     value = _stages.k_reciprocal_encode(indptr, value, row_max)
     indptr, index, value = _stages.k_reciprocal_expand(neighbor, k2, indptr, index, value, most)
+    encodings = indptr, index, value, *_stages.k_reciprocal_invert(indptr, index, value, Q, Q + G)
     if result is None:
         best = _stages.k_reciprocal_topk(
-            query, gallery, scale, gallery_index, gallery_distance, row_max, indptr, index, value, lambda_value
+            query, gallery, scale, gallery_index, gallery_distance, row_max, *encodings, lambda_value
         )
         return back(best[0]), back(best[1])
-    _stages.k_reciprocal_blend(result, row_max, indptr, index, value, lambda_value)
+    _stages.k_reciprocal_blend(result, row_max, *encodings, lambda_value)
     return back(result) if out is None else out
 
 
@@ -395,8 +396,9 @@ def re_ranking(
     indptr, index = _stages.k_reciprocal_sets(neighbor, k1)
     value = reference.matrix_distance(q_g, q_q, g_g, row_max, indptr, index)
     value = _stages.k_reciprocal_encode(indptr, value, maximum)
-    encoding = _stages.k_reciprocal_expand(neighbor, k2, indptr, index, value)
+    encodings = _stages.k_reciprocal_expand(neighbor, k2, indptr, index, value)
+    inverted = _stages.k_reciprocal_invert(*encodings, Q, Q + G)
     wide = torch.promote_types(q_g.dtype, torch.float32)
     result = q_g.to(wide, copy=True).div_(row_max[:Q, None].to(wide)).square_().to(torch.float32)
-    _stages.k_reciprocal_blend(result, maximum, *encoding, lambda_value)
+    _stages.k_reciprocal_blend(result, maximum, *encodings, *inverted, lambda_value)
     return back(result)

@@ -102,7 +102,7 @@ def _invert(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
 
 def _postings(indptr: Tensor, index: Tensor, start: Tensor, queries: int) -> tuple[int, int]:
     """Entries of the queries' sparse rows, and of the lists of their columns."""
-    column = index[: int(indptr[queries])].long()
+    column = index[int(indptr[0]) : int(indptr[queries])].long()
     return column.numel(), _size_of(start.diff()[column])
 
 

@@ -82,10 +82,10 @@ def test_k_reciprocal__inverted_index(backend: str, rows: int, columns: int, ent
     indptr[1:] = torch.bincount(cells // columns, minlength=rows).cumsum(0)
     index, value = (cells % columns).to(torch.int32), torch.rand(cells.shape, generator=rng)
     for first in (0, rows // 2):
-        start, owner, weight = k_reciprocal_op.invert(indptr, index, value, first, columns)
+        start, owner, weight = k_reciprocal_op.k_reciprocal_invert(indptr, index, value, first, columns)
         expected = k_reciprocal_reference.invert(indptr, index, value, first, columns)
         assert torch.equal(start, expected[0])
-        assert torch.equal(owner.long(), expected[1])
+        assert torch.equal(owner, expected[1])
         assert torch.equal(weight, expected[2])
 
 
@@ -99,16 +99,17 @@ def test_k_reciprocal__best_of_a_gallery_of_several_parts(backend: str) -> None:
     indptr = torch.zeros(Q + G + 1, dtype=torch.int64)
     indptr[1:] = torch.bincount(cells // 5, minlength=Q + G).cumsum(0)
     index, value = (cells % 5).to(torch.int32), torch.rand(cells.shape, generator=rng) / 5
+    encodings = (indptr, index, value, *k_reciprocal_op.k_reciprocal_invert(indptr, index, value, Q, Q + G))
     args = (
-        query, gallery, 1.0, nearest[:, :k].to(torch.int32), original[:, :k].contiguous(), torch.ones(Q + G), indptr,
-        index, value, 0.3,
+        query, gallery, 1.0, nearest[:, :k].to(torch.int32), original[:, :k].contiguous(), torch.ones(Q + G),
+        *encodings, 0.3,
     )  # fmt: skip
     distance, _ = k_reciprocal_op.k_reciprocal_topk(*args)
     with vareid_ext.reference_backend():
         expected, _ = k_reciprocal_op.k_reciprocal_topk(*args)
     torch.testing.assert_close(distance, expected, rtol=1e-5, atol=1e-5)
     blended = (query - gallery.T).square()
-    k_reciprocal_op.k_reciprocal_blend(blended, torch.ones(Q + G), indptr, index, value, 0.3)
+    k_reciprocal_op.k_reciprocal_blend(blended, torch.ones(Q + G), *encodings, 0.3)
     torch.testing.assert_close(blended.sort(1).values[:, :k], expected, rtol=1e-5, atol=1e-5)
 
 

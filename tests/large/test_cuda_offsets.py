@@ -87,7 +87,7 @@ def test_blend_of_rows_far_apart(launch):
     value, row_max = torch.rand(index.shape[0], generator=generator), torch.rand(Q + G, generator=generator) + 1
     distance = torch.rand(Q, G, generator=generator)
     far = spread(distance)
-    inverted = stages.invert(indptr, index, value, Q, Q + G)
+    inverted = stages.k_reciprocal_invert(indptr, index, value, Q, Q + G)
     launch("k_reciprocal_blend_cuda", far, far.stride(0), Q, G, row_max, indptr, index, value, *inverted, 0.3)
-    stages.k_reciprocal_blend(distance, row_max, indptr, index, value, 0.3)
+    stages.k_reciprocal_blend(distance, row_max, indptr, index, value, *inverted, 0.3)
     torch.testing.assert_close(far, distance, rtol=0, atol=0)

@@ -270,7 +270,9 @@ def test_blend(backend):
     value = (torch.rand(M, 3, generator=torch.Generator().manual_seed(0)) + 0.1) / 3
     row_max = torch.rand(M, generator=torch.Generator().manual_seed(1)) + 1
     indptr = torch.arange(M + 1) * 3
-    stages.k_reciprocal_blend(distance.tensor, row_max, indptr, index.view(-1), value.view(-1), lambda_value)
+    rows = indptr, index.view(-1), value.view(-1)
+    inverted = stages.k_reciprocal_invert(*rows, Q, M)
+    stages.k_reciprocal_blend(distance.tensor, row_max, *rows, *inverted, lambda_value)
     for q in rows_to_check(Q, G):
         equal = index[Q:] == index[q]
         shared = (equal * torch.minimum(value[Q:], value[q])).double().sum(1)

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vareid_ext import _arrays
@@ -25,7 +24,7 @@ from vareid_ext.ops._features import check_features, check_same_features, larges
 from vareid_ext.ops._filter import block_side, common_scale
 from vareid_ext.ops._progress import listen
 from vareid_ext.ops.nearest_neighbors import joint_neighbors
-from vareid_ext.ops.pairwise_distance import pairwise_distance
+from vareid_ext.ops.pairwise_distance import RowDistances
 from vareid_ext.ops.ranking import ranking_features
 from vareid_ext.reference.pairwise_distance import METRICS
 from vareid_ext.retrieval import check_parameters, k_reciprocal_rerank
@@ -49,16 +48,6 @@ def rerank_options(rerank: bool | Mapping[str, Any]) -> dict[str, Any] | None:
     return dict(zip(_RERANK_DEFAULTS, check_parameters(**options), strict=True))
 
 
-def _scaled(query: Tensor, gallery: Tensor, scale: float, largest: float) -> tuple[Tensor, Tensor]:
-    """Both times ``scale``; in float64 if their largest element or the factor leaves their dtype's range."""
-    if scale == 1:
-        return query, gallery
-    info = torch.finfo(query.dtype)
-    fits = info.tiny <= scale <= info.max and largest * scale <= info.max
-    dtype = query.dtype if fits else torch.float64
-    return query.to(dtype) * scale, gallery.to(dtype) * scale
-
-
 def _reranked_rows(
     query: Tensor, gallery: Tensor, *, k1: int, k2: int, lambda_value: float
 ) -> Callable[[int, int], Tensor]:
@@ -68,8 +57,7 @@ def _reranked_rows(
     original distances, waits for the rows to be asked for.
     """
     Q, G = query.shape[0], gallery.shape[0]
-    largest = largest_magnitude({"query": query, "gallery": gallery})
-    scale = common_scale((query, gallery), largest)
+    scale = common_scale((query, gallery), largest_magnitude({"query": query, "gallery": gallery}))
     neighbor, near, row_max, _, _ = joint_neighbors(
         query, gallery, scale, min(Q + G, max(k1 + 1, k2)), 0, None, block_side(query.device)
     )
@@ -77,19 +65,12 @@ def _reranked_rows(
     value = stages.listed_distance(query, gallery, scale, neighbor, near, indptr, index)
     value = stages.k_reciprocal_encode(indptr, value, row_max)
     indptr, index, value = stages.k_reciprocal_expand(neighbor, k2, indptr, index, value)
-    query, gallery = _scaled(query, gallery, scale, largest)  # as the row maxima are
-    from_gallery = int(indptr[Q])
+    inverted = stages.k_reciprocal_invert(indptr, index, value, Q, Q + G)
+    original = RowDistances(query, gallery, scale)
 
     def rows(begin: int, end: int) -> Tensor:
-        first, last = int(indptr[begin]), int(indptr[end])
-        # The encodings of these queries and of the gallery; their columns still name all Q + G images.
-        lengths = torch.cat([indptr[begin : end + 1] - first, indptr[Q + 1 :] - from_gallery + (last - first)])
-        part = slice(first, last), slice(from_gallery, None)
-        block = pairwise_distance(query[begin:end], gallery, "sqeuclidean").to(torch.float32)
-        stages.k_reciprocal_blend(
-            block, torch.cat([row_max[begin:end], row_max[Q:]]), lengths,
-            torch.cat([index[p] for p in part]), torch.cat([value[p] for p in part]), lambda_value, Q + G,
-        )  # fmt: skip
+        block = original(begin, end)
+        stages.k_reciprocal_blend(block, row_max[begin:end], indptr[begin:], index, value, *inverted, lambda_value)
         return block
 
     return rows

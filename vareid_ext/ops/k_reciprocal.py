@@ -1,7 +1,8 @@
 """k-reciprocal re-ranking as operators; the definitions are in :mod:`vareid_ext.reference.k_reciprocal`.
 
 The stages after the neighbour lists, each an operator: the sets R*, the distances of their pairs, the encoding, its
-query expansion, and the blend of Jaccard and original distance.
+query expansion, the inverted index of the gallery's encodings, and the blend of Jaccard and original distance, which
+takes any of the queries.
 """
 
 from __future__ import annotations
@@ -107,6 +108,20 @@ def _(
     return new_indptr, index.new_empty((entries,)), value.new_empty((entries,))
 
 
+@torch.library.custom_op("vareid::k_reciprocal_invert", mutates_args=())
+def k_reciprocal_invert(
+    indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverted index of the rows from ``first`` on; see :func:`vareid_ext.reference.k_reciprocal.invert`."""
+    return reference.invert(indptr, index, value, first, columns)
+
+
+@k_reciprocal_invert.register_fake
+def _(indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    start, entries = _pattern_sizes(indptr, columns)
+    return start, index.new_empty((entries,)), value.new_empty((entries,))
+
+
 @torch.library.custom_op("vareid::k_reciprocal_blend", mutates_args=("distance",))
 def k_reciprocal_blend(
     distance: Tensor,
@@ -114,11 +129,15 @@ def k_reciprocal_blend(
     indptr: Tensor,
     index: Tensor,
     value: Tensor,
+    start: Tensor,
+    owner: Tensor,
+    weight: Tensor,
     lambda_value: float,
-    columns: int | None = None,
 ) -> None:
-    """Overwrites the original distances with the final; see :func:`vareid_ext.reference.k_reciprocal.blend`."""
-    distance.copy_(reference.blend(distance, row_max, indptr, index, value, lambda_value, columns))
+    """Overwrites the original distances of some queries with the final; see
+    :func:`vareid_ext.reference.k_reciprocal.blend`.
+    """
+    distance.copy_(reference.blend(distance, row_max, indptr, index, value, (start, owner, weight), lambda_value))
 
 
 @k_reciprocal_blend.register_fake
@@ -149,6 +168,9 @@ def k_reciprocal_topk(
     indptr: Tensor,
     index: Tensor,
     value: Tensor,
+    start: Tensor,
+    owner: Tensor,
+    weight: Tensor,
     lambda_value: float,
 ) -> tuple[Tensor, Tensor]:
     """The smallest final distances of each query, without whole rows.
@@ -159,24 +181,27 @@ def k_reciprocal_topk(
         scale: what the features are multiplied by.
         nearest: int32 [Q, k], each query's nearest gallery rows by original distance, in order.
         original: float32 [Q, k], their squared distances.
-        row_max: float32 [Q+G].
-        indptr: [Q+G+1], with index and value the encodings after query expansion.
+        row_max: float32 [Q or more].
+        indptr: [Q+1 or more], with index and value the queries' encodings after query expansion.
         index: [nnz].
         value: [nnz].
+        start: [columns+1], with owner and weight the gallery's, inverted by :func:`k_reciprocal_invert`.
+        owner: [entries].
+        weight: [entries].
         lambda_value: in [0, 1].
 
     Returns:
         distance float32 [Q, k], ascending, ties by the lower index; index int64 [Q, k]. What shares nothing with a
         query has Jaccard distance 1, so it is among the k smallest only if its original distance is.
     """
-    k, inverted = nearest.shape[1], reference.invert(indptr, index, value, query.shape[0], indptr.shape[0] - 1)
+    k, inverted = nearest.shape[1], (start, owner, weight)
     distance, order = torch.empty_like(original), torch.empty_like(nearest, dtype=torch.int64)
     gallery = gallery.double() * scale
     step = rows_per_block(gallery.shape[0])
     for begin in range(0, query.shape[0], step):
         at = slice(begin, min(begin + step, query.shape[0]))
         every = exact_distance(query[at].double() * scale, gallery, "sqeuclidean").to(torch.float32)
-        final = reference.blend_rows(every, row_max[at], begin, indptr, index, value, inverted, lambda_value)
+        final = reference.blend(every, row_max[at], indptr[begin:], index, value, inverted, lambda_value)
         ordered, ranked = torch.sort(final, dim=1, stable=True)
         distance[at], order[at] = ordered[:, :k], ranked[:, :k]
     return distance, order
@@ -282,13 +307,11 @@ def invert_workspace(device_type: str, columns: int, entries: int) -> int:
     return 8 * columns
 
 
-def invert(indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverted index of a CSR matrix's rows from ``first`` on (native).
-
-    Returns:
-        start int64 [columns+1], owner int32 (row - first, ascending in each column) and weight float32.
-    """
+def _native_invert(
+    indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
     view, threads = _native.view, torch.get_num_threads()
+    index, value = index.contiguous(), value.contiguous()
     entries = index.shape[0] - int(indptr[first])
     start = indptr.new_empty((columns + 1,))
     owner, weight = index.new_empty((entries,)), value.new_empty((entries,))
@@ -306,19 +329,19 @@ def _native_blend(
     indptr: Tensor,
     index: Tensor,
     value: Tensor,
+    start: Tensor,
+    owner: Tensor,
+    weight: Tensor,
     lambda_value: float,
-    columns: int | None = None,
 ) -> Any:
     view, threads = _native.view, torch.get_num_threads()
-    Q, G = distance.shape
+    G = distance.shape[1]
     if distance.stride(1) != 1 and G > 1:
         return NotImplemented
-    index, value = index.contiguous(), value.contiguous()
-    inverted = invert(indptr, index, value, Q, Q + G if columns is None else columns)
     workspace = _scratch(distance, 0 if distance.is_cuda else 4 * G * threads)
     _native.module().k_reciprocal_blend(
-        view(distance), view(row_max.contiguous()), view(indptr), view(index), view(value), *map(view, inverted),
-        lambda_value, view(workspace), threads, stream_of(distance),
+        view(distance), view(row_max.contiguous()), view(indptr), view(index.contiguous()), view(value.contiguous()),
+        view(start), view(owner), view(weight), lambda_value, view(workspace), threads, stream_of(distance),
     )  # fmt: skip
 
 
@@ -332,21 +355,23 @@ def _native_topk(
     indptr: Tensor,
     index: Tensor,
     value: Tensor,
+    start: Tensor,
+    owner: Tensor,
+    weight: Tensor,
     lambda_value: float,
 ) -> Any:
     if query.is_cuda and nearest.shape[1] > _CUDA_MOST_TOPK:
         return NotImplemented
     view, threads = _native.view, torch.get_num_threads()
-    Q, G = query.shape[0], gallery.shape[0]
-    index, value = index.contiguous(), value.contiguous()
-    inverted = invert(indptr, index, value, Q, Q + G)
+    G = gallery.shape[0]
     distance = torch.empty_like(original, memory_format=torch.contiguous_format)
     gallery_index = torch.empty_like(distance, dtype=torch.int64)
     workspace = _scratch(query, 0 if query.is_cuda else 24 * G * threads)
     _native.module().k_reciprocal_topk(
         *_scaled(query, gallery, scale), view(nearest.contiguous()), view(original.contiguous()),
-        view(row_max.contiguous()), view(indptr), view(index), view(value), *map(view, inverted), lambda_value,
-        view(distance), view(gallery_index), view(workspace), threads, stream_of(query),
+        view(row_max.contiguous()), view(indptr), view(index.contiguous()), view(value.contiguous()), view(start),
+        view(owner), view(weight), lambda_value, view(distance), view(gallery_index), view(workspace), threads,
+        stream_of(query),
     )  # fmt: skip
     return distance, gallery_index
 
@@ -371,6 +396,7 @@ for _device_type in ("cpu", "cuda"):
     _native.register(listed_distance, _device_type)(_native_listed_distance)
     _native.register(k_reciprocal_encode, _device_type)(_native_encode)
     _native.register(k_reciprocal_expand, _device_type)(_native_expand)
+    _native.register(k_reciprocal_invert, _device_type)(_native_invert)
     _native.register(k_reciprocal_blend, _device_type)(_native_blend)
     _native.register(k_reciprocal_topk, _device_type)(_native_topk)
     _native.register(matrix_neighbors, _device_type)(_native_matrix_neighbors)

@@ -55,12 +55,6 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
     filtered = Filter(parts, ["x", "y"][: len(parts)], metric)
     other = len(parts) - 1
     out = x.new_empty((x.shape[0], filtered.parts[other].shape[0]), dtype=torch.float32)
-    view = _native.view
-
-    def features(which: int, at: slice) -> tuple[Any, Any]:
-        factor = filtered.factors[which]
-        return view(filtered.parts[which][at]), view(None if factor is None else factor[at])
-
     side = block_side(x.device)
     columns_of = row_blocks(filtered, [other], side)
     with full_float32(x.device.type):
@@ -70,26 +64,69 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
                 if symmetric and other_first < first:
                     continue  # the mirror image of a block that was done
                 columns, to = filtered.block(other, other_first, other_last, 1), slice(other_first, other_last)
-                block = out[at, to]
+                block, mirrored = out[at, to], symmetric and other_first > first
                 if block.numel() <= _TILED_PAIRS[x.device.type]:
                     _native.module().pairwise_distance_tiled(
-                        view(rows.contiguous()), view(columns.contiguous()), view(block), *features(0, at),
-                        *features(other, to), view(filtered.norms[0][at]), view(filtered.norms[other][to]),
+                        _native.view(rows.contiguous()), _native.view(columns.contiguous()), _native.view(block),
+                        *_rows_of(filtered, 0, at), *_rows_of(filtered, other, to),
+                        _native.view(filtered.norms[0][at]), _native.view(filtered.norms[other][to]),
                         reference.METRICS.index(metric), filtered.unscale, stream_of(x),
                     )  # fmt: skip
-                    if symmetric and other_first > first:
+                    if mirrored:
                         out[to, at] = block.T
                     continue
                 torch.mm(rows, columns.T, out=block)
-                _native.module().pairwise_distance_block(
-                    view(block), *features(0, at), *features(other, to),
-                    view(filtered.norms[0][at]), view(filtered.norms[other][to]), reference.METRICS.index(metric),
-                    filtered.unscale, view(out[to, at] if symmetric and other_first > first else None),
-                    filtered.threads, stream_of(x),
-                )  # fmt: skip
+                _finish(block, filtered, at, other, to, metric, out[to, at] if mirrored else None)
                 if symmetric and other_first == first:  # some vendors' products round (i, j) and (j, i) differently
                     block.triu_().add_(block.triu(1).T)
     return out
+
+
+def _rows_of(filtered: Filter, which: int, at: slice) -> tuple[Any, Any]:
+    """Features and factors of some rows, as the compiled module takes them."""
+    factor = filtered.factors[which]
+    return _native.view(filtered.parts[which][at]), _native.view(None if factor is None else factor[at])
+
+
+def _finish(
+    products: Tensor, filtered: Filter, at: slice, other: int, to: slice, metric: str, mirror: Tensor | None = None
+) -> None:
+    """Turns products of some rows of the first part and of another part into distances."""
+    _native.module().pairwise_distance_block(
+        _native.view(products), *_rows_of(filtered, 0, at), *_rows_of(filtered, other, to),
+        _native.view(filtered.norms[0][at]), _native.view(filtered.norms[other][to]), reference.METRICS.index(metric),
+        filtered.unscale, _native.view(mirror), filtered.threads, stream_of(products),
+    )  # fmt: skip
+
+
+class RowDistances:
+    """Squared distances of any rows of x to all rows of y, which is made ready for products once.
+
+    Args:
+        x: [M, D], finite.
+        y: [N, D], finite.
+        scale: what both are multiplied by, as :func:`vareid_ext.ops._filter.common_scale` gives it.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor, scale: float) -> None:
+        self.x, self.y, self.scale = x, y, scale
+        self._filtered: Filter | None = None
+
+    def __call__(self, begin: int, end: int) -> Tensor:
+        """float32 [end - begin, N]."""
+        if not _native.available(self.x.device):
+            rows, columns = (part.double() * self.scale for part in (self.x[begin:end], self.y))
+            return reference.exact_distance(rows, columns, "sqeuclidean").to(torch.float32)
+        if self._filtered is None:
+            self._filtered = Filter([self.x, self.y], ["x", "y"], "sqeuclidean", scale=self.scale)
+        filtered, at = self._filtered, slice(begin, end)
+        out = self.x.new_empty((end - begin, self.y.shape[0]), dtype=torch.float32)
+        with full_float32(out.device.type):
+            rows = filtered.block(0, begin, end, 0)
+            for _, first, last, _ in row_blocks(filtered, [1], block_side(out.device)):
+                torch.mm(rows, filtered.block(1, first, last, 1).T, out=out[:, first:last])
+                _finish(out[:, first:last], filtered, at, 1, slice(first, last), "sqeuclidean")
+        return out
 
 
 for _device_type in ("cpu", "cuda"):

@@ -128,72 +128,55 @@ def expand_query(
     return new_indptr, new_index, (summed / near.shape[1]).to(torch.float32)
 
 
-def blend(
-    distance: Tensor,
-    row_max: Tensor,
-    indptr: Tensor,
-    index: Tensor,
-    value: Tensor,
-    lambda_value: float,
-    columns: int | None = None,
-) -> Tensor:
-    """The final distance: Jaccard through an inverted index of the gallery's encodings, blended with the original.
-
-    Args:
-        distance: float32 [Q, G], squared distances.
-        row_max: float32 [Q+G] or [Q], each row's largest squared distance.
-        indptr: [M+1], M = Q + G.
-        index: [nnz].
-        value: [nnz], encodings after query expansion.
-        lambda_value: in [0, 1].
-        columns: of the encodings, Q + G if None; more where the rows are those of some queries only.
-
-    Returns:
-        float32 [Q, G].
-    """
-    Q, G = distance.shape
-    inverted = invert(indptr, index, value, Q, Q + G if columns is None else columns)
-    return blend_rows(distance, row_max, 0, indptr, index, value, inverted, lambda_value)
-
-
 def invert(indptr: Tensor, index: Tensor, value: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """The inverted index of the rows from ``first`` on of a CSR matrix with so many columns.
 
     Returns:
-        start int64 [columns+1], owner int64 (row - first, ascending within a column), weight float32.
+        start int64 [columns+1], owner int32 (row - first, ascending within a column), weight float32.
     """
     rows = _row_of_entry(indptr)
     inside = rows >= first
     order = torch.sort(index[inside], stable=True).indices
     start = torch.zeros(columns + 1, dtype=torch.int64, device=index.device)
     start[1:] = torch.bincount(index[inside], minlength=columns).cumsum(0)
-    return start, (rows[inside] - first)[order], value[inside][order]
+    return start, (rows[inside] - first)[order].to(torch.int32), value[inside][order]
 
 
-def blend_rows(
+def blend(
     distance: Tensor,
     row_max: Tensor,
-    first: int,
     indptr: Tensor,
     index: Tensor,
     value: Tensor,
     inverted: tuple[Tensor, Tensor, Tensor],
     lambda_value: float,
 ) -> Tensor:
-    """:func:`blend` for the queries from ``first`` on, as many as ``distance`` [rows, G] and ``row_max`` have."""
+    """The final distances of some queries: Jaccard blended with the original.
+
+    Args:
+        distance: float32 [rows, G], squared distances.
+        row_max: float32 [rows or more], each row's largest squared distance.
+        indptr: [rows+1 or more], where the rows' encodings lie in index and value.
+        index: [nnz].
+        value: [nnz], encodings after query expansion.
+        inverted: the gallery's, of :func:`invert`.
+        lambda_value: in [0, 1].
+
+    Returns:
+        float32 [rows, G].
+    """
     start, owner, weight = inverted
     G, out = distance.shape[1], torch.empty_like(distance)
-    rows = _row_of_entry(indptr)
     for begin in range(0, distance.shape[0], 64):
         end = min(begin + 64, distance.shape[0])
-        at = slice(int(indptr[first + begin]), int(indptr[first + end]))
+        at = slice(int(indptr[begin]), int(indptr[end]))
         column = index[at].long()
         count = start.diff()[column]
         ends = count.cumsum(0)
         entry = torch.arange(int(count.sum()), device=index.device)
         entry += torch.repeat_interleave(start[column] - ends + count, count)
         least = torch.minimum(torch.repeat_interleave(value[at].double(), count), weight[entry].double())
-        cell = torch.repeat_interleave(rows[at] - first - begin, count) * G + owner[entry]
+        cell = torch.repeat_interleave(_row_of_entry(indptr[begin : end + 1]), count) * G + owner[entry]
         shared = torch.zeros((end - begin) * G, dtype=torch.float64, device=index.device)
         shared = shared.index_add_(0, cell, least).view(end - begin, G)
         scale = torch.where(row_max[begin:end] > 0, 1 / row_max[begin:end].double(), 0)[:, None]
