@@ -37,10 +37,9 @@ LAYERS = (
         "recipes",
         "checkpoint",
         "files",
-        "_program",
     ),
     ("training",),
-    ("train", "evaluate", "rerank", "doctor"),
+    ("cli", "_program", "train", "evaluate", "rerank", "doctor"),
 )
 
 

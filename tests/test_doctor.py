@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from vareid_ext import _native, doctor
+from vareid_ext import _native
+from vareid_ext.cli import doctor
 
 
 def test_names_backends_versions_and_devices(capsys):

@@ -22,8 +22,8 @@ from vareid_ext import (
     evaluate_single_viewpoint,
     k_reciprocal_rerank,
 )
-from vareid_ext.evaluate import main as evaluate
-from vareid_ext.rerank import main as rerank
+from vareid_ext.cli.evaluate import main as evaluate
+from vareid_ext.cli.rerank import main as rerank
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -253,7 +253,7 @@ def test_rerank_takes_its_disk_space_first(sides, tmp_path, capsys, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    monkeypatch.setattr("vareid_ext.rerank.k_reciprocal_rerank", None)
+    monkeypatch.setattr("vareid_ext.cli.rerank.k_reciprocal_rerank", None)
     assert rerank([query_file, gallery_file, "--output", str(output), "--quiet"]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert output.read_text() == "an older result"
@@ -262,7 +262,7 @@ def test_rerank_takes_its_disk_space_first(sides, tmp_path, capsys, monkeypatch)
 
 def test_rerank_refuses_a_result_larger_than_the_disk(sides, tmp_path, capsys, monkeypatch):
     query_file, gallery_file, *_ = sides
-    monkeypatch.setattr("vareid_ext.rerank.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    monkeypatch.setattr("vareid_ext.cli.rerank.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     assert rerank([query_file, gallery_file, "--output", str(tmp_path / "result.npy")]) == 2
     assert "needs 2240 bytes, but 100 are free" in capsys.readouterr().err
 
@@ -278,7 +278,7 @@ def test_rerank_stopped_half_way_leaves_nothing_behind(sides, tmp_path, capsys, 
         assert len(list(tmp_path.glob(".result.npy.*.part"))) == 1
         signal.raise_signal(number)
 
-    monkeypatch.setattr("vareid_ext.rerank.k_reciprocal_rerank", half_way)
+    monkeypatch.setattr("vareid_ext.cli.rerank.k_reciprocal_rerank", half_way)
     before = signal.getsignal(signal.SIGTERM)
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us ignoring it
     try:
@@ -520,6 +520,6 @@ def test_evaluate_errors_leave_the_output_alone(sides, tmp_path, capsys, change,
 
 def test_evaluate_checks_the_re_ranking_before_it_ranks(sides, capsys, monkeypatch):
     query_file, gallery_file, _, _ = sides
-    monkeypatch.setattr("vareid_ext.evaluate.evaluate_features", None)
+    monkeypatch.setattr("vareid_ext.cli.evaluate.evaluate_features", None)
     assert evaluate(["--features", query_file, gallery_file, "--rerank", "--lambda-value", "1.5"]) == 2
     assert "lambda_value: 1.5" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 from tests.test_feature_files import images
 from tests.test_train import SMALL
 from vareid_ext import train
-from vareid_ext._program import run_program
+from vareid_ext.cli.common import run_program
 from vareid_ext.training import terminal
 from vareid_ext.training.terminal import TrainingBar
 

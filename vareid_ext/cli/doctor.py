@@ -1,0 +1,131 @@
+"""``python -m vareid_ext.doctor``: what this installation consists of, and whether the main job can run here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from vareid_ext import _native
+from vareid_ext._version import __version__
+from vareid_ext.cli.common import run_program
+
+REQUIRED = ("numpy", "torch", "torchvision", "timm", "PIL", "matplotlib", "tqdm", "tensorboard", "jsonargparse")
+OPTIONAL = {
+    "cupy": "CuPy arrays in retrieval",
+    "psutil": "memory in the benchmarks",
+}
+DISTRIBUTION = {"PIL": "pillow"}
+GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg")  # the second in Windows' Linux
+CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
+
+
+def _version(module: str) -> tuple[bool, str]:
+    """Whether a package imports, and its version or why it does not."""
+    try:
+        imported = importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # RuntimeError: torchvision beside another torch's build
+        lines = str(error).splitlines() or [type(error).__name__]
+        return False, f"does not import: {lines[0]}"
+    try:
+        return True, importlib.metadata.version(DISTRIBUTION.get(module, module))
+    except importlib.metadata.PackageNotFoundError:  # CuPy's distributions carry the CUDA version in their name
+        return True, str(getattr(imported, "__version__", "of unknown version"))
+
+
+def _cpu() -> tuple[str, list[str]]:
+    """The processor's name and those of its features that the kernels or PyTorch make use of."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor() or platform.machine(), []
+    text = cpuinfo.read_text()
+    values = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in values.items()}
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    return fields.get("model name", platform.machine()), [name for name in CPU_FEATURES if name in flags]
+
+
+def _cuda_advice() -> str:
+    """Whether the CUDA kernels can run on this machine's GPUs and, if not, which case this is and what to type."""
+    if not _native.loaded():
+        return "not built; type in the source folder: pip install ."
+    build = "pip install ." if shutil.which("nvcc") else "VAREID_CUDA=PYPI pip install ."
+    if torch.cuda.is_available():
+        module = _native.module()
+        if not module.with_cuda:
+            return f"left out of this build; type in the source folder: {build}"
+        reasons = map(module.cuda_unusable_reason, range(torch.cuda.device_count()))
+        unfit = next(filter(None, reasons), "")
+        if not unfit:
+            return "they can run"
+        return f"{unfit}; update the driver or, to build for this GPU, type in the source folder: {build}"
+    if not any(map(os.path.exists, GPU_DRIVERS)):
+        return "not needed: there is no NVIDIA driver"
+    if torch.version.cuda is None:
+        return "there is a GPU, but PyTorch is a CPU build; type: pip install --force-reinstall torch torchvision"
+    return f"PyTorch's CUDA {torch.version.cuda} does not run on this driver; update it (nvidia-smi shows its version)"
+
+
+def report() -> tuple[list[tuple[str, str]], list[str]]:
+    """The lines of the report as (name, value), and the problems that keep the main job from running."""
+    lines = [
+        ("vareid_ext", f"{__version__} ({Path(__file__).parents[1]})"),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+    ]
+    problems = []
+    for backend, state in _native.backends().items():
+        lines.append((f"backend {backend}", state if state == "native" else f"plain PyTorch: {state}"))
+    if _native.loaded():
+        module = _native.module()
+        lines.append(("compiled module", str(module.__file__)))
+        architectures = module.cuda_architectures or "none (built without CUDA)"
+        lines.append(("CUDA architectures", architectures))
+    name, features = _cpu()
+    lines.append(("processor", f"{name}, {os.cpu_count()} cores, {' '.join(features) or 'features unknown'}"))
+    lines.append(("threads", f"{torch.get_num_threads()} (torch.get_num_threads())"))
+    lines.append(("torch CPU kernels", torch.backends.cpu.get_cpu_capability()))
+    lines.append(("torch CUDA", str(torch.version.cuda or "none (a CPU build)")))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            memory = device.total_memory / 2**30
+            state = _native.unavailable_reason(f"cuda:{index}") or "native"
+            what = f"{device.name}, sm_{device.major}{device.minor}, {memory:.1f} GiB"
+            lines.append((f"GPU {index}", f"{what}, kernels: {state}"))
+    else:
+        lines.append(("GPU", "none that PyTorch can use"))
+    lines.append(("CUDA kernels", _cuda_advice()))
+    for package in REQUIRED:
+        works, version = _version(package)
+        lines.append((package, version))
+        if not works:
+            problems.append(f"{package} {version}")
+    for package, purpose in OPTIONAL.items():
+        works, version = _version(package)
+        lines.append((f"{package} (optional)", version if works else f"not usable; needed for {purpose}"))
+    return lines, problems
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; 0 if ``python -m vareid_ext.train`` can run here, 1 if not."""
+    description = "Show what this installation consists of. Exit status 0 if training can run here, 1 if not."
+    argparse.ArgumentParser(prog="python -m vareid_ext.doctor", description=description).parse_args(arguments)
+    lines, problems = report()
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        print(f"{name:<{width}}  {value}")
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    print("training can run here" if not problems else "training cannot run here")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    run_program(main)

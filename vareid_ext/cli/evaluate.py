@@ -1,0 +1,236 @@
+"""Evaluate features from the command line: ``python -m vareid_ext.evaluate --features query.npz gallery.npz``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vareid_ext._text import viewpoint_name
+from vareid_ext.cli.common import run_program
+from vareid_ext.cli.rerank import add_junk_identity, add_max_unpacked, add_rerank_arguments, junk_note
+from vareid_ext.files.atomic import atomic_file, check_writable
+from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, FeatureSet, read_features
+from vareid_ext.metrics import (
+    RankingMetrics,
+    RepeatedMetrics,
+    evaluate_cross_viewpoint,
+    evaluate_features,
+    evaluate_single_viewpoint,
+)
+from vareid_ext.metrics.ranking import check_junk_identity, results_table
+from vareid_ext.retrieval import check_parameters
+
+_DESCRIPTION = """\
+CMC, mAP and mINP of features in files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
+
+Features, identities, cameras and viewpoints are looked for under the usual names in the same file (feature, feat,
+embedding; identity, pid, label, id; camera, camid, cam; viewpoint, view, viewid; singular or plural, also with query_,
+gallery_, q_ and g_ before them), and the names that were used are printed. Otherwise name a key of that file, a file of
+their own (.npy, .txt with whole numbers, ...), or FILE:KEY. Camera -1 is unknown; viewpoint -1 is unknown. One file may
+hold both sides, or the one set of images that the viewpoint protocols need.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vareid_ext.evaluate", description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--features", nargs="+", required=True, metavar=("QUERY", "GALLERY"), help="the two files, or the one for both"
+    )
+    for side in ("query", "gallery"):
+        parser.add_argument(f"--{side}-key", metavar="KEY", help=f"key of the {side} features")
+        for label in ("identity", "camera", "viewpoint"):
+            parser.add_argument(f"--{side}-{label}", metavar="SOURCE", help="key, file or file:key")
+    add_max_unpacked(parser)
+    parser.add_argument("--no-cameras", action="store_true", help="leave the cameras out of account")
+    parser.add_argument(
+        "--metric", choices=("sqeuclidean", "euclidean", "cosine"), default="sqeuclidean",
+        help="distance (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--max-rank", type=int, default=50, help="length of the CMC curve (default: %(default)s)")
+    add_junk_identity(parser)
+    parser.add_argument("--block-rows", type=int, metavar="ROWS", help="queries handled at once (default: chosen)")
+    parser.add_argument(
+        "--protocol", choices=("standard", "single-viewpoint", "cross-viewpoint"), default="standard",
+        help="standard: queries against the gallery; the others follow the VA-reID supplement, on both sides together, "
+        "in which the same images count once",
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=10, help="draws of single-viewpoint (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of these draws (default: %(default)s)")
+    group = parser.add_argument_group("re-ranking")
+    group.add_argument("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
+    add_rerank_arguments(group)
+    parser.add_argument("--output", metavar="FILE", help="write the results to this .json file")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def _read(options: argparse.Namespace) -> tuple[FeatureSet, FeatureSet, bool]:
+    """Query, gallery, and whether they are the same images: a file named twice, a link to it, a copy."""
+    if len(options.features) > 2:
+        raise FeatureFileError(f"--features: {len(options.features)} files were given; one or two are needed")
+    paths = options.features[0], options.features[-1]
+    needed = ["identity"] if options.protocol == "standard" else ["identity", "viewpoint"]
+    query, gallery = (
+        read_features(
+            path, side, key=getattr(options, f"{side}_key"), max_unpacked=options.max_unpacked,
+            labels=needed if options.no_cameras else [*needed, "camera"],
+            **{label: getattr(options, f"{side}_{label}") for label in LABELS},
+        )
+        for side, path in zip(SIDES, paths, strict=True)
+    )  # fmt: skip
+    same = query.feature.dtype == gallery.feature.dtype and torch.equal(query.feature, gallery.feature)
+    if same:
+        query, gallery = _completed(query, gallery), _completed(gallery, query)
+    for side, path, found in zip(SIDES, paths, (query, gallery), strict=True):
+        for label in needed:
+            if getattr(found, label) is None:
+                raise FeatureFileError(f"--{side}-{label}: is needed, as {path} holds none")
+    if (query.camera is None) != (gallery.camera is None):
+        side = "query" if query.camera is None else "gallery"
+        raise FeatureFileError(f"--{side}-camera: is needed, as the other side has cameras (or give --no-cameras)")
+    return query, gallery, same
+
+
+def _completed(images: FeatureSet, same: FeatureSet) -> FeatureSet:
+    """The images with the labels that only the other set of the same images has."""
+    missing = [label for label in LABELS if getattr(images, label) is None]
+    sources = {**same.sources, **images.sources}
+    return dataclasses.replace(images, **{label: getattr(same, label) for label in missing}, sources=sources)
+
+
+def _together(query: FeatureSet, gallery: FeatureSet, same: bool) -> dict[str, Any]:
+    """Both sides as one set of images, in which the same images are once."""
+    D, other = query.feature.shape[1], gallery.feature.shape[1]
+    if other != D:
+        raise FeatureFileError(f"gallery: features of {other} elements were given, but query's have {D}")
+    images: dict[str, Any] = {}
+    for name in ("feature", *LABELS):
+        sides = getattr(query, name), getattr(gallery, name)
+        if sides[0] is None:
+            continue
+        if same and not torch.equal(*sides):
+            raise FeatureFileError(f"--gallery-{name}: differs from query's, but the images are the same")
+        images[name] = sides[0] if same else torch.cat(sides)
+    return images
+
+
+def _evaluate(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | RepeatedMetrics], list[str]]:
+    """The results by name; and what was read, what is left out, or what may not be meant."""
+    rerank = {"k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value}
+    if options.rerank:  # here, as the original ranking comes first and may take long
+        check_parameters(**rerank)
+    check_junk_identity(options.junk_identity)
+    query, gallery, same = _read(options)
+    variants: dict[str, dict[str, Any]] = {"original": {"metric": options.metric}}
+    if options.rerank:
+        variants["reranked"] = {"rerank": rerank}
+    common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": options.junk_identity}
+    notes = [f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)]
+    if query.camera is None or bool((query.camera == -1).all()):
+        notes.append("no cameras: same-camera images stay in")
+    results: dict[str, RankingMetrics | RepeatedMetrics] = {}
+    if options.protocol == "standard":
+        labels: dict[str, Any] = {
+            f"{side}_{label}": getattr(found, label)
+            for side, found in zip(SIDES, (query, gallery), strict=True)
+            for label in ("identity", "camera")
+        }
+        for name, variant in variants.items():
+            results[name] = evaluate_features(
+                query.feature, gallery.feature, **labels, **variant, **common, block_rows=options.block_rows,
+                progress=not options.quiet,
+            )  # fmt: skip
+        return results, notes + _notes(**labels, junk_identity=options.junk_identity, same=same)
+    images = _together(query, gallery, same)
+    for name, variant in variants.items():
+        by_viewpoint: Mapping[int, RankingMetrics | RepeatedMetrics]
+        if options.protocol == "cross-viewpoint":
+            by_viewpoint = evaluate_cross_viewpoint(**images, **variant, **common)
+        else:
+            draws = {"repeats": options.repeats, "seed": options.seed}
+            by_viewpoint = evaluate_single_viewpoint(**images, **variant, **common, **draws)
+        results.update({f"{name} {viewpoint_name(view)}": result for view, result in by_viewpoint.items()})
+    left_out = _is(images["identity"], options.junk_identity) | (images["viewpoint"] < 0)
+    notes.append(f"{len(left_out)} images, {'one set' if same else 'of query and gallery'}")
+    if left_out.any():
+        notes.append(f"junk or of unknown viewpoint, left out: {int(left_out.sum())} of them")
+    return results, notes
+
+
+def _is(identity: Tensor, junk_identity: int | None) -> Tensor:
+    return torch.zeros_like(identity, dtype=torch.bool) if junk_identity is None else identity == junk_identity
+
+
+def _notes(
+    query_identity: Tensor,
+    gallery_identity: Tensor,
+    query_camera: Tensor | None,
+    gallery_camera: Tensor | None,
+    junk_identity: int | None,
+    same: bool,
+) -> list[str]:
+    """What is to be said about an evaluation of queries against a gallery."""
+    junk = _is(gallery_identity, junk_identity)
+    notes = [junk_note(int(junk.sum()), len(junk))] if junk.any() else []
+    if same:
+        found = (query_identity == gallery_identity) & ~junk
+        if query_camera is not None and gallery_camera is not None:
+            found &= (query_camera != gallery_camera) | (query_camera == -1)
+        notes.append(f"query and gallery are the same images: {int(found.sum())} of {len(found)} find themselves")
+    return notes
+
+
+def _report(result: RankingMetrics | RepeatedMetrics) -> dict[str, Any]:
+    """What the .json file holds of a result."""
+    if isinstance(result, RepeatedMetrics):
+        return {**result.mean(), "std": result.std(), "repeats": len(result.runs)}
+    return {
+        **result.as_dict(), "cmc": result.cmc.tolist(), "num_valid_queries": result.num_valid_queries,
+        "num_queries": result.num_queries,
+    }  # fmt: skip
+
+
+def _uncounted(results: Mapping[str, RankingMetrics | RepeatedMetrics]) -> list[str]:
+    """Where queries are not counted, how many."""
+    lines = []
+    for name, result in results.items():
+        runs = result.runs if isinstance(result, RepeatedMetrics) else (result,)
+        queries, valid = (sum(getattr(run, what) for run in runs) for what in ("num_queries", "num_valid_queries"))
+        if valid < queries:
+            lines.append(f"{name}: {queries - valid} of {queries} queries have no match and are not counted")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        output = None if options.output is None else check_writable(options.output, (".json",))
+        results, notes = _evaluate(options)
+        if output is not None:
+            with atomic_file(output) as file:
+                report = {name: _report(result) for name, result in results.items()}
+                file.write((json.dumps(report, indent=2) + "\n").encode())
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    print("\n".join([results_table(results), *_uncounted(results), *notes]))
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

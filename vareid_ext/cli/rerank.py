@@ -1,0 +1,213 @@
+"""Re-rank features from the command line: ``python -m vareid_ext.rerank query.npz gallery.npz --output result.npy``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vareid_ext.cli.common import run_program
+from vareid_ext.files.atomic import atomic_file, check_writable
+from vareid_ext.files.features import MAX_RATIO, MAX_UNPACKED, FeatureFileError, read_features
+from vareid_ext.metrics.ranking import check_junk_identity
+from vareid_ext.retrieval import k_reciprocal_rerank
+
+_DESCRIPTION = """\
+k-reciprocal re-ranking of features in files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
+
+Without --topk, OUTPUT is a .npy file with the final distances, float32 [queries, gallery]. With --topk K it holds each
+query's K best gallery rows: a .npz file with "index" and "distance" [queries, K], or a .npy file of records with these
+two fields. OUTPUT appears when it is complete; until then, and if anything goes wrong, what was there stays.
+
+Where the gallery's identities are known, its junk images are in nobody's neighbourhood and nobody's result: their
+columns of a matrix hold 2, more than any distance, and they are not among the K best.
+"""
+_JUNK = 2.0  # the distance to a junk image; all others are 0 to 1
+
+
+def add_rerank_arguments(parser: argparse._ArgumentGroup) -> None:
+    """The parameters of the method."""
+    parser.add_argument("--k1", type=int, default=20, help="size of the neighbour sets (default: %(default)s)")
+    parser.add_argument("--k2", type=int, default=6, help="neighbours in query expansion (default: %(default)s)")
+    parser.add_argument(
+        "--lambda-value", type=float, default=0.3, metavar="L",
+        help="weight of the original distance, 0 to 1 (default: %(default)s)",
+    )  # fmt: skip
+
+
+def add_junk_identity(parser: argparse.ArgumentParser) -> None:
+    """The mark of junk."""
+    parser.add_argument(
+        "--junk-identity", type=_identity_or_none, default=-1, metavar="ID",
+        help='gallery images to leave out, "none" for none (default: %(default)s)',
+    )  # fmt: skip
+
+
+def _identity_or_none(text: str) -> int | None:
+    try:
+        return None if text.lower() == "none" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} was given; a whole number or none is needed") from None
+
+
+def junk_note(junk: int, gallery: int) -> str:
+    """What is said where so many of the gallery's images are junk."""
+    return f"junk, left out: {junk} of {gallery} gallery images"
+
+
+def size_in_bytes(text: str) -> int:
+    """``200M`` or ``1.5G`` as bytes."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    number = text.strip().upper().removesuffix("B").removesuffix("I")
+    try:
+        return int(float(number.rstrip("KMG")) * units.get(number[-1:], 1))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; 200M and 1.5G are") from None
+
+
+def add_max_unpacked(parser: argparse.ArgumentParser) -> None:
+    """The limit on compressed files."""
+    parser.add_argument(
+        "--max-unpacked", type=size_in_bytes, default=MAX_UNPACKED, metavar="SIZE",
+        help=f"what a compressed file may unpack to in memory; {MAX_RATIO} times its size is always allowed "
+        f"(default: {MAX_UNPACKED >> 20}M)",
+    )  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m vareid_ext.rerank", description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("query", help="file with the query features")
+    parser.add_argument("gallery", help="file with the gallery features")
+    parser.add_argument("--output", required=True, metavar="OUTPUT", help="the result: .npy, or .npz with --topk")
+    parser.add_argument("--topk", type=int, metavar="K", help="keep each query's K best gallery rows only")
+    parser.add_argument("--query-key", metavar="KEY", help="key of the query features (default: the usual names)")
+    parser.add_argument("--gallery-key", metavar="KEY", help="key of the gallery features (default: the usual names)")
+    parser.add_argument(
+        "--gallery-identity", metavar="SOURCE", help="key, file or file:key, to know junk by (default: the usual names)"
+    )
+    add_junk_identity(parser)
+    add_rerank_arguments(parser.add_argument_group("re-ranking"))
+    add_max_unpacked(parser)
+    parser.add_argument("--max-memory", type=size_in_bytes, metavar="SIZE", help="limit beyond input and result: 200M")
+    parser.add_argument("--block-rows", type=int, metavar="ROWS", help="rows of a block of products (default: chosen)")
+    parser.add_argument("--plan", action="store_true", help="print how memory will be used")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> str:
+    suffixes = (".npy",) if options.topk is None else (".npy", ".npz")
+    output = check_writable(options.output, suffixes, (options.query, options.gallery))
+    check_junk_identity(options.junk_identity)
+    found = read_features(options.query, "query", key=options.query_key, labels=(), max_unpacked=options.max_unpacked)
+    query = found.feature
+    gallery, kept, note = _read_gallery(options)
+    note = f"query: {found.used()}\n{note}"
+    keywords = {
+        "k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value, "block_rows": options.block_rows,
+        "max_memory": options.max_memory, "show_plan": options.plan, "progress": not options.quiet,
+    }  # fmt: skip
+    if options.topk is not None:
+        distance, index = k_reciprocal_rerank(query, gallery, topk=options.topk, **keywords)
+        with atomic_file(output) as file:
+            _write_best(file, output.suffix.lower(), distance.numpy(), np.flatnonzero(kept)[index])
+        return f"{output}: the {options.topk} best of {len(gallery)} for each of {len(query)} queries\n{note}"
+    needed = 4 * len(query) * len(kept)
+    with atomic_file(output) as file:
+        free = shutil.disk_usage(file.name).free
+        if needed > free:
+            raise ValueError(f"{output}: needs {needed} bytes, but {free} are free; --topk K keeps the best K only")
+        shape = (max(1, len(query)), max(1, len(kept)))  # a map cannot be empty; an empty side is refused below
+        result = np.lib.format.open_memmap(file.name, "w+", dtype=np.float32, shape=shape)
+        # A full disk would kill a process that writes through a memory map.
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        k_reciprocal_rerank(query, gallery, out=result[:, : max(1, len(gallery))], **keywords)
+        if len(gallery) < len(kept):
+            for row in result:
+                row[kept], row[~kept] = row[: len(gallery)].copy(), _JUNK
+        result.flush()
+        del result
+    return f"{output}: distances [{len(query)}, {len(kept)}]\n{note}"
+
+
+def _read_gallery(options: argparse.Namespace) -> tuple[Tensor, np.ndarray, str]:
+    """The gallery's features without junk, a mask of the rows that are kept, and what is to be said about it."""
+    read = functools.partial(
+        read_features, options.gallery, "gallery", key=options.gallery_key, max_unpacked=options.max_unpacked
+    )
+    try:
+        found = read(identity=options.gallery_identity, labels=("identity",))
+        note = "junk: not known, as the gallery's file holds no identities"
+    except FeatureFileError as error:
+        if options.gallery_identity is not None:
+            raise
+        found = read(labels=())  # fails again where the features are at fault
+        note = f"junk: not known: {error}"
+    kept = np.ones(len(found.feature), dtype=bool)
+    if found.identity is not None:
+        if options.junk_identity is not None:
+            kept = found.identity.numpy() != options.junk_identity
+        note = junk_note(int((~kept).sum()), len(kept))
+    if len(kept) and not kept.any():
+        raise FeatureFileError(f"{options.gallery}: every image has the junk identity {options.junk_identity}")
+    note = f"gallery: {found.used()}\n{note}"
+    return found.feature if kept.all() else found.feature[torch.from_numpy(kept)], kept, note
+
+
+def _write_best(file: BinaryIO, suffix: str, distance: np.ndarray, index: np.ndarray) -> None:
+    if suffix == ".npz":
+        np.savez(file, index=index, distance=distance)
+        return
+    records = np.empty(index.shape, dtype=[("index", np.int64), ("distance", np.float32)])
+    records["index"], records["distance"] = index, distance
+    # np.save leaves the writing to C, and on a full disk says neither why nor where.
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(records))
+    file.write(records.tobytes())
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM is as Ctrl-C: an unfinished file is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        with _terminable():
+            done = _run(options)
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; {options.output} is as it was", file=sys.stderr)
+        return 130
+    print(done)
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)
