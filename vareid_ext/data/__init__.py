@@ -2,6 +2,7 @@
 
 from vareid_ext.data.dataset import Batch, ReidDataset, collate, worker_init
 from vareid_ext.data.export import write_manifest
+from vareid_ext.data.extras import BODY_PAIRS, Extra, with_extra
 from vareid_ext.data.load import check_readable, load_data
 from vareid_ext.data.readers import READERS, check_kind
 from vareid_ext.data.readers.manifest import read_manifest
@@ -13,6 +14,7 @@ from vareid_ext.data.types import UNKNOWN, VIEWPOINTS, ImageList, ReidData
 from vareid_ext.data.viewpoints import ViewpointLabels, label_images, read_viewpoint_labels, with_soft_labels
 
 __all__ = [
+    "BODY_PAIRS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "READERS",
@@ -21,6 +23,7 @@ __all__ = [
     "Batch",
     "BatchSampler",
     "Draw",
+    "Extra",
     "ImageList",
     "PKSampler",
     "ReidData",
@@ -38,6 +41,7 @@ __all__ = [
     "read_manifest",
     "read_viewpoint_labels",
     "synthetic_data",
+    "with_extra",
     "with_soft_labels",
     "worker_init",
     "write_manifest",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -26,6 +26,8 @@ class Batch:
         camera: int64 [N], -1 unknown.
         viewpoint: int64 [N], -1 unknown; or with soft labels float32 [N, V], rows that sum to 1.
         index: int64 [N], which images of the list these are.
+        extras: further inputs by name (see `Extra`): keypoints float32 [N, P, 3], in pixels of `image`; masks and
+            maps [N, C, H, W], uint8 or float32; views float32 [N, V, 3, H, W] or [N, 3, H, W].
     """
 
     image: Tensor
@@ -33,27 +35,35 @@ class Batch:
     camera: Tensor
     viewpoint: Tensor
     index: Tensor
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.image.shape[0]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on `device`."""
-        return Batch(*(getattr(self, entry.name).to(device, non_blocking=non_blocking) for entry in fields(self)))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by DataLoader with pin_memory=True)."""
-        return Batch(*(getattr(self, entry.name).pin_memory() for entry in fields(self)))
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        extras = {name: function(value) for name, value in values.pop("extras").items()}
+        return Batch(**{name: function(value) for name, value in values.items()}, extras=extras)
 
 
 class ReidDataset(Dataset[Batch]):
     """The images of a list, transformed, one at a time, as batches of one that `collate` joins.
 
+    `transform` makes a float32 tensor [3, H, W] of a PIL image; where the list has extras, of (image, extras) a pair.
+
     Indexed with an integer, random transforms draw from torch's default generator as it stands. Indexed with a
     `Draw`, they draw from one seeded with its key, so that the result is the same in any worker and in any order.
     """
 
-    def __init__(self, images: ImageList, transform: Callable[[Image.Image], Tensor]) -> None:
+    def __init__(self, images: ImageList, transform: Callable[..., Any]) -> None:
         self.images = images
         self.transform = transform
 
@@ -64,15 +74,20 @@ class ReidDataset(Dataset[Batch]):
         """The image at an index or of a draw. Raises IndexError outside 0..N-1, OSError if it cannot be read."""
         index, key = (item.index, item.key) if isinstance(item, Draw) else (int(item), None)
         picture = self.images.load(index)
+        sources = self.images.extras.items()
+        inputs: tuple[Any, ...] = (picture,)
+        if sources:
+            inputs = (picture, {name: extra.load(index, picture.height, picture.width) for name, extra in sources})
         if key is None:
-            image = self.transform(picture)
+            result = self.transform(*inputs)
         else:
             state = torch.default_generator.get_state()
             torch.default_generator.manual_seed(key)
             try:
-                image = self.transform(picture)
+                result = self.transform(*inputs)
             finally:
                 torch.default_generator.set_state(state)
+        image, extras = result if sources else (result, {})
         weight = self.images.viewpoint_weight
         return Batch(
             image[None],
@@ -82,6 +97,7 @@ class ReidDataset(Dataset[Batch]):
             if weight is None
             else torch.from_numpy(weight[index][None].copy()),
             torch.tensor([index]),
+            {name: value[None] for name, value in extras.items()},
         )
 
 
@@ -89,7 +105,16 @@ def collate(samples: Sequence[Batch]) -> Batch:
     """One batch out of several, in order. Raises ValueError when there are none."""
     if not samples:
         raise ValueError("samples must hold at least one sample, got none")
-    return Batch(*(torch.cat([getattr(sample, entry.name) for sample in samples]) for entry in fields(Batch)))
+    extras = {}
+    for name in samples[0].extras:
+        values = [sample.extras[name] for sample in samples]
+        shapes = sorted({tuple(value.shape[1:]) for value in values})
+        if len(shapes) > 1:
+            raise ValueError(f"extras: {name} of shapes {shapes[0]} and {shapes[-1]} was given; allowed is one shape")
+        extras[name] = torch.cat(values)
+    names = [entry.name for entry in fields(Batch) if entry.name != "extras"]
+    tensors = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in names}
+    return Batch(**tensors, extras=extras)
 
 
 def worker_init(worker: int) -> None:

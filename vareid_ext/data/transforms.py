@@ -39,6 +39,9 @@ def build_transform(
     In training, also: horizontal flip, zero padding and a random crop back to size, random erasing (Zhong et al., AAAI
     2020) with the mean colour. All randomness comes from torch's default generator.
 
+    Called as transform(image, extras) with a dictionary of what `Extra.load` gives, it returns both, as tensors, after
+    the same geometry and erasing.
+
     Args:
         height, width: in pixels, at least 1.
         train: whether to augment.
@@ -67,8 +70,7 @@ def build_transform(
         v2.ToImage(),
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(mean), list(std)),
-        v2.ToPureTensor(),
     ]
     if train and erasing > 0:
         steps.append(v2.RandomErasing(erasing, scale=(0.02, 0.4), ratio=(0.3, 3.3), value=0))
-    return v2.Compose(steps)
+    return v2.Compose([*steps, v2.ToPureTensor()])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from vareid_ext._text import VIEWPOINTS
+
+if TYPE_CHECKING:
+    from vareid_ext.data.extras import Extra
 
 UNKNOWN = -1
 """Label of a viewpoint or camera that is not known."""
@@ -116,6 +119,7 @@ class ImageList:
         viewpoint_weight: float32 [N, V] with soft labels, else None. Every row is a distribution over the viewpoints;
             where the viewpoint is unknown it is uniform over those that occur for the identity.
         loader: how a path becomes an RGB image.
+        extras: further inputs of each image by name.
     """
 
     paths: tuple[str, ...]
@@ -125,6 +129,7 @@ class ImageList:
     viewpoint_name: tuple[str, ...]
     viewpoint_weight: np.ndarray | None = None
     loader: Callable[[str], Image.Image] = field(default=open_image, repr=False)
+    extras: Mapping[str, Extra] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         count = len(self.paths)
@@ -135,6 +140,9 @@ class ImageList:
             object.__setattr__(self, name, _frozen(array))
         if len(self.viewpoint_name) != count:
             raise ValueError(f"viewpoint_name must have {count} entries, one per path, got {len(self.viewpoint_name)}")
+        for name, extra in self.extras.items():
+            if len(extra) != count:
+                raise ValueError(f"extras: {name} has {len(extra)} entries; allowed are {count}, one per path")
         if self.viewpoint_weight is not None:
             weight = np.asarray(self.viewpoint_weight, dtype=np.float32)
             if weight.ndim != 2 or weight.shape[0] != count:
@@ -168,6 +176,7 @@ class ImageList:
             viewpoint=self.viewpoint[chosen],
             viewpoint_name=tuple(self.viewpoint_name[i] for i in chosen),
             viewpoint_weight=None if self.viewpoint_weight is None else self.viewpoint_weight[chosen],
+            extras={name: extra.select(chosen) for name, extra in self.extras.items()},
         )
 
 
