@@ -113,7 +113,9 @@ def unpack(path: Path, device: torch.device) -> tuple[ReidData, dict[str, Tensor
             whole = torch.from_numpy(np.stack(list(pool.map(decoded, parts))))
             pixels[split] = whole.permute(0, 3, 1, 2).contiguous().to(device)
             labels = [arrays[f"{split}_{label}"] for label in ("identity", "camera", "viewpoint")]
-            lists[split] = ImageList(tuple(f"{split}/{i}" for i in range(len(parts))), *labels, ("",) * len(parts))
+            lists[split] = ImageList(
+                *labels, paths=tuple(f"{split}/{i}" for i in range(len(parts))), viewpoint_name=("",) * len(parts)
+            )
     return ReidData(path.stem, **lists, identity_names=tuple(arrays["identity_names"].tolist())), pixels
 
 

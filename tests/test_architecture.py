@@ -24,7 +24,7 @@ ROW = (
 HEAVY = ("timm", "torchvision", "matplotlib", "tensorboard", "PIL", "jsonargparse", "tqdm", "scipy")
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = (
-    ("_version", "_interrupt", "_native", "_arrays", "_text"),
+    ("_version", "_interrupt", "_native", "_arrays", "_text", "_labels"),
     ("reference",),
     ("ops",),
     (

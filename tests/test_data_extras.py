@@ -225,8 +225,8 @@ def test_extras_are_selected_with_their_images(train):
     chosen = train.select([30, 2])
     batch = collate([ReidDataset(chosen, build_transform(48, 24, train=False))[i] for i in range(2)])
     assert batch.extras["index"][:, 0, 0, 0].tolist() == [30, 2]
-    with pytest.raises(ValueError, match="extras: mask has 2 entries; allowed are 1"):
-        ImageList(("a",), [0], [0], [0], ("",), extras={"mask": Extra("mask", [1, 2])})
+    with pytest.raises(ValueError, match="mask: 2 entries were given; 36 are needed"):
+        replace(train, extras={"mask": Extra("mask", [1, 2])})
 
 
 def test_extras_are_read_from_files(tmp_path):
@@ -307,8 +307,8 @@ def test_extras_that_cannot_be_used_are_named(tmp_path):
         with pytest.raises(OSError, match=f"cannot read .*{name}"):
             Extra("mask", [tmp_path / name]).load(0, 8, 4)
     images = ImageList(
-        ("a", "b"), [0, 1], [0, 0], [0, 0], ("", ""), None, lambda _: colours(8, 4),
-        {"mask": Extra("mask", [np.ones((8, 4)), np.ones((2, 8, 4))])},
+        identity=[0, 1], camera=[0, 0], viewpoint=[0, 0], paths=("a", "b"), viewpoint_name=("", ""),
+        loader=lambda _: colours(8, 4), extras={"mask": Extra("mask", [np.ones((8, 4)), np.ones((2, 8, 4))])},
     )  # fmt: skip
     dataset = ReidDataset(images, build_transform(8, 4, train=False))
     with pytest.raises(ValueError, match=r"extras: mask of shapes \(1, 8, 4\) and \(2, 8, 4\)"):

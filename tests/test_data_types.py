@@ -61,10 +61,10 @@ def test_load_refuses_an_index_outside():
 def test_lengths_must_agree(field):
     columns = dict.fromkeys(("identity", "camera", "viewpoint"), np.zeros(2, dtype=np.int64))
     columns |= {"viewpoint_name": ("", ""), "viewpoint_weight": np.full((2, 3), 1 / 3)}
-    ImageList(("a", "b"), **columns)
+    ImageList(paths=("a", "b"), **columns)
     columns[field] = columns[field][:1]
     with pytest.raises(ValueError, match=field):
-        ImageList(("a", "b"), **columns)
+        ImageList(paths=("a", "b"), **columns)
 
 
 @pytest.mark.parametrize("field", ["identity", "camera", "viewpoint"])
@@ -76,9 +76,9 @@ def test_lengths_must_agree(field):
 )  # fmt: skip
 def test_labels_that_64_bits_cannot_hold_are_refused(field, values):
     columns = dict.fromkeys(("identity", "camera", "viewpoint"), (0, 1)) | {"viewpoint_name": ("", "")}
-    assert ImageList(("a", "b"), **(columns | {field: [0.0, 2.0]})).identity.dtype == np.int64
+    assert ImageList(paths=("a", "b"), **(columns | {field: [0.0, 2.0]})).identity.dtype == np.int64
     with pytest.raises(ValueError, match=field):
-        ImageList(("a", "b"), **(columns | {field: values}))
+        ImageList(paths=("a", "b"), **(columns | {field: values}))
 
 
 def test_open_image_converts_and_names_bad_files(tmp_path):

@@ -97,7 +97,10 @@ def test_features_do_not_depend_on_batches_workers_or_generators():
 def plain_images(*colours):
     pictures = {f"{i}": Image.new("RGB", (20, 40), colour) for i, colour in enumerate(colours)}
     labels = np.arange(len(colours))
-    return ImageList(tuple(pictures), labels, labels, labels * 0, ("",) * len(colours), None, pictures.__getitem__)
+    return ImageList(
+        identity=labels, camera=labels, viewpoint=labels * 0, viewpoint_name=("",) * len(colours),
+        paths=tuple(pictures), loader=pictures.__getitem__,
+    )  # fmt: skip
 
 
 def test_baselines_on_plain_colours():

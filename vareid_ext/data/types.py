@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from vareid_ext._text import VIEWPOINTS
+from vareid_ext._labels import UNKNOWN, Labels
+from vareid_ext._text import VIEWPOINTS, table
 
 if TYPE_CHECKING:
     from vareid_ext.data.extras import Extra
-
-UNKNOWN = -1
-"""Label of a viewpoint or camera that is not known."""
 
 SPLITS = ("train", "query", "gallery")
 
@@ -84,73 +82,28 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.clip(max=255).astype(np.uint8))
 
 
-def _whole(name: str, values: Any) -> np.ndarray:
-    """`values` as int64. Raises ValueError, naming them, where that would change one."""
-    given = np.asarray(values)
-    try:
-        with np.errstate(invalid="ignore"):
-            whole = given.astype(np.int64)
-    except (OverflowError, TypeError, ValueError):
-        whole = None
-    if whole is None or not np.array_equal(whole, given):
-        raise ValueError(f"{name}: values of type {given.dtype} were given; allowed are whole numbers of 64 bits")
-    return whole
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ImageList(Labels):
+    """The labelled images of one split, N of them.
 
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    array = np.ascontiguousarray(array)
-    if array.flags.writeable:
-        array = array.copy()
-        array.flags.writeable = False
-    return array
-
-
-@dataclass(frozen=True, eq=False)
-class ImageList:
-    """The labelled images of one split, N of them. All arrays are read-only.
+    Its identities are 0..K-1 without gaps in the training split, in query and gallery the data set's own numbers
+    (distractors, where a data set has them, are 0).
 
     Attributes:
         paths: one string per image: a file path, or a stable name when the image is rendered.
-        identity: int64 [N]. In the training split 0..K-1 without gaps; in query and gallery the data set's own numbers
-            (distractors, where a data set has them, are 0).
-        camera: int64 [N], the data set's own camera numbers, -1 where unknown.
-        viewpoint: int64 [N], 0..V-1 (see `VIEWPOINTS`), -1 where unknown.
         viewpoint_name: one string per image: the annotators' name (front, front_side, ...), "" where unknown.
-        viewpoint_weight: float32 [N, V] with soft labels, else None. Every row is a distribution over the viewpoints;
-            where the viewpoint is unknown it is uniform over those that occur for the identity.
         loader: how a path becomes an RGB image.
         extras: further inputs of each image by name.
     """
 
     paths: tuple[str, ...]
-    identity: np.ndarray
-    camera: np.ndarray
-    viewpoint: np.ndarray
     viewpoint_name: tuple[str, ...]
-    viewpoint_weight: np.ndarray | None = None
     loader: Callable[[str], Image.Image] = field(default=open_image, repr=False)
     extras: Mapping[str, Extra] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        count = len(self.paths)
-        for name in ("identity", "camera", "viewpoint"):
-            array = _whole(name, getattr(self, name))
-            if array.shape != (count,):
-                raise ValueError(f"{name} must have shape ({count},), one entry per path, got {array.shape}")
-            object.__setattr__(self, name, _frozen(array))
-        if len(self.viewpoint_name) != count:
-            raise ValueError(f"viewpoint_name must have {count} entries, one per path, got {len(self.viewpoint_name)}")
-        for name, extra in self.extras.items():
-            if len(extra) != count:
-                raise ValueError(f"extras: {name} has {len(extra)} entries; allowed are {count}, one per path")
-        if self.viewpoint_weight is not None:
-            weight = np.asarray(self.viewpoint_weight, dtype=np.float32)
-            if weight.ndim != 2 or weight.shape[0] != count:
-                raise ValueError(f"viewpoint_weight must have shape ({count}, V), got {weight.shape}")
-            object.__setattr__(self, "viewpoint_weight", _frozen(weight))
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        super().__post_init__()
+        self.check_lengths(paths=self.paths, viewpoint_name=self.viewpoint_name, **self.extras)
 
     def load(self, index: int) -> Image.Image:
         """The image at `index` as RGB. Raises IndexError outside 0..N-1, OSError when the file cannot be read."""
@@ -158,26 +111,14 @@ class ImageList:
             raise IndexError(f"index must be in [0, {len(self.paths)}), got {index}")
         return self.loader(self.paths[index])
 
-    def select(self, indices: Sequence[int] | np.ndarray) -> ImageList:
-        """The images at `indices` (integers or a boolean mask [N]), in that order, labels unchanged."""
-        chosen = np.asarray(indices)
-        if chosen.dtype == bool:
-            if chosen.shape != (len(self),):
-                raise ValueError(f"a boolean mask must have shape ({len(self)},), got {chosen.shape}")
-            chosen = np.flatnonzero(chosen)
-        chosen = chosen.astype(np.int64).reshape(-1)
-        if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise IndexError(f"indices must be in [0, {len(self)}), got {chosen.min()}..{chosen.max()}")
-        return replace(
-            self,
-            paths=tuple(self.paths[i] for i in chosen),
-            identity=self.identity[chosen],
-            camera=self.camera[chosen],
-            viewpoint=self.viewpoint[chosen],
-            viewpoint_name=tuple(self.viewpoint_name[i] for i in chosen),
-            viewpoint_weight=None if self.viewpoint_weight is None else self.viewpoint_weight[chosen],
-            extras={name: extra.select(chosen) for name, extra in self.extras.items()},
-        )
+    def rows(self, chosen: np.ndarray) -> dict[str, Any]:
+        """As for `Labels`."""
+        return {
+            **super().rows(chosen),
+            "paths": tuple(self.paths[i] for i in chosen),
+            "viewpoint_name": tuple(self.viewpoint_name[i] for i in chosen),
+            "extras": {name: extra.select(chosen) for name, extra in self.extras.items()},
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,17 +187,13 @@ class ReidData:
         """A table of images, identities, cameras and viewpoints per split; how many are labelled; what was left out."""
         names = VIEWPOINTS if self.num_viewpoints == len(VIEWPOINTS) else range(self.num_viewpoints)
         header = ("split", "images", "identities", "cameras", *(str(name) for name in names), "unknown")
-        rows = [header]
+        rows = []
         for split, images in self.splits.items():
             cameras = np.unique(images.camera[images.camera >= 0]).size
             views = [int((images.viewpoint == view).sum()) for view in (*range(self.num_viewpoints), UNKNOWN)]
             counts = (len(images), np.unique(images.identity).size, cameras, *views)
             rows.append((split, *(f"{count:,}" for count in counts)))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        lines = []
-        for row in rows:
-            cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-            lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+        lines = [table(header, rows)]
         known, total = self.num_train_viewpoints_known, len(self.train)
         kind = "soft " if self.train.viewpoint_weight is not None else ""
         lines.append(f"{self.name}: {known:,} of {total:,} training images have {kind}viewpoint labels")

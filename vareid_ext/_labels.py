@@ -1,0 +1,93 @@
+"""What is known of images: the one carrier of labels through data, features, metrics and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+UNKNOWN = -1
+"""Label that is not known."""
+
+Self = TypeVar("Self", bound="Labels")
+
+
+def _whole(name: str, values: Any) -> np.ndarray:
+    """`values` as int64. Raises ValueError, naming them, where that would change one."""
+    given = np.asarray(values)
+    try:
+        with np.errstate(invalid="ignore"):
+            whole = given.astype(np.int64)
+    except (OverflowError, TypeError, ValueError):
+        whole = None
+    if whole is None or not np.array_equal(whole, given):
+        raise ValueError(f"{name}: values of type {given.dtype} were given; allowed are whole numbers of 64 bits")
+    return whole
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array = np.ascontiguousarray(array)
+    if array.flags.writeable:
+        array = array.copy()
+        array.flags.writeable = False
+    return array
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """Who is on each of N images, by which camera, from which side. All arrays are read-only.
+
+    Attributes:
+        identity: whole numbers, int64 [N].
+        camera: int64 [N], -1 where unknown.
+        viewpoint: int64 [N], 0..V-1 (front, side, back), -1 where unknown.
+        viewpoint_weight: float32 [N, V] with soft labels, else None. Every row is a distribution over the viewpoints;
+            where the viewpoint is unknown it is uniform over those that occur for the identity.
+    """
+
+    identity: np.ndarray
+    camera: np.ndarray
+    viewpoint: np.ndarray
+    viewpoint_weight: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("identity", "camera", "viewpoint"):
+            array = _whole(name, getattr(self, name))
+            if array.ndim != 1:
+                raise ValueError(f"{name}: shape {list(array.shape)} was given; [N] is needed")
+            object.__setattr__(self, name, _frozen(array))
+        if self.viewpoint_weight is not None:
+            weight = np.asarray(self.viewpoint_weight, dtype=np.float32)
+            if weight.ndim != 2:
+                raise ValueError(f"viewpoint_weight: shape {list(weight.shape)} was given; [N, V] is needed")
+            object.__setattr__(self, "viewpoint_weight", _frozen(weight))
+        self.check_lengths(camera=self.camera, viewpoint=self.viewpoint, viewpoint_weight=self.viewpoint_weight)
+
+    def check_lengths(self, **values: Sized | None) -> None:
+        """ValueError, naming it, for one that is not None and has not N entries."""
+        for name, value in values.items():
+            if value is not None and len(value) != len(self):
+                raise ValueError(f"{name}: {len(value)} entries were given; {len(self)} are needed, one per identity")
+
+    def __len__(self) -> int:
+        return len(self.identity)
+
+    def rows(self, chosen: np.ndarray) -> dict[str, Any]:
+        """What of the images at the indices `chosen` differs from what is known of all, by field."""
+        weight = self.viewpoint_weight
+        labels = {name: getattr(self, name)[chosen] for name in ("identity", "camera", "viewpoint")}
+        return {**labels, "viewpoint_weight": None if weight is None else weight[chosen]}
+
+    def select(self: Self, indices: Sequence[int] | np.ndarray) -> Self:
+        """The images at `indices` (integers or a boolean mask [N]), in that order, labels unchanged."""
+        chosen = np.asarray(indices)
+        if chosen.dtype == bool:
+            if chosen.shape != (len(self),):
+                raise ValueError(f"indices: a mask of shape {chosen.shape} was given; ({len(self)},) is needed")
+            chosen = np.flatnonzero(chosen)
+        chosen = chosen.astype(np.int64).reshape(-1)
+        if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
+            raise IndexError(f"indices must be in [0, {len(self)}), got {chosen.min()}..{chosen.max()}")
+        return replace(self, **self.rows(chosen))
