@@ -235,6 +235,6 @@ def test_summary_counts():
     data = make_data(make_list([0, 0, 0, 1, 1], [0, 2, 2, -1, 1], [1, 2, 2, -1, 1]))
     lines = data.summary().splitlines()
     assert lines[0].split() == ["split", "images", "identities", "cameras", "front", "side", "back", "unknown"]
-    assert lines[1].split() == ["train", "5", "2", "2", "1", "1", "2", "1"]
-    assert lines[3].split() == ["gallery", "2", "2", "1", "0", "0", "0", "2"]
-    assert "4 of 5 training images have viewpoint labels" in lines[4]
+    assert lines[2].split() == ["train", "5", "2", "2", "1", "1", "2", "1"]
+    assert lines[4].split() == ["gallery", "2", "2", "1", "0", "0", "0", "2"]
+    assert "4 of 5 training images have viewpoint labels" in lines[5]
