@@ -166,10 +166,8 @@ def test_junk_that_cannot_be_left_out_is_an_error(sides, tmp_path, capsys, chang
 
 @pytest.mark.parametrize("command", [rerank, evaluate])
 def test_a_junk_identity_that_is_no_number_is_shown(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        command(["--junk-identity", "anna"])
-    message = capsys.readouterr().err.splitlines()[-1]
-    assert end.value.code == 2
+    assert command(["--junk-identity", "anna"]) == 2
+    message = capsys.readouterr().err
     assert "--junk-identity" in message
     assert "'anna'" in message
     assert "_identity" not in message  # a function's name
@@ -282,7 +280,7 @@ def test_rerank_stopped_half_way_leaves_nothing_behind(sides, tmp_path, capsys, 
     before = signal.getsignal(signal.SIGTERM)
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell starts us ignoring it
     try:
-        assert rerank([query_file, gallery_file, "--output", str(output)]) == 130
+        assert rerank([query_file, gallery_file, "--output", str(output)]) == 128 + number
     finally:
         signal.signal(signal.SIGINT, interrupt)
     assert signal.getsignal(signal.SIGTERM) is before

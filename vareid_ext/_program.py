@@ -1,5 +1,12 @@
-"""How the programs end; ``vareid_ext.train`` still asks for it here."""
+"""How ``python -m vareid_ext.train`` ends."""
 
-from vareid_ext.cli.common import run_program
+import sys
+from collections.abc import Callable
+from typing import NoReturn
 
-__all__ = ["run_program"]
+from _vareid_cli import main
+
+
+def run_program(train: Callable[[], int]) -> NoReturn:
+    """Run ``vareid train``."""
+    main(["train", *sys.argv[1:]])

@@ -1,7 +1,8 @@
-"""``python -m vareid_ext.doctor``."""
+"""``python -m vareid_ext.doctor`` is ``vareid doctor``."""
 
-from vareid_ext.cli.common import run_program
-from vareid_ext.cli.doctor import main
+import sys
+
+from _vareid_cli import main
 
 if __name__ == "__main__":
-    run_program(main)
+    main(["doctor", *sys.argv[1:]])

@@ -1,7 +1,8 @@
-"""``python -m vareid_ext.evaluate``."""
+"""``python -m vareid_ext.evaluate`` is ``vareid evaluate``."""
 
-from vareid_ext.cli.common import run_program
-from vareid_ext.cli.evaluate import main
+import sys
+
+from _vareid_cli import main
 
 if __name__ == "__main__":
-    run_program(main)
+    main(["evaluate", *sys.argv[1:]])

@@ -1,7 +1,8 @@
-"""``python -m vareid_ext.rerank``."""
+"""``python -m vareid_ext.rerank`` is ``vareid rerank``."""
 
-from vareid_ext.cli.common import run_program
-from vareid_ext.cli.rerank import main
+import sys
+
+from _vareid_cli import main
 
 if __name__ == "__main__":
-    run_program(main)
+    main(["rerank", *sys.argv[1:]])

@@ -1,1 +1,1 @@
-"""The commands of the program: one file each, and ``common`` for what they share."""
+"""The commands of ``vareid``: one file each, and ``common`` for what they share. ``_vareid_cli`` lists them."""

@@ -1,55 +1,142 @@
-"""How the commands end: with their exit status, and quietly where nobody reads what they print any more."""
+"""What the commands share: options, errors, signals, results as text or JSON; and the exit status of each end."""
 
 from __future__ import annotations
 
-import io
-import os
+import argparse
+import contextlib
+import json
 import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn
 
-from vareid_ext._interrupt import end_at_once, raise_again
-from vareid_ext.files.atomic import naming
+from _vareid_cli import nearest
 
 
-def run_program(main: Callable[[], int]) -> NoReturn:
-    """Run a command and end the process with its exit status.
+class Result(NamedTuple):
+    """What a command has found."""
 
-    That is 128 + SIGINT if it is interrupted; 128 + SIGPIPE, and nothing is said, if the reader of its output has gone,
-    as in ``command | head``; 2, and one line on standard error, if the output cannot be written for another reason,
-    such as a full disk.
+    text: str
+    """for people"""
+    values: Mapping[str, Any]
+    """the same for ``--json``: numbers, strings, lists and dictionaries"""
+    status: int = 0
+    """the exit status"""
+
+
+class TerminatedError(BaseException):
+    """SIGTERM came. No Exception, so that nobody who handles whatever a damaged file raises takes it for that."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and name the option that may have been meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See ArgumentParser; an unknown option is an error, and comes before arguments that are missing."""
+        known = [name for action in self._actions for name in action.option_strings]
+        for argument in args:
+            option = argument.partition("=")[0]
+            if option == "--":
+                break
+            if option.startswith("--") and not any(name.startswith(option) for name in known):
+                self.error(f"there is no option {option}{nearest(option, known)}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2 and one line."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def command_parser(name: str, description: str, examples: str) -> Parser:
+    """The parser of a command, for its own arguments.
+
+    Args:
+        name: of the command.
+        description: what it does; its line breaks are kept.
+        examples: command lines.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a letter that the terminal lacks is no reason to fail
+    return Parser(
+        prog=f"vareid {name}", description=description, epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every command has."""
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--json", action="store_true",
+        help="results as one JSON document on standard output, everything else on standard error",
+    )  # fmt: skip
+    group.add_argument("--quiet", action="store_true", help="results and errors only, no progress")
+    group.add_argument("--debug", action="store_true", help="errors with a traceback")
+
+
+def run_command(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], Result], arguments: Sequence[str]
+) -> int:
+    """Parse the arguments of a command, run it, and print its result or its error.
+
+    Args:
+        parser: of :func:`command_parser`; the options that every command has are added to it.
+        run: the command; ValueError, TypeError, OSError and MemoryError mean that the request cannot be met.
+        arguments: of the command line, without the command's name.
+
+    Returns:
+        The exit status: that of the result; 2, the request cannot be met; 1, a defect; 128 + N, ended by signal N.
+    """
+    add_common_options(parser)
     try:
-        with naming("standard output"):
-            try:
-                raise_again()
-                status: str | int | None = main()
-            except SystemExit as end:  # of --help, whose text is written here
-                status = end.code
-            if sys.stdout is not None:  # the caller has closed it
-                sys.stdout.flush()
-    except BrokenPipeError:
-        status = 128 + signal.SIGPIPE
-        _drop_what_is_left()
-    except OSError as error:
-        status = 2
-        print(f"error: {error}", file=sys.stderr)
-        _drop_what_is_left()
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGINT
-        print("interrupted", file=sys.stderr)
-    end_at_once()
-    sys.exit(status)
+        options = parser.parse_args(arguments)
+    except SystemExit as end:  # an error, or --help
+        return int(end.code or 0)
+    aside = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
+    try:
+        with raised_signals(), aside:
+            result = run(options)
+    except BrokenPipeError:  # the reader of the output has gone: run_program
+        raise
+    except (KeyboardInterrupt, TerminatedError) as end:
+        # Every file of the package is written beside its target, whose place it takes when it is complete.
+        untouched = f"; {options.output} is as it was" if getattr(options, "output", None) else ""
+        print(f"{parser.prog}: interrupted{untouched}", file=sys.stderr)
+        return 128 + (signal.SIGTERM if isinstance(end, TerminatedError) else signal.SIGINT)
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        if isinstance(error, ValueError | TypeError | OSError | MemoryError):
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return 2
+        print(f"{parser.prog}: defect: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        return 1
+    if options.json:
+        if not options.quiet:
+            print(result.text, file=sys.stderr)
+        print(json.dumps(result.values, indent=2))
+    else:
+        print(result.text)
+    return result.status
 
 
-def _drop_what_is_left() -> None:
-    """Let the interpreter write what its buffers hold, as it does at its end, to nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(nowhere, stream.fileno())
+@contextlib.contextmanager
+def raised_signals() -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM TerminatedError, unless the caller has them ignored."""
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+    if threading.current_thread() is not threading.main_thread():
+        handlers = {}
+    before = {number: signal.getsignal(number) for number in handlers}
+    try:
+        for number, handler in handlers.items():
+            if before[number] is not signal.SIG_IGN:
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise TerminatedError

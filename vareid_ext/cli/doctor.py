@@ -1,4 +1,4 @@
-"""``python -m vareid_ext.doctor``: what this installation consists of, and whether the main job can run here."""
+"""``vareid doctor``: what this installation consists of, and whether the main job can run here."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from vareid_ext import _native
 from vareid_ext._version import __version__
-from vareid_ext.cli.common import run_program
+from vareid_ext.cli.common import Result, command_parser, run_command
 
 REQUIRED = ("numpy", "torch", "torchvision", "timm", "PIL", "matplotlib", "tqdm", "tensorboard", "jsonargparse")
 OPTIONAL = {
@@ -113,19 +114,19 @@ def report() -> tuple[list[tuple[str, str]], list[str]]:
     return lines, problems
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the report; 0 if ``python -m vareid_ext.train`` can run here, 1 if not."""
-    description = "Show what this installation consists of. Exit status 0 if training can run here, 1 if not."
-    argparse.ArgumentParser(prog="python -m vareid_ext.doctor", description=description).parse_args(arguments)
+def _run(options: argparse.Namespace) -> Result:
     lines, problems = report()
     width = max(len(name) for name, _ in lines)
-    for name, value in lines:
-        print(f"{name:<{width}}  {value}")
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
-    print("training can run here" if not problems else "training cannot run here")
-    return 1 if problems else 0
+    verdict = "training cannot run here" if problems else "training can run here"
+    text = "\n".join([*(f"{name:<{width}}  {value}" for name, value in lines), verdict])
+    values = {"can_train": not problems, "problems": problems, **dict(lines)}
+    return Result(text, values, status=1 if problems else 0)
 
 
-if __name__ == "__main__":
-    run_program(main)
+def main(arguments: Sequence[str]) -> int:
+    """Print the report; 0 if ``vareid train`` can run here, 1 if not."""
+    description = "Show what this installation consists of. Exit status 0 if training can run here, 1 if not."
+    examples = "  vareid doctor\n  vareid doctor --json > report.json\n"
+    return run_command(command_parser("doctor", description, examples), _run, arguments)

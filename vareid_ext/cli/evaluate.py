@@ -1,11 +1,10 @@
-"""Evaluate features from the command line: ``python -m vareid_ext.evaluate --features query.npz gallery.npz``."""
+"""``vareid evaluate --features query.npz gallery.npz``: the quality of a ranking."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vareid_ext._text import viewpoint_name
-from vareid_ext.cli.common import run_program
+from vareid_ext.cli.common import Parser, Result, command_parser, run_command
 from vareid_ext.cli.rerank import add_junk_identity, add_max_unpacked, add_rerank_arguments, junk_note
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, FeatureSet, read_features
@@ -38,11 +37,16 @@ hold both sides, or the one set of images that the viewpoint protocols need.
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m vareid_ext.evaluate", description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+_EXAMPLES = """\
+  vareid evaluate --features query.npz gallery.npz --rerank
+  vareid evaluate --features features.mat --protocol cross-viewpoint
+  vareid evaluate --features query.npy gallery.npy --query-identity query.txt --gallery-identity gallery.txt \\
+      --no-cameras --json
+"""
+
+
+def _parser() -> Parser:
+    parser = command_parser("evaluate", _DESCRIPTION, _EXAMPLES)
     parser.add_argument(
         "--features", nargs="+", required=True, metavar=("QUERY", "GALLERY"), help="the two files, or the one for both"
     )
@@ -70,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
     add_rerank_arguments(group)
     parser.add_argument("--output", metavar="FILE", help="write the results to this .json file")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
@@ -211,26 +214,16 @@ def _uncounted(results: Mapping[str, RankingMetrics | RepeatedMetrics]) -> list[
     return lines
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _run(options: argparse.Namespace) -> Result:
+    output = None if options.output is None else check_writable(options.output, (".json",))
+    results, notes = _evaluate(options)
+    report = {name: _report(result) for name, result in results.items()}
+    if output is not None:
+        with atomic_file(output) as file:
+            file.write((json.dumps(report, indent=2) + "\n").encode())
+    return Result("\n".join([results_table(results), *_uncounted(results), *notes]), report)
+
+
+def main(arguments: Sequence[str]) -> int:
     """The command; returns its exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        output = None if options.output is None else check_writable(options.output, (".json",))
-        results, notes = _evaluate(options)
-        if output is not None:
-            with atomic_file(output) as file:
-                report = {name: _report(result) for name, result in results.items()}
-                file.write((json.dumps(report, indent=2) + "\n").encode())
-    except (ValueError, TypeError, OSError, MemoryError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
-    print("\n".join([results_table(results), *_uncounted(results), *notes]))
-    return 0
-
-
-if __name__ == "__main__":
-    run_program(main)
+    return run_command(_parser(), _run, arguments)

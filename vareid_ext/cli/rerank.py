@@ -1,23 +1,19 @@
-"""Re-rank features from the command line: ``python -m vareid_ext.rerank query.npz gallery.npz --output result.npy``."""
+"""``vareid rerank query.npz gallery.npz --output result.npy``: k-reciprocal re-ranking of features in files."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import os
 import shutil
-import signal
-import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vareid_ext.cli.common import run_program
+from vareid_ext.cli.common import Parser, Result, command_parser, run_command
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import MAX_RATIO, MAX_UNPACKED, FeatureFileError, read_features
 from vareid_ext.metrics.ranking import check_junk_identity
@@ -32,6 +28,11 @@ two fields. OUTPUT appears when it is complete; until then, and if anything goes
 
 Where the gallery's identities are known, its junk images are in nobody's neighbourhood and nobody's result: their
 columns of a matrix hold 2, more than any distance, and they are not among the K best.
+"""
+_EXAMPLES = """\
+  vareid rerank query.npz gallery.npz --output distances.npy
+  vareid rerank query.npz gallery.npz --output best.npz --topk 100
+  vareid rerank query.npz gallery.npz --output best.npz --topk 100 --k1 30 --max-memory 2G --plan
 """
 _JUNK = 2.0  # the distance to a junk image; all others are 0 to 1
 
@@ -85,11 +86,8 @@ def add_max_unpacked(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m vareid_ext.rerank", description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+def _parser() -> Parser:
+    parser = command_parser("rerank", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("query", help="file with the query features")
     parser.add_argument("gallery", help="file with the gallery features")
     parser.add_argument("--output", required=True, metavar="OUTPUT", help="the result: .npy, or .npz with --topk")
@@ -105,11 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-memory", type=size_in_bytes, metavar="SIZE", help="limit beyond input and result: 200M")
     parser.add_argument("--block-rows", type=int, metavar="ROWS", help="rows of a block of products (default: chosen)")
     parser.add_argument("--plan", action="store_true", help="print how memory will be used")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 
 
-def _run(options: argparse.Namespace) -> str:
+def _run(options: argparse.Namespace) -> Result:
     suffixes = (".npy",) if options.topk is None else (".npy", ".npz")
     output = check_writable(options.output, suffixes, (options.query, options.gallery))
     check_junk_identity(options.junk_identity)
@@ -117,6 +114,10 @@ def _run(options: argparse.Namespace) -> str:
     query = found.feature
     gallery, kept, note = _read_gallery(options)
     note = f"query: {found.used()}\n{note}"
+    values = {
+        "output": str(output), "queries": len(query), "gallery": len(kept), "junk": int((~kept).sum()),
+        "topk": options.topk,
+    }  # fmt: skip
     keywords = {
         "k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value, "block_rows": options.block_rows,
         "max_memory": options.max_memory, "show_plan": options.plan, "progress": not options.quiet,
@@ -125,7 +126,8 @@ def _run(options: argparse.Namespace) -> str:
         distance, index = k_reciprocal_rerank(query, gallery, topk=options.topk, **keywords)
         with atomic_file(output) as file:
             _write_best(file, output.suffix.lower(), distance.numpy(), np.flatnonzero(kept)[index])
-        return f"{output}: the {options.topk} best of {len(gallery)} for each of {len(query)} queries\n{note}"
+        text = f"{output}: the {options.topk} best of {len(gallery)} for each of {len(query)} queries"
+        return Result(f"{text}\n{note}", values)
     needed = 4 * len(query) * len(kept)
     with atomic_file(output) as file:
         free = shutil.disk_usage(file.name).free
@@ -141,7 +143,7 @@ def _run(options: argparse.Namespace) -> str:
                 row[kept], row[~kept] = row[: len(gallery)].copy(), _JUNK
         result.flush()
         del result
-    return f"{output}: distances [{len(query)}, {len(kept)}]\n{note}"
+    return Result(f"{output}: distances [{len(query)}, {len(kept)}]\n{note}", values)
 
 
 def _read_gallery(options: argparse.Namespace) -> tuple[Tensor, np.ndarray, str]:
@@ -179,35 +181,6 @@ def _write_best(file: BinaryIO, suffix: str, distance: np.ndarray, index: np.nda
     file.write(records.tobytes())
 
 
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Inside, SIGTERM is as Ctrl-C: an unfinished file is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """The command; returns its exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        with _terminable():
-            done = _run(options)
-    except (ValueError, TypeError, OSError, MemoryError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; {options.output} is as it was", file=sys.stderr)
-        return 130
-    print(done)
-    return 0
-
-
-if __name__ == "__main__":
-    run_program(main)
+    return run_command(_parser(), _run, arguments)
