@@ -10,12 +10,13 @@ import struct
 import tracemalloc
 import zipfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from vareid_ext.files.features import FeatureFileError, open_arrays, read_features
+from vareid_ext.files.features import FeatureFileError, Features, open_arrays, read_features
 
 scipy_io = pytest.importorskip("scipy.io")  # writes the MATLAB files; reading them needs no SciPy
 KINDS = ("npz", "mat", "pt")
@@ -59,7 +60,7 @@ def test_every_kind_with_labels(tmp_path, kind, dtype, compressed):
     for name, value in arrays.items():
         np.testing.assert_array_equal(getattr(found, name), value)
     assert found.feature.dtype == torch.from_numpy(arrays["feature"]).dtype
-    assert found.identity.dtype == torch.int64
+    assert found.identity.dtype == np.int64
 
 
 def test_arrays_are_memory_maps_where_they_can_be(tmp_path):
@@ -305,7 +306,8 @@ def test_only_the_labels_that_are_asked_for_are_read(tmp_path):
     arrays = images(6, 5)
     np.savez(tmp_path / "a.npz", **{**arrays, "viewpoint": np.array(["front"] * 5)})
     found = read_features(tmp_path / "a.npz", "query", labels=("identity", "camera"))
-    assert (found.viewpoint, list(found.sources)) == (None, ["feature", "identity", "camera"])
+    assert list(found.sources) == ["feature", "identity", "camera"]
+    assert found.viewpoint.tolist() == [-1] * 5
     with pytest.raises(FeatureFileError, match="viewpoint"):
         read_features(tmp_path / "a.npz", "query")
 
@@ -731,3 +733,56 @@ def test_files_that_cannot_be_read_at_all(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(FeatureFileError, match=name):
         read_features(tmp_path / name, "query")
+
+
+# ---- what the package writes itself
+
+
+def labelled(dtype=torch.float32, count=5):
+    arrays = images(6, count)
+    return Features(
+        **{name: arrays[name] for name in ("identity", "camera", "viewpoint")},
+        feature=torch.from_numpy(arrays["feature"]).to(dtype), paths=tuple(f"b\u00e4r/{i}.jpg" for i in range(count)),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_features_are_read_as_they_were_saved(tmp_path, dtype):
+    written = labelled(dtype)
+    written.save(tmp_path / "a.npz")
+    found = read_features(tmp_path / "a.npz", "gallery", paths=True)
+    assert torch.equal(found.feature, written.feature.to(found.feature.dtype))
+    assert found.feature.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+    for name in ("identity", "camera", "viewpoint"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(written, name))
+    assert found.paths == written.paths
+    assert read_features(tmp_path / "a.npz", "query").paths == ()
+    replace(written, paths=()).save(tmp_path / "b.npz")
+    assert read_features(tmp_path / "b.npz", "query", paths=True).paths == ()
+
+
+def test_features_are_selected_with_their_labels():
+    some = labelled().select([4, 0])
+    assert torch.equal(some.feature, labelled().feature[[4, 0]])
+    assert some.identity.tolist() == labelled().identity[[4, 0]].tolist()
+    assert some.paths == ("b\u00e4r/4.jpg", "b\u00e4r/0.jpg")
+    assert len(labelled().select(np.arange(5) > 2)) == 2
+
+
+def test_features_take_the_labels_of_images():
+    feature = torch.arange(15.0).reshape(5, 3)
+    found = Features.of(feature, labelled())
+    assert found.feature is feature
+    assert found.camera.tolist() == labelled().camera.tolist()
+    with pytest.raises(ValueError, match="feature: 4 entries were given; 5 are needed"):
+        Features.of(feature[:4], labelled())
+    with pytest.raises(ValueError, match="paths: 1 entries were given"):
+        Features.of(feature, labelled(), paths=("a",))
+
+
+@pytest.mark.parametrize("path", [np.arange(5), np.array(["a", "b"]), np.array([["a"]] * 5)])
+def test_paths_that_are_none_are_named(tmp_path, path):
+    np.savez(tmp_path / "a.npz", **images(6, 5), path=path)
+    with pytest.raises(FeatureFileError, match=r"path cannot be read .* text \[5\] is needed"):
+        read_features(tmp_path / "a.npz", "query", paths=True)
+    assert len(read_features(tmp_path / "a.npz", "query")) == 5

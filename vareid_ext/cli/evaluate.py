@@ -8,14 +8,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from vareid_ext._text import viewpoint_name
 from vareid_ext.cli.common import Parser, Result, command_parser, run_command
 from vareid_ext.cli.rerank import add_junk_identity, add_max_unpacked, add_rerank_arguments, junk_note
 from vareid_ext.files.atomic import atomic_file, check_writable
-from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, FeatureSet, read_features
+from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, Features, read_features
 from vareid_ext.metrics import (
     RankingMetrics,
     RepeatedMetrics,
@@ -77,7 +77,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _read(options: argparse.Namespace) -> tuple[FeatureSet, FeatureSet, bool]:
+def _read(options: argparse.Namespace) -> tuple[Features, Features, bool]:
     """Query, gallery, and whether they are the same images: a file named twice, a link to it, a copy."""
     if len(options.features) > 2:
         raise FeatureFileError(f"--features: {len(options.features)} files were given; one or two are needed")
@@ -96,22 +96,22 @@ def _read(options: argparse.Namespace) -> tuple[FeatureSet, FeatureSet, bool]:
         query, gallery = _completed(query, gallery), _completed(gallery, query)
     for side, path, found in zip(SIDES, paths, (query, gallery), strict=True):
         for label in needed:
-            if getattr(found, label) is None:
+            if label not in found.sources:
                 raise FeatureFileError(f"--{side}-{label}: is needed, as {path} holds none")
-    if (query.camera is None) != (gallery.camera is None):
-        side = "query" if query.camera is None else "gallery"
+    if ("camera" in query.sources) != ("camera" in gallery.sources):
+        side = "gallery" if "camera" in query.sources else "query"
         raise FeatureFileError(f"--{side}-camera: is needed, as the other side has cameras (or give --no-cameras)")
     return query, gallery, same
 
 
-def _completed(images: FeatureSet, same: FeatureSet) -> FeatureSet:
+def _completed(images: Features, same: Features) -> Features:
     """The images with the labels that only the other set of the same images has."""
-    missing = [label for label in LABELS if getattr(images, label) is None]
+    missing = [label for label in LABELS if label not in images.sources]
     sources = {**same.sources, **images.sources}
     return dataclasses.replace(images, **{label: getattr(same, label) for label in missing}, sources=sources)
 
 
-def _together(query: FeatureSet, gallery: FeatureSet, same: bool) -> dict[str, Any]:
+def _together(query: Features, gallery: Features, same: bool) -> dict[str, Any]:
     """Both sides as one set of images, in which the same images are once."""
     D, other = query.feature.shape[1], gallery.feature.shape[1]
     if other != D:
@@ -119,11 +119,9 @@ def _together(query: FeatureSet, gallery: FeatureSet, same: bool) -> dict[str, A
     images: dict[str, Any] = {}
     for name in ("feature", *LABELS):
         sides = getattr(query, name), getattr(gallery, name)
-        if sides[0] is None:
-            continue
-        if same and not torch.equal(*sides):
+        if same and not (torch.equal if name == "feature" else np.array_equal)(*sides):
             raise FeatureFileError(f"--gallery-{name}: differs from query's, but the images are the same")
-        images[name] = sides[0] if same else torch.cat(sides)
+        images[name] = sides[0] if same else (torch.cat if name == "feature" else np.concatenate)(sides)
     return images
 
 
@@ -139,7 +137,7 @@ def _evaluate(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | R
         variants["reranked"] = {"rerank": rerank}
     common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": options.junk_identity}
     notes = [f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)]
-    if query.camera is None or bool((query.camera == -1).all()):
+    if (query.camera == -1).all():
         notes.append("no cameras: same-camera images stay in")
     results: dict[str, RankingMetrics | RepeatedMetrics] = {}
     if options.protocol == "standard":
@@ -170,15 +168,15 @@ def _evaluate(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | R
     return results, notes
 
 
-def _is(identity: Tensor, junk_identity: int | None) -> Tensor:
-    return torch.zeros_like(identity, dtype=torch.bool) if junk_identity is None else identity == junk_identity
+def _is(identity: np.ndarray, junk_identity: int | None) -> np.ndarray:
+    return np.zeros(len(identity), dtype=bool) if junk_identity is None else identity == junk_identity
 
 
 def _notes(
-    query_identity: Tensor,
-    gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
+    query_identity: np.ndarray,
+    gallery_identity: np.ndarray,
+    query_camera: np.ndarray,
+    gallery_camera: np.ndarray,
     junk_identity: int | None,
     same: bool,
 ) -> list[str]:
@@ -187,8 +185,7 @@ def _notes(
     notes = [junk_note(int(junk.sum()), len(junk))] if junk.any() else []
     if same:
         found = (query_identity == gallery_identity) & ~junk
-        if query_camera is not None and gallery_camera is not None:
-            found &= (query_camera != gallery_camera) | (query_camera == -1)
+        found &= (query_camera != gallery_camera) | (query_camera == -1)
         notes.append(f"query and gallery are the same images: {int(found.sum())} of {len(found)} find themselves")
     return notes
 

@@ -160,9 +160,9 @@ def _read_gallery(options: argparse.Namespace) -> tuple[Tensor, np.ndarray, str]
         found = read(labels=())  # fails again where the features are at fault
         note = f"junk: not known: {error}"
     kept = np.ones(len(found.feature), dtype=bool)
-    if found.identity is not None:
+    if "identity" in found.sources:
         if options.junk_identity is not None:
-            kept = found.identity.numpy() != options.junk_identity
+            kept = found.identity != options.junk_identity
         note = junk_note(int((~kept).sum()), len(kept))
     if len(kept) and not kept.any():
         raise FeatureFileError(f"{options.gallery}: every image has the junk identity {options.junk_identity}")

@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import numpy as np
 import torch
 
 from vareid_ext import _arrays
+from vareid_ext._labels import UNKNOWN, Labels
+from vareid_ext.files.atomic import atomic_file
 from vareid_ext.files.entries import MAX_RATIO, MAX_UNPACKED, Entry, FeatureFileError, Limit, PlainValue
 from vareid_ext.files.matlab_files import open_mat
 from vareid_ext.files.numpy_files import open_npy, open_npz
 from vareid_ext.files.torch_files import open_pt
 
-__all__ = ["LABELS", "MAX_RATIO", "MAX_UNPACKED", "FeatureFileError", "FeatureSet", "open_arrays", "read_features"]
+__all__ = ["LABELS", "MAX_RATIO", "MAX_UNPACKED", "FeatureFileError", "Features", "open_arrays", "read_features"]
 
 SIDES = ("query", "gallery")
 LABELS = ("identity", "camera", "viewpoint")
@@ -31,6 +33,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "identity": ("identity", "identities", "pid", "pids", "label", "labels", "id", "ids"),
     "camera": ("camera", "cameras", "cameraid", "cameraids", "camid", "camids", "cam", "cams"),
     "viewpoint": ("viewpoint", "viewpoints", "view", "views", "viewid", "viewids"),
+    "path": ("path", "paths"),
 }
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DESCRIBED = 20  # keys that an error lists
@@ -164,7 +167,7 @@ def _features(value: Any, name: str) -> torch.Tensor:
     return feature
 
 
-def _labels(value: Any, name: str, length: int) -> torch.Tensor:
+def _labels(value: Any, name: str, length: int) -> np.ndarray:
     """Labels as int64 [length]; one row or one column will do, and whole numbers kept as floats (MATLAB does)."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         value = value.double()
@@ -183,39 +186,64 @@ def _labels(value: Any, name: str, length: int) -> torch.Tensor:
         whole = array.astype(np.int64)
     if not (whole == array).all():
         raise FeatureFileError(f"{name}: holds values that are not whole numbers of 64 bits")
-    return torch.from_numpy(whole)
+    return whole
 
 
 def _address(path: Path, key: str) -> str:
     return f"{path}:{key}" if key else str(path)
 
 
-@dataclass(frozen=True)
-class FeatureSet:
-    """The features of one side and their labels.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Features(Labels):
+    """The features of N images and their labels.
 
     Attributes:
-        feature: ``[N, D]`` tensor, float32, float64, float16 or bfloat16; over a memory map where the file can be one.
-            Whole numbers of 8 and 16 bits in the file are float32 here, wider ones float64.
-        identity: ``[N]`` int64, or None if the file has none, or it was not asked for.
-        camera: ``[N]`` int64, or None.
-        viewpoint: ``[N]`` int64, or None.
-        path: the file of the features.
-        sources: where each of them was found, as ``file:key``, or ``file`` if that holds one array without a key.
+        feature: ``[N, D]`` tensor, float32, float64, float16 or bfloat16.
+        paths: of the images, where they are known; else empty.
+        file: where the features were read, None if they were not.
+        sources: where each of feature and labels was read, as ``file:key``, or ``file`` if that holds one array without
+            a key. Labels that are not there are -1.
     """
 
     feature: torch.Tensor
-    identity: torch.Tensor | None
-    camera: torch.Tensor | None
-    viewpoint: torch.Tensor | None
-    path: Path
-    sources: Mapping[str, str]
+    paths: tuple[str, ...] = ()
+    file: Path | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, feature: torch.Tensor, images: Labels, paths: tuple[str, ...] = ()) -> Features:
+        """The features ``[N, D]`` of `images`."""
+        labels = {name: getattr(images, name) for name in LABELS}
+        return cls(**labels, viewpoint_weight=images.viewpoint_weight, feature=feature, paths=paths)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_lengths(feature=self.feature, paths=self.paths or None)
+
+    def rows(self, chosen: np.ndarray) -> dict[str, Any]:
+        """As for `Labels`."""
+        feature = self.feature[torch.from_numpy(chosen).to(self.feature.device)]
+        paths = tuple(self.paths[i] for i in chosen) if self.paths else ()
+        return {**super().rows(chosen), "feature": feature, "paths": paths}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write feature, identity, camera, viewpoint and, if known, path to an .npz file, atomically.
+
+        bfloat16, which NumPy lacks, is written as float32.
+        """
+        feature = self.feature.detach().cpu()
+        feature = feature.float() if feature.dtype == torch.bfloat16 else feature
+        arrays: dict[str, Any] = {"feature": feature.numpy(), **{name: getattr(self, name) for name in LABELS}}
+        if self.paths:
+            arrays["path"] = np.array(self.paths)
+        with atomic_file(Path(path)) as file:
+            np.savez(file, **arrays)
 
     def used(self) -> str:
         """What was read for what, in words."""
-        own = f"{self.path}:"
+        own = f"{self.file}:"
         found = [f"{what}: {_shown(source.removeprefix(own))}" for what, source in self.sources.items()]
-        return f"{self.path} ({', '.join(found)})"
+        return f"{self.file} ({', '.join(found)})"
 
 
 def read_features(
@@ -227,8 +255,9 @@ def read_features(
     camera: str | None = None,
     viewpoint: str | None = None,
     labels: Collection[str] = LABELS,
+    paths: bool = False,
     max_unpacked: int = MAX_UNPACKED,
-) -> FeatureSet:
+) -> Features:
     """The features of one side of a retrieval, with what labels there are. Nothing else in the file is read.
 
     Args:
@@ -238,7 +267,8 @@ def read_features(
         identity: a key of the same file; a file of its own; or ``file:key``. None for the usual names in the same file.
         camera: likewise.
         viewpoint: likewise.
-        labels: which of ``LABELS`` to look for.
+        labels: which of ``LABELS`` to look for; others are -1.
+        paths: whether to look for the images' paths.
         max_unpacked: as in :func:`open_arrays`, for each file.
 
     Raises:
@@ -261,7 +291,7 @@ def read_features(
         found = entries[key].read()
     feature = _features(found, f"{path}: {side} features")
     sources = {"feature": _address(path, key)}
-    values: dict[str, torch.Tensor | None] = dict.fromkeys(LABELS)
+    values: dict[str, Any] = {name: np.full(len(feature), UNKNOWN) for name in LABELS}
     given = {"identity": identity, "camera": camera, "viewpoint": viewpoint}
     for what in labels:
         source = _label_source(path, entries, what, side, given[what], max_unpacked)
@@ -272,7 +302,19 @@ def read_features(
             found = entry.read()
         values[what] = _labels(found, f"{file}: {side} {what}", len(feature))
         sources[what] = _address(file, label_key)
-    return FeatureSet(feature, **values, path=path, sources=sources)
+    path_key = _usual(entries, "path", side) if paths else None
+    if path_key is not None:
+        with _naming(path, path_key):
+            values["paths"] = _paths(entries[path_key].read(), len(feature))
+        sources["path"] = _address(path, path_key)
+    return Features(feature=feature, **values, file=path, sources=sources)
+
+
+def _paths(value: Any, length: int) -> tuple[str, ...]:
+    array = np.asarray(value)
+    if array.dtype.kind != "U" or array.shape != (length,):
+        raise ValueError(f"{array.dtype} {list(array.shape)} was found; text [{length}] is needed")
+    return tuple(array.tolist())
 
 
 def _label_source(
