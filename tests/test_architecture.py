@@ -39,7 +39,7 @@ LAYERS = (
         "files",
     ),
     ("training",),
-    ("cli", "_program", "train", "evaluate", "rerank", "doctor"),
+    ("cli", "_program", "__main__", "train", "evaluate", "rerank", "doctor"),
 )
 
 
