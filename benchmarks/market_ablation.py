@@ -69,7 +69,7 @@ def pack(
     Raises:
         ValueError: it takes more than ``most`` MiB. Nothing is written then.
     """
-    data = load_data("market1501", root, viewpoint_labels=viewpoint_file, check_images=False)
+    data = load_data("market1501", root, viewpoint_file=viewpoint_file, check_images=False)
 
     def encoded(images: ImageList, index: int) -> bytes:
         image, file = images.load(index), io.BytesIO()

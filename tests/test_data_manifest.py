@@ -40,7 +40,7 @@ def test_a_manifest_is_read_as_written(tmp_path):
     # The same text is the same person in query and gallery.
     assert data.query.identity.tolist() == data.gallery.identity.tolist()[:1]
     assert data.gallery.identity[0] != data.gallery.identity[1]
-    assert load_data("manifest", tmp_path / "list.csv", viewpoint_mode="soft", progress=False).train.viewpoint_weight[
+    assert load_data("manifest", tmp_path / "list.csv", viewpoint_labels="soft", progress=False).train.viewpoint_weight[
         2
     ].tolist() == [0, 0.5, 0.5]
 
@@ -165,7 +165,7 @@ def test_a_file_name_does_not_become_unique_because_an_image_is_bad(tmp_path):
     Image.new("RGB", (3, 6)).save(tmp_path / "2.png")
     Image.new("RGB", (3, 6)).save(tmp_path / "3.png")
     path = write(tmp_path, "path,identity,split\na/1.png,1,train\nb/1.png,2,train\n2.png,1,query\n3.png,1,gallery\n")
-    options = {"viewpoint_labels": tmp_path / "views.csv", "skip_bad_images": True, "progress": False}
+    options = {"viewpoint_file": tmp_path / "views.csv", "skip_bad_images": True, "progress": False}
     data = load_data("manifest", path, **options)
     assert data.train.paths == (str(tmp_path / "b" / "1.png"),)
     assert data.train.viewpoint.tolist() == [-1]
@@ -177,7 +177,7 @@ def test_viewpoint_labels_go_by_the_paths_of_the_manifest(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     labels = write(tmp_path / "elsewhere", "path,viewpoint\nby\\anna\\001.jpg,front\nd/2.jpg,back\n", "views.csv")
     path = write(tmp_path, "path,identity,split\n" + rows)
-    data = load_data("manifest", path, viewpoint_labels=labels, check_images=False)
+    data = load_data("manifest", path, viewpoint_file=labels, check_images=False)
     assert data.train.viewpoint.tolist() == [0, -1]
     assert data.query.viewpoint.tolist() == [-1]
     assert data.gallery.viewpoint.tolist() == [2]

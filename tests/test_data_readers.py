@@ -238,7 +238,7 @@ def test_viewpoint_labels_are_joined(tmp_path):
         "path,viewpoint\n0002_c1s1_000451_03.jpg,front_side\n0002_c2s1_000452_03.jpg,back\n"
         "0001_c1s1_001051_00.jpg,side\n"
     )
-    data = load("market1501", root, viewpoint_labels=labels)
+    data = load("market1501", root, viewpoint_file=labels)
     assert data.train.viewpoint.tolist() == [0, 2, -1]
     assert data.train.viewpoint_name == ("front_side", "back", "")
     assert data.train.viewpoint_weight is None
@@ -246,7 +246,7 @@ def test_viewpoint_labels_are_joined(tmp_path):
     assert data.subclass_mask().tolist() == [[True, False, True], [True, True, True]]
     assert "2 of 3 training images have viewpoint labels" in data.summary()
 
-    soft = load("market1501", root, viewpoint_labels=labels, viewpoint_mode="soft")
+    soft = load("market1501", root, viewpoint_file=labels, viewpoint_labels="soft")
     np.testing.assert_allclose(soft.train.viewpoint_weight, [[0.5, 0.5, 0], [0, 0, 1], [1 / 3] * 3])
     assert soft.subclass_mask().tolist() == [[True, True, True], [True, True, True]]
     assert soft.query.viewpoint_weight is None
@@ -397,9 +397,9 @@ def test_arguments_are_checked(arguments, message):
         load(*arguments)
 
 
-def test_viewpoint_mode_is_checked(tmp_path):
-    with pytest.raises(ValueError, match="viewpoint_mode must be one of hard, soft"):
-        load("market1501", tmp_path, viewpoint_mode="fuzzy")
+def test_viewpoint_labels_is_checked(tmp_path):
+    with pytest.raises(ValueError, match=r"viewpoint_labels: .fuzzy. was given; allowed are hard, soft"):
+        load("market1501", tmp_path, viewpoint_labels="fuzzy")
 
 
 def documented_reader():

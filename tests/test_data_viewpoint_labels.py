@@ -414,7 +414,7 @@ def test_published_market_labels_join_images_with_doubled_suffixes(tmp_path):
         (tmp_path / folder).mkdir()
         for name in inside:
             (tmp_path / folder / name).touch()
-    data = load_data("market1501", tmp_path, viewpoint_labels=path, check_images=False, progress=False)
+    data = load_data("market1501", tmp_path, viewpoint_file=path, check_images=False, progress=False)
     assert (len(query), len(gallery)) == (6, 13)
     for images, inside in ((data.query, query), (data.gallery, gallery)):
         found = dict(zip(map(os.path.basename, images.paths), images.viewpoint_name, strict=True))
@@ -434,7 +434,7 @@ def test_published_market_labels_join_the_training_split(tmp_path):
             (folders["bounding_box_train"] / name).touch()
     for folder in ("query", "bounding_box_test"):
         (folders[folder] / "0001_c1s1_001051_00.jpg").touch()
-    data = load_data("market1501", tmp_path, viewpoint_labels=path, check_images=False, progress=False)
+    data = load_data("market1501", tmp_path, viewpoint_file=path, check_images=False, progress=False)
     assert len(data.train) == 12936
     assert data.num_identities == 751
     assert np.unique(data.train.camera).tolist() == [1, 2, 3, 4, 5, 6]

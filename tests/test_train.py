@@ -21,7 +21,7 @@ from PIL import Image
 import vareid_ext
 from vareid_ext import train
 from vareid_ext.checkpoint import load_checkpoint, save_checkpoint
-from vareid_ext.data import SyntheticSettings, load, synthetic_data, write_manifest
+from vareid_ext.data import READERS, SyntheticSettings, synthetic_data, write_manifest
 from vareid_ext.files import atomic
 from vareid_ext.training.report import METRIC_NAMES
 from vareid_ext.training.run_folder import RunFolder
@@ -57,7 +57,7 @@ def log_of(output):
 def rendered_once():
     """Every run here uses one of few synthetic sets: render each of them once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(load, "synthetic_data", functools.lru_cache(synthetic_data))
+        patch.setitem(READERS, "synthetic", functools.lru_cache(synthetic_data))
         yield
 
 

@@ -115,8 +115,8 @@ def prepare(request: Request) -> tuple[Config, torch.device, RunFolder, ReidData
     data = datasets.load_data(
         config.data.kind,
         config.data.root,
-        viewpoint_labels=config.data.viewpoint_file,
-        viewpoint_mode=config.data.viewpoint_labels,
+        viewpoint_file=config.data.viewpoint_file,
+        viewpoint_labels=config.data.viewpoint_labels,
         skip_bad_images=config.data.skip_bad_images,
         synthetic=config.data.synthetic,
     )

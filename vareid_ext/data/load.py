@@ -78,8 +78,8 @@ def load_data(
     kind: str,
     root: str | os.PathLike[str] | None = None,
     *,
-    viewpoint_labels: str | os.PathLike[str] | None = None,
-    viewpoint_mode: str = "hard",
+    viewpoint_file: str | os.PathLike[str] | None = None,
+    viewpoint_labels: str = "hard",
     skip_bad_images: bool = False,
     check_images: bool = True,
     synthetic: SyntheticSettings | None = None,
@@ -90,9 +90,9 @@ def load_data(
     Args:
         kind: a key of `READERS`.
         root: the data set's folder; the CSV file for "manifest"; not used for "synthetic".
-        viewpoint_labels: a label file (see `read_viewpoint_labels`); images are looked up by path, or by file name
+        viewpoint_file: a label file (see `read_viewpoint_labels`); images are looked up by path, or by file name
             where that is enough, and those it does not name keep what the reader knows, if anything.
-        viewpoint_mode: "hard" for one class per image; "soft" gives the training list a `viewpoint_weight`, in which
+        viewpoint_labels: "hard" for one class per image; "soft" gives the training list a `viewpoint_weight`, in which
             ambiguous names share their weight.
         skip_bad_images: go on without unreadable images instead of stopping.
         check_images: read every image file once now, so that a bad one stops here and not in the middle of training.
@@ -105,15 +105,15 @@ def load_data(
     """
     check_kind(kind, root)
     root = root if needs_root(kind) else None
-    if viewpoint_mode not in MODES:
-        raise ValueError(f"viewpoint_mode must be one of {', '.join(MODES)}, got {viewpoint_mode!r}")
-    labels = None if viewpoint_labels is None else read_viewpoint_labels(viewpoint_labels)
+    if viewpoint_labels not in MODES:
+        raise ValueError(f"viewpoint_labels: {viewpoint_labels!r} was given; allowed are {', '.join(MODES)}")
+    labels = None if viewpoint_file is None else read_viewpoint_labels(viewpoint_file)
     data = read(kind, root=root, settings=synthetic, progress=progress)
     if labels is not None:
         # Before bad images are dropped: a file name must not become unique by that.
         data = label_images(data, labels, os.path.dirname(root) if root and os.path.isfile(root) else root)
     if check_images and root is not None:
         data = check_readable(data, skip_bad_images=skip_bad_images, progress=progress)
-    if viewpoint_mode == "soft":
+    if viewpoint_labels == "soft":
         data = replace(data, train=with_soft_labels(data.train))
     return data
