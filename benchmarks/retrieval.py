@@ -13,6 +13,7 @@ where they need minutes and 10 GiB.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import runpy
@@ -24,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
+from unittest import mock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads its OpenMP
 
@@ -31,11 +33,14 @@ import numpy as np
 import torch
 
 from benchmarks.harness import environment
-from vareid_ext import evaluate_ranking, k_reciprocal_rerank, pairwise_distance, reference_backend
-from vareid_ext.ops import k_reciprocal as stages
-from vareid_ext.ops.nearest_neighbors import joint_neighbors
+from vareid_ext import KReciprocal, evaluate_ranking, k_reciprocal_rerank, pairwise_distance, reference_backend
+from vareid_ext.retrieval.rerank import k_reciprocal
 
 _RANK = 64
+_STAGES = (
+    "joint_neighbors", "k_reciprocal_sets", "listed_distance", "k_reciprocal_encode", "k_reciprocal_expand",
+    "k_reciprocal_invert", "k_reciprocal_blend",
+)  # fmt: skip
 SIZES = {
     "market1501 D=2048": (3368, 15913, 2048),
     "market1501 D=512": (3368, 15913, 512),
@@ -131,21 +136,21 @@ def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def stage_seconds(query: torch.Tensor, gallery: torch.Tensor) -> dict[str, float]:
-    """Seconds of each stage."""
-    out = torch.empty(query.shape[0], gallery.shape[0])
-    seconds = {}
-    k1, k2 = 20, 6
-    k = min(query.shape[0] + gallery.shape[0], k1 + 1)
-    seconds["neighbours"], lists = _timed(lambda: joint_neighbors(query, gallery, 1.0, k, 0, out, 1024))
-    neighbor, near, row_max = lists[:3]
-    seconds["sets"], pattern = _timed(lambda: stages.k_reciprocal_sets(neighbor, k1))
-    seconds["distances"], distance = _timed(
-        lambda: stages.listed_distance(query, gallery, 1.0, neighbor, near, *pattern)
-    )
-    seconds["encode"], value = _timed(lambda: stages.k_reciprocal_encode(pattern[0], distance, row_max))
-    seconds["expand"], rows = _timed(lambda: stages.k_reciprocal_expand(neighbor, k2, *pattern, value))
-    seconds["invert"], inverted = _timed(lambda: stages.k_reciprocal_invert(*rows, *query.shape[:1], len(row_max)))
-    seconds["blend"], _ = _timed(lambda: stages.k_reciprocal_blend(out, row_max, *rows, *inverted, 0.3))
+    """Seconds of each operator of a whole re-ranking, in the order in which they are called."""
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, stage: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            seconds[name], result = _timed(lambda: stage(*arguments))
+            return result
+
+        return run
+
+    with contextlib.ExitStack() as stack:
+        for name in _STAGES:
+            module = k_reciprocal if name == "joint_neighbors" else k_reciprocal.stages
+            stack.enter_context(mock.patch.object(module, name, timed(name, getattr(module, name))))
+        KReciprocal(query, gallery).matrix()
     return seconds
 
 

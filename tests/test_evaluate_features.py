@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.reranking_truth import squared_distances
 from vareid_ext import (
+    KReciprocal,
     _native,
     evaluate_cross_viewpoint,
     evaluate_features,
@@ -22,12 +24,13 @@ from vareid_ext import (
     pairwise_distance,
     rank_features,
     rank_queries,
-    reference_backend,
+    ranked_lists,
 )
 from vareid_ext.metrics import features as features_module
 from vareid_ext.metrics.ranking import QueryRanking
 from vareid_ext.ops import _progress
 from vareid_ext.ops.ranking import _gpu_features, ranking_features
+from vareid_ext.retrieval import RERANKERS, Reranker, fit_reranker
 
 
 def people(seed, Q, G, identities=6, D=16, dtype=torch.float32, scale=1.0):
@@ -166,35 +169,167 @@ def test_opcheck():
 @pytest.mark.parametrize(
     ("Q", "G", "scale"), [(20, 70, 1.0), (60, 3, 1.0), (1, 30, 1.0), (9, 30, 2.0**30), (9, 30, 2.0**-40)]
 )
-def test_reranked_rows_equal_the_reranked_matrix(Q, G, scale, options, monkeypatch):
+def test_reranked_metrics_are_those_of_the_reranked_matrix(Q, G, scale, options):
     query, gallery, *labels = people(1, Q, G, identities=2, scale=scale)
-    keywords = {} if options is True else options
-    matrix = k_reciprocal_rerank(query, gallery, **keywords)
-    rows = features_module._reranked_rows(query, gallery, **features_module.rerank_options(options))
-    for step in (1, 8, Q):
-        blocks = [rows(begin, min(Q, begin + step)) for begin in range(0, Q, step)]
-        torch.testing.assert_close(torch.cat(blocks), matrix, rtol=0, atol=1e-5)
-    with reference_backend():
-        torch.testing.assert_close(rows(0, Q), matrix, rtol=0, atol=1e-5)
-    assert_equal_results(rank_features(query, gallery, *labels, rerank=options), rank_queries(matrix, *labels))
+    matrix = k_reciprocal_rerank(query, gallery, **({} if options is True else options))
+    expected = rank_queries(matrix, *labels)
+    fit = fit_reranker(options, query, gallery)
+    assert_equal_results(rank_features(query, gallery, *labels, rerank=options), expected)
+    for block_rows in (1, 8, Q):
+        streamed = rank_features(query, gallery, *labels, rerank=options, block_rows=block_rows)
+        assert_equal_results(streamed, expected)
+        assert_equal_results(rank_features(query, gallery, *labels, rerank=fit, block_rows=block_rows), expected)
+        assert_equal_results(rank_queries(fit.rows, *labels, block_rows=block_rows), expected)
 
 
-def test_reranking_streams_when_asked_to(monkeypatch):
+class Recorded(Reranker):
+    """Squared distances, and what was asked."""
+
+    def __init__(self, query, gallery, *, times=1.0):
+        super().__init__(query, gallery)
+        self.times, self.asked = times, []
+
+    def distances(self, begin, end):
+        self.asked.append((begin, end))
+        return self.times * pairwise_distance(self.query[begin:end], self.gallery, metric="sqeuclidean")
+
+
+def test_reranking_streams_when_asked_to():
     query, gallery, *labels = people(2, 25, 80)
-    asked = []
-    plain = features_module.RowDistances.__call__
+    fit = Recorded(query, gallery)
+    rank_features(query, gallery, *labels, rerank=fit, block_rows=8)
+    assert fit.asked == [(0, 8), (8, 16), (16, 24), (24, 25)]
 
-    def recorded(self, begin, end):
-        asked.append(end - begin)
-        return plain(self, begin, end)
 
-    monkeypatch.setattr(features_module.RowDistances, "__call__", recorded)
-    monkeypatch.setattr(features_module, "k_reciprocal_rerank", None)
-    streamed = rank_features(query, gallery, *labels, rerank={"k1": 10}, block_rows=8)
-    assert asked == [8, 8, 8, 1]
-    monkeypatch.undo()
-    whole = rank_features(query, gallery, *labels, rerank={"k1": 10})
-    assert_equal_results(streamed, whole)
+def test_a_new_reranker_is_found_by_its_name(monkeypatch):
+    query, gallery, *labels = people(2, 25, 80)
+    monkeypatch.setitem(RERANKERS, "recorded", Recorded)
+    plain = rank_features(query, gallery, *labels)
+    reverse = rank_features(query, gallery, *labels, rerank={"method": "recorded", "times": -1.0})
+    assert_equal_results(rank_features(query, gallery, *labels, rerank="recorded"), plain)
+    assert bool((reverse.average_precision != plain.average_precision).any())
+    assert_equal_results(rank_features(query, gallery, *labels, rerank="recorded", block_rows=7), plain)
+    for name in RERANKERS:
+        assert 0 < evaluate_features(query, gallery, *labels, rerank=name).mAP <= 1
+    with pytest.raises(ValueError, match=r"rerank: 'k1' was given; allowed keys are method, times"):
+        rank_features(query, gallery, *labels, rerank={"method": "recorded", "k1": 3})
+
+
+def test_the_documented_reranker_works_by_its_name(monkeypatch):
+    """`QueryExpansion` of docs/extending.md, against the same in NumPy, with junk that must not be averaged."""
+    section = (Path(__file__).parents[1] / "docs" / "extending.md").read_text().partition("## A re-ranker\n")[2]
+    names = {}
+    exec(section.partition("```python\n")[2].partition("```")[0], names)
+    with pytest.raises(ValueError, match="rerank: 'query_expansion' was given; allowed are 'k_reciprocal'"):
+        evaluate_features(torch.zeros(2, 3), torch.zeros(2, 3), [1, 2], [1, 2], rerank="query_expansion")
+    monkeypatch.setitem(RERANKERS, "query_expansion", names["QueryExpansion"])
+    query, gallery, *labels = people(2, 25, 80)
+    labels[1][::5] = -1
+    kept = gallery[torch.from_numpy(labels[1] != -1)].numpy()
+    order = np.argsort(squared_distances(query, kept), axis=1, kind="stable")[:, :3]
+    expanded = (query.numpy() + kept[order].sum(1)) / 4
+    expected = rank_queries(squared_distances(expanded, gallery), *labels)
+    for block_rows in (None, 7):
+        options = {"method": "query_expansion", "k": 3}
+        assert_equal_results(rank_features(query, gallery, *labels, rerank=options, block_rows=block_rows), expected)
+
+
+def test_every_reranker_stands_in_the_file_of_its_name():
+    for name, kind in RERANKERS.items():
+        assert kind.__module__ == f"vareid_ext.retrieval.rerank.{name}"
+        assert issubclass(kind, Reranker)
+
+
+def test_a_fitted_reranker_fits_its_features_only():
+    query, gallery, query_identity, gallery_identity, *cameras = people(3, 12, 60)
+    fit = KReciprocal(query, gallery)
+    with pytest.raises(ValueError, match=r"rerank: was fitted to \(12, 60\) rows, but .* \(12, 9\)"):
+        rank_features(query, gallery[:9], query_identity, gallery_identity[:9], rerank=fit)
+    gallery_identity[:7] = -1
+    with pytest.raises(ValueError, match="rerank: was fitted to a gallery with 7 junk images"):
+        rank_features(query, gallery, query_identity, gallery_identity, *cameras, rerank=fit)
+    labels = query_identity, gallery_identity, *cameras
+    got = rank_features(query, gallery, *labels, rerank=fit, junk_identity=None)
+    assert_equal_results(got, rank_features(query, gallery, *labels, rerank=True, junk_identity=None))
+
+
+def lists_by_definition(distances, query_identity, gallery_identity, query_camera, gallery_camera, queries, top, junk):
+    """The first of each query's sorted row that the protocol leaves in, one image after another."""
+    lists = []
+    for q in queries:
+        found = []
+        for g in sorted(range(len(gallery_identity)), key=lambda g: (distances[q][g], g)):
+            same = query_identity[q] == gallery_identity[g]
+            if gallery_identity[g] == junk:
+                continue
+            if query_camera is not None and same and query_camera[q] == gallery_camera[g] != -1:
+                continue
+            found.append(g)
+        lists.append(found[:top])
+    return lists
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.integers(0, 999), st.integers(1, 9), st.integers(1, 40), st.integers(1, 4), st.integers(1, 12),
+    st.sampled_from([None, -1, 0]), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_ranked_lists_follow_the_definition(seed, Q, G, identities, top, junk, cameras, rerank):
+    """Features of few levels: ties abound. Junk, cameras that are not known, lists longer than the gallery."""
+    rng = np.random.default_rng(seed)
+    x = torch.from_numpy(rng.integers(0, 3, (Q + G, 4))).float()
+    query, gallery = x[:Q], x[Q:]
+    labels = [rng.integers(-1, identities, n) for n in (Q, G)] + [rng.integers(-1, 2, n) for n in (Q, G)]
+    labels = labels if cameras else [*labels[:2], None, None]
+    queries, kept = rng.integers(0, Q, 5).tolist(), np.flatnonzero(labels[1] != junk)
+    if len(kept) == 0:
+        with pytest.raises(ValueError, match="gallery_identity: every image has the junk identity"):
+            ranked_lists(query, gallery, *labels, queries=queries, junk_identity=junk)
+        return
+    distances = np.full((Q, G), np.inf)
+    fit = KReciprocal(query, gallery[torch.from_numpy(kept)])
+    distances[:, kept] = fit.matrix() if rerank else squared_distances(x[:Q], gallery[torch.from_numpy(kept)])
+    if rerank:
+        for q in queries:  # what single rows give, whose products may round otherwise
+            distances[q, kept] = fit.rows(q, q + 1)[0]
+    expected = lists_by_definition(distances, *labels, queries, top, junk)
+    got = ranked_lists(query, gallery, *labels, queries=queries, top=top, rerank=rerank, junk_identity=junk)
+    assert [found.tolist() for found in got] == expected
+    assert all(found.dtype == torch.int64 for found in got)
+
+
+@pytest.mark.parametrize("rerank", [False, True])
+def test_ranked_lists_agree_with_the_ranking_results(rerank):
+    query, gallery, query_identity, gallery_identity, *cameras = people(14, 30, 90)
+    query_identity[:3] = 99  # has no match
+    results = rank_features(query, gallery, query_identity, gallery_identity, *cameras, rerank=rerank)
+    fit = KReciprocal(query, gallery) if rerank else False
+    lists = ranked_lists(
+        query, gallery, query_identity, gallery_identity, *cameras, queries=np.arange(30) % 2 == 0, top=90, rerank=fit
+    )
+    assert len(lists) == 15
+    for q, found in zip(range(0, 30, 2), lists, strict=True):
+        match = gallery_identity[found] == query_identity[q]
+        assert match.sum() == results.num_matches[q]
+        first = np.flatnonzero(match)[0] + 1 if match.any() else 0
+        assert first == results.first_match_rank[q]
+
+
+def test_ranked_lists_of_no_query_and_of_other_kinds_of_arrays():
+    query, gallery, *labels = people(14, 30, 90)
+    assert ranked_lists(query, gallery, *labels, queries=[]) == []
+    found = ranked_lists(query.numpy(), gallery.numpy(), *labels, queries=[-1, 4], top=3)
+    assert [type(one) for one in found] == [np.ndarray] * 2
+    assert [one.tolist() for one in found] == [
+        one.tolist() for one in ranked_lists(query, gallery, *labels, queries=torch.tensor([29, 4]), top=3)
+    ]
+    for queries, message in (([30], "queries: index 30"), ([True] * 3, r"queries: shape \(3,\)")):
+        with pytest.raises(ValueError, match=message):
+            ranked_lists(query, gallery, *labels, queries=queries)
+    with pytest.raises(ValueError, match="top: 0"):
+        ranked_lists(query, gallery, *labels, queries=[1], top=0)
+    with pytest.raises(ValueError, match="metric: 'cosine'"):
+        ranked_lists(query, gallery, *labels, queries=[1], metric="cosine", rerank=True)
 
 
 def test_junk_enters_no_neighbourhood():
@@ -245,6 +380,9 @@ def test_kinds_of_arrays(tmp_path, capsys):
         ({"metric": "manhattan"}, ValueError, "metric: 'manhattan'"),
         ({"rerank": {"k3": 1}}, ValueError, "rerank: 'k3'"),
         ({"rerank": 20}, TypeError, "rerank: int"),
+        ({"rerank": None}, TypeError, "rerank: NoneType"),
+        ({"rerank": "mine"}, ValueError, "rerank: 'mine' was given; allowed are 'k_reciprocal'"),
+        ({"rerank": {"method": ["mine"]}}, ValueError, "rerank: .'mine'. was given"),
         ({"rerank": {"k1": 0}}, ValueError, "k1: 0"),
         ({"rerank": {"k2": 0}, "block_rows": 2}, ValueError, "k2: 0"),
         ({"rerank": {"lambda_value": 5}, "block_rows": 2}, ValueError, "lambda_value: 5 was given"),

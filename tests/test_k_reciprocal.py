@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.reranking_truth import expanded_sets, ranked, rerank, squared_distances
-from vareid_ext import k_reciprocal_rerank, re_ranking, reference_backend
+from vareid_ext import KReciprocal, k_reciprocal_rerank, re_ranking, reference_backend
 from vareid_ext.ops import k_reciprocal as op
 from vareid_ext.reference import k_reciprocal as reference
 
@@ -38,6 +38,13 @@ def assert_right(x, Q, k1=20, k2=6, lambda_value=0.3):
     np.testing.assert_allclose(best, np.sort(expected, 1)[:, :k], rtol=0, atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(expected, index, 1), best, rtol=0, atol=1e-5)
     assert all(len(set(row)) == k for row in index.tolist())
+    fit = KReciprocal(x[:Q], x[Q:], **parameters)
+    rows = np.concatenate([fit.rows(begin, min(Q, begin + 7)) for begin in range(0, Q, 7)])
+    np.testing.assert_allclose(rows, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(fit.matrix(), expected, rtol=0, atol=1e-5)
+    again = fit.topk(k)  # now from the encodings that are there
+    np.testing.assert_array_equal(again[0], best)
+    np.testing.assert_array_equal(again[1], index)
     return got
 
 

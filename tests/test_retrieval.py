@@ -13,11 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-from vareid_ext import _native, k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
+from tests.reranking_truth import squared_distances
+from vareid_ext import (
+    KReciprocal,
+    _native,
+    k_reciprocal_rerank,
+    nearest_neighbors,
+    pairwise_distance,
+    re_ranking,
+    reference_backend,
+)
 from vareid_ext.ops import _progress
 from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.ops._filter import Filter, row_blocks
-from vareid_ext.retrieval import rerank_plan
+from vareid_ext.retrieval import Reranker, rerank_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +49,13 @@ class OwnArray:
     @classmethod
     def from_dlpack(cls, tensor):
         return cls(np.from_dlpack(tensor))
+
+
+class Plain(Reranker):
+    """The least that a re-ranker is."""
+
+    def distances(self, begin, end):
+        return (self.query[begin:end, None] - self.gallery).square().sum(2)
 
 
 def features(rows, D=6, seed=0):
@@ -192,15 +208,15 @@ def test_encodings_beyond_the_plan_are_refused():
     assert torch.equal(stages.k_reciprocal_expand(neighbor, 3, indptr, index, value, 144)[1], index)
     plan = rerank_plan(100, 900, 64)
     exactly = plan.copies + plan.lists + plan.sparse
-    assert plan.most_entries(exactly) == plan.entries
-    assert plan.most_entries(exactly - 160) == plan.entries - 10
+    assert plan.entry_limit(exactly) == plan.entries
+    assert plan.entry_limit(exactly - 160) == plan.entries - 10
 
 
 _MEASURE = """
 import ctypes, sys
 import torch
 from vareid_ext import k_reciprocal_rerank
-from vareid_ext.retrieval import rerank_plan
+from vareid_ext.retrieval import Reranker, rerank_plan
 
 def field(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
@@ -272,6 +288,58 @@ def test_progress(capsys):
     assert "re-ranking" in capsys.readouterr().err
     k_reciprocal_rerank(q, g)
     assert capsys.readouterr() == ("", "")
+
+
+def test_questions_that_do_not_fit_a_reranker():
+    q, g = features(8), features(20, seed=1)
+    for fit in (KReciprocal(q, g), Plain(q, g)):
+        for begin, end, message in (
+            (0, 9, "end: 9"),
+            (3, 2, "begin: 3 .* allowed are 0 to 2"),
+            (-1, 2, "begin"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                fit.rows(begin, end)
+        for k in (0, 21):
+            with pytest.raises(ValueError, match=f"k: {k} was given; allowed are 1 to 20"):
+                fit.topk(k)
+        with pytest.raises(ValueError, match=r"out: shape \[8, 19\]"):
+            fit.matrix(np.zeros((8, 19), np.float32))
+    with pytest.raises(ValueError, match="query: no rows"):
+        Plain(q[:0], g)
+    q[3, 2] = np.inf
+    with pytest.raises(ValueError, match="query: row 3 holds NaN or Inf"):
+        Plain(q, g)
+
+
+@pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray, OwnArray])
+def test_every_reranker_answers_all_questions(kind):
+    q, g = features(8), features(20, seed=1)
+    g[10:] = g[:10]
+    distance = Plain(q, g).rows(0, 8)
+    np.testing.assert_allclose(distance, squared_distances(q, g), rtol=1e-6)
+    order = np.argsort(distance, axis=1, kind="stable")
+    fit = Plain(kind(q), kind(g))
+    out = np.zeros((8, 20), np.float32)
+    assert fit.matrix(out) is out
+    best = fit.topk(7)
+    expected = distance, distance[2:5], np.take_along_axis(distance, order, 1)[:, :7], order[:, :7], distance
+    for got, want in zip((out, fit.rows(2, 5), *best, fit.matrix()), expected, strict=True):
+        assert got is out or type(got) is type(kind(q))
+        np.testing.assert_array_equal(getattr(got, "array", got), want)
+
+
+def test_questions_in_any_order_have_one_answer():
+    q, g = features(8), features(20, seed=1)
+    matrix, best = k_reciprocal_rerank(q, g, k1=5), k_reciprocal_rerank(q, g, k1=5, topk=4)
+    fit = KReciprocal(q, g, k1=5)
+    for _ in range(2):
+        np.testing.assert_array_equal(fit.topk(4), best)
+        np.testing.assert_allclose(fit.rows(0, 8), matrix, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(fit.matrix(), matrix, rtol=0, atol=1e-6)
+        fit.prepare()
+    with reference_backend():
+        np.testing.assert_allclose(fit.rows(0, 8), matrix, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from vareid_ext.metrics import (
     evaluate_single_viewpoint,
     rank_features,
     rank_queries,
+    ranked_lists,
 )
 from vareid_ext.ops._labels import raise_label_errors
 from vareid_ext.ops.angular_center import angular_center_regularizer
@@ -24,10 +25,11 @@ from vareid_ext.ops.viewpoint_aware_cross_entropy import (
     viewpoint_aware_cross_entropy,
     viewpoint_cross_entropy,
 )
-from vareid_ext.retrieval import k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
+from vareid_ext.retrieval import KReciprocal, k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
 
 __all__ = [
     "ByViewpoint",
+    "KReciprocal",
     "LossParts",
     "QueryRanking",
     "RankingMetrics",
@@ -48,6 +50,7 @@ __all__ = [
     "raise_label_errors",
     "rank_features",
     "rank_queries",
+    "ranked_lists",
     "re_ranking",
     "reference_backend",
     "viewpoint_aware_cross_entropy",

@@ -18,6 +18,7 @@ from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import MAX_RATIO, MAX_UNPACKED, FeatureFileError, read_features
 from vareid_ext.metrics.ranking import check_junk_identity
 from vareid_ext.retrieval import k_reciprocal_rerank
+from vareid_ext.retrieval.rerank.k_reciprocal import K1, K2, LAMBDA_VALUE
 
 _DESCRIPTION = """\
 k-reciprocal re-ranking of features in files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
@@ -39,10 +40,10 @@ _JUNK = 2.0  # the distance to a junk image; all others are 0 to 1
 
 def add_rerank_arguments(parser: argparse._ArgumentGroup) -> None:
     """The parameters of the method."""
-    parser.add_argument("--k1", type=int, default=20, help="size of the neighbour sets (default: %(default)s)")
-    parser.add_argument("--k2", type=int, default=6, help="neighbours in query expansion (default: %(default)s)")
+    parser.add_argument("--k1", type=int, default=K1, help="size of the neighbour sets (default: %(default)s)")
+    parser.add_argument("--k2", type=int, default=K2, help="neighbours in query expansion (default: %(default)s)")
     parser.add_argument(
-        "--lambda-value", type=float, default=0.3, metavar="L",
+        "--lambda-value", type=float, default=LAMBDA_VALUE, metavar="L",
         help="weight of the original distance, 0 to 1 (default: %(default)s)",
     )  # fmt: skip
 

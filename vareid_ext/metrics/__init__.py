@@ -1,7 +1,7 @@
 """Ranking metrics: CMC, mAP and mINP from distances or from features, and the viewpoint protocols."""
 
-from vareid_ext.metrics.features import evaluate_features, rank_features
-from vareid_ext.metrics.ranking import QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
+from vareid_ext.metrics.features import evaluate_features, rank_features, ranked_lists
+from vareid_ext.metrics.ranking import METRIC_NAMES, QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
 from vareid_ext.metrics.viewpoints import (
     ByViewpoint,
     RepeatedMetrics,
@@ -10,6 +10,7 @@ from vareid_ext.metrics.viewpoints import (
 )
 
 __all__ = [
+    "METRIC_NAMES",
     "ByViewpoint",
     "QueryRanking",
     "RankingMetrics",
@@ -20,4 +21,5 @@ __all__ = [
     "evaluate_single_viewpoint",
     "rank_features",
     "rank_queries",
+    "ranked_lists",
 ]

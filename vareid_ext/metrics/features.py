@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vareid_ext import _arrays
@@ -14,66 +15,65 @@ from vareid_ext.metrics.ranking import (
     QueryRanking,
     RankingMetrics,
     check_junk_identity,
+    check_labels,
     check_max_rank,
-    label_vector,
+    check_subset,
     rank_queries,
 )
-from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.ops._checks import check_choice, check_count, check_values
-from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude, row_magnitudes
-from vareid_ext.ops._filter import block_side, common_scale
+from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
 from vareid_ext.ops._progress import listen
-from vareid_ext.ops.nearest_neighbors import joint_neighbors
-from vareid_ext.ops.pairwise_distance import RowDistances
+from vareid_ext.ops.nearest_neighbors import nearest_neighbors
 from vareid_ext.ops.ranking import ranking_features
 from vareid_ext.reference.pairwise_distance import METRICS
-from vareid_ext.retrieval import check_parameters, k_reciprocal_rerank
+from vareid_ext.retrieval.distance import rows_in_block
+from vareid_ext.retrieval.rerank import Rerank, Reranker, fit_reranker
+from vareid_ext.retrieval.rerank.base import progress_bar
 
 _DENSE_ELEMENTS = 1 << 26  # re-ranked matrices up to this size are made whole, which saves a second product
-_BLOCK_ELEMENTS = 1 << 23
-_RERANK_DEFAULTS: Mapping[str, Any] = {"k1": 20, "k2": 6, "lambda_value": 0.3}
 
 
-def rerank_options(rerank: bool | Mapping[str, Any]) -> dict[str, Any] | None:
-    """k1, k2 and lambda_value of a ``rerank`` argument, checked; None if it asks for none."""
-    if isinstance(rerank, bool):
-        return dict(_RERANK_DEFAULTS) if rerank else None
-    if not isinstance(rerank, Mapping):
-        raise TypeError(f"rerank: {type(rerank).__name__} was given; allowed are True, False and a mapping")
-    unknown = set(rerank) - set(_RERANK_DEFAULTS)
-    if unknown:
-        allowed = ", ".join(_RERANK_DEFAULTS)
-        raise ValueError(f"rerank: {', '.join(sorted(map(repr, unknown)))} was given; allowed keys are {allowed}")
-    options = {**_RERANK_DEFAULTS, **rerank}
-    return dict(zip(_RERANK_DEFAULTS, check_parameters(**options), strict=True))
+class _Problem(NamedTuple):
+    """A retrieval, checked; ``kept`` holds where the gallery's images were before its junk was dropped."""
+
+    query: Tensor
+    gallery: Tensor
+    labels: Labels
+    fit: Reranker | None
+    kept: Tensor
 
 
-def _reranked_rows(
-    query: Tensor, gallery: Tensor, *, k1: int, k2: int, lambda_value: float
-) -> Callable[[int, int], Tensor]:
-    """A function of (begin, end) that gives the final distances of these queries, [end - begin, G].
-
-    The stages are those of :func:`vareid_ext.retrieval.k_reciprocal_rerank`; only the last, which blends with the
-    original distances, waits for the rows to be asked for.
-    """
-    Q, G = query.shape[0], gallery.shape[0]
-    scale = common_scale((query, gallery), largest_magnitude({"query": query, "gallery": gallery}))
-    neighbor, near, row_max, _, _ = joint_neighbors(
-        query, gallery, scale, min(Q + G, max(k1 + 1, k2)), 0, None, block_side(query.device)
-    )
-    indptr, index = stages.k_reciprocal_sets(neighbor, k1)
-    value = stages.listed_distance(query, gallery, scale, neighbor, near, indptr, index)
-    value = stages.k_reciprocal_encode(indptr, value, row_max)
-    indptr, index, value = stages.k_reciprocal_expand(neighbor, k2, indptr, index, value)
-    inverted = stages.k_reciprocal_invert(indptr, index, value, Q, Q + G)
-    original = RowDistances(query, gallery, scale)
-
-    def rows(begin: int, end: int) -> Tensor:
-        block = original(begin, end)
-        stages.k_reciprocal_blend(block, row_max[begin:end], indptr[begin:], index, value, *inverted, lambda_value)
-        return block
-
-    return rows
+def _problem(
+    query: Any, gallery: Any, labels: tuple[Any, ...], metric: str, rerank: Rerank, junk_identity: int | None,
+    drop_junk: bool,
+) -> _Problem:  # fmt: skip
+    query, gallery = _arrays.to_tensor(query, "query"), _arrays.to_tensor(gallery, "gallery")
+    check_values("query", query)
+    check_features("query", query)
+    check_same_features("gallery", gallery, "query", query)
+    check_choice("metric", metric, METRICS)
+    if rerank is not False and metric == "cosine":
+        raise ValueError("metric: 'cosine' was given, but re-ranking is defined on squared Euclidean distances")
+    check_junk_identity(junk_identity)
+    checked = check_labels(*labels).on(query.device)
+    for name, features, identity in (("query", query, checked[0]), ("gallery", gallery, checked[1])):
+        if len(features) != len(identity):
+            raise ValueError(f"{name}_identity: length {len(identity)} was given, expected {len(features)} (as {name})")
+    kept = torch.arange(len(gallery), device=query.device)
+    if drop_junk and junk_identity is not None:
+        kept = (checked.gallery_identity != junk_identity).nonzero()[:, 0]
+    junk = len(gallery) - len(kept)
+    if junk and isinstance(rerank, Reranker):
+        raise ValueError(
+            f"rerank: was fitted to a gallery with {junk} junk images, which are in others' neighbourhoods; fit it "
+            "without them"
+        )
+    if junk:
+        row_magnitudes("gallery", gallery)  # names rows by their numbers as given
+        if len(kept) == 0:
+            raise ValueError(f"gallery_identity: every image has the junk identity {junk_identity}")
+        gallery, checked = gallery[kept], checked.of_gallery(kept)
+    return _Problem(query, gallery, checked, fit_reranker(rerank, query, gallery), kept)
 
 
 def rank_features(
@@ -85,63 +85,94 @@ def rank_features(
     gallery_camera: Any = None,
     *,
     metric: str = "sqeuclidean",
-    rerank: bool | Mapping[str, Any] = False,
+    rerank: Rerank = False,
     junk_identity: int | None = -1,
     block_rows: int | None = None,
     progress: bool = False,
 ) -> QueryRanking:
     """The ranking results of each query, from features; the arguments are those of :func:`evaluate_features`."""
     back = _arrays.returner(query)
-    query, gallery = _arrays.to_tensor(query, "query"), _arrays.to_tensor(gallery, "gallery")
-    check_values("query", query)
-    check_features("query", query)
-    check_same_features("gallery", gallery, "query", query)
-    check_choice("metric", metric, METRICS)
-    options = rerank_options(rerank)
-    if options is not None and metric == "cosine":
-        raise ValueError("metric: 'cosine' was given, but re-ranking is defined on squared Euclidean distances")
-    Q, G = Labels(query_identity, gallery_identity, query_camera, gallery_camera).check()
-    for name, features, rows in (("query", query, Q), ("gallery", gallery, G)):
-        if features.shape[0] != rows:
-            raise ValueError(f"{name}_identity: length {rows} was given, expected {features.shape[0]} (as {name})")
     if block_rows is not None:
         block_rows = check_count("block_rows", block_rows, 1)
-    check_junk_identity(junk_identity)
-    if options is not None and junk_identity is not None:  # junk must not be anybody's neighbour
-        kept = label_vector(gallery_identity, "gallery_identity") != junk_identity
-        if not bool(kept.all()):
-            row_magnitudes("gallery", gallery)  # names rows by their numbers as given
-            gallery = gallery[kept.to(gallery.device)]
-            G = gallery.shape[0]
-            if G == 0:
-                raise ValueError(f"gallery_identity: every image has the junk identity {junk_identity}")
-            gallery_identity = label_vector(gallery_identity, "gallery_identity")[kept]
-            if gallery_camera is not None:
-                gallery_camera = label_vector(gallery_camera, "gallery_camera")[kept]
-
-    step = block_rows or max(1, _BLOCK_ELEMENTS // G)
-    if options is None:
-        labels = Labels(query_identity, gallery_identity, query_camera, gallery_camera).on(query.device)
+    labels = (query_identity, gallery_identity, query_camera, gallery_camera)
+    # Junk must not be in anybody's neighbourhood; the original ranking leaves it out at the end.
+    query, gallery, labels, fit, _ = _problem(
+        query, gallery, labels, metric, rerank, junk_identity, drop_junk=rerank is not False
+    )
+    Q, G = len(query), len(gallery)
+    if fit is None:
+        step = block_rows or rows_in_block(G, torch.device("cpu"))
         with _bar(progress, Q) as advance, listen(lambda pairs: advance(pairs // G)):
             found = ranking_features(query, gallery, metric, *labels, junk_identity, step)
         return QueryRanking(*map(back, found))
-    distances: Any
-    if block_rows is None and Q * G <= _DENSE_ELEMENTS:
-        distances = k_reciprocal_rerank(query, gallery, progress=progress, **options)
-    else:
-        distances = _reranked_rows(query, gallery, **options)
+    distances: Any = fit.rows
+    with progress_bar(progress, fit):
+        if block_rows is None and Q * G <= _DENSE_ELEMENTS:
+            distances = fit.matrix()
+        else:
+            fit.prepare()
     with _bar(progress, Q) as advance:
-        results = rank_queries(
-            distances,
-            query_identity,
-            gallery_identity,
-            query_camera,
-            gallery_camera,
-            junk_identity=junk_identity,
-            block_rows=step if callable(distances) else None,
-            progress=advance,
-        )
+        results = rank_queries(distances, *labels, junk_identity=junk_identity, block_rows=block_rows, progress=advance)
     return QueryRanking(*map(back, vars(results).values()))
+
+
+def ranked_lists(
+    query: Any,
+    gallery: Any,
+    query_identity: Any,
+    gallery_identity: Any,
+    query_camera: Any = None,
+    gallery_camera: Any = None,
+    *,
+    queries: Any,
+    top: int = 10,
+    metric: str = "sqeuclidean",
+    rerank: Rerank = False,
+    junk_identity: int | None = -1,
+) -> list[Any]:
+    """The nearest gallery images of some queries, in order, without those that the evaluation leaves out.
+
+    These are the images that :func:`rank_features` ranks: neither junk nor, where cameras are known, images with the
+    query's identity and camera. Ties by the lower index. No Q x G distances are held.
+
+    Args:
+        query: as in :func:`evaluate_features`, like all that are not named here.
+        gallery: features [G, D].
+        query_identity: ``[Q]``.
+        gallery_identity: ``[G]``.
+        query_camera: ``[Q]`` or None.
+        gallery_camera: ``[G]`` or None.
+        queries: indices of queries, or a boolean ``[Q]`` array.
+        top: length of the lists, at least 1; a list is shorter where the gallery has fewer images left.
+        metric: as in :func:`evaluate_features`.
+        rerank: as in :func:`evaluate_features`.
+        junk_identity: as in :func:`evaluate_features`.
+
+    Returns:
+        For each of ``queries`` the int64 indices of its images in the gallery, in query's kind of array.
+
+    Raises:
+        TypeError: as :func:`evaluate_features`.
+        ValueError: as :func:`evaluate_features`; an index that no query has.
+    """
+    back = _arrays.returner(query)
+    top = check_count("top", top, 1)
+    labels = (query_identity, gallery_identity, query_camera, gallery_camera)
+    query, gallery, labels, fit, kept = _problem(query, gallery, labels, metric, rerank, junk_identity, drop_junk=True)
+    chosen = check_subset(queries, len(query), "queries").to(query.device)
+    chosen = torch.arange(len(query), device=query.device)[chosen]
+    lists: list[Any] = []
+    step = rows_in_block(len(gallery), query.device)
+    for begin in range(0, len(chosen), step):
+        some = chosen[begin : begin + step]
+        left_out = labels.left_out(some)
+        if fit is None:
+            k = min(len(gallery), top + int(left_out.sum(1).amax()))
+            order = nearest_neighbors(query[some], gallery, k, metric)[1]
+        else:
+            order = torch.cat([fit.distances(q, q + 1) for q in some.tolist()]).sort(dim=1, stable=True).indices
+        lists += [back(kept[row[~out[row]][:top]]) for row, out in zip(order, left_out, strict=True)]
+    return lists
 
 
 @contextlib.contextmanager
@@ -164,7 +195,7 @@ def evaluate_features(
     gallery_camera: Any = None,
     *,
     metric: str = "sqeuclidean",
-    rerank: bool | Mapping[str, Any] = False,
+    rerank: Rerank = False,
     max_rank: int = 50,
     junk_identity: int | None = -1,
     block_rows: int | None = None,
@@ -184,8 +215,10 @@ def evaluate_features(
         query_camera: ``[Q]`` whole numbers, or None if cameras are not known; -1: this one is not known.
         gallery_camera: ``[G]`` whole numbers; given if and only if ``query_camera`` is.
         metric: "sqeuclidean", "euclidean" (the same order) or "cosine".
-        rerank: True for k-reciprocal re-ranking, or a mapping with some of its ``k1`` (20), ``k2`` (6) and
-            ``lambda_value`` (0.3). Junk is dropped before it, so that it is in nobody's neighbourhood.
+        rerank: True for k-reciprocal re-ranking; a mapping with some of its ``k1`` (20), ``k2`` (6) and
+            ``lambda_value`` (0.3), say; the name of another re-ranker (:data:`vareid_ext.retrieval.RERANKERS`), in a
+            mapping as its ``method``; or one that is fitted to these features. Junk is dropped before it, so that it is
+            in nobody's neighbourhood.
         max_rank: length of the CMC curve, 1 to 2^20.
         junk_identity: the identity of gallery images to leave out; None for none.
         block_rows: queries handled at once (default: as many as make 2^23 distances; on a CPU at most 1,024). With

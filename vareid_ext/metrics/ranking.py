@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,13 @@ from vareid_ext import _arrays
 from vareid_ext._text import table
 from vareid_ext.ops._checks import check_count, check_values
 from vareid_ext.ops.ranking import ranking_forward
+from vareid_ext.retrieval.distance import rows_in_block
 
-_MOST_RANKS = 1 << 20
+METRIC_NAMES = ("mAP", "mINP", "rank1", "rank5", "rank10")
+"""What :meth:`RankingMetrics.as_dict` holds, in order."""
+
+_MAX_RANKS = 1 << 20
 _DISTANCE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_BLOCK_ELEMENTS = 1 << 23  # distances asked of a function at a time, unless block_rows says otherwise
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class RankingMetrics:
         return self._rank(10)
 
     def as_dict(self) -> dict[str, float]:
-        """``{"mAP", "mINP", "rank1", "rank5", "rank10"}``, the ranks as far as ``max_rank`` goes."""
-        ranks = {f"rank{r}": self._rank(r) for r in (1, 5, 10) if r <= len(self.cmc)}
-        return {"mAP": self.mAP, "mINP": self.mINP, **ranks}
+        """:data:`METRIC_NAMES` and their values, the ranks as far as ``max_rank`` goes."""
+        beyond = {f"rank{r}" for r in (1, 5, 10) if r > len(self.cmc)}
+        return {name: getattr(self, name) for name in METRIC_NAMES if name not in beyond}
 
     def cells(self) -> dict[str, str]:
         """The columns of a table by name: the counted queries, and :meth:`as_dict` in percent."""
@@ -120,7 +123,7 @@ class QueryRanking:
             )
         )
         if subset is not None:
-            chosen = _subset(subset, len(matches)).to(matches.device)
+            chosen = check_subset(subset, len(matches)).to(matches.device)
             ap, inp, first, matches = ap[chosen], inp[chosen], first[chosen], matches[chosen]
         counted = matches > 0
         num_valid = int(counted.sum())
@@ -140,26 +143,26 @@ class QueryRanking:
         )
 
 
-def _subset(subset: Any, queries: int) -> Tensor:
+def check_subset(subset: Any, queries: int, name: str = "subset") -> Tensor:
     """A boolean mask or indices of queries, checked."""
-    if isinstance(subset, list | tuple):
+    if isinstance(subset, list | tuple | range):
         subset = np.asarray(subset, dtype=np.int64 if len(subset) == 0 else None)
-    chosen = _arrays.to_tensor(subset, "subset")
-    check_values("subset", chosen)
+    chosen = _arrays.to_tensor(subset, name)
+    check_values(name, chosen)
     if chosen.dtype != torch.bool:
-        chosen = label_vector(chosen, "subset")
+        chosen = label_vector(chosen, name)
         outside = chosen[(chosen < -queries) | (chosen >= queries)]
         if len(outside):
-            raise ValueError(f"subset: index {int(outside[0])} was given, but there are {queries} queries")
+            raise ValueError(f"{name}: index {int(outside[0])} was given, but there are {queries} queries")
     elif tuple(chosen.shape) != (queries,):
-        raise ValueError(f"subset: shape {tuple(chosen.shape)} was given, expected {(queries,)}")
+        raise ValueError(f"{name}: shape {tuple(chosen.shape)} was given, expected {(queries,)}")
     return chosen
 
 
 def check_max_rank(max_rank: int) -> None:
     """ValueError unless ``max_rank`` is a whole number from 1 to 2^20."""
-    if isinstance(max_rank, bool) or not isinstance(max_rank, int | np.integer) or not 1 <= max_rank <= _MOST_RANKS:
-        raise ValueError(f"max_rank: {max_rank!r} was given; allowed are whole numbers from 1 to {_MOST_RANKS}")
+    if isinstance(max_rank, bool) or not isinstance(max_rank, int | np.integer) or not 1 <= max_rank <= _MAX_RANKS:
+        raise ValueError(f"max_rank: {max_rank!r} was given; allowed are whole numbers from 1 to {_MAX_RANKS}")
 
 
 def check_junk_identity(junk_identity: int | None) -> None:
@@ -168,7 +171,7 @@ def check_junk_identity(junk_identity: int | None) -> None:
         check_count("junk_identity", junk_identity, -(2**63), 2**63 - 1)
 
 
-def label_vector(value: Any, name: str, device: torch.device | None = None) -> Tensor:
+def label_vector(value: Any, name: str) -> Tensor:
     """Identities, cameras or viewpoints as an int64 vector; TypeError or ValueError if they are not one."""
     if isinstance(value, list | tuple | range):
         try:
@@ -181,53 +184,57 @@ def label_vector(value: Any, name: str, device: torch.device | None = None) -> T
         raise TypeError(f"{name}: dtype {tensor.dtype} was given; allowed are whole-number types")
     if tensor.dim() != 1:
         raise ValueError(f"{name}: shape {tuple(tensor.shape)} was given, expected one dimension")
-    if isinstance(value, Tensor) and device is not None and tensor.device != device:
-        raise ValueError(f"{name}: is on {tensor.device}, the distances are on {device}")
-    whole = tensor.to(device=device, dtype=torch.int64).contiguous()
+    whole = tensor.to(torch.int64).contiguous()
     if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
         raise ValueError(f"{name}: holds numbers of 2^63 or more; allowed are those that int64 holds")
     return whole
 
 
-@dataclass(frozen=True)
-class Labels:
-    """The checked identities and cameras of one evaluation, moved to the distances' device on first use."""
+class Labels(NamedTuple):
+    """The identities and cameras of one evaluation, as int64 vectors; made by :func:`check_labels`."""
 
-    query_identity: Any
-    gallery_identity: Any
-    query_camera: Any
-    gallery_camera: Any
+    query_identity: Tensor
+    gallery_identity: Tensor
+    query_camera: Tensor | None
+    gallery_camera: Tensor | None
 
-    def check(self) -> tuple[int, int]:
-        """(Q, G), or an error that names the argument."""
-        for name in ("query_identity", "gallery_identity"):
-            if getattr(self, name) is None:
-                raise TypeError(f"{name}: None was given; whole numbers are needed")
-        lengths = {name: len(label_vector(value, name)) for name, value in vars(self).items() if value is not None}
-        Q, G = lengths["query_identity"], lengths["gallery_identity"]
-        if Q == 0:
-            raise ValueError("query_identity: the query set is empty")
-        if G == 0:
-            raise ValueError("gallery_identity: the gallery is empty")
-        if (self.query_camera is None) != (self.gallery_camera is None):
-            given, missing = (
-                ("gallery_camera", "query_camera") if self.query_camera is None else ("query_camera", "gallery_camera")
-            )
-            raise ValueError(f"{missing}: is missing, but {given} is given; give both or neither")
-        for name, expected in (("query_camera", Q), ("gallery_camera", G)):
-            if lengths.get(name, expected) != expected:
-                partner = name.replace("camera", "identity")
-                raise ValueError(f"{name}: length {lengths[name]} was given, expected {expected} (as {partner})")
-        return Q, G
+    def on(self, device: torch.device) -> Labels:
+        """The same on a device."""
+        return Labels._make(None if label is None else label.to(device) for label in self)
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """The four vectors on a device."""
-        query_identity, gallery_identity, query_camera, gallery_camera = (
-            None if value is None else label_vector(value, name, device) for name, value in vars(self).items()
-        )
-        assert query_identity is not None
-        assert gallery_identity is not None
-        return query_identity, gallery_identity, query_camera, gallery_camera
+    def left_out(self, queries: Tensor) -> Tensor:
+        """bool [queries, G]: the gallery's images of these queries' identity by their camera, where it is known."""
+        if self.query_camera is None:
+            return torch.zeros((len(queries), len(self.gallery_identity)), dtype=torch.bool, device=queries.device)
+        identity, camera = self.query_identity[queries, None], self.query_camera[queries, None]
+        return (identity == self.gallery_identity) & (camera == self.gallery_camera) & (camera != -1)
+
+    def of_gallery(self, kept: Tensor) -> Labels:
+        """The same for some of the gallery's images."""
+        camera = None if self.gallery_camera is None else self.gallery_camera[kept]
+        return self._replace(gallery_identity=self.gallery_identity[kept], gallery_camera=camera)
+
+
+def check_labels(query_identity: Any, gallery_identity: Any, query_camera: Any, gallery_camera: Any) -> Labels:
+    """The labels as vectors, or an error that names the argument."""
+    given = dict(zip(Labels._fields, (query_identity, gallery_identity, query_camera, gallery_camera), strict=True))
+    for name in ("query_identity", "gallery_identity"):
+        if given[name] is None:
+            raise TypeError(f"{name}: None was given; whole numbers are needed")
+    labels = Labels._make(None if value is None else label_vector(value, name) for name, value in given.items())
+    Q, G = len(labels.query_identity), len(labels.gallery_identity)
+    if Q == 0:
+        raise ValueError("query_identity: the query set is empty")
+    if G == 0:
+        raise ValueError("gallery_identity: the gallery is empty")
+    if (query_camera is None) != (gallery_camera is None):
+        names = "query_camera", "gallery_camera"
+        missing, present = names if query_camera is None else names[::-1]
+        raise ValueError(f"{missing}: is missing, but {present} is given; give both or neither")
+    for name, camera, expected in (("query", labels.query_camera, Q), ("gallery", labels.gallery_camera, G)):
+        if camera is not None and len(camera) != expected:
+            raise ValueError(f"{name}_camera: length {len(camera)} was given, expected {expected} (as {name}_identity)")
+    return labels
 
 
 def _check_block(tensor: Tensor, num_gallery: int) -> None:
@@ -257,10 +264,14 @@ def _asked_rows(distances: Callable[[int, int], Any], begin: int, end: int) -> A
 def _blocks(distances: Any, num_queries: int, num_gallery: int, block_rows: int | None) -> Iterator[Any]:
     """The rows of the distances in order, in blocks, whichever way they were given."""
     if callable(distances) and not hasattr(distances, "__dlpack__"):
-        step = block_rows or max(1, _BLOCK_ELEMENTS // num_gallery)
-        for begin in range(0, num_queries, step):
+        begin, step = 0, block_rows or rows_in_block(num_gallery, torch.device("cpu"))
+        while begin < num_queries:
             end = min(num_queries, begin + step)
-            yield _asked_rows(distances, begin, end)
+            block = _asked_rows(distances, begin, end)
+            step = block_rows or rows_in_block(num_gallery, _arrays.to_tensor(block, "distances").device)
+            yield block
+            del block  # before the next one is made
+            begin = end
     elif isinstance(distances, Tensor | np.ndarray) or hasattr(distances, "__dlpack__"):
         yield distances
     elif isinstance(distances, Iterable):
@@ -286,8 +297,7 @@ def rank_queries(
     """The ranking results of each query; the arguments are those of :func:`evaluate_ranking`.
 
     Args:
-        block_rows: rows asked of a function at a time (default: as many as make 2^23 distances); needs ``distances``
-            to be a function.
+        block_rows: rows asked of a function at a time (default: as many as make 2^23 distances, more on a GPU).
         progress: called with the number of further queries done after each block.
 
     Returns:
@@ -299,8 +309,8 @@ def rank_queries(
     if block_rows is not None:
         check_count("block_rows", block_rows, 1)
     check_junk_identity(junk_identity)
-    labels = Labels(query_identity, gallery_identity, query_camera, gallery_camera)
-    num_queries, num_gallery = labels.check()
+    labels = check_labels(query_identity, gallery_identity, query_camera, gallery_camera)
+    num_queries, num_gallery = len(labels.query_identity), len(labels.gallery_identity)
     parts: list[tuple[Tensor, ...]] = []
     back: Callable[[Tensor], Any] | None = None
     device: torch.device | None = None
@@ -313,15 +323,10 @@ def rank_queries(
             raise ValueError(f"query_identity: length {num_queries} was given, but distances has {end} rows or more")
         if back is None or tensor.device != device:
             back, device = back or _arrays.returner(block), tensor.device
-            query_id, gallery_id, query_cam, gallery_cam = labels.on(device)
-        result = ranking_forward(
-            tensor,
-            query_id[begin:end],
-            gallery_id,
-            None if query_cam is None else query_cam[begin:end],
-            gallery_cam,
-            junk_identity,
-        )
+            labels = labels.on(device)
+        query_id, gallery_id, query_cam, gallery_cam = labels
+        of_block = None if query_cam is None else query_cam[begin:end]
+        result = ranking_forward(tensor, query_id[begin:end], gallery_id, of_block, gallery_cam, junk_identity)
         refused = torch.nonzero(result[3] < 0)
         if len(refused):
             row = int(refused[0])
@@ -362,20 +367,20 @@ def evaluate_ranking(
         distances: smaller is nearer. A ``[Q, G]`` array (NumPy, PyTorch or DLPack; float32, float64, float16 or
             bfloat16), an iterable of its row blocks in order, or a function of ``(begin, end)`` that returns the rows
             of these queries: neither of the latter two ever needs the whole matrix to exist.
-        query_identity: ``[Q]`` whole numbers.
+        query_identity: ``[Q]`` whole numbers; labels may be on any device.
         gallery_identity: ``[G]`` whole numbers.
         query_camera: ``[Q]`` whole numbers, or None if cameras are not known; -1: this one is not known.
         gallery_camera: ``[G]`` whole numbers; given if and only if ``query_camera`` is.
         max_rank: length of the CMC curve, 1 to 2^20; a gallery shorter than that repeats its last value.
         junk_identity: the identity of gallery images to leave out; None for none.
-        block_rows: rows asked of a function at a time (default: as many as make 2^23 distances).
+        block_rows: rows asked of a function at a time (default: as many as make 2^23 distances, more on a GPU).
         progress: called with the number of further queries done after each block.
 
     Returns:
         :class:`RankingMetrics`; sums in float64.
 
     Raises:
-        ValueError: shapes or lengths that do not fit, arrays on different devices, an empty query set or gallery, one
+        ValueError: shapes or lengths that do not fit, an empty query set or gallery, one
             camera argument without the other, NaN or Inf in ``distances`` (named by row), no query with a match.
         TypeError: an array of a wrong kind or dtype.
 

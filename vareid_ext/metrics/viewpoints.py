@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from vareid_ext._text import viewpoint_name
 from vareid_ext.metrics.features import evaluate_features
 from vareid_ext.metrics.ranking import RankingMetrics, label_vector, results_table
 from vareid_ext.ops._checks import check_count
+from vareid_ext.retrieval.rerank import Rerank
 
 _MAX_REPEATS = 10_000
 
@@ -113,7 +114,7 @@ def evaluate_single_viewpoint(
     repeats: int = 10,
     seed: int = 0,
     metric: str = "sqeuclidean",
-    rerank: bool | Mapping[str, Any] = False,
+    rerank: Rerank = False,
     max_rank: int = 50,
     junk_identity: int | None = -1,
 ) -> ByViewpoint[RepeatedMetrics]:
@@ -173,7 +174,7 @@ def evaluate_cross_viewpoint(
     camera: Any = None,
     *,
     metric: str = "sqeuclidean",
-    rerank: bool | Mapping[str, Any] = False,
+    rerank: Rerank = False,
     max_rank: int = 50,
     junk_identity: int | None = -1,
 ) -> ByViewpoint[RankingMetrics]:

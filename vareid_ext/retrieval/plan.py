@@ -1,0 +1,93 @@
+"""The memory that k-reciprocal re-ranking needs, known before it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from vareid_ext.ops import nearest_neighbors as _nearest
+from vareid_ext.reference.pairwise_distance import rows_per_block
+
+
+@dataclasses.dataclass(frozen=True)
+class RerankPlan:
+    """How a re-ranking will use memory beyond its input and result, in bytes. Made by :func:`rerank_plan`."""
+
+    block_rows: int
+    """Rows and columns of a block of products."""
+    copies: int
+    """Copies of features whose rows are not contiguous."""
+    candidates: int
+    """Candidates of every row, while the products go by, and the rows' norms and bounds."""
+    block: int
+    """A block of products, the product's own buffers, two blocks of features for where they must be converted or
+    centred, and the list of the blocks."""
+    lists: int
+    """The neighbour lists and their distances."""
+    rescan: int
+    """What the rows that have more near ties than candidates take beyond a block when they are done again."""
+    entries: int
+    """Entries of the sparse encodings, estimated: how many they have depends on the features."""
+    sparse: int
+    """The sparse encodings with so many entries."""
+
+    def entry_limit(self, max_memory: int) -> int:
+        """Entries of the encodings for which ``max_memory`` bytes suffice."""
+        return self.entries + (max_memory - self.copies - self.lists - self.sparse) // _ENTRY
+
+    @property
+    def peak(self) -> int:
+        """The largest of the phases: products, rows done again, encodings."""
+        return self.copies + self.lists + max(max(self.candidates, self.rescan) + self.block, self.sparse)
+
+    def __str__(self) -> str:
+        parts = ("copies", "candidates", "block", "lists", "rescan", "sparse", "peak")
+        sizes = ", ".join(f"{name} {getattr(self, name) / 2**20:.1f} MiB" for name in parts)
+        return f"re-ranking in blocks of {self.block_rows} rows: {sizes}"
+
+
+_PRODUCT_BUFFERS = 4 << 20  # what the vendor's product packs its operands into
+_ENTRY = 16  # bytes of an entry of the expanded encodings and of their inverted index
+_PLACE = 256  # bytes of a block's place in the list of blocks
+_SIDES = (1024, 768, 512, 256, 128, 64)
+
+
+def rerank_plan(
+    Q: int, G: int, D: int, *, k1: int = 20, k2: int = 6, topk: int | None = None, block_rows: int | None = None,
+    max_memory: int | None = None, copies: int = 0,
+) -> RerankPlan:  # fmt: skip
+    """The memory that :func:`k_reciprocal_rerank` will need on the CPU beyond its input and result.
+
+    Args:
+        Q: number of queries.
+        G: number of gallery rows.
+        D: elements of a feature.
+        k1: as in :func:`k_reciprocal_rerank`.
+        k2: as in :func:`k_reciprocal_rerank`.
+        topk: as in :func:`k_reciprocal_rerank`.
+        block_rows: rows of a block of products; None chooses.
+        max_memory: bytes that may be used; None for no limit.
+        copies: bytes of features whose rows are not contiguous.
+
+    Raises:
+        ValueError: ``max_memory`` does not suffice.
+    """
+    M, threads = Q + G, torch.get_num_threads()
+    k = min(M, max(k1 + 1, k2))
+    lists = M * (8 * k + 16)
+    native = max(k, topk or 0) <= _nearest.MOST_NEIGHBORS["cpu"]
+    candidates = M * (8 * _nearest.capacity(k) + 40) + (Q * (8 * _nearest.capacity(topk) + 24) if topk else 0)
+    rescan = _nearest.again_bytes(M, threads)
+    if not native:  # whole rows in float64, of features in float64
+        candidates, rescan = 16 * M * D + 56 * M * min(M, rows_per_block(M)), 0
+    entries = M * min(M, math.ceil(2 * (k1 + 1) * math.sqrt(k2)))
+    sparse = _ENTRY * entries + M * (40 + 24 * threads)
+    for side in [block_rows] if block_rows else [side for side in _SIDES if side <= max(64, M)]:
+        rows = min(max(_nearest.LEAST_ROWS, side), M)
+        block = 4 * rows * (rows + 2 * D) + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
+        plan = RerankPlan(side, copies, candidates, block, lists, rescan, entries, sparse)
+        if max_memory is None or plan.peak <= max_memory:
+            return plan
+    raise ValueError(f"max_memory: {max_memory} bytes were given, but the least needed is {plan.peak}: {plan}")
