@@ -33,13 +33,13 @@ from torch.nn import functional
 
 from benchmarks.harness import write_atomically
 from vareid_ext import evaluate_features
-from vareid_ext.checkpoint import atomic_file
-from vareid_ext.config import Config, DataConfig
 from vareid_ext.data import Batch, ImageList, PKSampler, ReidData, load_data
-from vareid_ext.models import ReidModel
-from vareid_ext.train import training_loss
+from vareid_ext.files.atomic import atomic_file
+from vareid_ext.methods import Method
 from vareid_ext.training.command_line import parse
-from vareid_ext.training.schedule import learning_rate, view_weight
+from vareid_ext.training.config import Config, DataConfig
+from vareid_ext.training.optimizers import set_learning_rate
+from vareid_ext.training.schedule import learning_rate
 from vareid_ext.training.state import build
 
 # Name of the recipe, what the poster calls it, its mAP and rank-1 there (a larger network, ImageNet weights).
@@ -53,7 +53,7 @@ ROWS = {
 }
 SETTINGS = ("--model.backbone=resnet18", "--model.pretrained=false", "--data.height=256", "--data.width=128",
             "--optimizer.epochs=60", "--optimizer.schedule=cosine", "--optimizer.warmup_epochs=3",
-            "--optimizer.lr=7e-4", "--loss.view_weight_drop=40")  # fmt: skip
+            "--optimizer.lr=7e-4", "--method.view_weight_drop=40")  # fmt: skip
 _SPLITS = ("train", "query", "gallery")
 _AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TEST_BATCH = 512
@@ -164,16 +164,17 @@ def augmented(x: Tensor, config: DataConfig, generator: torch.Generator) -> Tens
 
 # ---- one row -------------------------------------------------------------------------------------------------------
 @torch.inference_mode()
-def features(model: ReidModel, images: Tensor, config: Config) -> Tensor:
+def features(method: Method, images: Tensor, config: Config) -> Tensor:
     """float32 [N, D], rows of length 1."""
-    dtype, was_training = _AUTOCAST[config.run.precision], model.training
-    model.eval()
+    dtype, was_training = _AUTOCAST[config.run.precision], method.training
+    method.eval()
     parts = []
     for some in images.split(_TEST_BATCH):
         x = normalised(resized(some, config.data), config.data).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-            parts.append(model.test_feature(x).float())
-    model.train(was_training)
+            nothing = torch.zeros(len(x), dtype=torch.long, device=x.device)
+            parts.append(method.embed(Batch(x, nothing, nothing, nothing, nothing)))
+    method.train(was_training)
     return torch.cat(parts)
 
 
@@ -181,7 +182,7 @@ def train_row(
     config: Config, data: ReidData, pixels: dict[str, Tensor], checkpoint: Path, stop: float
 ) -> dict[str, float] | None:
     """Train from the checkpoint on, if there is one; the metrics, or None if ``stop`` of time.monotonic came first."""
-    device = pixels["train"].device
+    device, dtype = pixels["train"].device, _AUTOCAST[config.run.precision]
     started = time.monotonic()
     state = build(config, data, device)
     if checkpoint.exists():
@@ -194,20 +195,21 @@ def train_row(
     labels = [torch.from_numpy(x.copy()).to(device)
               for x in (data.train.identity, data.train.camera, data.train.viewpoint)]  # fmt: skip
     generator = torch.Generator(device)
-    forward: Any = torch.compile(state.model) if config.run.compile else state.model
+    forward: Any = torch.compile(state.method) if config.run.compile else state.method
     for epoch in range(progress.step // steps, config.optimizer.epochs):
         sampler.set_epoch(epoch)
         generator.manual_seed(config.run.seed * 1_000_003 + epoch)
-        state.loss.view_weight = view_weight(config.loss, epoch)
-        state.model.train()
+        state.method.at_epoch(epoch)
+        state.method.train()
         order = torch.tensor([[draw.index for draw in draws] for draws in sampler]).to(device)
         for index in order:
-            rate = learning_rate(config.optimizer, progress.step / steps)
-            for group in state.optimizer.param_groups:
-                group["lr"] = rate
+            set_learning_rate(state.optimizer, learning_rate(config.optimizer, progress.step / steps))
             image = augmented(resized(pixels["train"][index], config.data), config.data, generator)
+            image = image.contiguous(memory_format=torch.channels_last)
             batch = Batch(image, *(label[index] for label in labels), index)
-            total = training_loss(config, forward, state.loss, batch)["total"]
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                terms = forward(batch)
+            total = sum(term.weight * term.value for term in terms.values())
             state.optimizer.zero_grad(set_to_none=True)
             total.backward()
             state.optimizer.step()
@@ -219,7 +221,7 @@ def train_row(
         state.save(checkpoint, time.monotonic() - started)
         if time.monotonic() > stop and epoch + 1 < config.optimizer.epochs:
             return None
-    query, gallery = (features(state.evaluated_model, pixels[split], config) for split in ("query", "gallery"))
+    query, gallery = (features(state.evaluated, pixels[split], config) for split in ("query", "gallery"))
     known = (data.query.identity, data.gallery.identity, data.query.camera, data.gallery.camera)
     plain = evaluate_features(query, gallery, *known)
     reranked = evaluate_features(query, gallery, *known, rerank=True)

@@ -6,19 +6,19 @@ of the loss (the regularizer) costs the same for every batch: its share of the r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from benchmarks.harness import Suite
-from vareid_ext import ViewpointAwareLoss, angular_center_regularizer, viewpoint_aware_cross_entropy
-from vareid_ext.config import DEFAULT_IDENTITIES, Config
+from vareid_ext import angular_center_regularizer, viewpoint_aware_cross_entropy
 from vareid_ext.data import PKSampler, ReidDataset, SyntheticSettings, build_transform, collate, synthetic_data
-from vareid_ext.models import ReidModel
-from vareid_ext.train import training_loss
+from vareid_ext.methods import METHODS, TrainingClasses
 from vareid_ext.training.command_line import parse
-from vareid_ext.training.state import build_optimizer
+from vareid_ext.training.config import DEFAULT_IDENTITIES, Config
+from vareid_ext.training.optimizers import build_optimizer
 
 
 def run_case(suite: Suite, name: str, config: Config, num_identities: int, *, rounds: int | None = None) -> None:
@@ -32,29 +32,27 @@ def run_case(suite: Suite, name: str, config: Config, num_identities: int, *, ro
     )
     images = ReidDataset(data.train, transform)
     torch.manual_seed(0)
-    model = ReidModel(
-        config.model.backbone,
-        backbone_options=config.model.backbone_options,
-        last_stride=config.model.last_stride,
-        input_norm=config.model.input_norm,
-    )
-    model.to(suite.device).to(memory_format=torch.channels_last)
-    loss = ViewpointAwareLoss(num_identities, model.feature_dim).to(suite.device)
-    parameters = [p for p in (*model.parameters(), *loss.parameters()) if p.requires_grad]
-    optimizer = build_optimizer(config.optimizer, parameters)
+    classes = TrainingClasses(num_identities, 3, torch.ones(num_identities, 3, dtype=torch.bool))
+    trunk = replace(config.model, pretrained=False)
+    method: Any = METHODS[config.method.name](config.method, trunk, classes)
+    method.to(suite.device).to(memory_format=torch.channels_last)
+    loss = method.loss
+    optimizer = build_optimizer(config.optimizer, method)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def load() -> Any:
-        return collate([images[draw] for draw in next(batches)]).to(suite.device)
+        batch = collate([images[draw] for draw in next(batches)]).to(suite.device)
+        return replace(batch, image=batch.image.contiguous(memory_format=torch.channels_last))
 
     batch = load()
-    feature = torch.randn(P * K, model.feature_dim, device=suite.device, requires_grad=True)
+    feature = torch.randn(P * K, method.backbone.channels, device=suite.device, requires_grad=True)
     W, U = loss.identity_centers, loss.viewpoint_centers
     assert U is not None
     z, s = (torch.randn(P * K, *C.shape[:-1], device=suite.device, requires_grad=True) for C in (W, U))
 
     def backbone() -> None:
-        output = model(batch.image.contiguous(memory_format=torch.channels_last))
-        output.feature.backward(torch.ones_like(output.feature))
+        (output,) = method.features(batch)
+        output.backward(torch.ones_like(output))
 
     def heads() -> None:
         for centers, logits in ((W, z), (U.flatten(0, 1), s.flatten(1))):
@@ -65,9 +63,9 @@ def run_case(suite: Suite, name: str, config: Config, num_identities: int, *, ro
         (L_y + L_v + loss.beta * angular_center_regularizer(W, U)).backward()
 
     def step() -> None:
-        parts = training_loss(config, model, loss, load())
+        terms = method(load())
         optimizer.zero_grad(set_to_none=True)
-        parts["total"].backward()
+        sum(term.weight * term.value for term in terms.values()).backward()
         optimizer.step()
 
     def drop_gradients() -> None:

@@ -24,21 +24,14 @@ ROW = (
 HEAVY = ("timm", "torchvision", "matplotlib", "tensorboard", "PIL", "jsonargparse", "tqdm", "scipy")
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = (
-    ("_version", "_interrupt", "_native", "_arrays", "_text", "_labels"),
+    ("_version", "_interrupt", "_native", "_arrays", "_text", "_labels", "_limits"),
     ("reference",),
     ("ops",),
-    (
-        "data",
-        "models",
-        "losses",
-        "retrieval",
-        "metrics",
-        "config",
-        "recipes",
-        "checkpoint",
-        "files",
-    ),
+    ("losses", "models", "retrieval", "files"),
+    ("data", "metrics"),
+    ("methods", "recipes"),
     ("training",),
+    ("report",),
     ("cli", "_program", "__main__", "train", "evaluate", "rerank", "doctor"),
 )
 

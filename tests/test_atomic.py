@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from vareid_ext.checkpoint import save_checkpoint
 from vareid_ext.cli.rerank import _write_best
 from vareid_ext.data import SyntheticSettings, synthetic_data, write_manifest
 from vareid_ext.files import atomic
 from vareid_ext.files.atomic import atomic_file, check_writable, remove_unfinished
-from vareid_ext.training.extraction import Features
+from vareid_ext.files.checkpoint import save_checkpoint
+from vareid_ext.training.evaluation import Features
 from vareid_ext.training.run_folder import RunFolder
 
 _WRITER = """

@@ -20,8 +20,8 @@ from tests.test_train import SMALL
 from vareid_ext import train
 from vareid_ext.cli import evaluate, rerank
 from vareid_ext.cli.common import raised_signals
-from vareid_ext.training import terminal
-from vareid_ext.training.terminal import TrainingBar
+from vareid_ext.training import console
+from vareid_ext.training.console import TrainingBar
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -250,7 +250,7 @@ def test_a_training_whose_reader_goes_can_be_resumed(tmp_path):
 
 def test_a_bar_that_nobody_reads_does_not_stop_the_training(monkeypatch):
     read, write = os.pipe()
-    monkeypatch.setattr(terminal, "_INTERVAL_OF_FILE", 0)
+    monkeypatch.setattr(console, "_INTERVAL_OF_FILE", 0)
     with open(write, "w", buffering=1) as stderr:
         monkeypatch.setattr(sys, "stderr", stderr)
         bar = TrainingBar(3, 0)

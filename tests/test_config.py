@@ -6,18 +6,12 @@ import os
 from importlib import resources
 
 import pytest
+import torch
 import yaml
 
-from vareid_ext.config import (
-    Config,
-    DataConfig,
-    EvaluationConfig,
-    LossConfig,
-    OptimizerConfig,
-    RunConfig,
-    SamplerConfig,
-)
+from tests.tiny import batch_of, tiny
 from vareid_ext.data import SyntheticSettings, build_transform
+from vareid_ext.methods import VaReid
 from vareid_ext.training import command_line
 from vareid_ext.training.command_line import (
     FIELD_NAMES,
@@ -27,7 +21,15 @@ from vareid_ext.training.command_line import (
     recipe_names,
     to_yaml,
 )
-from vareid_ext.training.schedule import learning_rate, view_weight
+from vareid_ext.training.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    RunConfig,
+    SamplerConfig,
+)
+from vareid_ext.training.schedule import learning_rate
 
 RECIPES = resources.files("vareid_ext.recipes")
 
@@ -71,11 +73,11 @@ def test_without_arguments_the_synthetic_recipe_runs():
 )
 def test_the_ablation_rows_differ_in_the_loss_only(name, smoothing, viewpoint, regularizer):
     config = parse(["--recipe", f"market1501-{name}", "--root", "x"]).config
-    loss = config.loss
+    loss = config.method
     assert (loss.smoothing, loss.use_viewpoint, loss.use_regularizer) == (smoothing, viewpoint, regularizer)
     assert (loss.alpha, loss.beta, loss.epsilon) == (0.2, 0.1, 0.1)
     full = parse(["--recipe", "market1501-va-reid", "--root", "x"]).config
-    assert dataclasses.replace(config, loss=full.loss) == full
+    assert dataclasses.replace(config, method=full.method) == full
     # The facts of the authors' logs.
     assert (config.data.height, config.data.width, config.data.pad, config.data.flip, config.data.erasing) == (
         384, 128, 10, 0.5, 0.5,
@@ -89,7 +91,7 @@ def test_local_recipe_differs_in_the_branch_only():
     local = parse(["--recipe", "market1501-va-reid-local", "--root", "x"]).config
     plain = parse(["--recipe", "market1501-va-reid", "--root", "x", "--local"]).config
     assert local == plain
-    assert local.model.local
+    assert local.method.local
 
 
 def test_command_line_wins_over_file_and_file_over_recipe(tmp_path):
@@ -132,7 +134,7 @@ def test_short_names_dashes_and_truth_values():
     assert config.data.synthetic.identities_train == 33
     assert config.data.skip_bad_images
     assert config.data.viewpoint_labels == "soft"
-    assert config.model.local
+    assert config.method.local
     assert config.model.weights == "w.pth"
     assert not parse(["--model.input-norm", "False"]).config.model.input_norm
     assert parse(["--clip_norm", "null"]).config.optimizer.clip_norm is None
@@ -142,15 +144,15 @@ def test_short_names_dashes_and_truth_values():
     ("arguments", "words"),
     [
         (["--optimizer.epochz", "3"], ["optimizer.epochz", "optimizer.epochs"]),
-        (["--alpah", "0.1"], ["--alpah", "loss.alpha"]),
+        (["--alpah", "0.1"], ["--alpah", "method.alpha"]),
         (["--learning-rate", "1"], ["mean 'optimizer.lr'"]),
         (["--outptu", "x"], ["--outptu", "output"]),
         (["--recipe", "market1501-va-red"], ["market1501-va-red", "market1501-va-reid"]),
         (["--optimizer.epochs", "many"], ["optimizer.epochs", "many"]),
         (["--optimizer.epochs", "2.5"], ["optimizer.epochs", "2.5"]),
-        (["--loss.smoothing", "hard"], ["loss.smoothing", "adaptive"]),
+        (["--method.smoothing", "hard"], ["method.smoothing", "adaptive"]),
         (["--skip-bad-images", "perhaps"], ["skip_bad_images"]),
-        (["--alpha", "0.5"], ["loss.alpha", "0.5", "[0, 0.5)"]),
+        (["--alpha", "0.5"], ["method.alpha", "0.5", "[0, 0.5)"]),
         (["--lr", "nan"], ["optimizer.lr", "nan"]),
         (["--recipe", "coil20"], ["data.root", "--data.root"]),
         (["--synthetic-identities", "0"], ["identities_train"]),
@@ -233,9 +235,9 @@ def test_help_shows_every_field_with_its_default_and_meaning(capsys):
         (SamplerConfig, {"identities": 0}),
         (SamplerConfig, {"identities": 1, "instances": 1}),
         (SamplerConfig, {"batches_per_epoch": 0}),
-        (LossConfig, {"alpha": -0.1}),
-        (LossConfig, {"epsilon": 1.0}),
-        (LossConfig, {"beta": math.inf}),
+        (VaReid.Config, {"alpha": -0.1}),
+        (VaReid.Config, {"epsilon": 1.0}),
+        (VaReid.Config, {"beta": math.inf}),
         (OptimizerConfig, {"lr": 0.0}),
         (OptimizerConfig, {"ema_decay": 1.0}),
         (OptimizerConfig, {"clip_norm": 0.0}),
@@ -314,9 +316,15 @@ def test_cosine_learning_rate_ends_at_its_floor():
 
 
 def test_view_weight_falls_at_its_epoch():
-    config = LossConfig(view_weight=1.0, view_weight_late=0.3, view_weight_drop=80)
-    assert [view_weight(config, e) for e in (0, 79, 80, 200)] == [1.0, 1.0, 0.3, 0.3]
-    assert view_weight(LossConfig(), 10_000) == 1.0
+    method = tiny(view_weight=1.0, view_weight_late=0.3, view_weight_drop=80)
+    weights = []
+    for epoch in (0, 79, 80, 200):
+        method.at_epoch(epoch)
+        weights.append(method(batch_of(torch.rand(4, 3, 64, 32)))["viewpoint"].weight)
+    assert weights == [1.0, 1.0, 0.3, 0.3]
+    method = tiny(view_weight=0.5)
+    method.at_epoch(10_000)
+    assert method.loss.view_weight == 0.5
 
 
 def test_the_evaluation_s_batch_size_is_not_taken_for_the_training_batch():

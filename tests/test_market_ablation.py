@@ -13,8 +13,8 @@ from PIL import Image
 from torch.nn import functional
 
 from benchmarks import market_ablation as ablation
-from vareid_ext.config import DataConfig
 from vareid_ext.data import build_transform
+from vareid_ext.training.config import DataConfig
 
 TINY = ("--model.backbone=resnet10t", "--model.backbone_options={channels: [8, 8, 8, 16]}", "--data.height=32",
         "--data.width=16", "--sampler.identities=2", "--sampler.instances=2", "--sampler.batches_per_epoch=2",
@@ -119,7 +119,7 @@ def test_a_stopped_row_goes_on_to_the_same_result(packed: Path, tmp_path: Path) 
     assert whole is not None
     assert parts is not None
     assert {k: v for k, v in parts.items() if k != "seconds"} == {k: v for k, v in whole.items() if k != "seconds"}
-    weights = [torch.load(tmp_path / name, weights_only=True)["model"] for name in ("whole.pt", "parts.pt")]
+    weights = [torch.load(tmp_path / name, weights_only=True)["method"] for name in ("whole.pt", "parts.pt")]
     assert all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))
 
 

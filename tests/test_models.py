@@ -9,76 +9,83 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from vareid_ext import models
-from vareid_ext.models import STRIPES, GeneralizedMeanPooling, ReidModel, StripeBranch, load_weights
-from vareid_ext.training.triplet import batch_hard_triplet
-
-TINY = {"channels": (8, 8, 16, 16), "stem_width": 8}
-
-
-def tiny(**arguments) -> ReidModel:
-    torch.manual_seed(0)
-    return ReidModel("resnet10t", backbone_options=TINY, **arguments)
+from tests.tiny import batch_of, tiny
+from vareid_ext.files.weights import load_weights
+from vareid_ext.losses import batch_hard_triplet
+from vareid_ext.models import STRIPES, Backbone, GeneralizedMeanPooling, StripeBranch, backbone
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet10t", "efficientnet_b0", "legacy_seresnext26_32x4d"])
 def test_last_stride_1_doubles_the_map_and_changes_no_weight(name):
     torch.manual_seed(0)
-    plain = ReidModel(name, last_stride=2).eval()
-    wide = ReidModel(name, last_stride=1).eval()
+    plain = Backbone(name, last_stride=2).eval()
+    wide = Backbone(name, last_stride=1).eval()
     wide.load_state_dict(plain.state_dict())
     images = torch.rand(1, 3, 128, 64)
     with torch.no_grad():
-        assert plain.backbone(images).shape[2:] == (4, 2)
-        assert wide.backbone(images).shape[2:] == (8, 4)
+        assert plain(images).shape[2:] == (4, 2)
+        assert wide(images).shape[2:] == (8, 4)
     dilations = {m.dilation for m in wide.modules() if isinstance(m, nn.Conv2d)}
     assert dilations == {(1, 1)}
 
 
 def test_last_stride_1_is_the_strides_of_the_last_stage_and_nothing_else():
     torch.manual_seed(0)
-    model = ReidModel("resnet18", last_stride=1).eval()
+    model = Backbone("resnet18", last_stride=1).eval()
     by_hand = timm.create_model("resnet18", num_classes=0, global_pool="").eval()
     by_hand.layer4[0].conv1.stride = (1, 1)
     by_hand.layer4[0].downsample[0].stride = (1, 1)
-    by_hand.load_state_dict(model.backbone.state_dict())
+    by_hand.load_state_dict(model.trunk.state_dict())
     images = torch.rand(2, 3, 64, 32)
     with torch.no_grad():
-        torch.testing.assert_close(model.backbone(images), by_hand(images), rtol=0, atol=0)
+        torch.testing.assert_close(model(images), by_hand(images), rtol=0, atol=0)
 
 
 def test_feature_is_the_neck_of_the_pooled_map():
     model = tiny().train()
     images = torch.rand(6, 3, 64, 32)
-    output = model(images)
+    (feature,) = model.features(batch_of(images))
     pooled = model.backbone(images).mean((2, 3))
-    torch.testing.assert_close(output.pooled, pooled)
     expected = (pooled - pooled.mean(0)) / (pooled.var(0, unbiased=False) + 1e-5).sqrt()
-    torch.testing.assert_close(output.feature, expected, rtol=1e-4, atol=1e-5)
-    assert output.stripe_features is None
-    assert output.stripe_logits is None
-    assert model.feature_dim == 16
+    torch.testing.assert_close(feature, expected, rtol=1e-4, atol=1e-5)
+    assert model.backbone.channels == 16
     assert not model.neck.bias.requires_grad
     assert model.neck.weight.requires_grad
 
 
 @pytest.mark.parametrize("local", [False, True])
 def test_retrieval_features_are_the_concatenation_of_length_1(local):
-    model = tiny(local=local, num_identities=5, stripe_dim=4).eval()
-    images = torch.rand(3, 3, 64, 32)
+    model = tiny(local=local).eval()
+    batch = batch_of(torch.rand(3, 3, 64, 32))
     with torch.no_grad():
-        feature, output = model.test_feature(images), model(images)
-    parts = [output.feature] + ([output.stripe_features.flatten(1)] if local else [])
+        feature, parts = model.embed(batch), model.features(batch)
+    assert len(parts) == (1 + sum(STRIPES) if local else 1)
     joined = torch.cat(parts, 1)
     assert feature.shape == (3, 16 + (4 * sum(STRIPES) if local else 0))
     torch.testing.assert_close(feature, joined / joined.norm(dim=1, keepdim=True))
+
+
+def test_features_can_be_of_length_1_by_part_or_left_and_of_mirrored_images_too():
+    model = tiny(local=True).eval()
+    images = torch.rand(3, 3, 64, 32)
+    with torch.no_grad():
+        parts, mirrored = model.features(batch_of(images)), model.features(batch_of(images.flip(3)))
+        whole = model.embed(batch_of(images), normalize="none")
+        by_part = model.embed(batch_of(images), normalize="parts")
+        both = model.embed(batch_of(images), flip=True)
+    torch.testing.assert_close(whole, torch.cat(parts, 1))
+    torch.testing.assert_close(by_part, torch.cat([p / p.norm(dim=1, keepdim=True) for p in parts], 1))
+    added = torch.cat([a + b for a, b in zip(parts, mirrored, strict=True)], 1)
+    torch.testing.assert_close(both, added / added.norm(dim=1, keepdim=True))
 
 
 def test_stripes_see_their_part_of_the_image_only():
     torch.manual_seed(0)
     branch = StripeBranch(4, 3, 7).eval()
     feature_map = torch.rand(2, 4, 12, 5, requires_grad=True)
-    features, logits = branch(feature_map)
+    parts = branch(feature_map)
+    logits = branch.logits(parts)
+    features = torch.stack(parts, 1)
     assert features.shape == (2, 6, 3)
     assert logits.shape == (2, 6, 7)
     bounds = [(0, 12), (0, 6), (6, 12), (0, 4), (4, 8), (8, 12)]
@@ -110,24 +117,25 @@ def test_input_norm_takes_a_colour_cast_away():
     scale, shift = torch.tensor([0.5, 1.5, 0.8]).view(1, 3, 1, 1), torch.tensor([0.3, -0.2, 0.1]).view(1, 3, 1, 1)
     variance, mean = torch.var_mean(images, (2, 3), correction=0, keepdim=True)
     plain = (images - mean) / (variance + 1e-3).sqrt()
-    torch.testing.assert_close(model.input_norm(images), plain)
-    torch.testing.assert_close(model.input_norm(images * scale + shift), plain, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(model.backbone.input_norm(images), plain)
+    torch.testing.assert_close(model.backbone.input_norm(images * scale + shift), plain, rtol=0.05, atol=0.05)
     with torch.no_grad():
-        torch.testing.assert_close(model(images).pooled, model.backbone(plain).mean((2, 3)))
+        torch.testing.assert_close(model.backbone(images), model.backbone.trunk(plain))
 
 
 def test_features_are_float32_under_mixed_precision():
-    model = tiny(local=True, num_identities=3, stripe_dim=4, pooling="gem")
+    model = tiny(local=True, pooling="gem")
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(torch.rand(4, 3, 64, 32))
-    assert all(part.dtype == torch.float32 for part in output)
+        batch = batch_of(torch.rand(4, 3, 64, 32))
+        parts, terms = model.features(batch), model(batch)
+    assert all(part.dtype == torch.float32 for part in [*parts, *(term.value for term in terms.values())])
 
 
 @pytest.mark.parametrize("wrapped", ["plain", "state_dict", "checkpoint", "safetensors"])
 def test_weights_come_from_a_local_file(tmp_path, wrapped):
     torch.manual_seed(1)
     source = tiny()
-    weights = source.backbone.state_dict()
+    weights = source.backbone.trunk.state_dict()
     path = tmp_path / ("weights.safetensors" if wrapped == "safetensors" else "weights.pth")
     if wrapped == "safetensors":
         from safetensors.torch import save_file
@@ -138,20 +146,20 @@ def test_weights_come_from_a_local_file(tmp_path, wrapped):
     elif wrapped == "state_dict":
         torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, path)
     else:
-        torch.save({"model": source.state_dict()}, path)
+        torch.save({"method": source.state_dict()}, path)
     torch.manual_seed(2)
-    loaded = ReidModel("resnet10t", backbone_options=TINY, pretrained=True, weights=str(path))
-    for key, value in loaded.backbone.state_dict().items():
+    loaded = tiny()
+    load_weights(loaded, str(path))
+    for key, value in loaded.backbone.trunk.state_dict().items():
         assert torch.equal(value, weights[key]), key
 
 
 def test_weights_that_do_not_fit_are_errors(tmp_path):
     model = tiny()
-    backbone = model.backbone
     path = tmp_path / "weights.pth"
     with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
         load_weights(model, str(path))
-    weights = dict(backbone.state_dict())
+    weights = dict(model.backbone.trunk.state_dict())
     del weights["conv1.0.weight"]
     torch.save(weights, path)
     with pytest.raises(ValueError, match=r"1 of \d+ entries .* conv1\.0\.weight"):
@@ -160,7 +168,7 @@ def test_weights_that_do_not_fit_are_errors(tmp_path):
     with pytest.raises(ValueError, match="list"):
         load_weights(model, str(path))
     for change in (torch.Tensor.to_sparse, lambda value: value.to("meta"), lambda value: value * math.nan):
-        weights["conv1.0.weight"] = change(torch.ones_like(model.backbone.conv1[0].weight))
+        weights["conv1.0.weight"] = change(torch.ones_like(model.backbone.trunk.conv1[0].weight))
         torch.save(weights, path)
         with pytest.raises(ValueError, match=r"1 of \d+ entries .* conv1\.0\.weight"):
             load_weights(model, str(path))
@@ -169,24 +177,24 @@ def test_weights_that_do_not_fit_are_errors(tmp_path):
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
 def test_weights_that_cannot_be_read_are_errors(tmp_path, name):
     path = tmp_path / name
-    torch.save(tiny().backbone.state_dict(), path)
+    torch.save(tiny().backbone.trunk.state_dict(), path)
     for content in (b"", b"not a file of weights", path.read_bytes()[:2000]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"weights: .*{name}.* cannot be read: ."):
-            ReidModel("resnet10t", backbone_options=TINY, weights=str(path))
+            load_weights(tiny(), str(path))
 
 
 def test_weights_that_are_no_tensors_are_errors(tmp_path):
     path = tmp_path / "weights.pth"
-    torch.save(dict.fromkeys(tiny().backbone.state_dict(), 0), path)
+    torch.save(dict.fromkeys(tiny().backbone.trunk.state_dict(), 0), path)
     with pytest.raises(ValueError, match="does not fit the network"):
-        ReidModel("resnet10t", backbone_options=TINY, weights=str(path))
+        load_weights(tiny(), str(path))
 
 
 @pytest.mark.parametrize("options", [{"foo": 1}, {"num_classes": 3}, {"channels": 3}])
 def test_options_that_the_backbone_does_not_take_are_errors(options):
     with pytest.raises(ValueError, match=r"backbone_options: .*resnet10t"):
-        ReidModel("resnet10t", backbone_options=options)
+        Backbone("resnet10t", options=options)
 
 
 class Unreachable:
@@ -197,7 +205,7 @@ class Unreachable:
 
 
 def test_a_failed_download_says_what_to_do_and_is_not_tried_for_a_minute(monkeypatch, tmp_path):
-    hub = models.huggingface_hub
+    hub = backbone.huggingface_hub
     asked = []
 
     def create(name, **options):
@@ -205,9 +213,9 @@ def test_a_failed_download_says_what_to_do_and_is_not_tried_for_a_minute(monkeyp
         raise FileNotFoundError("not in the cache")
 
     monkeypatch.setattr(hub, "get_session", Unreachable)
-    monkeypatch.setattr(models.timm, "create_model", create)
+    monkeypatch.setattr(backbone.timm, "create_model", create)
     with pytest.raises(OSError, match=r"resnet18.*no route to host.*--weights FILE.*pretrained=false"):
-        ReidModel("resnet18", pretrained=True)
+        Backbone("resnet18", pretrained=True)
     assert asked == [True]
     assert not hub.constants.HF_HUB_OFFLINE
 
@@ -228,9 +236,9 @@ def test_a_failed_download_says_what_to_do_and_is_not_tried_for_a_minute(monkeyp
     ],
 )
 def test_what_timm_cannot_build_is_an_error_of_one_line(monkeypatch, name, options, pretrained):
-    monkeypatch.setattr(models.huggingface_hub, "get_session", Unreachable)
+    monkeypatch.setattr(backbone.huggingface_hub, "get_session", Unreachable)
     with pytest.raises(ValueError, match="backbone") as error:
-        ReidModel(name, backbone_options=options, pretrained=pretrained)
+        Backbone(name, options=options, pretrained=pretrained)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -241,7 +249,7 @@ def test_what_timm_cannot_build_is_an_error_of_one_line(monkeypatch, name, optio
 @pytest.mark.parametrize("counters", ["scalar", "missing", "one element"])
 def test_backbone_weights_of_other_programs_are_taken(tmp_path, prefix, counters):
     torch.manual_seed(1)
-    weights = {**tiny().backbone.state_dict(), "fc.weight": torch.zeros(5, 16)}
+    weights = {**tiny().backbone.trunk.state_dict(), "fc.weight": torch.zeros(5, 16)}
     for key in [key for key in weights if key.endswith("num_batches_tracked")]:
         if counters == "missing":
             del weights[key]
@@ -249,9 +257,9 @@ def test_backbone_weights_of_other_programs_are_taken(tmp_path, prefix, counters
             weights[key] = torch.tensor([7])
     torch.save({prefix + key: value for key, value in weights.items()}, tmp_path / "weights.pth")
     torch.manual_seed(2)
-    loaded = ReidModel("resnet10t", backbone_options=TINY, weights=str(tmp_path / "weights.pth"))
-    assert loaded.left_out == ("fc.weight",)
-    for key, value in loaded.backbone.state_dict().items():
+    loaded = tiny()
+    assert load_weights(loaded, str(tmp_path / "weights.pth")) == ("fc.weight",)
+    for key, value in loaded.backbone.trunk.state_dict().items():
         if not key.endswith("num_batches_tracked"):
             assert torch.equal(value, weights[key]), key
         elif counters == "one element":
@@ -265,7 +273,7 @@ def test_an_error_about_weights_shows_what_the_file_holds(tmp_path):
         with pytest.raises(ValueError, match=rf"{next(iter(content))}.*") as error:
             load_weights(tiny(), path)
         assert "[3, 2]" in str(error.value) or "epoch int" in str(error.value)
-    weights = tiny().backbone.state_dict()
+    weights = tiny().backbone.trunk.state_dict()
     torch.save({**{f"model.{key}": weights[key] for key in weights}, **weights}, path)
     with pytest.raises(ValueError, match="several networks"):
         load_weights(tiny(), path)
@@ -273,34 +281,45 @@ def test_an_error_about_weights_shows_what_the_file_holds(tmp_path):
 
 @pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod."])
 def test_the_weights_of_a_whole_network_fill_all_of_it_or_are_refused(tmp_path, wrapper):
-    torch.manual_seed(1)
-    source = tiny(pooling="gem", local=True, num_identities=3, stripe_dim=4)
+    source = tiny(pooling="gem", local=True)
     for value in source.state_dict().values():
         value.copy_(torch.rand(value.shape) * 3)
-    torch.save({wrapper + key: value for key, value in source.state_dict().items()}, tmp_path / "whole.pth")
-    same = {"pooling": "gem", "local": True, "num_identities": 3, "stripe_dim": 4}
-    loaded = tiny(weights=str(tmp_path / "whole.pth"), **same)
-    assert loaded.left_out == ()
+    path = str(tmp_path / "whole.pth")
+    torch.save({wrapper + key: value for key, value in source.state_dict().items()}, path)
+    same = {"pooling": "gem", "local": True}
+    loaded = tiny(**same)
+    assert load_weights(loaded, path) == ()
     for key, value in loaded.state_dict().items():
         assert torch.equal(value, source.state_dict()[key]), key
-    for other in ({"pooling": "avg"}, {"local": False}, {"num_identities": 4}, {"stripe_dim": 5}):
+    for other in ({"pooling": "avg"}, {"local": False}, {"identities": 4}, {"stripe_dim": 5}):
         with pytest.raises(ValueError, match=r"weights: .*whole\.pth"):
-            tiny(weights=str(tmp_path / "whole.pth"), **{**same, **other})
+            load_weights(tiny(**{**same, **other}), path)
+
+
+def test_the_heads_of_other_identities_stay_as_they_are(tmp_path):
+    source = tiny(local=True)
+    for value in source.state_dict().values():
+        value.copy_(torch.rand(value.shape) * 3)
+    torch.save(source.state_dict(), tmp_path / "whole.pth")
+    loaded = tiny(local=True, identities=9)
+    before = {key: value.clone() for key, value in loaded.state_dict().items()}
+    load_weights(loaded, str(tmp_path / "whole.pth"), heads=loaded.heads)
+    for key, value in loaded.state_dict().items():
+        head = key.startswith(("loss.", "stripes.head."))
+        assert torch.equal(value, before[key] if head else source.state_dict()[key]), key
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("name", "arguments", "words"),
     [
-        ({"backbone": "resnet18x"}, "resnet18x"),
-        ({"backbone": "vit_tiny_patch16_224"}, "vit_tiny_patch16_224"),
-        ({"last_stride": 3}, "last_stride: 3"),
-        ({"pooling": "max"}, "pooling: 'max'"),
-        ({"local": True}, "num_identities"),
+        ("resnet18x", {}, "resnet18x"),
+        ("vit_tiny_patch16_224", {}, "vit_tiny_patch16_224"),
+        ("resnet10t", {"last_stride": 3}, "last_stride: 3"),
     ],
 )
-def test_models_that_cannot_be_built_are_errors(arguments, words):
+def test_backbones_that_cannot_be_built_are_errors(name, arguments, words):
     with pytest.raises(ValueError, match=words):
-        ReidModel(**{"backbone": "resnet10t", "backbone_options": {}, **arguments})
+        Backbone(name, **arguments)
 
 
 def brute_force_triplet(feature, identity, margin):

@@ -16,21 +16,21 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.tiny import tiny
 from vareid_ext._text import table
-from vareid_ext.checkpoint import (
+from vareid_ext.data import ImageList, SyntheticSettings, build_transform, synthetic_data
+from vareid_ext.files.checkpoint import (
     load_checkpoint,
     random_state,
     read_tensors,
     save_checkpoint,
     set_random_state,
 )
-from vareid_ext.data import ImageList, SyntheticSettings, build_transform, synthetic_data
-from vareid_ext.models import ReidModel
-from vareid_ext.training import extraction, report, run_folder
-from vareid_ext.training.figures import choose_queries
+from vareid_ext.training import evaluation, run_folder
+from vareid_ext.training.console import tell
+from vareid_ext.training.program import choose_queries, rankings
 from vareid_ext.training.run_folder import RunFolder
 from vareid_ext.training.signals import RunInterruptedError, Signals, ignore_in_worker, postponed
-from vareid_ext.training.terminal import tell
 
 
 @pytest.mark.parametrize("path", ["file", "file/sub", "dangling"])
@@ -80,16 +80,15 @@ def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch)
 
 def test_features_do_not_depend_on_batches_workers_or_generators():
     data = synthetic_data(SyntheticSettings(1, 3, 12, 0, height=32, width=16))
-    torch.manual_seed(0)
-    model = ReidModel("resnet10t", backbone_options={"channels": (8, 8, 8, 8), "stem_width": 8}).train()
+    model = tiny().train()
     transform = build_transform(32, 16, train=False)
     state = torch.get_rng_state()
-    whole = extraction.extract_features(model, data.gallery, transform, batch_size=64)
-    parts = extraction.extract_features(model, data.gallery, transform, batch_size=5, workers=1)
+    whole = evaluation.extract_features(model, data.gallery, transform, batch_size=64)
+    parts = evaluation.extract_features(model, data.gallery, transform, batch_size=5, workers=1)
     torch.testing.assert_close(whole.feature, parts.feature, rtol=1e-5, atol=1e-6)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
-    assert whole.feature.shape == (len(data.gallery), 8)
+    assert whole.feature.shape == (len(data.gallery), 16)
     torch.testing.assert_close(whole.feature.norm(dim=1), torch.ones(len(data.gallery)))
     assert whole.identity is data.gallery.identity
 
@@ -105,27 +104,24 @@ def plain_images(*colours):
 
 def test_baselines_on_plain_colours():
     images = plain_images((255, 0, 0), (250, 5, 10), (0, 0, 255))
-    histogram = extraction.colour_histogram_features(images).feature
+    histogram = evaluation.colour_histogram_features(images).feature
     torch.testing.assert_close(histogram @ histogram.T, torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]))
-    pixels = extraction.raw_pixel_features(images).feature
+    pixels = evaluation.raw_pixel_features(images).feature
     assert pixels.shape == (3, 3 * 64 * 32)
     assert pixels[0] @ pixels[1] > 0.99
     assert pixels[0] @ pixels[2] == 0
 
 
-def test_ranking_rows_leave_out_what_the_protocol_leaves_out():
-    query = extraction.Features(torch.zeros(1, 2), np.array([7]), np.array([1]), np.array([0]))
-    gallery = extraction.Features(
-        torch.zeros(5, 2), np.array([7, 7, 3, 7, 3]), np.array([1, 2, 1, -1, 2]), np.zeros(5, int)
-    )
-    distances = torch.tensor([[0.1, 0.4, 0.2, 0.4, 0.3]])
-    scores = extraction.score(distances, query, gallery)
-    (row,) = report.ranking_rows({"a": (distances, scores)}, query, gallery, 3)
-    assert row[0] == 0
-    ((name, order, precision),) = row[1]
-    assert (name, order.tolist()) == ("a", [2, 4, 1, 3])
-    assert precision == pytest.approx((1 / 3 + 2 / 4) / 2)
-    assert scores.overall.mAP == pytest.approx(precision)
+def test_rankings_leave_out_what_the_protocol_leaves_out():
+    query = evaluation.Features(torch.zeros(1, 1), np.array([7]), np.array([1]), np.array([0]))
+    feature = torch.tensor([0.1, 0.4, 0.2, 0.4, 0.3])[:, None]
+    gallery = evaluation.Features(feature, np.array([7, 7, 3, 7, 3]), np.array([1, 2, 1, -1, 2]), np.zeros(5, int))
+    scores = evaluation.score(query, gallery)
+    (row,) = rankings(query, gallery, {"trained": (scores, None)}, 3)
+    assert row["query"] == 0
+    assert row["trained"]["gallery"] == [2, 4, 1, 3]
+    assert row["trained"]["average_precision"] == pytest.approx((1 / 3 + 2 / 4) / 2)
+    assert scores.overall.mAP == pytest.approx(row["trained"]["average_precision"])
     assert set(scores.by_viewpoint) == {"front"}
 
 
@@ -179,7 +175,7 @@ def test_a_bit_that_flipped_in_a_checkpoint_is_noticed_or_changes_nothing(tmp_pa
             refused += 1
             continue
         assert torch.equal(found.pop("weights"), saved["weights"])
-        assert found == {"format": 1, "step": 5, "names": ["a", "b"]}
+        assert found == {"format": 2, "step": 5, "names": ["a", "b"]}
     assert refused > 400
 
 

@@ -2,9 +2,9 @@
 
 A recipe or a configuration file holds what differs from its `base`, a recipe.
 
-Every field of ``vareid_ext.config.Config`` is an option, ``--section.field VALUE``. Its last name alone will do where
-only one section has it (``--lr 1e-3``), a truth value may be left out (``--local``), and dashes and underscores are the
-same.
+Every field of :class:`vareid_ext.training.config.Config` is an option, ``--section.field VALUE``. Its last name alone
+will do where only one section has it (``--lr 1e-3``), a truth value may be left out (``--local``), and dashes and
+underscores are the same.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from typing import Any, NamedTuple
 import jsonargparse
 import yaml
 
-from vareid_ext.config import Config
 from vareid_ext.data import READERS
-from vareid_ext.training import plain_yaml
+from vareid_ext.files import plain_yaml
+from vareid_ext.methods import METHODS
+from vareid_ext.training.config import Config, StageConfig
 
 DEFAULT_RECIPE = "synthetic"
 """The recipe of a run that names none."""
 
 _EXTRA_NAMES = {
+    "method": "method.name",
     "synthetic_identities": "data.synthetic.identities_train",
     "synthetic_test_identities": "data.synthetic.identities_test",
     "synthetic_images": "data.synthetic.images_per_identity",
@@ -95,7 +97,25 @@ def _recipe(name: str, source: str) -> dict[str, Any]:
     text = resources.files("vareid_ext.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
     values = _check_file(text, f"recipe {name}")
     base = values.pop("base", None)
-    return values if base is None else _recipe(base, f"recipe {name}: base") | values
+    return values if base is None else _over(_recipe(base, f"recipe {name}: base"), values)
+
+
+def _over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, the changes winning; where these name another method, without the settings of the base's."""
+    kept = base if _method_name({**base, **changes}) == _method_name(base) else _without_method(base)
+    return {**kept, **changes}
+
+
+def _without_method(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if not name.startswith("method.")}
+
+
+def _method_name(values: Mapping[str, Any]) -> str:
+    """The method that values by dotted field name ask for."""
+    name = values.get("method.name", Config().method.name)
+    if name not in METHODS:
+        raise CommandLineError(f"method.name: {name!r:.60} was given{nearest(str(name), list(METHODS))}")
+    return name
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -118,9 +138,15 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{f.name}", value
 
 
-FIELD_NAMES = tuple(name for name, _ in fields(Config()))
-_DICTIONARIES = {name for name, value in fields(Config()) if isinstance(value, dict)}
-_BOOLEANS = {name for name, value in fields(Config()) if isinstance(value, bool)}
+def _defaults(method: str) -> Config:
+    return Config(method=METHODS[method].Config())
+
+
+_ALL_FIELDS = [pair for method in METHODS for pair in fields(_defaults(method))]
+FIELD_NAMES = tuple(dict.fromkeys(name for name, _ in _ALL_FIELDS))
+"""The fields of a configuration with any of the methods."""
+_DICTIONARIES = {name for name, value in _ALL_FIELDS if isinstance(value, dict)}
+_BOOLEANS = {name for name, value in _ALL_FIELDS if isinstance(value, bool)}
 
 
 def pairs(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -221,7 +247,7 @@ def _check_value(name: str, text: str) -> None:
         raise CommandLineError(f"{name}: {error}") from error
 
 
-def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
+def _parser(method: str) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="python -m vareid_ext.train",
@@ -241,7 +267,12 @@ def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
     parser.add_argument(
         "--resume", help="run folder of an interrupted run to continue, with the configuration it holds"
     )
-    parser.add_class_arguments(Config, as_group=False)
+    for section in dataclasses.fields(Config):
+        default = getattr(_defaults(method), section.name)
+        if dataclasses.is_dataclass(default):
+            parser.add_class_arguments(type(default), section.name)
+    stages = "stages of training, a list of what differs in each: {epochs, train, optimizer, sampler}; none: one stage"
+    parser.add_argument("--stages", type=tuple[StageConfig, ...], default=(), help=stages)
     # A file holds a whole configuration here, never one section.
     sections = {f"--{name.rsplit('.', n)[0]}" for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
     for action in parser._actions:
@@ -249,7 +280,6 @@ def _parser(defaults: dict[str, Any]) -> jsonargparse.ArgumentParser:
             action.help = argparse.SUPPRESS
         elif "--data.kind" in action.option_strings:
             action.help = f"{action.help}: {', '.join(READERS)}"
-    parser.set_defaults(defaults)
     return parser
 
 
@@ -294,15 +324,9 @@ def parse(arguments: Sequence[str]) -> Request:
         base = str(values.pop("base", DEFAULT_RECIPE))
         defaults = _recipe(base, f"{file}: base") if recipe is None else _recipe(recipe, "--recipe")
         name = recipe or (DEFAULT_RECIPE if file is None else Path(file).stem)
-    # A file's values are given as options, whose types are checked; those of a recipe need not be.
-    overrides = _as_options(values)
-    parser = _parser(defaults)
-    try:
-        sections = parser.instantiate(parser.parse_args([*overrides, *options]))
-        config = Config(**{f.name: getattr(sections, f.name) for f in dataclasses.fields(Config)})
-    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
-        message = textwrap.shorten(str(error), 600)
-        raise CommandLineError(message if message.isprintable() else ascii(message)) from error
+    pairs_given = [option[2:].partition("=") for option in options]
+    texts = {name: text for name, _, text in pairs_given if name in FIELD_NAMES}
+    config = _config(defaults, _as_texts(values) | texts, show_help="--help" in options)
     folder = resume if resume is not None else output
     command = f"python -m vareid_ext.train {shlex.join(arguments)}".strip()
     command = command if command.isprintable() else ascii(command)
@@ -317,12 +341,45 @@ def _read_text(path: Path) -> str:
         raise CommandLineError(f"{path}: not UTF-8 text: {error}") from error
 
 
-def _as_options(values: Mapping[str, Any]) -> list[str]:
-    """The fields of a file as options."""
-    texts = {key: _as_text(value) for key, value in values.items()}
-    for key, text in texts.items():
-        _check_value(key, text)
-    return [f"--{key}={text}" for key, text in texts.items()]
+def to_config(plain: Mapping[str, Any]) -> Config:
+    """The configuration of its plain values, such as a checkpoint holds: what :meth:`Config.plain` gives.
+
+    Raises:
+        CommandLineError: a field that does not exist, a value that is not allowed.
+    """
+    values = dict(pairs(plain))
+    unknown = [name for name in values if name not in FIELD_NAMES]
+    if unknown:
+        raise CommandLineError(f"there is no field {unknown[0]!r:.100}{nearest(unknown[0], FIELD_NAMES)}")
+    return _config({}, _as_texts(values))
+
+
+def _config(defaults: dict[str, Any], texts: dict[str, str], show_help: bool = False) -> Config:
+    """The configuration of a recipe's values and, winning over them, texts by dotted field name."""
+    method = _method_name(defaults | texts)
+    if method != _method_name(defaults):
+        defaults = _without_method(defaults)
+    allowed = [name for name, _ in fields(_defaults(method))]
+    for name in texts:
+        if name not in allowed:
+            raise CommandLineError(f"{name}: method {method!r} has no such setting{nearest(name, allowed)}")
+    parser = _parser(method)
+    parser.set_defaults(defaults)
+    try:
+        options = [f"--{name}={text}" for name, text in texts.items()]
+        sections = parser.instantiate(parser.parse_args(options + ["--help"] * show_help))
+        return Config(**{f.name: getattr(sections, f.name) for f in dataclasses.fields(Config)})
+    except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+        message = textwrap.shorten(str(error), 600)
+        raise CommandLineError(message if message.isprintable() else ascii(message)) from error
+
+
+def _as_texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """The fields of a file as the texts of options, whose types are checked; those of a recipe need not be."""
+    texts = {name: _as_text(value) for name, value in values.items()}
+    for name, text in texts.items():
+        _check_value(name, text)
+    return texts
 
 
 def _as_text(value: Any) -> str:

@@ -46,6 +46,7 @@ class RunFolder:
         self.config, self.environment = path / "config.yaml", path / "environment.json"
         self.log, self.metrics = path / "log.jsonl", path / "metrics.json"
         self.last, self.best = path / "last.pt", path / "best.pt"
+        self.rankings = path / "rankings.json"
         self.curves, self.ranking = path / "curves.png", path / "ranking.png"
         self.query_features, self.gallery_features = path / "query.npz", path / "gallery.npz"
         self.non_finite_batch = path / "non_finite_batch.pt"

@@ -1,18 +1,18 @@
-"""What changes over a run, as pure functions of the epoch: a resumed run has nothing to restore."""
+"""The learning rate as a pure function of the epoch: a resumed run has nothing to restore."""
 
 from __future__ import annotations
 
 import math
 
-from vareid_ext.config import LossConfig, OptimizerConfig
+from vareid_ext.training.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, epoch: float) -> float:
-    """The learning rate at a moment of a run.
+    """The learning rate at a moment of a stage of training.
 
     Args:
         config: base rate, warm-up and schedule.
-        epoch: epochs done so far, with their fraction: 1.5 is the middle of the second epoch.
+        epoch: epochs of the stage done so far, with their fraction: 1.5 is the middle of the second epoch.
     """
     factor = 1.0
     if epoch < config.warmup_epochs:
@@ -23,9 +23,3 @@ def learning_rate(config: OptimizerConfig, epoch: float) -> float:
     else:
         factor *= config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
     return config.lr * factor
-
-
-def view_weight(config: LossConfig, epoch: float) -> float:
-    """The weight of the viewpoint loss at a moment of a run."""
-    dropped = config.view_weight_drop is not None and epoch >= config.view_weight_drop
-    return config.view_weight_late if dropped else config.view_weight

@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vareid_ext.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from vareid_ext.config import Config, OptimizerConfig
 from vareid_ext.data import ReidData
-from vareid_ext.losses import ViewpointAwareLoss
-from vareid_ext.models import ReidModel
+from vareid_ext.files.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from vareid_ext.files.weights import load_weights
+from vareid_ext.methods import METHODS, Method, TrainingClasses
+from vareid_ext.training.config import Config, OptimizerConfig
+from vareid_ext.training.optimizers import build_optimizer, train_only
 
 
 @dataclass
@@ -29,6 +29,8 @@ class Progress:
 
     step: int = 0
     """optimizer steps done"""
+    stage: int = 0
+    """the stage that the last of them belongs to"""
     seconds: float = 0.0
     """time spent by earlier starts of the program"""
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -39,29 +41,35 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """The network, the loss with its centres, and what trains them."""
+    """The method, and what trains it."""
 
     config: Config
     identity_names: tuple[str, ...]
-    model: ReidModel
-    loss: ViewpointAwareLoss
+    num_viewpoints: int
+    method: Method
+    trainable: frozenset[str]
+    """names of the parameters that a stage may train: all but those that the method itself keeps still"""
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     average: AveragedModel | None
-    """the moving average of the model's weights, None where it is off"""
+    """the moving average of the method's weights, None where it is off"""
     progress: Progress
     restored: Mapping[str, Any] | None = None
     """the configuration, as plain values, of the checkpoint that the state was restored from"""
+    left_out: tuple[str, ...] = ()
+    """entries of the file of weights that the backbone has no place for, such as a classifier"""
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained: the network's parameters and the centres."""
-        return [p for p in (*self.model.parameters(), *self.loss.parameters()) if p.requires_grad]
+    def evaluated(self) -> Method:
+        """The method that is evaluated: the moving average where there is one."""
+        return self.method if self.average is None else self.average.module  # type: ignore[return-value]
 
-    @property
-    def evaluated_model(self) -> ReidModel:
-        """The network that is evaluated: the moving average where there is one."""
-        return self.model if self.average is None else self.average.module  # type: ignore[return-value]
+    def begin_stage(self, number: int) -> None:
+        """Go on with a stage: what it trains, by an optimizer of its own."""
+        stage = self.config.resolved_stages[number]
+        train_only(self.method, self.trainable, stage.train)
+        self.optimizer = build_optimizer(stage.optimizer, self.method)
+        self.progress.stage = number
 
     def save(self, path: Path, seconds: float) -> None:
         """Write a checkpoint; `seconds` is the time that this start of the program has taken so far."""
@@ -69,8 +77,8 @@ class TrainingState:
         state = {
             "config": self.config.plain(),
             "identity_names": list(self.identity_names),
-            "model": self.model.state_dict(),
-            "loss": self.loss.state_dict(),
+            "num_viewpoints": self.num_viewpoints,
+            "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -86,7 +94,7 @@ class TrainingState:
             ValueError: it is damaged, or of another data set or network.
         """
         state = load_checkpoint(path)
-        entries = ("config", "identity_names", "model", "loss", "optimizer", "scaler", "average", "random", "progress")
+        entries = ("config", "identity_names", "method", "optimizer", "scaler", "average", "random", "progress")
         missing = [entry for entry in entries if entry not in state]
         if missing:
             raise ValueError(f"resume: {str(path)!r} is not a run's checkpoint: it has no {missing[0]!r}")
@@ -104,14 +112,16 @@ class TrainingState:
                 f"optimizer.name: {self.config.optimizer.name!r} was given; the run was trained by {trained_by!r} and "
                 "cannot change it when it is resumed"
             )
+        if progress.stage >= len(self.config.resolved_stages):
+            raise ValueError(f"stages: the run has reached stage {progress.stage + 1}, which the configuration lacks")
+        self.begin_stage(progress.stage)
         # The optimizer's settings are the configuration's, which may differ from those it was saved with; the learning
         # rate is set at every step, and stays that of the last one where none follows.
         settings = [
             {k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups
         ]
         try:
-            self.model.load_state_dict(state["model"])
-            self.loss.load_state_dict(state["loss"])
+            self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             if self.average is not None:
@@ -125,66 +135,56 @@ class TrainingState:
         self.progress, self.restored = progress, state["config"]
 
 
-def build(config: Config, data: ReidData, device: torch.device, *, load_weights: bool = True) -> TrainingState:
+def build_method(config: Config, classes: TrainingClasses) -> Method:
+    """The method of a configuration, with the weights that it begins with but those of a file."""
+    return METHODS[config.method.name](config.method, config.model, classes)
+
+
+def build(config: Config, data: ReidData, device: torch.device, *, load_weights_file: bool = True) -> TrainingState:
     """The state at the start of a run, the generators' too: a pure function of the configuration and the data set.
 
     Args:
         config: the run.
         data: its identities and the viewpoints each of them is seen from.
         device: where everything lives.
-        load_weights: whether the backbone's pretrained weights are wanted; a checkpoint that is about to be restored
-            brings its own.
+        load_weights_file: whether weights to begin with are wanted, pretrained or of a file; a checkpoint that is about
+            to be restored brings its own.
 
     Raises:
-        ValueError, OSError: as :class:`vareid_ext.models.ReidModel`.
+        ValueError, OSError: as the method's constructor and :func:`vareid_ext.files.weights.load_weights`.
     """
     torch.manual_seed(config.run.seed)
     random.seed(config.run.seed)
     np.random.seed(config.run.seed % (1 << 32))
-    model = ReidModel(
-        config.model.backbone,
-        backbone_options=config.model.backbone_options,
-        pretrained=config.model.pretrained and load_weights,
-        weights=config.model.weights if load_weights else None,
-        last_stride=config.model.last_stride,
-        pooling=config.model.pooling,
-        input_norm=config.model.input_norm,
-        num_identities=data.num_identities,
-        local=config.model.local,
-        stripe_dim=config.model.stripe_dim,
-    )
-    model.to(device)
+    classes = TrainingClasses(data.num_identities, data.num_viewpoints, torch.from_numpy(data.subclass_mask()))
+    wanted = config
+    if not load_weights_file:
+        wanted = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=None))
+    method = build_method(wanted, classes)
+    left_out: tuple[str, ...] = ()
+    if wanted.model.weights is not None:
+        settings = config.plain()["model"]
+        left_out = load_weights(method, wanted.model.weights, heads=method.heads, settings=settings)
+    method.to(device)
     if config.run.channels_last:
-        model.to(memory_format=torch.channels_last)
-    loss = ViewpointAwareLoss(
-        data.num_identities,
-        model.feature_dim,
-        num_viewpoints=data.num_viewpoints,
-        alpha=config.loss.alpha,
-        beta=config.loss.beta,
-        view_weight=config.loss.view_weight,
-        mask=torch.from_numpy(data.subclass_mask()) if config.loss.mask_missing else None,
-        smoothing=config.loss.smoothing,
-        epsilon=config.loss.epsilon,
-        use_viewpoint=config.loss.use_viewpoint,
-        use_regularizer=config.loss.use_regularizer,
-    ).to(device)
+        method.to(memory_format=torch.channels_last)
+    trainable = frozenset(name for name, p in method.named_parameters() if p.requires_grad)
     average = None
     if config.optimizer.ema_decay is not None:
         average = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(config.optimizer.ema_decay), use_buffers=True
+            method, multi_avg_fn=get_ema_multi_avg_fn(config.optimizer.ema_decay), use_buffers=True
         ).eval()
-    parameters = [p for p in (*model.parameters(), *loss.parameters()) if p.requires_grad]
-    scaler = torch.amp.GradScaler(device.type, enabled=config.run.precision == "fp16")
-    optimizer = build_optimizer(config.optimizer, parameters)
-    return TrainingState(config, data.identity_names, model, loss, optimizer, scaler, average, Progress())
-
-
-def build_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> Optimizer:
-    """The optimizer of a configuration."""
-    lr, weight_decay, momentum = config.lr, config.weight_decay, config.momentum
-    if config.name == "adam":
-        return torch.optim.Adam(parameters, lr=lr, weight_decay=weight_decay)
-    if config.name == "adamw":
-        return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
-    return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum, nesterov=momentum > 0)
+    first = config.resolved_stages[0]
+    train_only(method, trainable, first.train)
+    return TrainingState(
+        config,
+        data.identity_names,
+        data.num_viewpoints,
+        method,
+        trainable,
+        build_optimizer(first.optimizer, method),
+        torch.amp.GradScaler(device.type, enabled=config.run.precision == "fp16"),
+        average,
+        Progress(),
+        left_out=left_out,
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
-from vareid_ext.data import VIEWPOINTS, ImageList, ReidDataset, collate
+from vareid_ext.data import VIEWPOINTS, Batch, ImageList, ReidDataset, collate
 from vareid_ext.files.atomic import atomic_file
-from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_queries
-from vareid_ext.models import ReidModel
-from vareid_ext.retrieval import k_reciprocal_rerank, pairwise_distance
+from vareid_ext.methods import Method
+from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_features
+from vareid_ext.retrieval import k_reciprocal_rerank, nearest_neighbors
 from vareid_ext.training.signals import ignore_in_worker, postponed
 
 _BASELINE_SIZE = (64, 32)
@@ -70,7 +70,7 @@ class Scores:
 
 
 def extract_features(
-    model: ReidModel,
+    method: Method,
     images: ImageList,
     transform: Callable[[Any], Tensor],
     *,
@@ -78,18 +78,21 @@ def extract_features(
     device: torch.device | str = "cpu",
     workers: int = 0,
     autocast: torch.dtype | None = None,
+    flip: bool = False,
+    normalize: str = "whole",
     progress: Callable[[int], object] | None = None,
 ) -> Features:
-    """The retrieval features of a network, which is left in the mode (training or evaluation) it was in.
+    """The test features of a method, which is left in the mode (training or evaluation) it was in.
 
     Args:
-        model: on `device`.
+        method: on `device`.
         images: N of them.
         transform: PIL image -> float32 [3, H, W], without augmentation.
         batch_size: images per batch.
         device: where the network is, and where the features stay.
         workers: processes that load images.
         autocast: dtype of mixed precision, None for none. The features are float32 in any case.
+        flip, normalize: as in :meth:`vareid_ext.methods.Method.embed`.
         progress: called with the number of further images done after each batch.
     """
     # A generator of its own: a loader without one draws from the global generator, and training would depend on it.
@@ -104,19 +107,18 @@ def extract_features(
     )
     with postponed():  # processes that are half started, or half ended below, complain
         batches = iter(loader)
-    was_training = model.training
-    model.eval()
+    was_training = method.training
+    method.eval()
     parts: list[Tensor] = []
     try:
         with torch.inference_mode(), torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
             for batch in batches:
-                parts.append(
-                    model.test_feature(_channels_like(model, batch.to(device, non_blocking=True).image)).float()
-                )
+                batch = _channels_like(method, batch.to(device, non_blocking=True))
+                parts.append(method.embed(batch, flip=flip, normalize=normalize))
                 if progress is not None:
                     progress(len(parts[-1]))
     finally:
-        model.train(was_training)
+        method.train(was_training)
         with postponed():
             del batches
     return Features(torch.cat(parts), images.identity, images.camera, images.viewpoint)
@@ -126,10 +128,12 @@ def _start_worker(worker: int) -> None:
     ignore_in_worker()
 
 
-def _channels_like(model: ReidModel, image: Tensor) -> Tensor:
-    weight = next(p for p in model.parameters() if p.ndim == 4)
-    last = weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    return image.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+def _channels_like(method: Method, batch: Batch) -> Batch:
+    weight = next((p for p in method.parameters() if p.ndim == 4), None)
+    last = weight is not None and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    return replace(
+        batch, image=batch.image.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    )
 
 
 def _baseline(images: ImageList, describe: Callable[[Tensor], Tensor]) -> Features:
@@ -163,20 +167,17 @@ def colour_histogram_features(images: ImageList) -> Features:
     return _baseline(images, describe)
 
 
-def feature_distances(query: Features, gallery: Features) -> Tensor:
-    """Squared Euclidean distances float32 [Q, G] of the features."""
-    return pairwise_distance(query.feature, gallery.feature, metric="sqeuclidean")
+def score(query: Features, gallery: Features, rerank: Mapping[str, Any] | None = None) -> Scores:
+    """Ranking metrics of features, under the same-camera rule where cameras are known; no [Q, G] matrix is held.
 
-
-def reranked_distances(query: Features, gallery: Features, *, k1: int, k2: int, lambda_value: float) -> Tensor:
-    """Distances float32 [Q, G] after k-reciprocal re-ranking."""
-    return k_reciprocal_rerank(query.feature, gallery.feature, k1=k1, k2=k2, lambda_value=lambda_value)
-
-
-def score(distances: Tensor, query: Features, gallery: Features) -> Scores:
-    """Ranking metrics of distances [Q, G], under the same-camera rule where cameras are known."""
+    Args:
+        query, gallery: the two sides.
+        rerank: k1, k2 and lambda_value of k-reciprocal re-ranking; None for none.
+    """
     cameras = (query.camera, gallery.camera) if _cameras_known(query, gallery) else (None, None)
-    queries = rank_queries(distances, query.identity, gallery.identity, *cameras)
+    queries = rank_features(
+        query.feature, gallery.feature, query.identity, gallery.identity, *cameras, rerank=rerank or False
+    )
     matched = np.asarray(queries.num_matches.cpu()) > 0
     by_viewpoint = {}
     for label, name in enumerate(VIEWPOINTS):
@@ -184,6 +185,47 @@ def score(distances: Tensor, query: Features, gallery: Features) -> Scores:
         if (subset & matched).any():
             by_viewpoint[name] = queries.metrics(subset=torch.from_numpy(subset))
     return Scores(queries.metrics(), by_viewpoint, queries)
+
+
+def metrics_of(scores: Scores) -> dict[str, float]:
+    """The entry of metrics.json for a set of scores: mAP, mINP, rank1, rank5 and rank10."""
+    return scores.overall.as_dict()
+
+
+def per_viewpoint(scores: Scores) -> dict[str, dict[str, float]]:
+    """The entry of metrics.json for a set of scores, per query viewpoint."""
+    return {
+        name: {"queries": metrics.num_valid_queries, **metrics.as_dict()}
+        for name, metrics in scores.by_viewpoint.items()
+    }
+
+
+def first_found(
+    query: Features, gallery: Features, chosen: Sequence[int], count: int, rerank: Mapping[str, Any] | None = None
+) -> list[list[int]]:
+    """The gallery images that are found first for some queries, as the metrics count: without those of the same person
+    by the same camera.
+
+    Args:
+        query, gallery: the two sides.
+        chosen: numbers of queries.
+        count: how many images of each, at most.
+        rerank: as in :func:`score`.
+    """
+    known = _cameras_known(query, gallery)
+    left_out = [
+        (gallery.identity == query.identity[q]) & (gallery.camera == query.camera[q]) & known & (query.camera[q] >= 0)
+        for q in chosen
+    ]
+    if not left_out:
+        return []
+    k = min(len(gallery.identity), count + max(int(mask.sum()) for mask in left_out))
+    if rerank is None:
+        index = nearest_neighbors(query.feature[list(chosen)], gallery.feature, k=k)[1]
+    else:
+        index = k_reciprocal_rerank(query.feature, gallery.feature, topk=k, **rerank)[1][list(chosen)]
+    rows = index.cpu().numpy()
+    return [row[~mask[row]][:count].tolist() for row, mask in zip(rows, left_out, strict=True)]
 
 
 def _cameras_known(query: Features, gallery: Features) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from vareid_ext.files.atomic import atomic_file
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the entries of a checkpoint change their meaning."""
 
 

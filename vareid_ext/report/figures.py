@@ -1,4 +1,4 @@
-"""The two pictures of a run folder: curves.png and ranking.png."""
+"""The two pictures of a run: curves.png and ranking.png."""
 
 from __future__ import annotations
 
@@ -22,16 +22,7 @@ from vareid_ext.files.atomic import atomic_file
 
 _INK, _GREY, _GRID = "#22262b", "#7a828c", "#e4e7eb"
 _RIGHT, _WRONG = "#2a9d55", "#d1393d"
-_COLOURS = {"total": "#22262b", "identity": "#2f6fb7", "viewpoint": "#d98a1f", "regularizer": "#3b9c6d"}
-_COLOURS.update(triplet="#8b5fbf", stripes="#b5485d")
-_NAMES = {
-    "total": "total",
-    "identity": "identity $L_y$",
-    "viewpoint": "viewpoint $L_v$",
-    "regularizer": "centres $L_R$",
-    "triplet": "triplet",
-    "stripes": "stripes",
-}
+_COLOURS = ("#2f6fb7", "#d98a1f", "#3b9c6d", "#8b5fbf", "#b5485d", "#4aa3a2", "#a0703a")
 _DASHES = ((0, (6, 2)), (0, (2, 2)), (0, (1, 1)), (0, (6, 2, 1, 2)))
 TOP = 10
 """Images of a ranking that are shown."""
@@ -65,8 +56,8 @@ def draw_curves(
 
     Args:
         path: the file.
-        steps: one mapping per logged step: "epoch" (a fraction), "lr" and "loss", a mapping of part to its contribution
-            to the total, weights included.
+        steps: one mapping per logged step: "epoch" (a fraction), "lr" and "loss", a mapping of term to what it adds to
+            the total.
         evaluations: one mapping per evaluation: "epoch", "mAP" and "rank1", fractions.
         references: mAP of what the run is compared with, by name; drawn as level lines.
         title: of the whole figure.
@@ -77,13 +68,15 @@ def draw_curves(
 
     _style(loss_axes, "Loss, as its parts add up", "epoch")
     epochs = [step["epoch"] for step in steps]
-    for name, colour in _COLOURS.items():
+    names = list(dict.fromkeys(name for step in steps for name in step["loss"] if name != "total"))
+    colours = dict(zip(names, itertools.cycle(_COLOURS)))
+    for name in ("total", *names):
         values = [step["loss"].get(name, math.nan) for step in steps]
         if any(math.isfinite(value) and value > 0 for value in values):
             width = 2.0 if name == "total" else 1.3
-            loss_axes.plot(epochs, values, color=colour, linewidth=width, label=_NAMES[name])
+            loss_axes.plot(epochs, values, color=colours.get(name, _INK), linewidth=width, label=name)
     if loss_axes.lines:
-        # The centres' part starts tens of times above the others and ends far below them.
+        # A regularizer may start tens of times above the other terms and end far below them.
         loss_axes.set_yscale("log")
         loss_axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         loss_axes.yaxis.set_minor_locator(NullLocator())
@@ -116,36 +109,6 @@ def _legend(axes: Axes) -> None:
         )
 
 
-def choose_queries(
-    viewpoint: np.ndarray, average_precision: np.ndarray, countable: np.ndarray, count: int
-) -> list[int]:
-    """Queries to show: the viewpoints in turn, and within each a good, a middling and a poor one.
-
-    Args:
-        viewpoint: [Q], -1 unknown.
-        average_precision: [Q].
-        countable: bool [Q], queries that have a match.
-        count: how many at most.
-
-    Returns:
-        Query indices, ordered by viewpoint, the better first.
-    """
-    groups = [np.flatnonzero(countable & (viewpoint == label)) for label in np.unique(viewpoint[countable])]
-    groups = [group[np.lexsort((group, -average_precision[group]))] for group in groups if len(group)]
-    chosen: set[int] = set()
-    quantiles = (0.25, 0.85, 0.5, 0.97, 0.05, 0.7, 0.35)
-    for round_number in range(count):
-        for group in groups:
-            if len(chosen) < count:
-                at = quantiles[round_number % len(quantiles)] * (len(group) - 1)
-                rest = [int(i) for i in group if int(i) not in chosen]
-                if rest:
-                    wanted = int(group[round(at)])
-                    chosen.add(wanted if wanted not in chosen else rest[0])
-    position = {int(q): (g, i) for g, group in enumerate(groups) for i, q in enumerate(group)}
-    return sorted(chosen, key=lambda q: position[q])
-
-
 def _viewpoint_text(images: ImageList, index: int) -> str:
     name = images.viewpoint_name[index]
     label = int(images.viewpoint[index])
@@ -168,7 +131,7 @@ def draw_ranking(
     path: Path,
     query: ImageList,
     gallery: ImageList,
-    rows: Sequence[tuple[int, Sequence[tuple[str, np.ndarray, float]]]],
+    rows: Sequence[tuple[int, Sequence[tuple[str, Sequence[int], float]]]],
     *,
     title: str,
 ) -> None:
@@ -214,7 +177,7 @@ def draw_ranking(
         _draw_image(place(0.2, image_y), query.load(q), _INK, _viewpoint_text(query, q))
         for left, (_, order, precision) in zip(block_lefts, rankings, strict=True):
             write(left, y + 0.05, f"AP {100 * precision:.0f} %", fontsize=7.5, color=_GREY)
-            for rank, index in enumerate(order[:TOP].tolist()):
+            for rank, index in enumerate(order[:TOP]):
                 colour = _RIGHT if gallery.identity[index] == query.identity[q] else _WRONG
                 axes = place(left + rank * step, image_y)
                 _draw_image(axes, gallery.load(index), colour, _viewpoint_text(gallery, index))

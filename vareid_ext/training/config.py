@@ -7,25 +7,20 @@ stand in the docstrings; fractions are in [0, 1].
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vareid_ext._limits import check_limits
 from vareid_ext.data import SyntheticSettings, check_kind, check_normalisation
+from vareid_ext.methods import VaReid
+from vareid_ext.models import ModelConfig
 
 _MOST_EPOCHS = 100_000
 _MOST_STEPS = 10**9
 _MOST_PIXELS = 2**30  # of a batch's images: 12 GiB as float32
 DEFAULT_IDENTITIES = 16
 """Identities per batch where none are given and the data set has as many."""
-
-
-def _check(section: str, config: object, **limits: tuple[float, float]) -> None:
-    """Every named number of a section lies within its limits, both included; NaN is in none, None is no number."""
-    for name, (low, high) in limits.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{section}.{name}: {value!r} was given; allowed are values from {low:,} to {high:,}")
 
 
 @dataclass(frozen=True)
@@ -63,8 +58,8 @@ class DataConfig:
     """the rendered data set, for kind synthetic"""
 
     def __post_init__(self) -> None:
-        _check("data", self, height=(16, 4096), width=(16, 4096), pad=(0, 1024), flip=(0, 1), erasing=(0, 1))
-        _check("data", self, workers=(0, 256))
+        check_limits("data", self, height=(16, 4096), width=(16, 4096), pad=(0, 1024), flip=(0, 1), erasing=(0, 1))
+        check_limits("data", self, workers=(0, 256))
         check_normalisation(self.mean, self.std, "data.")
         check_kind(self.kind, self.root, "data.")
 
@@ -88,76 +83,14 @@ class SamplerConfig:
     """batches in an epoch; none: as many as it takes to show every identity's images once"""
 
     def __post_init__(self) -> None:
-        _check("sampler", self, identities=(1, 65_536), instances=(1, 1024), batches_per_epoch=(1, 1_000_000))
+        check_limits("sampler", self, identities=(1, 65_536), instances=(1, 1024), batches_per_epoch=(1, 1_000_000))
         if self.identities == self.instances == 1:
             raise ValueError("sampler.identities x sampler.instances: 1 was given; a batch needs at least 2 images")
 
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The network from image to feature."""
-
-    backbone: str = "resnet50"
-    """name of a timm model"""
-    backbone_options: dict = field(default_factory=dict)
-    """further arguments of timm.create_model, such as {channels: [32, 64, 128, 256]}"""
-    pretrained: bool = True
-    """start from timm's pretrained weights (downloaded on first use)"""
-    weights: str | None = None
-    """local file of backbone weights (.pth, .pt, .safetensors), used instead of a download"""
-    last_stride: Literal[1, 2] = 1
-    """1: the last stage keeps the resolution (its strides are set to 1); 2: the backbone as it is"""
-    pooling: Literal["avg", "gem"] = "avg"
-    """global average pooling, or generalised mean pooling with a learned exponent"""
-    input_norm: bool = False
-    """standardise every colour channel of every image by itself first, against colour casts and exposure"""
-    local: bool = False
-    """add the stripe branch: 1 + 2 + 3 horizontal stripes with an identity head each, and the triplet term"""
-    stripe_dim: int = 256
-    """length of each stripe's feature"""
-
-    def __post_init__(self) -> None:
-        _check("model", self, stripe_dim=(1, 8192))
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The viewpoint-aware loss L_va = L_y + view_weight * L_v + beta * L_R, and the local branch's terms."""
-
-    smoothing: Literal["adaptive", "uniform", "none"] = "adaptive"
-    """label smoothing of the identity loss: adaptive is L_y, uniform is LSR, none is plain cross entropy"""
-    alpha: float = 0.2
-    """coefficient of the adaptive smoothing, in [0, 0.5)"""
-    epsilon: float = 0.1
-    """constant of the uniform smoothing, in [0, 1)"""
-    use_viewpoint: bool = True
-    """add the viewpoint loss L_v"""
-    view_weight: float = 1.0
-    """weight of L_v"""
-    view_weight_late: float = 0.3
-    """weight of L_v from epoch view_weight_drop on"""
-    view_weight_drop: int | None = None
-    """epoch at which the weight of L_v changes to view_weight_late; none: never"""
-    use_regularizer: bool = True
-    """add the angular regularizer L_R of the centres"""
-    beta: float = 0.1
-    """weight of L_R (a sum over all existing identity and viewpoint pairs)"""
-    mask_missing: bool = True
-    """leave (identity, viewpoint) pairs that do not occur in the training set out of L_v and L_R"""
-    triplet_weight: float = 1.0
-    """weight of the batch-hard triplet term, with model.local only"""
-    triplet_margin: float = 0.3
-    """margin of the triplet term, in Euclidean distance of features before the neck"""
-    stripe_weight: float = 1.0
-    """weight of the stripes' identity losses (their mean over the stripes), with model.local only"""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha < 0.5:
-            raise ValueError(f"loss.alpha: {self.alpha!r} was given; allowed are values in [0, 0.5)")
-        if not 0 <= self.epsilon < 1:
-            raise ValueError(f"loss.epsilon: {self.epsilon!r} was given; allowed are values in [0, 1)")
-        weights = ("view_weight", "view_weight_late", "beta", "triplet_weight", "triplet_margin", "stripe_weight")
-        _check("loss", self, view_weight_drop=(0, _MOST_EPOCHS), **dict.fromkeys(weights, (0, 10_000)))
+    @property
+    def images_per_batch(self) -> int:
+        """Images of a training batch; with identities left to the data set, at most so many."""
+        return (self.identities or DEFAULT_IDENTITIES) * self.instances
 
 
 @dataclass(frozen=True)
@@ -166,6 +99,8 @@ class OptimizerConfig:
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
     """adam adds the weight decay to the gradient, adamw decays the weights directly, sgd uses momentum"""
+    lr_factors: dict[str, float] = field(default_factory=dict)
+    """factors of the learning rate of parts of the method, such as {backbone: 0.1}; the longest name counts"""
     epochs: int = 60
     """number of epochs"""
     lr: float = 3.5e-4
@@ -174,6 +109,10 @@ class OptimizerConfig:
     """weight decay"""
     momentum: float = 0.9
     """momentum of sgd"""
+    nesterov: bool = True
+    """sgd looks one step of momentum ahead (Nesterov)"""
+    amsgrad: bool = False
+    """adam and adamw keep the largest second moment (AMSGrad)"""
     schedule: Literal["multistep", "cosine"] = "multistep"
     """multistep: lr is multiplied by gamma at each milestone; cosine: lr falls to cosine_floor x lr at the last step"""
     milestones: tuple[int, ...] = ()
@@ -192,9 +131,16 @@ class OptimizerConfig:
     """decay per step of an exponential moving average of the weights, which is then what is evaluated; none: off"""
 
     def __post_init__(self) -> None:
-        _check("optimizer", self, epochs=(0, _MOST_EPOCHS), warmup_epochs=(0, _MOST_EPOCHS), lr=(1e-12, 1000))
-        _check("optimizer", self, weight_decay=(0, 100), momentum=(0, 1), gamma=(1e-12, 1), clip_norm=(1e-12, 1e6))
-        _check("optimizer", self, cosine_floor=(0, 1), warmup_start=(0, 1))
+        check_limits("optimizer", self, epochs=(0, _MOST_EPOCHS), warmup_epochs=(0, _MOST_EPOCHS), lr=(1e-12, 1000))
+        check_limits(
+            "optimizer", self, weight_decay=(0, 100), momentum=(0, 1), gamma=(1e-12, 1), clip_norm=(1e-12, 1e6)
+        )
+        check_limits("optimizer", self, cosine_floor=(0, 1), warmup_start=(0, 1))
+        for part, factor in self.lr_factors.items():
+            if not (isinstance(factor, (int, float)) and 0 <= factor <= 1000):
+                raise ValueError(
+                    f"optimizer.lr_factors: {part!r}: {factor!r} was given; allowed are values from 0 to 1,000"
+                )
         if list(self.milestones) != sorted({m for m in self.milestones if 1 <= m <= _MOST_EPOCHS}):
             raise ValueError(
                 f"optimizer.milestones: {self.milestones!r} was given; allowed are ascending epochs from 1 to "
@@ -207,6 +153,31 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class StageConfig:
+    """A stage of training, as what differs from the configuration's sections."""
+
+    epochs: int
+    """number of epochs"""
+    train: tuple[str, ...] = ()
+    """the parts of the method that are trained, such as [neck, loss]; the others stay, with their batch norms in
+    evaluation mode; empty: all"""
+    optimizer: dict = field(default_factory=dict)
+    """fields of section optimizer"""
+    sampler: dict = field(default_factory=dict)
+    """fields of section sampler"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of training, complete."""
+
+    optimizer: OptimizerConfig
+    """with the stage's own number of epochs"""
+    sampler: SamplerConfig
+    train: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured, and when."""
 
@@ -214,6 +185,10 @@ class EvaluationConfig:
     """epochs between evaluations (the last epoch is always evaluated); 0: the last epoch only"""
     batch_size: int = 128
     """images per batch when features are extracted"""
+    flip: bool = False
+    """add the features of the mirrored image"""
+    normalize: Literal["whole", "parts", "none"] = "whole"
+    """bring the feature to length 1 as a whole, each of its parts by itself, or not at all"""
     k1: int = 20
     """neighbours of the k-reciprocal sets in re-ranking"""
     k2: int = 6
@@ -228,8 +203,8 @@ class EvaluationConfig:
     """also write the final features to query.npz and gallery.npz, for vareid_ext.evaluate and vareid_ext.rerank"""
 
     def __post_init__(self) -> None:
-        _check("evaluation", self, every=(0, _MOST_EPOCHS), batch_size=(1, 65_536), ranking_queries=(1, 50))
-        _check("evaluation", self, k1=(1, 1000), k2=(1, 1000), lambda_value=(0, 1))
+        check_limits("evaluation", self, every=(0, _MOST_EPOCHS), batch_size=(1, 65_536), ranking_queries=(1, 50))
+        check_limits("evaluation", self, k1=(1, 1000), k2=(1, 1000), lambda_value=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -256,8 +231,8 @@ class RunConfig:
     """write TensorBoard event files to the run folder"""
 
     def __post_init__(self) -> None:
-        _check("run", self, seed=(0, 2**63 - 1), threads=(0, 1024))
-        _check("run", self, log_every=(1, _MOST_STEPS), save_every=(1, _MOST_STEPS))
+        check_limits("run", self, seed=(0, 2**63 - 1), threads=(0, 1024))
+        check_limits("run", self, log_every=(1, _MOST_STEPS), save_every=(1, _MOST_STEPS))
 
 
 @dataclass(frozen=True)
@@ -269,11 +244,14 @@ class Config:
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """the batches"""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """the network"""
-    loss: LossConfig = field(default_factory=LossConfig)
-    """the loss"""
+    """the network's trunk"""
+    method: Any = field(default_factory=VaReid.Config)
+    """the method and its settings"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """the optimizer"""
+    stages: tuple[StageConfig, ...] = ()
+    """stages of training, one after the other, each a mapping with what differs from the sections: {epochs: 20, train:
+    [head], optimizer: {lr: 0.01}, sampler: {kind: shuffled}}; none: one stage, with everything trained"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """the evaluation"""
     run: RunConfig = field(default_factory=RunConfig)
@@ -281,8 +259,7 @@ class Config:
 
     def __post_init__(self) -> None:
         batches = {
-            "sampler.identities x sampler.instances": (self.sampler.identities or DEFAULT_IDENTITIES)
-            * self.sampler.instances,
+            "sampler.identities x sampler.instances": max(s.sampler.images_per_batch for s in self.resolved_stages),
             "evaluation.batch_size": self.evaluation.batch_size,
         }
         for name, images in batches.items():
@@ -291,6 +268,35 @@ class Config:
                     f"{name} x data.height x data.width: {images} x {self.data.height} x {self.data.width} was given; "
                     f"allowed are at most {_MOST_PIXELS:,} pixels in a batch"
                 )
+
+    @property
+    def resolved_stages(self) -> tuple[Stage, ...]:
+        """The stages with all their settings; one, where none are given."""
+        if not self.stages:
+            return (Stage(self.optimizer, self.sampler),)
+        stages = []
+        for number, stage in enumerate(self.stages):
+            sections = {}
+            for name, changes in (
+                ("optimizer", {"epochs": stage.epochs, **stage.optimizer}),
+                ("sampler", stage.sampler),
+            ):
+                section = getattr(self, name)
+                unknown = sorted(changes.keys() - {f.name for f in fields(section)})
+                if unknown:
+                    raise ValueError(f"stages[{number}].{name}: there is no field {unknown[0]!r}")
+                changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
+                try:
+                    sections[name] = replace(section, **changes)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"stages[{number}]: {error}") from error
+            stages.append(Stage(**sections, train=stage.train))
+        return tuple(stages)
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of all stages."""
+        return sum(stage.optimizer.epochs for stage in self.resolved_stages)
 
     def plain(self) -> dict[str, Any]:
         """The sections as dictionaries of what YAML and a checkpoint hold: lists in place of tuples."""

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from vareid_ext.files.atomic import naming
 
-_SHORT = {"identity": "y", "viewpoint": "v", "regularizer": "R", "triplet": "tri", "stripes": "str"}
 _SMOOTHING = 0.9
 # A terminal is redrawn several times a second, a log file gets a line now and then.
 _INTERVAL, _INTERVAL_OF_FILE = 0.2, 20.0
@@ -23,6 +22,11 @@ def tell(message: str = "") -> None:
     with naming("standard output"):
         tqdm.write(message.encode(encoding, "replace").decode(encoding), file=sys.stdout)
         sys.stdout.flush()
+
+
+def one_line(name: str, values: Mapping[str, float]) -> str:
+    """A set of metrics as a line of text."""
+    return f"{name:<17} mAP {100 * values['mAP']:5.1f} %   rank-1 {100 * values['rank1']:5.1f} %"
 
 
 class TrainingBar:
@@ -64,7 +68,7 @@ class TrainingBar:
         self.images_per_second = blend * self.images_per_second + (1 - blend) * speed
         for name, value in parts.items():
             self._parts[name] = _SMOOTHING * self._parts.get(name, value) + (1 - _SMOOTHING) * value
-        terms = " ".join(f"{_SHORT[name]} {value:.2f}" for name, value in self._parts.items() if name in _SHORT)
+        terms = ", ".join(f"{name} {value:.2f}" for name, value in self._parts.items() if name != "total")
         text = f"loss {self._parts['total']:.2f} ({terms}), lr {rate:.1e}, {self.images_per_second:.0f} images/s"
         self._bar.set_postfix_str(text, refresh=False)
         with contextlib.suppress(BrokenPipeError):

@@ -1,0 +1,6 @@
+"""The losses, one file each: modules and functions of features and labels."""
+
+from vareid_ext.losses.triplet import batch_hard_triplet
+from vareid_ext.losses.viewpoint_aware import LossParts, ViewpointAwareLoss
+
+__all__ = ["LossParts", "ViewpointAwareLoss", "batch_hard_triplet"]

@@ -1,0 +1,9 @@
+"""The methods, one file each."""
+
+from vareid_ext.methods.base import NORMALIZATIONS, Method, Term, TrainingClasses, full_precision
+from vareid_ext.methods.va_reid import VaReid
+
+METHODS: dict[str, type[Method]] = {"va-reid": VaReid}
+"""The methods by the names of the configuration."""
+
+__all__ = ["METHODS", "NORMALIZATIONS", "Method", "Term", "TrainingClasses", "VaReid", "full_precision"]

@@ -1,0 +1,89 @@
+"""What every method is: one module that owns all that is trained, and gives the losses and the features of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vareid_ext.data import Batch
+
+NORMALIZATIONS = ("whole", "parts", "none")
+"""How the parts of a test feature are brought to length 1: together, each by itself, or not."""
+
+
+class Term(NamedTuple):
+    """One loss of a batch. The total is the sum of weight * value, and that is also what is logged."""
+
+    value: Tensor
+    """a scalar, not weighted"""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainingClasses:
+    """What a method's heads are made for: the identities and viewpoints of a training split."""
+
+    identities: int
+    """K"""
+    viewpoints: int
+    """V"""
+    subclasses: Tensor
+    """bool [K, V], the (identity, viewpoint) pairs that occur"""
+
+
+class Method(nn.Module):
+    """A way to train and use a re-identification network: the network, its heads and centres, and its losses.
+
+    A method is one file: a frozen dataclass of its settings, which begins with ``name``, and a subclass that implements
+    :meth:`forward` and :meth:`features`. ``METHODS`` lists it. Its constructor takes its own settings, those of the
+    trunk (:class:`vareid_ext.models.ModelConfig`) and the :class:`TrainingClasses`; random numbers come from torch's
+    default generator.
+    """
+
+    Config: ClassVar[type]
+    """its settings, section `method` of the configuration"""
+    heads: ClassVar[tuple[str, ...]] = ()
+    """names of the parts that belong to the training identities, which the test feature does not need"""
+    inputs: ClassVar[tuple[str, ...]] = ()
+    """what it reads of a batch beside the images and identities"""
+
+    def forward(self, batch: Batch) -> dict[str, Term]:
+        """The losses of a batch, by name. Float32: see :func:`full_precision`."""
+        raise NotImplementedError
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """The parts of the test feature of a batch of N images, each float32 [N, d], not normalised."""
+        raise NotImplementedError
+
+    def at_epoch(self, epoch: int) -> None:
+        """Set what changes with the epoch (counted from 0), such as weights of terms."""
+
+    def embed(self, batch: Batch, *, flip: bool = False, normalize: str = "whole") -> Tensor:
+        """What retrieval compares.
+
+        Args:
+            batch: N images.
+            flip: add the features of the mirrored images.
+            normalize: out of ``NORMALIZATIONS``.
+
+        Returns:
+            Float32 [N, D], the parts side by side.
+        """
+        parts = self.features(batch)
+        if flip:
+            mirrored = self.features(replace(batch, image=batch.image.flip(3)))
+            parts = [a + b for a, b in zip(parts, mirrored, strict=True)]
+        parts = [part.float() for part in parts]
+        if normalize == "parts":
+            parts = [F.normalize(part, dim=1) for part in parts]
+        whole = torch.cat(parts, dim=1)
+        return F.normalize(whole, dim=1) if normalize == "whole" else whole
+
+
+def full_precision(tensor: Tensor) -> Any:
+    """A block without automatic mixed precision: what compares features and sums over identities needs float32."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,0 +1,135 @@
+"""VA-reID: viewpoint-aware losses with an angular regularizer of their centres (Zhu et al., AAAI 2020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from vareid_ext._limits import check_limits
+from vareid_ext.data import Batch
+from vareid_ext.losses import ViewpointAwareLoss, batch_hard_triplet
+from vareid_ext.methods.base import Method, Term, TrainingClasses, full_precision
+from vareid_ext.models import POOLING, Backbone, ModelConfig, StripeBranch, batch_norm_neck
+from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
+
+
+@dataclass(frozen=True)
+class VaReidConfig:
+    """L_va = L_y + view_weight * L_v + beta * L_R, and the terms of the stripe branch."""
+
+    name: Literal["va-reid"] = "va-reid"
+    """the method"""
+    smoothing: Literal["adaptive", "uniform", "none"] = "adaptive"
+    """label smoothing of the identity loss: adaptive is L_y, uniform is LSR, none is plain cross entropy"""
+    alpha: float = 0.2
+    """coefficient of the adaptive smoothing, in [0, 0.5)"""
+    epsilon: float = 0.1
+    """constant of the uniform smoothing, in [0, 1)"""
+    use_viewpoint: bool = True
+    """add the viewpoint loss L_v"""
+    view_weight: float = 1.0
+    """weight of L_v"""
+    view_weight_late: float = 0.3
+    """weight of L_v from epoch view_weight_drop on"""
+    view_weight_drop: int | None = None
+    """epoch at which the weight of L_v changes to view_weight_late; none: never"""
+    use_regularizer: bool = True
+    """add the angular regularizer L_R of the centres"""
+    beta: float = 0.1
+    """weight of L_R (a sum over all existing identity and viewpoint pairs)"""
+    mask_missing: bool = True
+    """leave (identity, viewpoint) pairs that do not occur in the training set out of L_v and L_R"""
+    local: bool = False
+    """add the stripe branch: 1 + 2 + 3 horizontal stripes with an identity head each, and the triplet term"""
+    stripe_dim: int = 256
+    """length of each stripe's feature"""
+    stripe_weight: float = 1.0
+    """weight of the stripes' identity losses (their mean over the stripes), with local only"""
+    triplet_weight: float = 1.0
+    """weight of the batch-hard triplet term, with local only"""
+    triplet_margin: float = 0.3
+    """margin of the triplet term, in Euclidean distance of features before the neck"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < 0.5:
+            raise ValueError(f"method.alpha: {self.alpha!r} was given; allowed are values in [0, 0.5)")
+        if not 0 <= self.epsilon < 1:
+            raise ValueError(f"method.epsilon: {self.epsilon!r} was given; allowed are values in [0, 1)")
+        weights = ("view_weight", "view_weight_late", "beta", "triplet_weight", "triplet_margin", "stripe_weight")
+        check_limits(
+            "method", self, view_weight_drop=(0, 100_000), stripe_dim=(1, 8192), **dict.fromkeys(weights, (0, 10_000))
+        )
+
+
+class VaReid(Method):
+    """Backbone, pooling and neck; the centres of identities and viewpoints are the classifiers of the feature."""
+
+    Config = VaReidConfig
+    heads = ("loss", "stripes.head")
+    inputs = ("viewpoint",)
+
+    def __init__(self, config: VaReidConfig, model: ModelConfig, classes: TrainingClasses) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone.of(model)
+        self.pool = POOLING[model.pooling]()
+        self.neck = batch_norm_neck(self.backbone.channels)
+        self.stripes = (
+            StripeBranch(self.backbone.channels, config.stripe_dim, classes.identities) if config.local else None
+        )
+        self.loss = ViewpointAwareLoss(
+            classes.identities,
+            self.backbone.channels,
+            num_viewpoints=classes.viewpoints,
+            alpha=config.alpha,
+            beta=config.beta,
+            view_weight=config.view_weight,
+            mask=classes.subclasses if config.mask_missing else None,
+            smoothing=config.smoothing,
+            epsilon=config.epsilon,
+            use_viewpoint=config.use_viewpoint,
+            use_regularizer=config.use_regularizer,
+        )
+
+    def at_epoch(self, epoch: int) -> None:
+        """The weight of L_v falls once."""
+        drop = self.config.view_weight_drop
+        late = drop is not None and epoch >= drop
+        self.loss.view_weight = self.config.view_weight_late if late else self.config.view_weight
+
+    def forward(self, batch: Batch) -> dict[str, Term]:
+        """L_y, L_v and L_R of the feature behind the neck, and the terms of the stripes."""
+        config = self.config
+        feature_map = self.backbone(batch.image)
+        pooled = self.pool(feature_map)
+        with full_precision(pooled):
+            feature = self.neck(pooled)
+            logits = None if self.stripes is None else self.stripes.logits(self.stripes(feature_map))
+            losses = self.loss(feature, batch.identity, batch.viewpoint)
+            terms = {"identity": Term(losses.identity)}
+            if config.use_viewpoint:
+                terms["viewpoint"] = Term(losses.viewpoint, self.loss.view_weight)
+            if config.use_regularizer:
+                terms["regularizer"] = Term(losses.regularizer, config.beta)
+            if logits is not None:
+                stripes = identity_cross_entropy(
+                    logits.flatten(0, 1),
+                    batch.identity.repeat_interleave(logits.shape[1]),
+                    smoothing=config.smoothing,
+                    alpha=config.alpha,
+                    epsilon=config.epsilon,
+                )
+                triplet = batch_hard_triplet(pooled, batch.identity, margin=config.triplet_margin)
+                terms["stripes"] = Term(stripes, config.stripe_weight)
+                terms["triplet"] = Term(triplet, config.triplet_weight)
+        return terms
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """The feature behind the neck [N, C], and with the stripe branch each stripe's."""
+        feature_map = self.backbone(batch.image)
+        pooled = self.pool(feature_map)
+        with full_precision(pooled):
+            stripes = [] if self.stripes is None else self.stripes(feature_map)
+            return [self.neck(pooled), *stripes]

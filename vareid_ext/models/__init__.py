@@ -1,0 +1,17 @@
+"""What networks are put together from: backbones of timm, poolings, necks, parts."""
+
+from vareid_ext.models.backbone import Backbone, ModelConfig
+from vareid_ext.models.neck import batch_norm_neck
+from vareid_ext.models.pooling import POOLING, AveragePooling, GeneralizedMeanPooling
+from vareid_ext.models.stripes import STRIPES, StripeBranch
+
+__all__ = [
+    "POOLING",
+    "STRIPES",
+    "AveragePooling",
+    "Backbone",
+    "GeneralizedMeanPooling",
+    "ModelConfig",
+    "StripeBranch",
+    "batch_norm_neck",
+]

@@ -1,0 +1,258 @@
+"""The training program: what happens before the loop and after it."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from vareid_ext import _native
+from vareid_ext import data as datasets
+from vareid_ext.data import ReidData
+from vareid_ext.training import evaluation
+from vareid_ext.training.command_line import Request, pairs, to_yaml
+from vareid_ext.training.config import Config, OptimizerConfig
+from vareid_ext.training.console import one_line, tell
+from vareid_ext.training.evaluation import Features, Scores, metrics_of, per_viewpoint
+from vareid_ext.training.loop import train
+from vareid_ext.training.optimizers import check_parts
+from vareid_ext.training.run import Run, StagePlan, plan_stages
+from vareid_ext.training.run_folder import RunFolder, default_folder, environment
+from vareid_ext.training.schedule import learning_rate
+from vareid_ext.training.signals import Signals
+from vareid_ext.training.state import TrainingState, build
+
+SHOWN = 10
+"""Images of a ranking that rankings.json keeps of each chosen query."""
+
+
+def run(request: Request) -> tuple[RunFolder, ReidData]:
+    """Train, evaluate and fill the run folder, but for the figures.
+
+    Raises:
+        ValueError, OSError: a request that cannot be met (data, weights, device, run folder).
+        NonFiniteLossError: the batch at fault lies in the run folder; the checkpoints are as they were.
+        RunInterruptedError: by SIGINT or SIGTERM, with everything saved.
+    """
+    started = time.monotonic()
+    request = request._replace(config=request.config.with_absolute_paths())
+    with Signals() as signals:
+        with signals.immediate("before the first step; nothing was lost"):
+            run = prepare(request, signals, started)
+            tell(introduction(request, run))
+            if not request.resume:
+                measure_baselines(run)
+        train(run)
+        with signals.immediate(f"everything was saved; go on with --resume {run.folder.path}"):
+            conclude(run)
+    return run.folder, run.data
+
+
+def prepare(request: Request, signals: Signals, started: float) -> Run:
+    """Check the request, load the data set, build or restore the state, and begin the run folder."""
+    config = request.config
+    device = choose_device(config)
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    text = to_yaml(config)
+    # A folder that was asked for is looked at before the data set is read, which takes its time.
+    folder = None
+    if request.output is not None:
+        folder = RunFolder(request.output, resume=request.resume, config_text=text, command=request.command)
+    data = load_run_data(config)
+    plans = plan_stages(config, data)
+    state = build(config, data, device, load_weights_file=not request.resume)
+    check_parts(state.method, "optimizer.lr_factors", config.optimizer.lr_factors)
+    for plan in plans:
+        check_parts(state.method, f"stages[{plan.number}].train", plan.stage.train)
+    if folder is None:
+        folder = RunFolder(default_folder(request.name), resume=False, command=request.command)
+    folder.create()
+    if request.resume:
+        state.restore(folder.last)
+        check_steps(state, plans, folder)
+        folder.rewind_log(state.progress.step, state.progress.evaluations)
+    else:
+        folder.write_config(text)
+    folder.write_json(folder.environment, environment(device, request.command))
+    return Run(config, data, plans, state, folder, device, signals, started)
+
+
+def load_run_data(config: Config) -> ReidData:
+    """The data set of a run."""
+    return datasets.load_data(
+        config.data.kind,
+        config.data.root,
+        viewpoint_file=config.data.viewpoint_file,
+        viewpoint_labels=config.data.viewpoint_labels,
+        skip_bad_images=config.data.skip_bad_images,
+        synthetic=config.data.synthetic,
+    )
+
+
+def check_steps(state: TrainingState, plans: tuple[StagePlan, ...], folder: RunFolder) -> None:
+    """ValueError where a run has gone further in its stage than that now goes, or began it elsewhere."""
+    plan = plans[state.progress.stage]
+    done, steps = state.progress.step - plan.first_step, plan.step_at(plan.end_epoch) - plan.first_step
+    if not 0 <= done <= steps:
+        field = "optimizer.epochs" if len(plans) == 1 else f"stages[{plan.number}].epochs"
+        raise ValueError(
+            f"{field}: {plan.stage.optimizer.epochs} was given, which is {steps} steps; {folder.path} has trained "
+            f"{done} already"
+        )
+
+
+def measure_baselines(run: Run) -> None:
+    """What the trained network is compared with: the untrained one, raw pixels and colour histograms."""
+    data, baselines = run.data, run.state.progress.baselines
+    if run.config.evaluation.baselines:
+        kinds = (
+            ("raw_pixels", evaluation.raw_pixel_features),
+            ("colour_histogram", evaluation.colour_histogram_features),
+        )
+        for name, features_of in kinds:
+            baselines[name] = metrics_of(evaluation.score(features_of(data.query), features_of(data.gallery)))
+    baselines["untrained"] = metrics_of(evaluation.score(*run.extract(run.state.method, "untrained network")))
+    for name, values in baselines.items():
+        tell(one_line(name.replace("_", " "), values))
+
+
+def conclude(run: Run) -> None:
+    """Evaluate the final weights with and without re-ranking, and write what was found.
+
+    The last weights are reported, not those that were best on the test images.
+    """
+    config, progress, folder = run.config.evaluation, run.state.progress, run.folder
+    rerank = {"k1": config.k1, "k2": config.k2, "lambda_value": config.lambda_value}
+    query, gallery = run.extract(run.state.evaluated, "trained network")
+    found = {
+        name: (evaluation.score(query, gallery, variant), variant)
+        for name, variant in (("trained", None), ("reranked", rerank))
+    }
+    trained = found["trained"][0]
+    if not any(entry["epoch"] == run.total_epochs for entry in progress.evaluations):
+        run.record(run.total_epochs, metrics_of(trained))
+    if config.save_features:
+        query.save(folder.query_features)
+        gallery.save(folder.gallery_features)
+    folder.write_json(folder.rankings, rankings(query, gallery, found, config.ranking_queries))
+    results: dict[str, Any] = {
+        **progress.baselines,
+        **{name: metrics_of(scores) for name, (scores, _) in found.items()},
+        "queries": {"counted": trained.overall.num_valid_queries, "all": trained.overall.num_queries},
+        "seconds": round(progress.seconds + time.monotonic() - run.started, 1),
+        "by_query_viewpoint": {name: per_viewpoint(scores) for name, (scores, _) in found.items()},
+    }
+    folder.write_json(folder.metrics, results)
+
+
+def rankings(
+    query: Features,
+    gallery: Features,
+    found: Mapping[str, tuple[Scores, Mapping[str, Any] | None]],
+    count: int,
+) -> list[dict[str, Any]]:
+    """What rankings.json holds: some queries, and for each ranking the gallery images found first and its AP."""
+    first = found["trained"][0].queries
+    chosen = choose_queries(
+        query.viewpoint, np.asarray(first.average_precision.cpu()), np.asarray(first.num_matches.cpu()) > 0, count
+    )
+    rows: list[dict[str, Any]] = [{"query": q} for q in chosen]
+    for name, (scores, rerank) in found.items():
+        for row, images in zip(rows, evaluation.first_found(query, gallery, chosen, SHOWN, rerank), strict=True):
+            precision = float(scores.queries.average_precision[row["query"]])
+            row[name] = {"gallery": images, "average_precision": precision}
+    return rows
+
+
+def choose_queries(
+    viewpoint: np.ndarray, average_precision: np.ndarray, countable: np.ndarray, count: int
+) -> list[int]:
+    """Queries to show: the viewpoints in turn, and within each a good, a middling and a poor one.
+
+    Args:
+        viewpoint: [Q], -1 unknown.
+        average_precision: [Q].
+        countable: bool [Q], queries that have a match.
+        count: how many at most.
+
+    Returns:
+        Query indices, ordered by viewpoint, the better first.
+    """
+    groups = [np.flatnonzero(countable & (viewpoint == label)) for label in np.unique(viewpoint[countable])]
+    groups = [group[np.lexsort((group, -average_precision[group]))] for group in groups if len(group)]
+    chosen: set[int] = set()
+    quantiles = (0.25, 0.85, 0.5, 0.97, 0.05, 0.7, 0.35)
+    for round_number in range(count):
+        for group in groups:
+            if len(chosen) < count:
+                at = quantiles[round_number % len(quantiles)] * (len(group) - 1)
+                rest = [int(i) for i in group if int(i) not in chosen]
+                if rest:
+                    wanted = int(group[round(at)])
+                    chosen.add(wanted if wanted not in chosen else rest[0])
+    position = {int(q): (g, i) for g, group in enumerate(groups) for i, q in enumerate(group)}
+    return sorted(chosen, key=lambda q: position[q])
+
+
+def choose_device(config: Config) -> torch.device:
+    """The device a configuration asks for; ValueError where it does not exist or cannot do what is asked."""
+    wanted = config.run.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ValueError(f"run.device: {wanted!r} was given; allowed are auto, cpu, cuda and cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"run.device: {wanted!r} was given; allowed are auto, cpu, cuda and cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"run.device: {wanted!r} was given; PyTorch finds {torch.cuda.device_count()} CUDA devices here"
+        )
+    if config.run.precision == "fp16" and device.type != "cuda":
+        raise ValueError("run.precision: fp16 needs a CUDA device; use bf16 or fp32")
+    return device
+
+
+def introduction(request: Request, run: Run) -> str:
+    """What a run is about to do, in lines of text."""
+    config, state = run.config, run.state
+    size = sum(p.numel() for p in state.evaluated.parameters()) / 1e6
+    steps = [f"{plan.stage.optimizer.epochs} epochs of {plan.sampler.batches_per_epoch} steps" for plan in run.plans]
+    sampler = run.plans[0].sampler
+    images = f"{sampler.identities_per_batch} identities x {sampler.instances} images"
+    losses = "native" if _native.available(run.device) else "PyTorch"
+    lines = [
+        run.data.summary(),
+        "",
+        f"recipe   {request.name}",
+        f"method   {config.method.name}, {config.model.backbone}, {size:.2f} M parameters, "
+        f"{config.data.height} x {config.data.width} images",
+        f"training {', then '.join(steps)}, {run.total_steps} in all, of {images}",
+        f"device   {run.device}, {torch.get_num_threads()} threads, losses: {losses}",
+        f"output   {run.folder.path}",
+    ]
+    if state.left_out:
+        left_out = textwrap.shorten(", ".join(state.left_out), 80)
+        lines += [f"weights  {len(state.left_out)} entries of {config.model.weights} left out: {left_out}"]
+    if state.restored is not None:
+        lines += [f"resumed  at step {state.progress.step}", *_changes(state.restored, run)]
+    return "\n".join([*lines, ""])
+
+
+def _changes(before: Mapping[str, Any], run: Run) -> list[str]:
+    """What a resumed run does otherwise than the configuration `before` said, in lines of text."""
+    old, new = dict(pairs(before)), dict(pairs(run.config.plain()))
+    names = [name for name in new if name in old and new[name] != old[name]]
+    lines = [f"changed  {name}: {new[name]!r} now, {old[name]!r} before" for name in names]
+    plan = run.plans[run.state.progress.stage]
+    epoch = plan.epoch_at(run.state.progress.step) - plan.first_epoch
+    rates = [learning_rate(c, epoch) for c in (run.config.optimizer, OptimizerConfig(**before["optimizer"]))]
+    if len(run.plans) == 1 and rates[0] != rates[1]:
+        lines.append(f"schedule the learning rate goes on at {rates[0]:.3g}; it was to go on at {rates[1]:.3g}")
+    return lines

@@ -1,0 +1,324 @@
+"""A run: what the training loop works with, and all that is logged and saved."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vareid_ext import data as datasets
+from vareid_ext.data import Batch, PKSampler, ReidData, ReidDataset
+from vareid_ext.files.checkpoint import save_checkpoint
+from vareid_ext.methods import Method, Term
+from vareid_ext.training import evaluation
+from vareid_ext.training.command_line import to_yaml
+from vareid_ext.training.config import DEFAULT_IDENTITIES, Config, SamplerConfig, Stage
+from vareid_ext.training.console import TrainingBar, one_line, tell
+from vareid_ext.training.evaluation import Features, metrics_of
+from vareid_ext.training.optimizers import set_learning_rate, set_training_mode
+from vareid_ext.training.run_folder import RunFolder, TensorBoard, unused_path
+from vareid_ext.training.schedule import learning_rate
+from vareid_ext.training.signals import RunInterruptedError, Signals, ignore_in_worker
+from vareid_ext.training.state import TrainingState
+
+_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss, or a weight, became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of training and its place in the run."""
+
+    number: int
+    stage: Stage
+    sampler: PKSampler
+    first_epoch: int
+    first_step: int
+
+    @property
+    def end_epoch(self) -> int:
+        """The epoch after its last."""
+        return self.first_epoch + self.stage.optimizer.epochs
+
+    def step_at(self, epoch: int) -> int:
+        """Steps done before an epoch of this stage, its end included."""
+        return self.first_step + (epoch - self.first_epoch) * self.sampler.batches_per_epoch
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs of the run done after a step of this stage, with their fraction."""
+        return self.first_epoch + (step - self.first_step) / self.sampler.batches_per_epoch
+
+
+def plan_stages(config: Config, data: ReidData) -> tuple[StagePlan, ...]:
+    """The stages of a configuration on a data set; ValueError where it has too few identities."""
+    plans: list[StagePlan] = []
+    epoch = step = 0
+    for number, stage in enumerate(config.resolved_stages):
+        plan = StagePlan(number, stage, _sampler(stage.sampler, data, config.run.seed), epoch, step)
+        epoch, step = plan.end_epoch, plan.step_at(plan.end_epoch)
+        plans.append(plan)
+    return tuple(plans)
+
+
+def _sampler(config: SamplerConfig, data: ReidData, seed: int) -> PKSampler:
+    identities = config.identities or min(DEFAULT_IDENTITIES, data.num_identities)
+    if identities > data.num_identities:
+        raise ValueError(
+            f"sampler.identities: {identities} was given; the training split has only {data.num_identities} identities"
+        )
+    return PKSampler(
+        data.train,
+        identities_per_batch=identities,
+        instances=config.instances,
+        spread=config.spread,
+        seed=seed,
+        batches_per_epoch=config.batches_per_epoch,
+    )
+
+
+class Run:
+    """A training run in progress.
+
+    Args:
+        config: what it is.
+        data: the data set.
+        plans: its stages.
+        state: the method and what trains it, from wherever it goes on.
+        folder: what it leaves behind.
+        device: where it computes.
+        signals: those that ask it to stop.
+        started: when the program started, ``time.monotonic()``.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: ReidData,
+        plans: tuple[StagePlan, ...],
+        state: TrainingState,
+        folder: RunFolder,
+        device: torch.device,
+        signals: Signals,
+        started: float,
+    ) -> None:
+        self.config, self.data, self.plans, self.state = config, data, plans, state
+        self.folder, self.device, self.signals, self.started = folder, device, signals, started
+        self.total_steps = plans[-1].step_at(plans[-1].end_epoch)
+        self.total_epochs = plans[-1].end_epoch
+        self._saved = f"go on with --resume {folder.path}"
+        # Compiled or not; the state's method owns the weights.
+        self._forward: nn.Module = torch.compile(state.method) if config.run.compile else state.method  # type: ignore[assignment]
+        self._plan = plans[state.progress.stage]
+        self._batch: Batch
+        self._values: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def showing(self) -> Iterator[None]:
+        """A block with a progress bar and, where wanted, TensorBoard."""
+        step = self.state.progress.step
+        self._bar = TrainingBar(self.total_steps, step)
+        self._writer = TensorBoard(self.folder.tensorboard if self.config.run.tensorboard else None, after=step)
+        with contextlib.closing(self._bar), contextlib.closing(self._writer):
+            yield
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, the method prepared for each.
+
+        A run that ended within an epoch, or between an epoch and its evaluation, goes on right there.
+        """
+        begin = max(self.state.progress.step, 1)
+        for plan in self.plans:
+            for epoch in range(plan.first_epoch, plan.end_epoch):
+                if plan.step_at(epoch + 1) < begin:
+                    continue
+                if plan.number != self.state.progress.stage:
+                    self.state.begin_stage(plan.number)
+                    tell(f"stage {plan.number + 1} of {len(self.plans)}, from epoch {epoch + 1} on")
+                self._plan = plan
+                self.state.method.at_epoch(epoch)
+                yield epoch
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch that are left, on the device."""
+        plan = self._plan
+        plan.sampler.set_epoch(epoch, start_batch=self.state.progress.step - plan.step_at(epoch))
+        set_training_mode(self.state.method, plan.stage.train)
+        self._bar.start_epoch(epoch, self.total_epochs)
+        layout = torch.channels_last if self.config.run.channels_last else torch.contiguous_format
+        for batch in training_loader(self.config, self.data, plan.sampler, self.device):
+            batch = batch.to(self.device, non_blocking=True)
+            yield replace(batch, image=batch.image.contiguous(memory_format=layout))
+
+    def forward(self, batch: Batch) -> dict[str, Term]:
+        """The terms of the loss of a batch."""
+        self._batch = batch
+        dtype = _AUTOCAST[self.config.run.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self._forward(batch)
+
+    def step(self, terms: Mapping[str, Term]) -> None:
+        """Lower the loss by one step of the optimizer.
+
+        Raises:
+            NonFiniteLossError: the loss is NaN or infinite; the batch is kept.
+        """
+        state, plan, step = self.state, self._plan, self.state.progress.step
+        weighted = {name: term.weight * term.value for name, term in terms.items()}
+        loss = functools.reduce(torch.add, weighted.values())
+        # The one synchronisation of a step: the loss is looked at before it can spoil the weights.
+        numbers = torch.stack([value.detach() for value in (loss, *weighted.values())]).tolist()
+        self._values = dict(zip(("total", *weighted), numbers, strict=True))
+        if not math.isfinite(self._values["total"]):
+            kept = save_batch(self.folder, self.data, self._batch, step, self._values)
+            raise NonFiniteLossError(
+                f"the loss of step {step + 1} (epoch {int(plan.epoch_at(step)) + 1}) is {self._values['total']}; "
+                f"its batch is in {kept}, the checkpoints are as they were"
+            )
+        self._rate = learning_rate(plan.stage.optimizer, plan.epoch_at(step) - plan.first_epoch)
+        set_learning_rate(state.optimizer, self._rate)
+        state.optimizer.zero_grad(set_to_none=True)
+        state.scaler.scale(loss).backward()
+        if plan.stage.optimizer.clip_norm is not None:
+            state.scaler.unscale_(state.optimizer)
+            parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, plan.stage.optimizer.clip_norm)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        if state.average is not None:
+            state.average.update_parameters(state.method)
+        state.progress.step += 1
+
+    def log(self, terms: Mapping[str, Term]) -> None:
+        """Show the step, and write some of them to the log and TensorBoard: each term as what it adds to the total."""
+        step, values = self.state.progress.step, self._values
+        self._bar.update(len(self._batch), values, self._rate)
+        if step == 1:
+            shown = (f"{term.weight:g} {name}" if term.weight != 1 else name for name, term in terms.items())
+            tell(f"the loss is {' + '.join(shown)}")
+        if step == 1 or step % self.config.run.log_every == 0 or step == self.total_steps:
+            entry = {"step": step, "epoch": self._plan.epoch_at(step), "lr": self._rate, "loss": values}
+            self.folder.append_log({**entry, "images_per_second": round(self._bar.images_per_second, 1)})
+            self._writer.add("loss", values, step)
+            self._writer.add("optimizer", {"lr": self._rate}, step)
+
+    def stop_if_asked(self) -> None:
+        """Save and raise RunInterruptedError where a signal came."""
+        if self.signals.received:
+            self.save()
+            raise RunInterruptedError(self.signals.received, f"saved; {self._saved}")
+
+    def end_epoch(self, epoch: int) -> None:
+        """Save and evaluate where it is time."""
+        last, every = epoch + 1 == self.total_epochs, self.config.evaluation.every
+        evaluated = any(entry["epoch"] == epoch + 1 for entry in self.state.progress.evaluations)
+        evaluate = bool(every) and (epoch + 1) % every == 0 and not last and not evaluated
+        # A signal ends an evaluation at once, so that all must be saved before it.
+        if last or evaluate or (epoch + 1) % self.config.run.save_every == 0:
+            self.save()
+        if evaluate:
+            with self._bar.paused(), self.signals.immediate(f"everything was saved; {self._saved}"):
+                query, gallery = self.extract(self.state.evaluated, f"epoch {epoch + 1}")
+                values = metrics_of(evaluation.score(query, gallery))
+            self.record(epoch + 1, values)
+            self._writer.add("metrics", values, self.state.progress.step)
+            tell(one_line(f"epoch {epoch + 1}", values))
+
+    def extract(self, method: Method, what: str) -> tuple[Features, Features]:
+        """The features of query and gallery, under a progress bar."""
+        config, sides = self.config, (self.data.query, self.data.gallery)
+        transform = datasets.build_transform(
+            config.data.height, config.data.width, train=False, mean=config.data.mean, std=config.data.std
+        )
+        total = sum(map(len, sides))
+        with tqdm(total=total, desc=f"{what}: features", unit="image", leave=False, mininterval=0.5) as bar:
+            query, gallery = (
+                evaluation.extract_features(
+                    method,
+                    images,
+                    transform,
+                    batch_size=config.evaluation.batch_size,
+                    device=self.device,
+                    workers=config.data.processes,
+                    autocast=_AUTOCAST[config.run.precision],
+                    flip=config.evaluation.flip,
+                    normalize=config.evaluation.normalize,
+                    progress=bar.update,
+                )
+                for images in sides
+            )
+        return query, gallery
+
+    def record(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Note an evaluation in the log and the checkpoint, and keep the weights if they are the best so far."""
+        progress = self.state.progress
+        entry = {"step": progress.step, "epoch": epoch, **values}
+        self.folder.append_log(entry)
+        progress.evaluations.append(entry)
+        # The best weights first: a run killed between the two evaluates again when it is resumed.
+        if values["mAP"] >= max(e["mAP"] for e in progress.evaluations):
+            self.state.save(self.folder.best, time.monotonic() - self.started)
+        self.save()
+
+    def save(self) -> None:
+        """Write last.pt, and config.yaml where a resumed run goes on with other options than it holds.
+
+        Raises:
+            NonFiniteLossError: the last step has spoiled the weights, though its loss was finite; nothing is written.
+        """
+        if not all(bool(torch.isfinite(p).all()) for p in self.state.method.parameters()):
+            raise NonFiniteLossError(
+                f"the weights are not finite after step {self.state.progress.step}; the checkpoints are as they were"
+            )
+        self.state.save(self.folder.last, time.monotonic() - self.started)
+        self.folder.write_config(to_yaml(self.config))
+
+
+def training_loader(config: Config, data: ReidData, sampler: PKSampler, device: torch.device) -> DataLoader[Batch]:
+    """The augmented training images in the sampler's batches."""
+    transform = datasets.build_transform(
+        config.data.height,
+        config.data.width,
+        train=True,
+        flip=config.data.flip,
+        pad=config.data.pad,
+        erasing=config.data.erasing,
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+    return DataLoader(
+        ReidDataset(data.train, transform),
+        batch_sampler=sampler,
+        num_workers=config.data.processes,
+        collate_fn=datasets.collate,
+        worker_init_fn=start_worker,
+        # A generator of its own: without one the loader would draw from the global one.
+        generator=torch.Generator().manual_seed(config.run.seed),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def start_worker(worker: int) -> None:
+    """Prepare a process that loads images."""
+    datasets.worker_init(worker)
+    ignore_in_worker()
+
+
+def save_batch(folder: RunFolder, data: ReidData, batch: Batch, step: int, values: Mapping[str, float]) -> Path:
+    """Keep the batch whose loss is not finite, for inspection with ``torch.load``, beside earlier ones."""
+    path = unused_path(folder.non_finite_batch)
+    paths = [data.train.paths[i] for i in batch.index.tolist()]
+    tensors = {name: getattr(batch, name).cpu() for name in ("image", "identity", "camera", "viewpoint", "index")}
+    save_checkpoint(path, {"step": step, "loss": dict(values), "paths": paths, **tensors})
+    return path
