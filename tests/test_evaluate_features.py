@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.factories import people
+from tests.large.memory import RERANKED_METRICS, RERANKING, peak_memory
 from tests.reranking_truth import squared_distances
 from vareid_ext import (
     KReciprocal,
@@ -31,19 +33,6 @@ from vareid_ext.metrics.ranking import QueryRanking
 from vareid_ext.ops import _progress
 from vareid_ext.ops.ranking import _gpu_features, ranking_features
 from vareid_ext.retrieval import RERANKERS, Reranker, fit_reranker
-
-
-def people(seed, Q, G, identities=6, D=16, dtype=torch.float32, scale=1.0):
-    """Features that cluster by identity, with the identities and cameras of both sides."""
-    rng = np.random.default_rng(seed)
-    centers = rng.standard_normal((identities, D))
-    query_identity, gallery_identity = rng.integers(0, identities, Q), rng.integers(0, identities, G)
-
-    def draw(identity):
-        return torch.from_numpy((centers[identity] + rng.standard_normal((len(identity), D))) * scale).to(dtype)
-
-    cameras = rng.integers(0, 3, Q), rng.integers(0, 3, G)
-    return draw(query_identity), draw(gallery_identity), query_identity, gallery_identity, *cameras
 
 
 def assert_equal_results(got, expected, tolerance=0.0):
@@ -251,6 +240,14 @@ def test_a_fitted_reranker_fits_its_features_only():
     labels = query_identity, gallery_identity, *cameras
     got = rank_features(query, gallery, *labels, rerank=fit, junk_identity=None)
     assert_equal_results(got, rank_features(query, gallery, *labels, rerank=True, junk_identity=None))
+
+
+def test_streamed_reranking_holds_neither_the_matrix_nor_the_gallery_again():
+    """Beyond the plan only the block that is ranked; the matrix would take 122 MiB, the features 3 MiB."""
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
+    plan, used = peak_memory(RERANKING.format(Q=4000, G=8000, D=64), RERANKED_METRICS)
+    assert used <= plan + 3 * (4 * 100 * 8000) + (4 << 20)
 
 
 def lists_by_definition(distances, query_identity, gallery_identity, query_camera, gallery_camera, queries, top, junk):

@@ -10,16 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.factories import feature_array
 from tests.reranking_truth import expanded_sets, ranked, rerank, squared_distances
 from vareid_ext import KReciprocal, k_reciprocal_rerank, re_ranking, reference_backend
 from vareid_ext.ops import k_reciprocal as op
 from vareid_ext.reference import k_reciprocal as reference
-
-
-def features(rows, D, seed=0, levels=None):
-    rng = np.random.default_rng(seed)
-    values = rng.normal(size=(rows, D)) if levels is None else rng.integers(0, levels, (rows, D))
-    return values.astype(np.float32)
 
 
 def assert_right(x, Q, k1=20, k2=6, lambda_value=0.3):
@@ -52,41 +47,41 @@ def assert_right(x, Q, k1=20, k2=6, lambda_value=0.3):
     ("Q", "G", "D", "k1", "k2"), [(10, 40, 6, 20, 6), (1, 40, 4, 7, 3), (20, 1, 4, 5, 3), (1, 1, 3, 20, 6)]
 )
 def test_random(backend, Q, G, D, k1, k2):
-    assert_right(features(Q + G, D), Q, k1, k2)
+    assert_right(feature_array(Q + G, D), Q, k1, k2)
 
 
 @pytest.mark.parametrize(("k1", "k2"), [(1, 1), (2, 2), (3, 5), (9, 1), (40, 6), (5, 40), (100, 100)])
 def test_neighbourhoods(backend, k1, k2):
     """Also beyond the number of rows, and without query expansion."""
-    assert_right(features(30, 5), 8, k1, k2)
+    assert_right(feature_array(30, 5), 8, k1, k2)
 
 
 @pytest.mark.parametrize("lambda_value", [0.0, 0.3, 1.0])
 def test_lambda(backend, lambda_value):
-    assert_right(features(45, 5), 12, lambda_value=lambda_value)
+    assert_right(feature_array(45, 5), 12, lambda_value=lambda_value)
 
 
 def test_ties(backend):
-    assert_right(features(60, 3, levels=3), 15, 7, 3)
+    assert_right(feature_array(60, 3, levels=3), 15, 7, 3)
 
 
 def test_every_image_twice(backend):
-    x = features(30, 6)
+    x = feature_array(30, 6)
     assert_right(np.concatenate([x, x]), 14, 6, 3)
 
 
 def test_more_duplicates_than_k1(backend):
-    x = np.concatenate([np.repeat(features(1, 6), 25, 0), features(25, 6, 1)])
+    x = np.concatenate([np.repeat(feature_array(1, 6), 25, 0), feature_array(25, 6, 1)])
     assert_right(x[np.random.default_rng(0).permutation(50)], 12, 6, 3)
 
 
 def test_all_rows_equal(backend):
-    got = assert_right(np.repeat(features(1, 6), 40, 0), 10, 6, 3)
+    got = assert_right(np.repeat(feature_array(1, 6), 40, 0), 10, 6, 3)
     assert np.isfinite(got).all()
 
 
 def test_far_from_the_origin(backend):
-    assert_right(features(45, 5) + 1000, 12)
+    assert_right(feature_array(45, 5) + 1000, 12)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -94,11 +89,11 @@ def test_far_from_the_origin(backend):
     st.integers(1, 12), st.integers(1, 30), st.integers(1, 25), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99)
 )
 def test_any_problem(Q, G, k1, k2, lambda_value, seed):
-    assert_right(features(Q + G, 1 + seed % 4, seed, levels=None if seed % 2 else 4), Q, k1, k2, lambda_value)
+    assert_right(feature_array(Q + G, 1 + seed % 4, seed, levels=None if seed % 2 else 4), Q, k1, k2, lambda_value)
 
 
 def test_sets_are_the_definitions(backend):
-    rank = ranked(squared_distances(features(40, 3, levels=5), features(40, 3, levels=5)))
+    rank = ranked(squared_distances(feature_array(40, 3, levels=5), feature_array(40, 3, levels=5)))
     for k1 in (1, 4, 5, 20, 100):
         neighbor = torch.from_numpy(rank[:, : min(k1 + 1, 40)].astype(np.int32))
         indptr, index = op.k_reciprocal_sets(neighbor, k1)
@@ -112,7 +107,7 @@ def test_half_rounds_to_even():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes(backend, dtype):
-    x = torch.from_numpy(features(40, 8)).to(dtype)
+    x = torch.from_numpy(feature_array(40, 8)).to(dtype)
     got = k_reciprocal_rerank(x[:10], x[10:], k1=7, k2=3)
     wide = x.double().numpy()
     assert got.dtype == torch.float32
@@ -122,7 +117,7 @@ def test_other_dtypes(backend, dtype):
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_matrix_dtypes(backend, dtype):
     """The order is that of the values given, rounded as they are."""
-    d = np.sqrt(squared_distances(features(40, 4), features(40, 4))).astype(dtype)
+    d = np.sqrt(squared_distances(feature_array(40, 4), feature_array(40, 4))).astype(dtype)
     got = re_ranking(d[:10, 10:], d[:10, :10], d[10:, 10:], 7, 3, 0.3)
     np.testing.assert_allclose(got, rerank(d.astype(np.float64) ** 2, 10, 7, 3, 0.3), rtol=0, atol=1e-5)
 
@@ -139,7 +134,7 @@ def product_distances(x, y, kind):
 
 @pytest.mark.parametrize("kind", ["cosine", "euclidean"])
 def test_rounding_below_zero_is_taken_as_zero(backend, kind):
-    x = 5 * features(60, 256)
+    x = 5 * feature_array(60, 256)
     x[40:] = x[:20]  # images that occur twice
     x[40:, 0] += 1e-5
     d = product_distances(x, x, kind)
@@ -152,7 +147,7 @@ def test_rounding_below_zero_is_taken_as_zero(backend, kind):
 
 @pytest.mark.parametrize("factor", [1e-30, 1e25])
 def test_units_do_not_matter(backend, factor):
-    x = features(40, 5)
+    x = feature_array(40, 5)
     expected = rerank(squared_distances(x, x), 10, 7, 3, 0.3)
     scaled = x.astype(np.float64) * factor
     before = scaled.copy()
@@ -174,7 +169,7 @@ def test_units_do_not_matter(backend, factor):
 )  # fmt: skip
 def test_differences_far_below_the_features(backend, constant, unit, dtype):
     """Whole numbers beside a constant element: their distances are the same in every unit."""
-    levels = features(40, 5, levels=6)
+    levels = feature_array(40, 5, levels=6)
     x = (levels.astype(np.float64) * unit).astype(dtype)
     x = np.insert(x, 2, np.full(40, constant, dtype), axis=1)
     expected = rerank(squared_distances(levels, levels), 10, 7, 3, 0.3)
@@ -184,7 +179,7 @@ def test_differences_far_below_the_features(backend, constant, unit, dtype):
 
 
 def test_rows_of_very_different_length(backend):
-    x = features(40, 5).astype(np.float64) * 1e-30
+    x = feature_array(40, 5).astype(np.float64) * 1e-30
     x[3] *= 1e60
     expected = rerank(squared_distances(x, x), 10, 7, 3, 0.3)
     narrow = x.astype(np.float32)
@@ -194,7 +189,7 @@ def test_rows_of_very_different_length(backend):
 
 def test_matrices_whose_rows_have_maxima_far_apart(backend):
     """A row of distances below 1e-19, whose squares float32 does not hold, among others of about 1."""
-    d = np.sqrt(squared_distances(features(40, 5), features(40, 5))).astype(np.float32)
+    d = np.sqrt(squared_distances(feature_array(40, 5), feature_array(40, 5))).astype(np.float32)
     d[4] *= 1e-30  # what its column says is within a thousandth of the largest: not asymmetry
     d[:, 4] = 1e-30 * d[:, 5]
     d[4, 4] = 0
@@ -205,7 +200,7 @@ def test_matrices_whose_rows_have_maxima_far_apart(backend):
 
 @pytest.mark.parametrize("block_rows", [1, 9, 64])
 def test_blocks_change_nothing(block_rows):
-    x = features(50, 6)
+    x = feature_array(50, 6)
     expected = k_reciprocal_rerank(x[:13], x[13:], k1=7)
     np.testing.assert_allclose(
         k_reciprocal_rerank(x[:13], x[13:], k1=7, block_rows=block_rows), expected, rtol=0, atol=2e-6
@@ -214,7 +209,7 @@ def test_blocks_change_nothing(block_rows):
 
 def test_stages_agree_with_the_reference(backend):
     """Each operator for itself, so that an error has an address."""
-    x = torch.from_numpy(features(50, 6))
+    x = torch.from_numpy(feature_array(50, 6))
     neighbor = torch.from_numpy(ranked(squared_distances(x, x))[:, :8].astype(np.int32))
     near = torch.from_numpy(np.sort(squared_distances(x, x), 1)[:, :8].astype(np.float32))
     row_max = torch.from_numpy(squared_distances(x, x).max(1).astype(np.float32))
@@ -242,7 +237,7 @@ def test_stages_agree_with_the_reference(backend):
 
 
 def test_opcheck():
-    x = torch.from_numpy(features(20, 4))
+    x = torch.from_numpy(feature_array(20, 4))
     neighbor = torch.from_numpy(ranked(squared_distances(x, x))[:, :6].astype(np.int32))
     near, row_max = torch.rand(20, 6), torch.rand(20) + 1
     torch.library.opcheck(op.k_reciprocal_sets, (neighbor, 5))

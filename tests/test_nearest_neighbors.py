@@ -8,14 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from tests.factories import features
 from tests.reranking_truth import squared_distances
 from vareid_ext import _native, nearest_neighbors
 from vareid_ext.ops import _filter
 from vareid_ext.ops import nearest_neighbors as op
-
-
-def features(rows, D, seed=0):
-    return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed))
 
 
 def assert_exact(x, y, k, metric="sqeuclidean"):

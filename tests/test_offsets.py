@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.factories import features
 from tests.large.memory import BEYOND, reserved, running, spread
 from vareid_ext import _native, identity_cross_entropy, viewpoint_aware_cross_entropy
 from vareid_ext.metrics import rank_queries
@@ -22,14 +23,6 @@ DTYPES = [torch.float16, torch.float32]
 def _kernels():
     with running("native"):
         yield
-
-
-def features(rows, dtype, *, seed=0, D=19, equal=0):
-    """Rows of a normal distribution, the last ``equal`` of them copies of one."""
-    x = torch.randn(rows, D, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    if equal:
-        x[-equal:] = x[0]
-    return x
 
 
 def assert_equal(found, expected):
@@ -53,7 +46,7 @@ def memory_mapped(path, rows):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_pairwise_distance(dtype, metric):
-    x, y = features(257, dtype), features(130, dtype, seed=1, equal=3)
+    x, y = features(257, 19, 0, dtype), features(130, 19, 1, dtype, equal=3)
     far_x, far_y = spread(x), spread(y)
     assert (far_x.shape[0] - 1) * far_x.stride(0) >= BEYOND
     found = pairwise_distance(far_x, far_y, metric=metric)
@@ -68,7 +61,7 @@ def test_pairwise_distance(dtype, metric):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("equal", [3, 290])  # 290: more near ties than places, so that rows are done again
 def test_nearest_neighbors(dtype, equal):
-    x, y = features(65, dtype), features(400, dtype, seed=1, equal=equal)
+    x, y = features(65, 19, 0, dtype), features(400, 19, 1, dtype, equal=equal)
     far_x, far_y = spread(x), spread(y)
     distance, index = nearest_neighbors(far_x, far_y, k=5)
     order = torch.sort(squared(x, y), dim=1, stable=True)
@@ -79,7 +72,7 @@ def test_nearest_neighbors(dtype, equal):
 
 
 def test_k_reciprocal_rerank():
-    query, gallery = features(33, torch.float16), features(300, torch.float16, seed=1, equal=30)
+    query, gallery = features(33, 19, 0, torch.float16), features(300, 19, 1, torch.float16, equal=30)
     far = spread(query), spread(gallery)
     expected = k_reciprocal_rerank(query, gallery, k1=7, k2=3)
     torch.testing.assert_close(k_reciprocal_rerank(*far, k1=7, k2=3), expected, rtol=0, atol=0)
@@ -87,14 +80,14 @@ def test_k_reciprocal_rerank():
 
 
 def test_result_with_rows_far_apart():
-    query, gallery = features(33, torch.float32), features(300, torch.float32, seed=1)
+    query, gallery = features(33, 19, 0, torch.float32), features(300, 19, 1, torch.float32)
     out = spread(torch.zeros(33, 300))
     k_reciprocal_rerank(query, gallery, k1=7, k2=3, out=out)
     torch.testing.assert_close(out, k_reciprocal_rerank(query, gallery, k1=7, k2=3), rtol=0, atol=1e-6)
 
 
 def test_memory_mapped_features(tmp_path):
-    query, gallery = features(33, torch.float16), features(300, torch.float16, seed=1)
+    query, gallery = features(33, 19, 0, torch.float16), features(300, 19, 1, torch.float16)
     far = memory_mapped(tmp_path / "query", query), memory_mapped(tmp_path / "gallery", gallery)
     assert far[1].base.size > BEYOND
     expected = k_reciprocal_rerank(query, gallery, k1=7, k2=3)
@@ -143,7 +136,7 @@ def test_logits(dtype):
 def test_sparse_rows():
     """The stages of re-ranking on a matrix whose entries begin beyond element 2^31."""
     module, view, threads, shift = _native.module(), _native.view, torch.get_num_threads(), BEYOND + 13
-    query, gallery = features(20, torch.float32), features(90, torch.float32, seed=1)
+    query, gallery = features(20, 19, 0, torch.float32), features(90, 19, 1, torch.float32)
     M = 110
     generator = torch.Generator().manual_seed(0)
     present = torch.rand(M, M, generator=generator) < 0.2

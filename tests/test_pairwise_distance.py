@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.factories import features
 from tests.reranking_truth import squared_distances
 from vareid_ext import _native, pairwise_distance
 from vareid_ext.ops import _matmul
@@ -13,10 +14,6 @@ from vareid_ext.ops._filter import Filter
 
 METRICS = ["euclidean", "sqeuclidean", "cosine"]
 SIZES = [(1, 1, 1), (3, 5, 2), (17, 9, 33), (40, 70, 64), (33, 1, 7), (0, 4, 3), (4, 0, 3)]
-
-
-def features(rows, D, seed=0, dtype=torch.float32):
-    return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def truth(x, y, metric):

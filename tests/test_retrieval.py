@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -13,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.factories import feature_array
+from tests.large.memory import peak_memory
 from tests.reranking_truth import squared_distances
 from vareid_ext import (
     KReciprocal,
@@ -58,18 +57,14 @@ class Plain(Reranker):
         return (self.query[begin:end, None] - self.gallery).square().sum(2)
 
 
-def features(rows, D=6, seed=0):
-    return np.random.default_rng(seed).normal(size=(rows, D)).astype(np.float32)
-
-
 def matrices(Q=8, G=20):
-    x = features(Q + G).astype(np.float64)
+    x = feature_array(Q + G).astype(np.float64)
     d = np.sqrt(((x[:, None] - x) ** 2).sum(-1))
     return d[:Q, Q:].copy(), d[:Q, :Q].copy(), d[Q:, Q:].copy()
 
 
 def calls():
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     return [
         (pairwise_distance, (q, g), {}),
         (nearest_neighbors, (q, g), {"k": 3}),
@@ -92,7 +87,7 @@ def test_what_goes_in_comes_out(function, arrays, keywords):
 
 
 def test_read_only_and_reversed_arrays():
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     expected = pairwise_distance(q, g)
     frozen = g.copy()
     frozen.flags.writeable = False
@@ -113,9 +108,9 @@ class Failing:
     ("value", "message"),
     [
         (torch.eye(4).to_sparse(), "x: a tensor of layout torch.sparse_coo was given"),
-        (np.ma.masked_array(features(4), features(4) > 0), "x: a masked array was given"),
+        (np.ma.masked_array(feature_array(4), feature_array(4) > 0), "x: a masked array was given"),
         (Failing(), "x: Failing was given, but its __dlpack__ fails: not on this device"),
-        (features(4).astype(np.longdouble), "x: dtype float128 was given"),
+        (feature_array(4).astype(np.longdouble), "x: dtype float128 was given"),
     ],
 )
 @pytest.mark.parametrize("function", [lambda x: nearest_neighbors(x, k=1), pairwise_distance])
@@ -126,7 +121,7 @@ def test_arrays_that_cannot_be_taken(function, value, message):
 
 def test_arrays_at_odd_addresses():
     """Fields of packed records, and views into bytes: strides and addresses that are no multiple of an element."""
-    q = features(8)
+    q = feature_array(8)
     records = np.zeros(8, dtype=[("tag", "i1"), ("feature", np.float32, 6)])
     records["feature"] = q
     shifted = np.frombuffer(b"x" + q.tobytes(), dtype=np.uint8)[1:].view(np.float32).reshape(8, 6)
@@ -136,7 +131,7 @@ def test_arrays_at_odd_addresses():
 
 
 def test_whole_numbers_of_numpy_are_whole_numbers():
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     assert np.array_equal(nearest_neighbors(q, g, k=np.int64(3))[1], nearest_neighbors(q, g, k=3)[1])
     numbers = {"k1": 5, "k2": 3, "lambda_value": 0.5, "block_rows": 200}
     small = {"k1": np.int64(5), "k2": np.int32(3), "lambda_value": np.float32(0.5), "block_rows": np.uint8(200)}
@@ -144,7 +139,7 @@ def test_whole_numbers_of_numpy_are_whole_numbers():
 
 
 def test_out_receives_the_result(tmp_path):
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     expected = k_reciprocal_rerank(q, g)
     mapped = np.lib.format.open_memmap(tmp_path / "out.npy", mode="w+", dtype=np.float32, shape=(8, 20))
     assert k_reciprocal_rerank(q, g, out=mapped) is mapped
@@ -158,7 +153,7 @@ def test_out_receives_the_result(tmp_path):
 
 
 def test_topk_are_the_first_of_the_whole_row():
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     g[10:] = g[:10]
     whole = k_reciprocal_rerank(q, g, k1=5, k2=3)
     distance, index = k_reciprocal_rerank(q, g, k1=5, k2=3, topk=20)
@@ -212,60 +207,38 @@ def test_encodings_beyond_the_plan_are_refused():
     assert plan.entry_limit(exactly - 160) == plan.entries - 10
 
 
-_MEASURE = """
-import ctypes, sys
-import torch
-from vareid_ext import k_reciprocal_rerank
-from vareid_ext.retrieval import Reranker, rerank_plan
-
-def field(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-
-Q, G, D, kind, dtype = 300, 5700, int(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3])
-small = torch.randn(60, D, dtype=dtype)
-k_reciprocal_rerank(small[:20], small[20:])
-torch.randn(600, D) @ torch.randn(D, 600)
-x = torch.randn(Q + G, D)
-if kind == "twins":
-    x = x[torch.randint(0, 30, (Q + G,))]
-x = x.to(dtype)
-query, gallery, out = x[:Q].clone(), x[Q:].clone(), torch.ones(Q, G)
-limit = rerank_plan(Q, G, D).peak
-ctypes.CDLL(None).malloc_trim(0)
-open("/proc/self/clear_refs", "w").write("5")
-before = field("VmRSS")
-k_reciprocal_rerank(query, gallery, out=out, max_memory=limit)
-print(field("VmHWM") - before, limit)
-"""
-
-
 @pytest.mark.parametrize(
     ("D", "kind", "dtype"), [(256, "random", "float32"), (256, "twins", "float32"), (1024, "twins", "float64")]
 )
 def test_the_plan_is_kept(D, kind, dtype):
-    """Also by rows that are done again, of which twins make thousands.
-
-    glibc's allocator keeps some MiB of what is freed, more in one run than in another; here it is told not to, so that
-    what is measured is what is in use.
-    """
+    """Also by rows that are done again, of which twins make thousands."""
     if not _native.available("cpu"):
         pytest.skip(_native.backends()["cpu"])
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, str(D), kind, dtype], capture_output=True, text=True, check=False, timeout=600,
-        env={
-            **os.environ, "PYTHONPATH": os.pathsep.join(path for path in (str(ROOT), *sys.path) if path),
-            "MALLOC_TRIM_THRESHOLD_": "65536",
-        },
-    )  # fmt: skip
-    if "clear_refs" in done.stderr:
-        pytest.skip("the system does not let a process reset its peak")
-    assert done.returncode == 0, done.stderr
-    used, limit = map(int, done.stdout.split())
+    limit, used = peak_memory(
+        f"""
+import torch
+from vareid_ext import k_reciprocal_rerank
+from vareid_ext.retrieval import rerank_plan
+
+Q, G, D = 300, 5700, {D}
+small = torch.randn(60, D, dtype=torch.{dtype})
+k_reciprocal_rerank(small[:20], small[20:])
+torch.randn(600, D) @ torch.randn(D, 600)
+x = torch.randn(Q + G, D)
+if {kind!r} == "twins":
+    x = x[torch.randint(0, 30, (Q + G,))]
+x = x.to(torch.{dtype})
+query, gallery, out = x[:Q].clone(), x[Q:].clone(), torch.ones(Q, G)
+limit = rerank_plan(Q, G, D).peak
+print(limit)
+""",
+        "k_reciprocal_rerank(query, gallery, out=out, max_memory=limit)",
+    )
     assert used <= limit + (4 << 20)  # the buffers of the vendor's product differ between processors
 
 
 def test_memory_limit_is_kept_before_any_work(capsys):
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     with pytest.raises(ValueError, match="max_memory"):
         k_reciprocal_rerank(q, g, max_memory=10, out=np.zeros((8, 20), np.float32))
     k_reciprocal_rerank(q, g, max_memory=10**9, show_plan=True)
@@ -278,12 +251,12 @@ def test_progress_ends_at_the_number_of_pairs(block_rows):
         pytest.skip(_native.backends()["cpu"])
     done = []
     with _progress.listen(done.append):
-        k_reciprocal_rerank(features(30), features(150, seed=1), block_rows=block_rows)
+        k_reciprocal_rerank(feature_array(30), feature_array(150, seed=1), block_rows=block_rows)
     assert sum(done) == 180 * 181 // 2
 
 
 def test_progress(capsys):
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     k_reciprocal_rerank(q, g, progress=True)
     assert "re-ranking" in capsys.readouterr().err
     k_reciprocal_rerank(q, g)
@@ -291,7 +264,7 @@ def test_progress(capsys):
 
 
 def test_questions_that_do_not_fit_a_reranker():
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     for fit in (KReciprocal(q, g), Plain(q, g)):
         for begin, end, message in (
             (0, 9, "end: 9"),
@@ -314,7 +287,7 @@ def test_questions_that_do_not_fit_a_reranker():
 
 @pytest.mark.parametrize("kind", [torch.from_numpy, np.asarray, OwnArray])
 def test_every_reranker_answers_all_questions(kind):
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     g[10:] = g[:10]
     distance = Plain(q, g).rows(0, 8)
     np.testing.assert_allclose(distance, squared_distances(q, g), rtol=1e-6)
@@ -330,7 +303,7 @@ def test_every_reranker_answers_all_questions(kind):
 
 
 def test_questions_in_any_order_have_one_answer():
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     matrix, best = k_reciprocal_rerank(q, g, k1=5), k_reciprocal_rerank(q, g, k1=5, topk=4)
     fit = KReciprocal(q, g, k1=5)
     for _ in range(2):
@@ -372,11 +345,11 @@ def test_questions_in_any_order_have_one_answer():
 )
 def test_parameters_that_do_not_fit(keywords, error, message):
     with pytest.raises(error, match=message):
-        k_reciprocal_rerank(features(8), features(20, seed=1), **keywords)
+        k_reciprocal_rerank(feature_array(8), feature_array(20, seed=1), **keywords)
 
 
 def test_features_that_do_not_fit():
-    q, g = features(8), features(20, seed=1)
+    q, g = feature_array(8), feature_array(20, seed=1)
     with pytest.raises(ValueError, match="query: no rows"):
         k_reciprocal_rerank(q[:0], g)
     with pytest.raises(ValueError, match="gallery: no rows"):
@@ -401,12 +374,12 @@ def test_read_only_out_is_refused():
     target = np.zeros((8, 20), np.float32)
     target.flags.writeable = False
     with pytest.raises(ValueError, match="out: a read-only array"):
-        k_reciprocal_rerank(features(8), features(20, seed=1), out=target)
+        k_reciprocal_rerank(feature_array(8), feature_array(20, seed=1), out=target)
 
 
 @pytest.mark.parametrize("name", ["query", "gallery"])
 def test_out_over_the_features_is_refused(name):
-    memory = torch.from_numpy(features(60, D=20))
+    memory = torch.from_numpy(feature_array(60, D=20))
     arguments = {"query": memory[:8], "gallery": memory[20:40]}
     before = memory.clone()
     target = memory[4:12] if name == "query" else memory[36:44]
@@ -474,7 +447,7 @@ SIMILARITIES = {
 @pytest.mark.parametrize("Q", [1, 8, 27])
 @pytest.mark.parametrize("kind", SIMILARITIES)
 def test_similarities_are_refused(kind, Q, dtype):
-    s = SIMILARITIES[kind](features(28, D=24)).astype(dtype)
+    s = SIMILARITIES[kind](feature_array(28, D=24)).astype(dtype)
     with pytest.raises(ValueError, match="q_q_dist"):
         re_ranking(s[:Q, Q:], s[:Q, :Q], s[Q:, Q:])
 
@@ -482,7 +455,7 @@ def test_similarities_are_refused(kind, Q, dtype):
 @pytest.mark.parametrize("Q", [1, 8, 27])
 def test_distances_are_not_taken_for_similarities(Q):
     """Also where all queries are one image, where rounding left diagonals, and where all images are equal."""
-    x = features(28, D=24)
+    x = feature_array(28, D=24)
     x[:Q] = x[0]
     d = np.sqrt(((x[:, None] - x[None]) ** 2).sum(-1))
     for matrix in (d, d**2, d + 3e-2 * np.eye(28, dtype=d.dtype) * d.max(), np.zeros_like(d)):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +24,42 @@ BEYOND = 1 << 31  # the first element that 32 bits with a sign do not reach
 PERIOD = 1021  # prime: an index that is off by a power of two meets another value
 BACKENDS = ["native", "cuda_on_cpu"]
 _NORESERVE = 0x4000  # Linux's MAP_NORESERVE
+_PEAK = """
+import ctypes
+
+def field(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+
+{prepare}
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+before = field("VmRSS")
+{run}
+print(field("VmHWM") - before)
+"""
+
+
+RERANKING = """
+import torch
+from benchmarks.retrieval import features
+from vareid_ext import KReciprocal, rank_features, ranked_lists
+from vareid_ext.retrieval import rerank_plan
+
+Q, G, D = {Q}, {G}, {D}
+x, identity, camera = features(Q, G, D)
+query, gallery, labels = x[:Q], x[Q:], (identity[:Q], identity[Q:], camera[:Q], camera[Q:])
+torch.randn(1024, D) @ torch.randn(D, 1024)
+rank_features(query[:50], gallery[:150], identity[:50], identity[Q : Q + 150], rerank=True)
+print(rerank_plan(Q, G, D).peak)
+"""
+RERANKED_METRICS = """
+fit = KReciprocal(query, gallery)
+rank_features(query, gallery, *labels, rerank=fit, block_rows=100).metrics()
+ranked_lists(query, gallery, *labels, queries=range(6), rerank=fit)
+ranked_lists(query, gallery, *labels, queries=range(6))
+rank_features(query, gallery, *labels, block_rows=100).metrics()
+"""
+"""An evaluation with and without re-ranking, and some queries' lists, of features that :data:`RERANKING` makes."""
 
 
 def need(gigabytes: float) -> None:
@@ -33,6 +72,22 @@ def need(gigabytes: float) -> None:
     free = int(fields["MemAvailable"].split()[0]) * 1024 / 1e9
     if free < gigabytes + 1:
         pytest.skip(f"needs {gigabytes + 1:.1f} GB of free memory; there are {free:.1f}")
+
+
+def peak_memory(prepare: str, run: str) -> list[int]:
+    """What ``prepare`` prints, and the bytes that ``run`` takes at its peak beyond what ``prepare`` left.
+
+    Both run in a process of their own. glibc's allocator keeps some MiB of what is freed, more in one run than in
+    another; here it is told not to, so that what is measured is what is in use.
+    """
+    paths = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", _PEAK.format(prepare=prepare, run=run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800, env=environment)
+    if "clear_refs" in done.stderr:
+        pytest.skip("the system does not let a process reset its peak")
+    assert done.returncode == 0, done.stderr
+    return [int(word) for word in done.stdout.split()]
 
 
 @dataclass(frozen=True)

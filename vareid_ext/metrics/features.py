@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vareid_ext import _arrays
 from vareid_ext.metrics.ranking import (
-    Labels,
     QueryRanking,
+    RankingLabels,
     RankingMetrics,
     check_junk_identity,
     check_labels,
@@ -38,7 +38,7 @@ class _Problem(NamedTuple):
 
     query: Tensor
     gallery: Tensor
-    labels: Labels
+    labels: RankingLabels
     fit: Reranker | None
     kept: Tensor
 

@@ -190,7 +190,7 @@ def label_vector(value: Any, name: str) -> Tensor:
     return whole
 
 
-class Labels(NamedTuple):
+class RankingLabels(NamedTuple):
     """The identities and cameras of one evaluation, as int64 vectors; made by :func:`check_labels`."""
 
     query_identity: Tensor
@@ -198,9 +198,9 @@ class Labels(NamedTuple):
     query_camera: Tensor | None
     gallery_camera: Tensor | None
 
-    def on(self, device: torch.device) -> Labels:
+    def on(self, device: torch.device) -> RankingLabels:
         """The same on a device."""
-        return Labels._make(None if label is None else label.to(device) for label in self)
+        return RankingLabels._make(None if label is None else label.to(device) for label in self)
 
     def left_out(self, queries: Tensor) -> Tensor:
         """bool [queries, G]: the gallery's images of these queries' identity by their camera, where it is known."""
@@ -209,19 +209,21 @@ class Labels(NamedTuple):
         identity, camera = self.query_identity[queries, None], self.query_camera[queries, None]
         return (identity == self.gallery_identity) & (camera == self.gallery_camera) & (camera != -1)
 
-    def of_gallery(self, kept: Tensor) -> Labels:
+    def of_gallery(self, kept: Tensor) -> RankingLabels:
         """The same for some of the gallery's images."""
         camera = None if self.gallery_camera is None else self.gallery_camera[kept]
         return self._replace(gallery_identity=self.gallery_identity[kept], gallery_camera=camera)
 
 
-def check_labels(query_identity: Any, gallery_identity: Any, query_camera: Any, gallery_camera: Any) -> Labels:
+def check_labels(query_identity: Any, gallery_identity: Any, query_camera: Any, gallery_camera: Any) -> RankingLabels:
     """The labels as vectors, or an error that names the argument."""
-    given = dict(zip(Labels._fields, (query_identity, gallery_identity, query_camera, gallery_camera), strict=True))
+    given = dict(
+        zip(RankingLabels._fields, (query_identity, gallery_identity, query_camera, gallery_camera), strict=True)
+    )
     for name in ("query_identity", "gallery_identity"):
         if given[name] is None:
             raise TypeError(f"{name}: None was given; whole numbers are needed")
-    labels = Labels._make(None if value is None else label_vector(value, name) for name, value in given.items())
+    labels = RankingLabels._make(None if value is None else label_vector(value, name) for name, value in given.items())
     Q, G = len(labels.query_identity), len(labels.gallery_identity)
     if Q == 0:
         raise ValueError("query_identity: the query set is empty")
