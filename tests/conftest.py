@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,3 +37,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if not _native.available("cpu"):
         pytest.skip(_native.backends()["cpu"])
     yield request.param
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small finished run on rendered images, with stripes, a moving average and its features."""
+    from tests.test_train import SMALL
+    from vareid_ext import train
+
+    output = tmp_path_factory.mktemp("runs") / "small"
+    arguments = [*SMALL, "--ema-decay=0.9", "--local", "--save-features", "--baselines=false"]
+    assert train.main([*arguments, "--output", str(output)]) == 0
+    return output

@@ -31,6 +31,7 @@ LAYERS = (
     ("data", "metrics"),
     ("methods", "recipes"),
     ("training",),
+    ("trained", "_load"),
     ("report",),
     ("cli", "_program", "__main__", "train", "evaluate", "rerank", "doctor"),
 )

@@ -1,6 +1,7 @@
 """VA-reID: viewpoint-aware losses, exact re-ranking and evaluation for person re-identification, on PyTorch."""
 
 from vareid_ext import _interrupt  # noqa: F401, first of all: the next lines take seconds
+from vareid_ext._load import load
 from vareid_ext._native import backends, reference_backend
 from vareid_ext._version import __version__
 from vareid_ext.losses import LossParts, ViewpointAwareLoss
@@ -45,6 +46,7 @@ __all__ = [
     "identity_cross_entropy",
     "k_reciprocal_rerank",
     "linear_viewpoint_aware_cross_entropy",
+    "load",
     "nearest_neighbors",
     "pairwise_distance",
     "raise_label_errors",

@@ -69,7 +69,7 @@ class Scores:
     queries: QueryRanking
 
 
-def extract_features(
+def feature_batches(
     method: Method,
     images: ImageList,
     transform: Callable[[Any], Tensor],
@@ -80,12 +80,11 @@ def extract_features(
     autocast: torch.dtype | None = None,
     flip: bool = False,
     normalize: str = "whole",
-    progress: Callable[[int], object] | None = None,
-) -> Features:
-    """The test features of a method, which is left in the mode (training or evaluation) it was in.
+) -> Iterator[Tensor]:
+    """The test features of a method, one batch after the other.
 
     Args:
-        method: on `device`.
+        method: on `device`; at the end it is in the mode (training or evaluation) it was in.
         images: N of them.
         transform: PIL image -> float32 [3, H, W], without augmentation.
         batch_size: images per batch.
@@ -93,7 +92,9 @@ def extract_features(
         workers: processes that load images.
         autocast: dtype of mixed precision, None for none. The features are float32 in any case.
         flip, normalize: as in :meth:`vareid_ext.methods.Method.embed`.
-        progress: called with the number of further images done after each batch.
+
+    Yields:
+        Float32 [n, D].
     """
     # A generator of its own: a loader without one draws from the global generator, and training would depend on it.
     loader = DataLoader(
@@ -109,18 +110,41 @@ def extract_features(
         batches = iter(loader)
     was_training = method.training
     method.eval()
-    parts: list[Tensor] = []
     try:
-        with torch.inference_mode(), torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
-            for batch in batches:
-                batch = _channels_like(method, batch.to(device, non_blocking=True))
-                parts.append(method.embed(batch, flip=flip, normalize=normalize))
-                if progress is not None:
-                    progress(len(parts[-1]))
+        for batch in batches:
+            batch = _channels_like(method, batch.to(device, non_blocking=True))
+            # Not around the yield: it would hold for whoever takes the features.
+            with (
+                torch.inference_mode(),
+                torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None),
+            ):
+                feature = method.embed(batch, flip=flip, normalize=normalize)
+            yield feature
     finally:
         method.train(was_training)
         with postponed():
             del batches
+
+
+def extract_features(
+    method: Method,
+    images: ImageList,
+    transform: Callable[[Any], Tensor],
+    *,
+    progress: Callable[[int], object] | None = None,
+    **options: Any,
+) -> Features:
+    """The test features of a method.
+
+    Args:
+        method, images, transform, options: as for :func:`feature_batches`.
+        progress: called with the number of further images done after each batch.
+    """
+    parts = []
+    for feature in feature_batches(method, images, transform, **options):
+        parts.append(feature)
+        if progress is not None:
+            progress(len(feature))
     return Features(torch.cat(parts), images.identity, images.camera, images.viewpoint)
 
 

@@ -17,6 +17,7 @@ from vareid_ext.training import evaluation
 from vareid_ext.training.command_line import Request, pairs, to_yaml
 from vareid_ext.training.config import Config, OptimizerConfig
 from vareid_ext.training.console import one_line, tell
+from vareid_ext.training.device import device_named
 from vareid_ext.training.evaluation import Features, Scores, metrics_of, per_viewpoint
 from vareid_ext.training.loop import train
 from vareid_ext.training.optimizers import check_parts
@@ -201,19 +202,7 @@ def choose_queries(
 
 def choose_device(config: Config) -> torch.device:
     """The device a configuration asks for; ValueError where it does not exist or cannot do what is asked."""
-    wanted = config.run.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ValueError(f"run.device: {wanted!r} was given; allowed are auto, cpu, cuda and cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"run.device: {wanted!r} was given; allowed are auto, cpu, cuda and cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"run.device: {wanted!r} was given; PyTorch finds {torch.cuda.device_count()} CUDA devices here"
-        )
+    device = device_named(config.run.device, "run.device")
     if config.run.precision == "fp16" and device.type != "cuda":
         raise ValueError("run.precision: fp16 needs a CUDA device; use bf16 or fp32")
     return device

@@ -1,0 +1,188 @@
+"""A trained model: the features of its own evaluation, from any kind of image; and checkpoints that are none."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vareid_ext
+from vareid_ext.files.checkpoint import load_checkpoint, save_checkpoint
+from vareid_ext.training.program import load_run_data
+
+
+@pytest.fixture(scope="module")
+def model(trained_run):
+    return vareid_ext.load(trained_run, "cpu")
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    return load_run_data(model.config)
+
+
+@pytest.fixture(scope="module")
+def pictures(data):
+    return [data.query.load(i) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def expected(trained_run):
+    """The features of the first query images that the run itself has written."""
+    with np.load(trained_run / "query.npz") as file:
+        return torch.from_numpy(file["feature"][:5])
+
+
+def same(found, expected):
+    """Equal but for the sums of another batch size."""
+    return found.shape == expected.shape and torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_loaded_run_gives_the_features_it_was_evaluated_with(model, data, trained_run):
+    found = torch.cat(list(model.batches(data.query)))
+    with np.load(trained_run / "query.npz") as file:
+        np.testing.assert_array_equal(found.numpy(), file["feature"])
+    assert model.feature_dim == found.shape[1]
+    assert not model.method.training
+
+
+def test_images_of_every_kind_give_the_same_features(model, pictures, expected, tmp_path):
+    arrays = [np.asarray(picture) for picture in pictures]
+    for i, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in range(5)]
+    kinds = {
+        "pictures": pictures,
+        "paths": paths,
+        "texts": [str(path) for path in paths],
+        "arrays": arrays,
+        "one array": np.stack(arrays),
+        "a tensor": torch.from_numpy(np.stack(arrays)),
+        "mixed": (paths[0], pictures[1], arrays[2], str(paths[3]), torch.from_numpy(arrays[4].copy())),
+    }
+    for name, images in kinds.items():
+        assert same(model.embed(images), expected), name
+    for image in (pictures[0], paths[0], arrays[0], str(paths[0])):
+        assert same(model.embed(image), expected[:1])
+    assert same(model.embed(np.stack(arrays)[..., ::-1], colour="bgr"), expected)
+    assert not same(model.embed(np.stack(arrays), colour="bgr"), expected)
+    assert same(model.embed(pictures, batch_size=2, workers=1), expected)
+
+
+def test_boxes_of_a_frame_are_cut_out_of_it(model, pictures, expected, tmp_path):
+    width, height = pictures[0].size
+    frame = Image.new("RGB", (5 * width, height + 7))
+    for i, picture in enumerate(pictures):
+        frame.paste(picture, (i * width, 7))
+    boxes = [[i * width, 7, (i + 1) * width, height + 7] for i in range(5)]
+    boxes[0][0], boxes[4][2], boxes[4][3] = -20, 6 * width, 1e6  # beyond the frame
+    boxes[1] = [width + 0.7, 7.5, 2 * width - 0.2, height + 6.1]  # pixels that a box touches belong to it
+    frame.save(tmp_path / "frame.png")
+    for image in (frame, np.asarray(frame), tmp_path / "frame.png"):
+        assert same(model.embed((image, np.array(boxes))), expected)
+    assert same(model.embed((np.asarray(frame)[..., ::-1], boxes), colour="bgr"), expected)
+    assert same(model.embed((frame, torch.tensor(boxes))), expected)
+
+
+def test_no_images_give_no_features(model, pictures):
+    for nothing in ([], (pictures[0], []), (pictures[0], np.empty((0, 4)))):
+        assert model.embed(nothing).shape == (0, model.feature_dim)
+
+
+def test_the_mirrored_image_is_added_where_wanted(model, pictures):
+    mirrored = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
+    assert not same(model.embed(pictures), model.embed(mirrored))
+    assert same(model.embed(pictures, flip=True), model.embed(mirrored, flip=True))
+
+
+def test_lower_precision_is_close_and_float32(model, pictures, expected):
+    found = model.embed(pictures, precision="bf16")
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    assert (found * expected).sum(1).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "error", "message"),
+    [
+        (5, {}, TypeError, "images: int was given"),
+        ([5], {}, TypeError, r"images\[0\]: int was given"),
+        (np.zeros((2, 8, 8, 4), np.uint8), {}, ValueError, r"images\[0\]: uint8 \[8, 8, 4\] was given"),
+        (np.zeros((8, 8, 3)), {}, ValueError, r"images: float64 \[8, 8, 3\] was given"),
+        ("no such.jpg", {}, OSError, "no such.jpg"),
+        ((np.zeros((8, 8, 3), np.uint8), [[0, 0, 4, 4], [9, 0, 12, 4]]), {}, ValueError, "boxes: row 1 is"),
+        ((np.zeros((8, 8, 3), np.uint8), [[4, 4, 2, 6]]), {}, ValueError, "boxes: row 0 is"),
+        ((np.zeros((8, 8, 3), np.uint8), [[0, 0, np.nan, 4]]), {}, ValueError, "boxes: "),
+        ((np.zeros((8, 8, 3), np.uint8), np.zeros((3, 5))), {}, ValueError, r"boxes: \[3, 5\] was given"),
+        ([], {"colour": "gbr"}, ValueError, "colour: 'gbr' was given"),
+        ([], {"precision": "int8"}, ValueError, "precision: 'int8' was given"),
+        ([], {"precision": "fp16"}, ValueError, "precision: 'fp16' was given"),
+        ([], {"batch_size": 0}, ValueError, "batch_size: 0 was given"),
+    ],
+)
+def test_what_is_no_image_is_named(model, images, options, error, message):
+    with pytest.raises(error, match=message):
+        model.embed(images, **options)
+
+
+def test_a_checkpoint_can_be_named_itself(trained_run, pictures, tmp_path):
+    shutil.copy(trained_run / "best.pt", tmp_path / "mine.pt")
+    assert vareid_ext.load(tmp_path / "mine.pt").embed(pictures).shape[0] == 5
+
+
+def test_the_moving_average_is_what_is_loaded(trained_run, model):
+    state = load_checkpoint(trained_run / "last.pt")
+    loaded = model.method.state_dict()
+    assert any(not torch.equal(loaded[name], value) for name, value in state["method"].items())
+    assert all(torch.equal(loaded[name], state["average"][f"module.{name}"]) for name in loaded)
+
+
+def test_a_run_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint \(there is no last.pt\)"):
+        vareid_ext.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no file"):
+        vareid_ext.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update(format=None), "has format None; this program reads format"),
+        (lambda state: state.update(format=10_000), "has format 10000; this program reads format"),
+        (lambda state: state.pop("average"), "it has no 'average'"),
+        (lambda state: state["config"]["model"].update(colour="red"), "no field 'model.colour'"),
+        (lambda state: state["config"]["method"].update(name="of-tomorrow"), "of-tomorrow"),
+        (lambda state: state["config"]["model"].update(backbone="resnet18"), "is not a run's checkpoint: "),
+        (lambda state: state.update(config=None), "is not a run's checkpoint: "),
+        (lambda state: state.update(identity_names=3), "is not a run's checkpoint: "),
+        (lambda state: state.update(progress={}), "is not a run's checkpoint: "),
+    ],
+)
+def test_another_programs_or_versions_checkpoint_is_refused(trained_run, tmp_path, change, message):
+    state = copy.deepcopy(load_checkpoint(trained_run / "last.pt"))
+    change(state)
+    save_checkpoint(tmp_path / "other.pt", state)
+    if "format" in message:
+        torch.save(state, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=message) as error:
+        vareid_ext.load(tmp_path / "other.pt")
+    assert "other.pt" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "text"])
+def test_a_damaged_checkpoint_is_refused(trained_run, tmp_path, how):
+    content = (trained_run / "last.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes({"truncated": content[:-1000], "empty": b"", "text": b"hello"}[how])
+    with pytest.raises(ValueError, match=r"x\.pt' cannot be read"):
+        vareid_ext.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "meta"])
+def test_a_device_that_is_not_there_is_named(trained_run, device):
+    with pytest.raises(ValueError, match=f"device: '{device}' was given"):
+        vareid_ext.load(trained_run, device)

@@ -1,0 +1,256 @@
+"""A trained model that can be used: the method of a run with its preprocessing, from images to features."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vareid_ext.data import UNKNOWN, Batch, ImageList, build_transform
+from vareid_ext.data.types import open_image
+from vareid_ext.files.checkpoint import load_checkpoint
+from vareid_ext.methods import Method, TrainingClasses
+from vareid_ext.training.command_line import to_config
+from vareid_ext.training.config import Config
+from vareid_ext.training.device import device_named
+from vareid_ext.training.evaluation import feature_batches
+from vareid_ext.training.state import build_method
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COLOURS = ("rgb", "bgr")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to an image before the network, and to the feature behind it.
+
+    Attributes:
+        height, width: to which an image is resized (bicubic, antialiased), pixels.
+        mean, std: of the red, green, blue values in [0, 1], subtracted and divided by.
+        flip: the feature of the mirrored image is added.
+        normalize: the feature is brought to length 1 as a "whole", each of its "parts" by itself, or not: "none".
+    """
+
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip: bool
+    normalize: str
+
+    @classmethod
+    def of(cls, config: Config) -> Preprocessing:
+        """The preprocessing of a configuration."""
+        data, evaluation = config.data, config.evaluation
+        return cls(data.height, data.width, data.mean, data.std, evaluation.flip, evaluation.normalize)
+
+
+class TrainedModel:
+    """The method of a run in evaluation mode, with its preprocessing.
+
+    Attributes:
+        method: on `device`.
+        config: the run's.
+        preprocessing: what it does to images and features.
+        checkpoint: the file it was read from.
+        step: optimizer steps that it was trained for.
+        device: where it computes.
+    """
+
+    def __init__(self, method: Method, config: Config, checkpoint: Path, step: int, device: torch.device) -> None:
+        self.method = method.to(device).eval()
+        self.config, self.checkpoint, self.step, self.device = config, checkpoint, step, device
+        self.preprocessing = Preprocessing.of(config)
+
+    @cached_property
+    def feature_dim(self) -> int:
+        """D, the length of a feature."""
+        size = self.preprocessing
+        return self._embed_batch(torch.zeros(1, 3, size.height, size.width, device=self.device)).shape[1]
+
+    @torch.inference_mode()
+    def _embed_batch(self, image: Tensor) -> Tensor:
+        unknown = torch.full((len(image),), UNKNOWN, device=image.device)
+        batch = Batch(image, unknown, unknown, unknown, unknown)
+        return self.method.embed(batch, flip=self.preprocessing.flip, normalize=self.preprocessing.normalize)
+
+    def embed(
+        self,
+        images: Any,
+        *,
+        colour: str = "rgb",
+        batch_size: int = 64,
+        precision: str = "fp32",
+        flip: bool | None = None,
+        workers: int = 0,
+    ) -> Tensor:
+        """The features of images: resized, normalised and compared as in the run's own evaluation.
+
+        Args:
+            images: a path, a PIL image or an array [H, W, 3] uint8; several of them, mixed as you like; an array
+                [N, H, W, 3] uint8; or a pair (frame, boxes): an image, and boxes [N, 4] of left, top, right, bottom in
+                its pixels, which are cut to the frame.
+            colour: order of an array's colours: "rgb", or "bgr" as OpenCV has them.
+            batch_size: images that go through the network at once.
+            precision: "fp32", or "bf16" or "fp16" for automatic mixed precision.
+            flip: add the feature of the mirrored image; None as in the run.
+            workers: processes that load images.
+
+        Returns:
+            Float32 [N, D] on `device`; [0, D] for no images.
+
+        Raises:
+            ValueError, TypeError: an argument is not allowed; a box lies outside the frame.
+            OSError: an image cannot be read.
+        """
+        if colour not in COLOURS:
+            raise ValueError(f"colour: {colour!r} was given; allowed are {', '.join(COLOURS)}")
+        pictures = _pictures(images, colour)
+        parts = list(
+            self.batches(_image_list(pictures), batch_size=batch_size, precision=precision, flip=flip, workers=workers)
+        )
+        return torch.cat(parts) if parts else torch.empty(0, self.feature_dim, device=self.device)
+
+    def batches(
+        self,
+        images: ImageList,
+        *,
+        batch_size: int = 64,
+        precision: str = "fp32",
+        flip: bool | None = None,
+        workers: int = 0,
+    ) -> Iterator[Tensor]:
+        """The features [n, D] of one batch of a list after the other; arguments as of :meth:`embed`."""
+        if precision not in AUTOCAST:
+            raise ValueError(f"precision: {precision!r} was given; allowed are {', '.join(AUTOCAST)}")
+        if precision == "fp16" and self.device.type != "cuda":
+            raise ValueError(f"precision: 'fp16' was given, which needs a CUDA device, not {self.device}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: {batch_size} was given; allowed are values from 1 on")
+        how = self.preprocessing if flip is None else replace(self.preprocessing, flip=flip)
+        return feature_batches(
+            self.method,
+            images,
+            build_transform(how.height, how.width, train=False, mean=how.mean, std=how.std),
+            batch_size=batch_size,
+            device=self.device,
+            workers=workers,
+            autocast=AUTOCAST[precision],
+            flip=how.flip,
+            normalize=how.normalize,
+        )
+
+
+def load_trained(run: str | os.PathLike[str], device: str | torch.device = "auto") -> TrainedModel:
+    """See :func:`vareid_ext.load`."""
+    path = Path(run)
+    if path.is_dir():
+        path = path / "last.pt"
+        if not path.is_file():
+            raise FileNotFoundError(f"run: {str(run)!r} holds no checkpoint (there is no last.pt)")
+    place = device_named(str(device), "device")
+    state = load_checkpoint(path)
+    wrong = f"checkpoint: {str(path)!r} is not a run's checkpoint: "
+    missing = [key for key in ("config", "identity_names", "num_viewpoints", "method", "average") if key not in state]
+    if missing:
+        raise ValueError(f"{wrong}it has no {missing[0]!r}")
+    try:
+        config = to_config(state["config"])
+        # All weights are the checkpoint's.
+        config = replace(config, model=replace(config.model, pretrained=False, weights=None))
+        identities, viewpoints = len(state["identity_names"]), state["num_viewpoints"]
+        method = build_method(
+            config, TrainingClasses(identities, viewpoints, torch.ones(identities, viewpoints, dtype=torch.bool))
+        )
+        weights = state["method"]
+        if state["average"] is not None:
+            weights = {
+                key.removeprefix("module."): value for key, value in state["average"].items() if key != "n_averaged"
+            }
+        method.load_state_dict(weights)
+        step = int(state["progress"]["step"])
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"{wrong}{str(error).strip().partition(chr(10))[0]}") from error
+    if config.run.channels_last:
+        method.to(memory_format=torch.channels_last)
+    return TrainedModel(method, config, path, step, place)
+
+
+def _pictures(images: Any, colour: str) -> list[str | Image.Image]:
+    """Paths and PIL images of what :meth:`TrainedModel.embed` takes."""
+    if _is_one(images):
+        return [_picture(images, colour, "images")]
+    if isinstance(images, tuple) and len(images) == 2 and not _is_one(images[1]):
+        frame, boxes = images
+        return _crops(_picture(frame, colour, "frame"), boxes)
+    if not isinstance(images, Sequence | np.ndarray | Tensor):
+        raise TypeError(f"images: {type(images).__name__} was given; allowed are images and sequences of them")
+    return [_picture(image, colour, f"images[{i}]") for i, image in enumerate(images)]
+
+
+def _is_one(images: Any) -> bool:
+    """Whether this is one image and not several."""
+    return isinstance(images, str | os.PathLike | Image.Image) or getattr(images, "ndim", 0) == 3
+
+
+def _picture(image: Any, colour: str, name: str) -> str | Image.Image:
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    array = image.cpu().numpy() if isinstance(image, Tensor) else image
+    if not isinstance(array, np.ndarray):
+        raise TypeError(f"{name}: {type(image).__name__} was given; allowed are paths, PIL images and arrays")
+    if array.ndim != 3 or array.shape[2] != 3 or not array.size or array.dtype != np.uint8:
+        raise ValueError(f"{name}: {array.dtype} {list(array.shape)} was given; allowed is uint8 [H, W, 3]")
+    return Image.fromarray(np.ascontiguousarray(array[:, :, ::-1] if colour == "bgr" else array))
+
+
+def _crops(frame: str | Image.Image, boxes: Any) -> list[str | Image.Image]:
+    """The boxes cut out of a frame, at whole pixels that hold all of each."""
+    boxes = np.asarray(boxes.cpu() if isinstance(boxes, Tensor) else boxes, dtype=np.float64)
+    if boxes.size == 0:
+        return []
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all():
+        raise ValueError(f"boxes: {list(boxes.shape)} was given; allowed are finite numbers [N, 4]")
+    image = open_image(frame) if isinstance(frame, str) else frame
+    size = np.array([image.width, image.height])
+    begin = np.floor(boxes[:, :2]).clip(0, size).astype(int)
+    end = np.ceil(boxes[:, 2:]).clip(0, size).astype(int)
+    empty = np.flatnonzero((begin >= end).any(axis=1))
+    if len(empty):
+        row = empty[0]
+        raise ValueError(
+            f"boxes: row {row} is {boxes[row].tolist()}, of which nothing lies in the frame of {image.width} x "
+            f"{image.height} pixels; left, top, right, bottom are needed"
+        )
+    return [image.crop((*first, *last)) for first, last in zip(begin.tolist(), end.tolist(), strict=True)]
+
+
+def _image_list(pictures: Sequence[str | Image.Image]) -> ImageList:
+    """Unlabelled images; the paths of those that are PIL images are their numbers."""
+    held = {str(i): picture for i, picture in enumerate(pictures) if not isinstance(picture, str)}
+
+    def load(path: str) -> Image.Image:
+        picture = held.get(path)
+        return open_image(path) if picture is None else picture
+
+    paths = tuple(picture if isinstance(picture, str) else str(i) for i, picture in enumerate(pictures))
+    return unlabelled(paths, load)
+
+
+def unlabelled(paths: Sequence[str], loader: Any = open_image) -> ImageList:
+    """A list of images of which nothing is known."""
+    unknown = np.full(len(paths), UNKNOWN)
+    return ImageList(
+        identity=unknown, camera=unknown, viewpoint=unknown, paths=tuple(paths), viewpoint_name=("",) * len(paths),
+        loader=loader,
+    )  # fmt: skip
