@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+_Place = tuple[int, int, int]  # threads, device, stream
+
 version: str
 interface: int
 with_cuda: bool
@@ -17,8 +19,7 @@ def angular_center_forward(
     cosine: Any,
     identity_norm: Any,
     viewpoint_norm: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def angular_center_backward(
@@ -31,13 +32,12 @@ def angular_center_backward(
     viewpoint_norm: Any,
     grad_W: Any | None,
     grad_U: Any | None,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
-def viewpoint_aware_cross_entropy_labels_fit(
+def viewpoint_aware_cross_entropy_label_error(
     identity: Any, viewpoint: Any | None, mask: Any | None, K: int, V: int, /
-) -> bool: ...
+) -> tuple[int, int]: ...
 def viewpoint_aware_cross_entropy_workspace_bytes(
     N: int, K: int, V: int, has_identity: bool, has_viewpoint: bool, cuda: bool, /
 ) -> int: ...
@@ -56,8 +56,7 @@ def viewpoint_aware_cross_entropy_forward(
     reduction: int,
     label_error: Any | None,
     workspace: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def viewpoint_aware_cross_entropy_backward(
@@ -72,8 +71,7 @@ def viewpoint_aware_cross_entropy_backward(
     identity_grad: Any | None,
     viewpoint_grad: Any | None,
     reduction: int,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def ranking_workspace_bytes(max_group: int, threads: int, /) -> int: ...
@@ -83,8 +81,7 @@ def ranking_forward(
     results: Sequence[Any],
     workspace: Any | None,
     max_group: int,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def ranking_features_workspace_bytes(max_group: int, G: int, threads: int, /) -> int: ...
@@ -96,7 +93,7 @@ def ranking_features(
     results: Sequence[Any],
     workspace: Any,
     max_group: int,
-    threads: int,
+    place: _Place,
     /,
 ) -> None: ...
 def linear_viewpoint_aware_cross_entropy_parts(N: int, columns: int, cuda: bool, /) -> int: ...
@@ -111,8 +108,7 @@ def linear_viewpoint_aware_cross_entropy_summarise(
     V: int,
     first: int,
     first_part: int,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def linear_viewpoint_aware_cross_entropy_finish(
@@ -128,7 +124,7 @@ def linear_viewpoint_aware_cross_entropy_finish(
     epsilon: float,
     K: int,
     label_error: Any | None,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def linear_viewpoint_aware_cross_entropy_gradient(
@@ -143,27 +139,22 @@ def linear_viewpoint_aware_cross_entropy_gradient(
     K: int,
     V: int,
     first: int,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
-def linear_viewpoint_aware_cross_entropy_inverse_norms(x: Any, inverse: Any, threads: int, stream: int, /) -> None: ...
-def linear_viewpoint_aware_cross_entropy_project(
-    x: Any, inverse: Any, grad: Any, threads: int, stream: int, /
-) -> None: ...
+def linear_viewpoint_aware_cross_entropy_inverse_norms(x: Any, inverse: Any, place: _Place, /) -> None: ...
+def linear_viewpoint_aware_cross_entropy_project(x: Any, inverse: Any, grad: Any, place: _Place, /) -> None: ...
 def pairwise_distance_max_abs(
     x: Any,
     out: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def pairwise_distance_norm(
     x: Any,
     factor: Any | None,
     out: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def pairwise_distance_prepare(
@@ -172,8 +163,7 @@ def pairwise_distance_prepare(
     center: Any | None,
     out: Any,
     out_norm: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def pairwise_distance_block(
@@ -187,8 +177,7 @@ def pairwise_distance_block(
     metric: int,
     unscale: float,
     mirror: Any | None,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def pairwise_distance_tiled(
@@ -203,7 +192,7 @@ def pairwise_distance_tiled(
     y_norm: Any,
     metric: int,
     unscale: float,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def nearest_neighbors_scan(
@@ -216,8 +205,7 @@ def nearest_neighbors_scan(
     right: Any | None,
     k: int,
     write: bool,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def nearest_neighbors_select(
@@ -233,8 +221,7 @@ def nearest_neighbors_select(
     distance: Any | None,
     unsure: Any,
     reach: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def nearest_neighbors_rescan(
@@ -252,8 +239,7 @@ def nearest_neighbors_rescan(
     index: Any,
     distance: Any | None,
     workspace: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def k_reciprocal_sets(
@@ -261,8 +247,7 @@ def k_reciprocal_sets(
     k: int,
     out: Any,
     size: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def k_reciprocal_expanded(
@@ -273,8 +258,7 @@ def k_reciprocal_expanded(
     indptr: Any,
     index: Any | None,
     workspace: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def k_reciprocal_listed_distance(
@@ -287,8 +271,7 @@ def k_reciprocal_listed_distance(
     indptr: Any,
     index: Any,
     out: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def k_reciprocal_encode(
@@ -296,8 +279,7 @@ def k_reciprocal_encode(
     distance: Any,
     row_max: Any,
     value: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def k_reciprocal_expand(
@@ -310,8 +292,7 @@ def k_reciprocal_expand(
     new_index: Any | None,
     new_value: Any | None,
     workspace: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def k_reciprocal_invert(
@@ -324,8 +305,7 @@ def k_reciprocal_invert(
     owner: Any,
     weight: Any,
     workspace: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def k_reciprocal_blend(
@@ -339,8 +319,7 @@ def k_reciprocal_blend(
     weight: Any,
     lambda_value: float,
     workspace: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def k_reciprocal_topk(
@@ -361,8 +340,7 @@ def k_reciprocal_topk(
     distance: Any,
     gallery_index: Any,
     workspace: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...
 def k_reciprocal_matrix_neighbors(
@@ -373,7 +351,6 @@ def k_reciprocal_matrix_neighbors(
     neighbor: Any,
     row_max: Any,
     workspace: Any,
-    threads: int,
-    stream: int,
+    place: _Place,
     /,
 ) -> None: ...

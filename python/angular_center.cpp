@@ -39,28 +39,26 @@ Sizes check(const TensorView& W, const TensorView& U, const Optional& mask, cons
 }
 
 void forward(const TensorView& W, const TensorView& U, const Optional& mask, const TensorView& loss,
-             const TensorView& cosine, const TensorView& identity_norm, const TensorView& viewpoint_norm, int threads,
-             uintptr_t stream) {
+             const TensorView& cosine, const TensorView& identity_norm, const TensorView& viewpoint_norm, const Place& place) {
   const Sizes s = check(W, U, mask, cosine, identity_norm, viewpoint_norm);
   check_accumulator(loss, "loss", W);
   const uint8_t* const exists = mask ? mask->as<uint8_t>() : nullptr;
   if (W.device_type == kDeviceCpu) {
     angular_center_forward_cpu(W.data, U.data, exists, loss.data, cosine.data, identity_norm.data, viewpoint_norm.data,
-                               W.dtype(), s.K, s.V, s.D, threads);
+                               W.dtype(), s.K, s.V, s.D, place.threads);
     return;
   }
 #ifdef VAREID_WITH_CUDA
   angular_center_forward_cuda(W.data, U.data, exists, loss.data, cosine.data, identity_norm.data, viewpoint_norm.data,
-                              W.dtype(), s.K, s.V, s.D, W.device_id, reinterpret_cast<void*>(stream));
+                              W.dtype(), s.K, s.V, s.D, W.device_id, place.stream);
 #else
-  (void)stream;
   refuse("identity_centers", "is on a GPU, but this build has no CUDA kernels");
 #endif
 }
 
 void backward(const TensorView& upstream, const TensorView& W, const TensorView& U, const Optional& mask,
               const TensorView& cosine, const TensorView& identity_norm, const TensorView& viewpoint_norm,
-              const Optional& grad_W, const Optional& grad_U, int threads, uintptr_t stream) {
+              const Optional& grad_W, const Optional& grad_U, const Place& place) {
   const Sizes s = check(W, U, mask, cosine, identity_norm, viewpoint_norm);
   check_accumulator(upstream, "upstream", W);
   if (grad_W) {
@@ -78,15 +76,14 @@ void backward(const TensorView& upstream, const TensorView& W, const TensorView&
   void* const u_out = grad_U ? grad_U->data : nullptr;
   if (W.device_type == kDeviceCpu) {
     angular_center_backward_cpu(upstream.data, W.data, U.data, exists, cosine.data, identity_norm.data,
-                                viewpoint_norm.data, w_out, u_out, W.dtype(), s.K, s.V, s.D, threads);
+                                viewpoint_norm.data, w_out, u_out, W.dtype(), s.K, s.V, s.D, place.threads);
     return;
   }
 #ifdef VAREID_WITH_CUDA
   angular_center_backward_cuda(upstream.data, W.data, U.data, exists, cosine.data, identity_norm.data,
                                viewpoint_norm.data, w_out, u_out, W.dtype(), s.K, s.V, s.D, W.device_id,
-                               reinterpret_cast<void*>(stream));
+                               place.stream);
 #else
-  (void)stream;
   refuse("identity_centers", "is on a GPU, but this build has no CUDA kernels");
 #endif
 }

@@ -19,26 +19,23 @@ void* scratch(const TensorView& workspace, int64_t bytes) {
   return workspace.data;
 }
 
-void reciprocal(const TensorView& neighbor, int64_t k, const TensorView& out, const TensorView& size, int threads,
-                uintptr_t stream) {
+void reciprocal(const TensorView& neighbor, int64_t k, const TensorView& out, const TensorView& size, const Place& place) {
   const int64_t rows = neighbor.shape[0], width = width_of(neighbor);
   if (on_gpu(neighbor, "neighbor")) {
 #ifdef VAREID_WITH_CUDA
     k_reciprocal_sets_cuda(array<int32_t>(neighbor, "neighbor", 0), rows, width, k,
                            array<int32_t>(out, "reciprocal", rows * std::min(k + 1, width)),
-                           array<int32_t>(size, "size", rows), neighbor.device_id, reinterpret_cast<void*>(stream));
+                           array<int32_t>(size, "size", rows), neighbor.device_id, place.stream);
 #endif
     return;
   }
-  (void)stream;
   k_reciprocal_sets_cpu(array<int32_t>(neighbor, "neighbor", 0), rows, width, k,
                         array<int32_t>(out, "reciprocal", rows * std::min(k + 1, width)),
-                        array<int32_t>(size, "size", rows), threads);
+                        array<int32_t>(size, "size", rows), place.threads);
 }
 
 void expanded(const TensorView& sets, const TensorView& size, const TensorView& half, const TensorView& half_size,
-              const TensorView& indptr, const OptionalView& index, const TensorView& workspace, int threads,
-              uintptr_t stream) {
+              const TensorView& indptr, const OptionalView& index, const TensorView& workspace, const Place& place) {
   const int64_t rows = sets.shape[0];
   if (on_gpu(sets, "sets")) {
 #ifdef VAREID_WITH_CUDA
@@ -46,20 +43,19 @@ void expanded(const TensorView& sets, const TensorView& size, const TensorView& 
                                width_of(sets), array<int32_t>(half, "half", 0),
                                array<int32_t>(half_size, "half_size", rows), width_of(half), rows,
                                array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
-                               sets.device_id, reinterpret_cast<void*>(stream));
+                               sets.device_id, place.stream);
 #endif
     return;
   }
-  (void)stream;
   k_reciprocal_expanded_cpu(array<int32_t>(sets, "reciprocal", 0), array<int32_t>(size, "size", rows), width_of(sets),
                             array<int32_t>(half, "half", 0), array<int32_t>(half_size, "half_size", rows),
                             width_of(half), rows, array<int64_t>(indptr, "indptr", rows + 1),
-                            array<int32_t>(index, "index", 0), scratch(workspace, 8 * rows * threads), threads);
+                            array<int32_t>(index, "index", 0), scratch(workspace, 8 * rows * place.threads), place.threads);
 }
 
 void listed(const TensorView& x, const OptionalView& x_factor, const TensorView& y, const OptionalView& y_factor,
             const TensorView& neighbor, const TensorView& neighbor_distance, const TensorView& indptr,
-            const TensorView& index, const TensorView& out, int threads, uintptr_t stream) {
+            const TensorView& index, const TensorView& out, const Place& place) {
   const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
   const int64_t rows = left.rows + right.rows, width = width_of(neighbor);
   if (on_gpu(x, "x")) {
@@ -69,39 +65,37 @@ void listed(const TensorView& x, const OptionalView& x_factor, const TensorView&
         x.shape[1], array<int32_t>(neighbor, "neighbor", rows * width),
         array<float>(neighbor_distance, "neighbor_distance", rows * width), width,
         array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
-        array<float>(out, "out", index.numel()), x.device_id, reinterpret_cast<void*>(stream));
+        array<float>(out, "out", index.numel()), x.device_id, place.stream);
 #endif
     return;
   }
-  (void)stream;
   k_reciprocal_listed_distance_cpu(left, right, x.dtype(), x.shape[1],
                                    array<int32_t>(neighbor, "neighbor", rows * width),
                                    array<float>(neighbor_distance, "neighbor_distance", rows * width), width,
                                    array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
-                                   array<float>(out, "out", index.numel()), threads);
+                                   array<float>(out, "out", index.numel()), place.threads);
 }
 
 void encode(const TensorView& indptr, const TensorView& distance, const TensorView& row_max, const TensorView& value,
-            int threads, uintptr_t stream) {
+            const Place& place) {
   const int64_t rows = indptr.numel() - 1;
   if (on_gpu(distance, "distance")) {
 #ifdef VAREID_WITH_CUDA
     k_reciprocal_encode_cuda(array<int64_t>(indptr, "indptr", 1), array<float>(distance, "distance", 0),
                              array<float>(row_max, "row_max", rows), rows,
                              array<float>(value, "value", distance.numel()), distance.device_id,
-                             reinterpret_cast<void*>(stream));
+                             place.stream);
 #endif
     return;
   }
-  (void)stream;
   k_reciprocal_encode_cpu(array<int64_t>(indptr, "indptr", 1), array<float>(distance, "distance", 0),
                           array<float>(row_max, "row_max", rows), rows, array<float>(value, "value", distance.numel()),
-                          threads);
+                          place.threads);
 }
 
 void expand(const TensorView& neighbor, int64_t k2, const TensorView& indptr, const TensorView& index,
             const TensorView& value, const TensorView& new_indptr, const OptionalView& new_index,
-            const OptionalView& new_value, const TensorView& workspace, int threads, uintptr_t stream) {
+            const OptionalView& new_value, const TensorView& workspace, const Place& place) {
   const int64_t rows = neighbor.shape[0];
   if (on_gpu(neighbor, "neighbor")) {
 #ifdef VAREID_WITH_CUDA
@@ -110,21 +104,20 @@ void expand(const TensorView& neighbor, int64_t k2, const TensorView& indptr, co
                              array<float>(value, "value", index.numel()),
                              array<int64_t>(new_indptr, "new_indptr", rows + 1),
                              array<int32_t>(new_index, "new_index", 0), array<float>(new_value, "new_value", 0),
-                             neighbor.device_id, reinterpret_cast<void*>(stream));
+                             neighbor.device_id, place.stream);
 #endif
     return;
   }
-  (void)stream;
   k_reciprocal_expand_cpu(array<int32_t>(neighbor, "neighbor", 0), rows, width_of(neighbor), k2,
                           array<int64_t>(indptr, "indptr", rows + 1), array<int32_t>(index, "index", 0),
                           array<float>(value, "value", index.numel()),
                           array<int64_t>(new_indptr, "new_indptr", rows + 1), array<int32_t>(new_index, "new_index", 0),
-                          array<float>(new_value, "new_value", 0), scratch(workspace, 16 * rows * threads), threads);
+                          array<float>(new_value, "new_value", 0), scratch(workspace, 16 * rows * place.threads), place.threads);
 }
 
 void invert(const TensorView& indptr, const TensorView& index, const TensorView& value, int64_t first, int64_t columns,
             const TensorView& start, const TensorView& owner, const TensorView& weight, const TensorView& workspace,
-            int, uintptr_t stream) {
+            const Place& place) {
   if (on_gpu(index, "index")) {
 #ifdef VAREID_WITH_CUDA
     k_reciprocal_invert_cuda(array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0),
@@ -132,11 +125,10 @@ void invert(const TensorView& indptr, const TensorView& index, const TensorView&
                              array<int64_t>(start, "start", columns + 1), array<int32_t>(owner, "owner", 0),
                              array<float>(weight, "weight", owner.numel()),
                              scratch(workspace, k_reciprocal_invert_workspace_cuda(owner.numel())), index.device_id,
-                             reinterpret_cast<void*>(stream));
+                             place.stream);
 #endif
     return;
   }
-  (void)stream;
   k_reciprocal_invert_cpu(array<int64_t>(indptr, "indptr", 1), array<int32_t>(index, "index", 0),
                           array<float>(value, "value", 0), indptr.numel() - 1, first, columns,
                           array<int64_t>(start, "start", columns + 1), array<int32_t>(owner, "owner", 0),
@@ -145,7 +137,7 @@ void invert(const TensorView& indptr, const TensorView& index, const TensorView&
 
 void blend(const TensorView& distance, const TensorView& row_max, const TensorView& indptr, const TensorView& index,
            const TensorView& value, const TensorView& start, const TensorView& owner, const TensorView& weight,
-           double lambda_value, const TensorView& workspace, int threads, uintptr_t stream) {
+           double lambda_value, const TensorView& workspace, const Place& place) {
   if (distance.ndim != 2) refuse("distance", "shape " + shape_text(distance) + ", expected [Q, G]");
   check_float32(distance, "distance");
   if (distance.shape[1] > 1 && distance.strides[1] != 1) refuse("distance", "must have contiguous rows");
@@ -157,21 +149,19 @@ void blend(const TensorView& distance, const TensorView& row_max, const TensorVi
                             array<int32_t>(index, "index", 0), array<float>(value, "value", index.numel()),
                             array<int64_t>(start, "start", 1), array<int32_t>(owner, "owner", 0),
                             array<float>(weight, "weight", owner.numel()), lambda_value, distance.device_id,
-                            reinterpret_cast<void*>(stream));
+                            place.stream);
 #endif
     return;
   }
-  (void)stream;
   k_reciprocal_blend_cpu(
       distance.as<float>(), distance.strides[0], queries, gallery, array<float>(row_max, "row_max", queries),
       array<int64_t>(indptr, "indptr", queries + 1), array<int32_t>(index, "index", 0),
       array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1), array<int32_t>(owner, "owner", 0),
-      array<float>(weight, "weight", owner.numel()), lambda_value, scratch(workspace, 4 * gallery * threads), threads);
+      array<float>(weight, "weight", owner.numel()), lambda_value, scratch(workspace, 4 * gallery * place.threads), place.threads);
 }
 
 void matrix_neighbors(const TensorView& q_g, const TensorView& q_q, const TensorView& g_g, int64_t k,
-                      const TensorView& neighbor, const TensorView& row_max, const TensorView& workspace, int threads,
-                      uintptr_t stream) {
+                      const TensorView& neighbor, const TensorView& row_max, const TensorView& workspace, const Place& place) {
   if (q_g.ndim != 2) refuse("q_g_dist", "shape " + shape_text(q_g) + ", expected [Q, G]");
   const int64_t Q = q_g.shape[0], G = q_g.shape[1];
   check_shape(q_q, "q_q_dist", {Q, Q});
@@ -187,22 +177,20 @@ void matrix_neighbors(const TensorView& q_g, const TensorView& q_q, const Tensor
 #ifdef VAREID_WITH_CUDA
     k_reciprocal_matrix_neighbors_cuda(
         q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k, array<int32_t>(neighbor, "neighbor", (Q + G) * k),
-        array<double>(row_max, "row_max", Q + G), q_g.device_id, reinterpret_cast<void*>(stream));
+        array<double>(row_max, "row_max", Q + G), q_g.device_id, place.stream);
 #endif
     return;
   }
-  (void)stream;
   k_reciprocal_matrix_neighbors_cpu(
       q_g.data, q_q.data, g_g.data, q_g.dtype(), Q, G, k, array<int32_t>(neighbor, "neighbor", (Q + G) * k),
-      array<double>(row_max, "row_max", Q + G), scratch(workspace, (128 * Q + 32 * k + 1024) * threads), threads);
+      array<double>(row_max, "row_max", Q + G), scratch(workspace, (128 * Q + 32 * k + 1024) * place.threads), place.threads);
 }
 
 void blend_topk(const TensorView& query, const OptionalView& query_factor, const TensorView& gallery,
                 const OptionalView& gallery_factor, const TensorView& nearest, const TensorView& original,
                 const TensorView& row_max, const TensorView& indptr, const TensorView& index, const TensorView& value,
                 const TensorView& start, const TensorView& owner, const TensorView& weight, double lambda_value,
-                const TensorView& distance, const TensorView& gallery_index, const TensorView& workspace, int threads,
-                uintptr_t stream) {
+                const TensorView& distance, const TensorView& gallery_index, const TensorView& workspace, const Place& place) {
   const Features left = make_features(query, query_factor, "query");
   const Features right = make_features(gallery, gallery_factor, "gallery");
   const int64_t Q = left.rows, G = right.rows, listed = width_of(nearest), k = width_of(distance);
@@ -217,18 +205,17 @@ void blend_topk(const TensorView& query, const OptionalView& query_factor, const
         array<int32_t>(index, "index", 0), array<float>(value, "value", index.numel()),
         array<int64_t>(start, "start", 1), array<int32_t>(owner, "owner", 0),
         array<float>(weight, "weight", owner.numel()), lambda_value, k, array<float>(distance, "distance", Q * k),
-        array<int64_t>(gallery_index, "gallery_index", Q * k), query.device_id, reinterpret_cast<void*>(stream));
+        array<int64_t>(gallery_index, "gallery_index", Q * k), query.device_id, place.stream);
 #endif
     return;
   }
-  (void)stream;
   k_reciprocal_topk_cpu(
       left, right, query.dtype(), query.shape[1], array<int32_t>(nearest, "nearest", Q * listed),
       array<float>(original, "original", Q * listed), listed, array<float>(row_max, "row_max", Q),
       array<int64_t>(indptr, "indptr", Q + 1), array<int32_t>(index, "index", 0),
       array<float>(value, "value", index.numel()), array<int64_t>(start, "start", 1), array<int32_t>(owner, "owner", 0),
       array<float>(weight, "weight", owner.numel()), lambda_value, k, array<float>(distance, "distance", Q * k),
-      array<int64_t>(gallery_index, "gallery_index", Q * k), scratch(workspace, 24 * G * threads), threads);
+      array<int64_t>(gallery_index, "gallery_index", Q * k), scratch(workspace, 24 * G * place.threads), place.threads);
 }
 
 }  // namespace

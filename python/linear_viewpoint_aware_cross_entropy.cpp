@@ -106,7 +106,7 @@ OthersSummary* check_summaries(const TensorView& summaries, const TensorView& ow
 
 void summarise_tile(const TensorView& logits, const Optional& scale, const TensorView& identity, const Optional& mask,
                     const TensorView& summaries, const TensorView& own_logits, int64_t K, int64_t V, int64_t first,
-                    int64_t first_part, int threads, uintptr_t stream) {
+                    int64_t first_part, const Place& place) {
   const LogitsTile tile = tile_of(logits, scale, identity, std::nullopt, mask, K, V, first);
   const bool cuda = logits.device_type == kDeviceCuda;
   OthersSummary* const out = check_summaries(summaries, own_logits, tile.N, V, Beside(logits));
@@ -114,21 +114,19 @@ void summarise_tile(const TensorView& logits, const Optional& scale, const Tenso
     refuse("first_part", "the tile's summaries do not fit");
   if (!cuda) {
     linear_viewpoint_aware_cross_entropy_summarise_cpu(tile, out, summaries.shape[1], first_part,
-                                                       own_logits.as<double>(), logits.dtype(), threads);
+                                                       own_logits.as<double>(), logits.dtype(), place.threads);
     return;
   }
 #ifdef VAREID_WITH_CUDA
   linear_viewpoint_aware_cross_entropy_summarise_cuda(tile, out, summaries.shape[1], first_part,
                                                       own_logits.as<double>(), logits.dtype(), logits.device_id,
-                                                      reinterpret_cast<void*>(stream));
-#else
-  (void)stream;
+                                                      place.stream);
 #endif
 }
 
 void finish(const TensorView& summaries, const TensorView& own_logits, const TensorView& identity,
             const Optional& viewpoint, const Optional& mask, const TensorView& loss, const TensorView& statistics,
-            bool adaptive, double alpha, double epsilon, int64_t K, const Optional& label_error, uintptr_t stream) {
+            bool adaptive, double alpha, double epsilon, int64_t K, const Optional& label_error, const Place& place) {
   LogitsTile tile = {};
   tile.N = identity.shape[0];
   tile.K = K;
@@ -155,16 +153,15 @@ void finish(const TensorView& summaries, const TensorView& own_logits, const Ten
   linear_viewpoint_aware_cross_entropy_finish_cuda(tile, in, summaries.shape[1], own_logits.as<double>(), smoothing,
                                                    statistics.as<double>(), loss.data,
                                                    label_error ? label_error->as<int64_t>() : nullptr, loss.dtype(),
-                                                   loss.device_id, reinterpret_cast<void*>(stream));
+                                                   loss.device_id, place.stream);
 #else
-  (void)stream;
   refuse_device();
 #endif
 }
 
 void gradient(const TensorView& logits, const Optional& scale, const TensorView& identity, const Optional& viewpoint,
               const Optional& mask, const TensorView& statistics, const TensorView& upstream, double share, int64_t K,
-              int64_t V, int64_t first, int threads, uintptr_t stream) {
+              int64_t V, int64_t first, const Place& place) {
   const LogitsTile tile = tile_of(logits, scale, identity, viewpoint, mask, K, V, first);
   const Beside beside(logits);
   check_shape(statistics, "statistics", {kStatistics, tile.N});
@@ -174,19 +171,18 @@ void gradient(const TensorView& logits, const Optional& scale, const TensorView&
   if (upstream.ndim > 1) refuse("upstream", "shape " + shape_text(upstream) + ", expected [] or [N]");
   if (logits.device_type == kDeviceCpu) {
     linear_viewpoint_aware_cross_entropy_gradient_cpu(tile, statistics.as<double>(), upstream.data, upstream.ndim,
-                                                      share, logits.dtype(), threads);
+                                                      share, logits.dtype(), place.threads);
     return;
   }
 #ifdef VAREID_WITH_CUDA
   linear_viewpoint_aware_cross_entropy_gradient_cuda(tile, statistics.as<double>(), upstream.data, upstream.ndim, share,
-                                                     logits.dtype(), logits.device_id, reinterpret_cast<void*>(stream));
+                                                     logits.dtype(), logits.device_id, place.stream);
 #else
-  (void)stream;
   refuse_device();
 #endif
 }
 
-void inverse_norms(const TensorView& x, const TensorView& inverse, int threads, uintptr_t stream) {
+void inverse_norms(const TensorView& x, const TensorView& inverse, const Place& place) {
   if (x.ndim != 2) refuse("x", "shape " + shape_text(x) + ", expected [rows, D]");
   check_float(x, "x");
   check_contiguous(x, "x");
@@ -194,19 +190,18 @@ void inverse_norms(const TensorView& x, const TensorView& inverse, int threads, 
   Beside(x).accumulator(inverse, "inverse");
   if (x.device_type == kDeviceCpu) {
     linear_viewpoint_aware_cross_entropy_inverse_norms_cpu(x.data, inverse.data, x.shape[0], x.shape[1], x.dtype(),
-                                                           threads);
+                                                           place.threads);
     return;
   }
 #ifdef VAREID_WITH_CUDA
   linear_viewpoint_aware_cross_entropy_inverse_norms_cuda(x.data, inverse.data, x.shape[0], x.shape[1], x.dtype(),
-                                                          x.device_id, reinterpret_cast<void*>(stream));
+                                                          x.device_id, place.stream);
 #else
-  (void)stream;
   refuse_device();
 #endif
 }
 
-void project(const TensorView& x, const TensorView& inverse, const TensorView& grad, int threads, uintptr_t stream) {
+void project(const TensorView& x, const TensorView& inverse, const TensorView& grad, const Place& place) {
   if (x.ndim != 2) refuse("x", "shape " + shape_text(x) + ", expected [rows, D]");
   check_float(x, "x");
   check_contiguous(x, "x");
@@ -218,14 +213,13 @@ void project(const TensorView& x, const TensorView& inverse, const TensorView& g
   beside.here(grad, "grad");
   if (x.device_type == kDeviceCpu) {
     linear_viewpoint_aware_cross_entropy_project_cpu(x.data, inverse.data, grad.data, x.shape[0], x.shape[1], x.dtype(),
-                                                     threads);
+                                                     place.threads);
     return;
   }
 #ifdef VAREID_WITH_CUDA
   linear_viewpoint_aware_cross_entropy_project_cuda(x.data, inverse.data, grad.data, x.shape[0], x.shape[1], x.dtype(),
-                                                    x.device_id, reinterpret_cast<void*>(stream));
+                                                    x.device_id, place.stream);
 #else
-  (void)stream;
   refuse_device();
 #endif
 }

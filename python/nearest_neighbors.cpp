@@ -57,7 +57,7 @@ using Parts = std::vector<std::pair<TensorView, OptionalView>>;
 
 void scan(const TensorView& block, int64_t row_begin, int64_t column_begin, const Views& left_bounds,
           const Views& right_bounds, const Views& left, const std::optional<Views>& right, int64_t k, bool write,
-          int threads, uintptr_t stream) {
+          const Place& place) {
   const int64_t ld = leading_dimension(block, "block"), rows = block.shape[0], columns = block.shape[1];
   const Bounds row_bounds = make_bounds(left_bounds, row_begin + rows);
   const Bounds column_bounds = make_bounds(right_bounds, column_begin + columns);
@@ -76,19 +76,17 @@ void scan(const TensorView& block, int64_t row_begin, int64_t column_begin, cons
                                 row_bounds.window, column_bounds.norm, column_bounds.window, row_state.lower,
                                 row_state.index, row_state.count, row_state.threshold, row_state.cut, row_state.row_max,
                                 row_state.capacity, k, right.has_value(), write, block.device_id,
-                                reinterpret_cast<void*>(stream));
+                                place.stream);
 #endif
     return;
   }
-  (void)stream;
   nearest_neighbors_scan_cpu(block.as<float>(), ld, rows, columns, row_begin, column_begin, row_bounds, column_bounds,
-                             row_state, right ? &column_state : nullptr, write, threads);
+                             row_state, right ? &column_state : nullptr, write, place.threads);
 }
 
 void select(const Parts& x, const Parts& y, int metric, double unscale, const Views& left_bounds,
             const Views& right_bounds, const Views& candidates, int64_t k, const TensorView& index,
-            const OptionalView& distance, const TensorView& unsure, const TensorView& reach, int threads,
-            uintptr_t stream) {
+            const OptionalView& distance, const TensorView& unsure, const TensorView& reach, const Place& place) {
   const Sets left = make_sets(x, "x"), right = make_sets(y, "y");
   const Candidates state = make_candidates(candidates, k);
   if (candidates[0].shape[0] < left.rows) refuse("candidates", "too few rows");
@@ -104,23 +102,21 @@ void select(const Parts& x, const Parts& y, int metric, double unscale, const Vi
         make_bounds(left_bounds, left.rows).window, make_bounds(right_bounds, right.rows).window, state.lower,
         state.index, state.count, state.cut, state.capacity, k, array<int32_t>(index, "index", left.rows * k),
         distance ? distance->data : nullptr, distance ? distance->dtype() : DType::kFloat32, unsure.as<uint8_t>(),
-        array<float>(reach, "reach", left.rows), index.device_id, reinterpret_cast<void*>(stream));
+        array<float>(reach, "reach", left.rows), index.device_id, place.stream);
 #endif
     return;
   }
-  (void)stream;
   nearest_neighbors_select_cpu(left.first, left.second, right.first, right.second, left.dtype, left.D,
                                static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows),
                                make_bounds(right_bounds, right.rows), state,
                                array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
                                distance ? distance->dtype() : DType::kFloat32, unsure.as<uint8_t>(),
-                               array<float>(reach, "reach", left.rows), threads);
+                               array<float>(reach, "reach", left.rows), place.threads);
 }
 
 void rescan(const TensorView& block, const TensorView& rows, const Parts& x, const Parts& y, int metric, double unscale,
             const Views& left_bounds, const Views& right_bounds, const TensorView& reach, const OptionalView& same,
-            int64_t k, const TensorView& index, const OptionalView& distance, const TensorView& workspace, int threads,
-            uintptr_t stream) {
+            int64_t k, const TensorView& index, const OptionalView& distance, const TensorView& workspace, const Place& place) {
   const Sets left = make_sets(x, "x"), right = make_sets(y, "y");
   const int64_t ld = leading_dimension(block, "block");
   check_shape(block, "block", {rows.numel(), right.rows});
@@ -136,12 +132,11 @@ void rescan(const TensorView& block, const TensorView& rows, const Parts& x, con
         r2.stride, left.dtype, left.D, static_cast<Metric>(metric), unscale, row_bounds.norm, row_bounds.window,
         column_bounds.norm, column_bounds.window, array<float>(reach, "reach", left.rows), k,
         array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
-        distance ? distance->dtype() : DType::kFloat32, index.device_id, reinterpret_cast<void*>(stream));
+        distance ? distance->dtype() : DType::kFloat32, index.device_id, place.stream);
 #endif
     return;
   }
-  (void)stream;
-  if (!workspace.is_byte() || workspace.numel() < threads * (right.rows + (right.rows + 1) / 2) * 16)
+  if (!workspace.is_byte() || workspace.numel() < place.threads * (right.rows + (right.rows + 1) / 2) * 16)
     refuse("workspace", "is too small");
   nearest_neighbors_rescan_cpu(block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), right.rows,
                                left.first, left.second, right.first, right.second, left.dtype, left.D,
@@ -149,7 +144,7 @@ void rescan(const TensorView& block, const TensorView& rows, const Parts& x, con
                                make_bounds(right_bounds, right.rows), array<float>(reach, "reach", left.rows),
                                array<int32_t>(same, "same", right.rows), k,
                                array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
-                               distance ? distance->dtype() : DType::kFloat32, workspace.data, threads);
+                               distance ? distance->dtype() : DType::kFloat32, workspace.data, place.threads);
 }
 
 }  // namespace

@@ -6,34 +6,30 @@
 namespace vareid {
 namespace {
 
-void max_abs(const TensorView& x, const TensorView& out, int threads, uintptr_t stream) {
+void max_abs(const TensorView& x, const TensorView& out, const Place& place) {
   const Features f = make_features(x, std::nullopt, "x");
   double* const values = array<double>(out, "max_abs", f.rows);
   check_device(out, "max_abs", x.device_type, x.device_id);
-  if (!on_gpu(x, "x")) return pairwise_distance_max_abs_cpu(f, x.dtype(), x.shape[1], values, threads);
+  if (!on_gpu(x, "x")) return pairwise_distance_max_abs_cpu(f, x.dtype(), x.shape[1], values, place.threads);
 #ifdef VAREID_WITH_CUDA
   pairwise_distance_max_abs_cuda(f.data, x.dtype(), f.rows, x.shape[1], f.stride, values, x.device_id,
-                                 reinterpret_cast<void*>(stream));
-#else
-  (void)stream;
+                                 place.stream);
 #endif
 }
 
-void norm(const TensorView& x, const OptionalView& factor, const TensorView& out, int threads, uintptr_t stream) {
+void norm(const TensorView& x, const OptionalView& factor, const TensorView& out, const Place& place) {
   const Features f = make_features(x, factor, "x");
   double* const values = array<double>(out, "norm", f.rows);
   check_device(out, "norm", x.device_type, x.device_id);
-  if (!on_gpu(x, "x")) return pairwise_distance_norm_cpu(f, x.dtype(), x.shape[1], values, threads);
+  if (!on_gpu(x, "x")) return pairwise_distance_norm_cpu(f, x.dtype(), x.shape[1], values, place.threads);
 #ifdef VAREID_WITH_CUDA
   pairwise_distance_norm_cuda(f.data, f.factor, x.dtype(), f.rows, x.shape[1], f.stride, values, x.device_id,
-                              reinterpret_cast<void*>(stream));
-#else
-  (void)stream;
+                              place.stream);
 #endif
 }
 
 void prepare(const TensorView& x, const OptionalView& factor, const OptionalView& center, const TensorView& out,
-             const TensorView& out_norm, int threads, uintptr_t stream) {
+             const TensorView& out_norm, const Place& place) {
   const Features f = make_features(x, factor, "x");
   const int64_t D = x.shape[1];
   const double* const middle = array<double>(center, "center", D);
@@ -41,18 +37,16 @@ void prepare(const TensorView& x, const OptionalView& factor, const OptionalView
   float* const norms = array<float>(out_norm, "norm", f.rows);
   check_device(out, "out", x.device_type, x.device_id);
   check_device(out_norm, "norm", x.device_type, x.device_id);
-  if (!on_gpu(x, "x")) return pairwise_distance_prepare_cpu(f, x.dtype(), D, middle, rows, norms, threads);
+  if (!on_gpu(x, "x")) return pairwise_distance_prepare_cpu(f, x.dtype(), D, middle, rows, norms, place.threads);
 #ifdef VAREID_WITH_CUDA
   pairwise_distance_prepare_cuda(f.data, f.factor, x.dtype(), f.rows, D, f.stride, middle, rows, norms, x.device_id,
-                                 reinterpret_cast<void*>(stream));
-#else
-  (void)stream;
+                                 place.stream);
 #endif
 }
 
 void block(const TensorView& products, const TensorView& x, const OptionalView& x_factor, const TensorView& y,
            const OptionalView& y_factor, const TensorView& x_norm, const TensorView& y_norm, int metric, double unscale,
-           const OptionalView& mirror, int threads, uintptr_t stream) {
+           const OptionalView& mirror, const Place& place) {
   const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
   const int64_t D = x.shape[1], ld = leading_dimension(products, "products");
   check_shape(products, "products", {left.rows, right.rows});
@@ -66,21 +60,19 @@ void block(const TensorView& products, const TensorView& x, const OptionalView& 
   check_device(products, "products", x.device_type, x.device_id);
   if (!on_gpu(x, "x"))
     return pairwise_distance_block_cpu(products.as<float>(), ld, left, right, x.dtype(), D, x_norms, y_norms,
-                                       static_cast<Metric>(metric), unscale, turned, mirror_ld, threads);
+                                       static_cast<Metric>(metric), unscale, turned, mirror_ld, place.threads);
 #ifdef VAREID_WITH_CUDA
   pairwise_distance_block_cuda(products.as<float>(), ld, left.data, left.factor, left.rows, left.stride, right.data,
                                right.factor, right.rows, right.stride, x.dtype(), D, x_norms, y_norms,
                                static_cast<Metric>(metric), unscale, turned, mirror_ld, x.device_id,
-                               reinterpret_cast<void*>(stream));
-#else
-  (void)stream;
+                               place.stream);
 #endif
 }
 
 #ifdef VAREID_WITH_CUDA
 void tiled(const TensorView& x_prepared, const TensorView& y_prepared, const TensorView& out, const TensorView& x,
            const OptionalView& x_factor, const TensorView& y, const OptionalView& y_factor, const TensorView& x_norm,
-           const TensorView& y_norm, int metric, double unscale, uintptr_t stream) {
+           const TensorView& y_norm, int metric, double unscale, const Place& place) {
   const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
   const int64_t D = x.shape[1];
   check_shape(y, "y", {right.rows, D});
@@ -93,7 +85,7 @@ void tiled(const TensorView& x_prepared, const TensorView& y_prepared, const Ten
                                leading_dimension(out, "block"), left.data, left.factor, left.rows, left.stride,
                                right.data, right.factor, right.rows, right.stride, x.dtype(), D,
                                array<float>(x_norm, "x_norm", left.rows), array<float>(y_norm, "y_norm", right.rows),
-                               static_cast<Metric>(metric), unscale, x.device_id, reinterpret_cast<void*>(stream));
+                               static_cast<Metric>(metric), unscale, x.device_id, place.stream);
 }
 #endif
 

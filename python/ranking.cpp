@@ -65,7 +65,7 @@ void check_workspace(const Optional& workspace, int64_t needed) {
 }
 
 void forward(const TensorView& distances, const Labels& labels, const Results& results, const Optional& workspace,
-             int64_t max_group, int threads, uintptr_t stream) {
+             int64_t max_group, const Place& place) {
   if (distances.ndim != 2) refuse("distances", "shape " + shape_text(distances) + ", expected [Q, G]");
   check_float(distances, "distances");
   const int64_t Q = distances.shape[0], G = distances.shape[1];
@@ -74,18 +74,17 @@ void forward(const TensorView& distances, const Labels& labels, const Results& r
   const RankingLabels in = make_labels(labels, Q, G, distances);
   const RankingResults out = make_results(results, Q, distances);
   if (distances.device_type == kDeviceCpu) {
-    check_workspace(workspace, ranking_workspace_bytes_cpu(max_group, threads));
+    check_workspace(workspace, ranking_workspace_bytes_cpu(max_group, place.threads));
     ranking_forward_cpu(distances.data, distances.strides[0], in, out, workspace->data, distances.dtype(), Q, G,
-                        max_group, threads);
+                        max_group, place.threads);
     return;
   }
 #ifdef VAREID_WITH_CUDA
   ranking_forward_cuda(distances.data, distances.strides[0], in.gallery_order, in.group_begin, in.group_end, in.junk,
                        in.query_camera, in.gallery_camera, out.average_precision, out.inverse_negative_penalty,
                        out.first_match_rank, out.num_matches, distances.dtype(), Q, G, distances.device_id,
-                       reinterpret_cast<void*>(stream));
+                       place.stream);
 #else
-  (void)stream;
   refuse("distances", "is on a GPU, but this build has no CUDA kernels");
 #endif
 }
@@ -93,7 +92,7 @@ void forward(const TensorView& distances, const Labels& labels, const Results& r
 // The CPU's only. Features with their factors, norms and windows: x, factor, norm, window.
 using FeatureViews = std::tuple<TensorView, OptionalView, TensorView, TensorView>;
 void features(const TensorView& products, const FeatureViews& x, const FeatureViews& y, const Labels& labels,
-              const Results& results, const TensorView& workspace, int64_t max_group, int threads) {
+              const Results& results, const TensorView& workspace, int64_t max_group, const Place& place) {
   const auto& [x_rows, x_factor, x_norm, x_window] = x;
   const auto& [y_rows, y_factor, y_norm, y_window] = y;
   const Features left = make_features(x_rows, x_factor, "x"), right = make_features(y_rows, y_factor, "y");
@@ -105,10 +104,10 @@ void features(const TensorView& products, const FeatureViews& x, const FeatureVi
     check_device(*view, "products", kDeviceCpu, 0);
   const Bounds x_bounds{array<float>(x_norm, "norm", left.rows), array<float>(x_window, "window", left.rows)};
   const Bounds y_bounds{array<float>(y_norm, "norm", right.rows), array<float>(y_window, "window", right.rows)};
-  check_workspace(workspace, ranking_features_workspace_bytes_cpu(max_group, right.rows, threads));
+  check_workspace(workspace, ranking_features_workspace_bytes_cpu(max_group, right.rows, place.threads));
   ranking_features_cpu(products.as<float>(), ld, left, right, x_rows.dtype(), x_rows.shape[1], x_bounds, y_bounds,
                        make_labels(labels, left.rows, right.rows, products), make_results(results, left.rows, products),
-                       workspace.data, max_group, threads);
+                       workspace.data, max_group, place.threads);
 }
 
 }  // namespace

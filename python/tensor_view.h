@@ -32,6 +32,13 @@ constexpr int32_t kDeviceCpu = 1;
 constexpr int32_t kDeviceCuda = 2;
 constexpr int kMaxDims = 4;
 
+// Where a function runs: threads of the CPU, or a stream of a GPU. From Python a tuple of three numbers.
+struct Place {
+  int threads = 1;
+  int device = 0;
+  void* stream = nullptr;
+};
+
 struct TensorView {
   void* data = nullptr;
   int32_t device_type = kDeviceCpu;
@@ -147,6 +154,20 @@ struct type_caster<vareid::TensorView> {
       expected *= value.shape[d];
     }
     if (value.numel() == 0) value.contiguous = true;
+    return true;
+  }
+};
+
+template <>
+struct type_caster<vareid::Place> {
+  PYBIND11_TYPE_CASTER(vareid::Place, const_name("tuple[int, int, int]"));
+
+  bool load(handle source, bool) {
+    if (!isinstance<tuple>(source) || len(source) != 3) return false;
+    const auto place = reinterpret_borrow<tuple>(source);
+    value.threads = place[0].cast<int>();
+    value.device = place[1].cast<int>();
+    value.stream = reinterpret_cast<void*>(place[2].cast<uintptr_t>());
     return true;
   }
 };

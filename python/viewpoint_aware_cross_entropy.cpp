@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "bindings.h"
 #include "soft_target.h"
@@ -101,23 +102,27 @@ Batch check(const Optional& identity_logits, const Optional& viewpoint_logits, c
   return batch;
 }
 
-// Whether the view of sample i, of identity y, can be used.
-bool view_fits(const TensorView& viewpoint, const uint8_t* exists, int64_t V, int64_t i) {
+// The code of what is wrong with the view of a sample, as in label_error of the reference; 0 for nothing.
+int view_error(const TensorView& viewpoint, const uint8_t* exists, int64_t V, int64_t i) {
   if (viewpoint.ndim == 1) {
     const int64_t v = viewpoint.as<int64_t>()[i];
-    return v >= -1 && v < V && (v < 0 || !exists || exists[v]);
+    if (v < -1 || v >= V) return 2;
+    return v < 0 || !exists || exists[v] ? 0 : 3;
   }
+  const double* const weight = viewpoint.as<double>() + i * V;
   double sum = 0;
+  bool excluded = false, negative = false;
   for (int64_t k = 0; k < V; ++k) {
-    const double weight = viewpoint.as<double>()[i * V + k];
-    if (!(weight >= 0) || (weight > 0 && exists && !exists[k])) return false;
-    sum += weight;
+    negative = negative || !(weight[k] >= 0);
+    excluded = excluded || (weight[k] > 0 && exists && !exists[k]);
+    sum += weight[k];
   }
-  return std::abs(sum - 1) <= 1e-4;
+  return negative || !(std::abs(sum - 1) <= 1e-4) ? 4 : excluded ? 3 : 0;
 }
 
-// Whether all labels of a batch can be used, and every identity of the mask has a view. On the CPU.
-bool labels_fit(const TensorView& identity, const Optional& viewpoint, const Optional& mask, int64_t K, int64_t V) {
+// label_error of the reference, for arrays on the CPU: (code, row), (0, 0) where nothing is wrong.
+std::pair<int, int64_t> label_error(const TensorView& identity, const Optional& viewpoint, const Optional& mask,
+                                    int64_t K, int64_t V) {
   const int64_t N = identity.shape[0];
   check_int64(identity, "identity");
   check_contiguous(identity, "identity");
@@ -139,15 +144,15 @@ bool labels_fit(const TensorView& identity, const Optional& viewpoint, const Opt
     check_contiguous(*mask, "mask");
     check_device(*mask, "mask", kDeviceCpu, 0);
   }
+  const int64_t* const labels = identity.as<int64_t>();
+  for (int64_t i = 0; i < N; ++i)
+    if (labels[i] < 0 || labels[i] >= K) return {1, i};
   const uint8_t* const exists = mask ? mask->as<uint8_t>() : nullptr;
-  for (int64_t i = 0; i < N; ++i) {
-    const int64_t y = identity.as<int64_t>()[i];
-    if (y < 0 || y >= K) return false;
-    if (viewpoint && !view_fits(*viewpoint, exists ? exists + y * V : nullptr, V, i)) return false;
-  }
   for (int64_t j = 0; exists && j < K; ++j)
-    if (std::none_of(exists + j * V, exists + (j + 1) * V, [](uint8_t view) { return view != 0; })) return false;
-  return true;
+    if (std::none_of(exists + j * V, exists + (j + 1) * V, [](uint8_t view) { return view != 0; })) return {5, j};
+  for (int64_t i = 0; viewpoint && i < N; ++i)
+    if (const int code = view_error(*viewpoint, exists ? exists + labels[i] * V : nullptr, V, i)) return {code, i};
+  return {0, 0};
 }
 
 Reduction check_reduction(int reduction) {
@@ -181,8 +186,7 @@ int64_t workspace_bytes(int64_t N, int64_t K, int64_t V, bool has_identity, bool
 void forward(const Optional& identity_logits, const Optional& viewpoint_logits, const TensorView& identity,
              const Optional& viewpoint, const Optional& mask, const TensorView& identity_loss,
              const TensorView& viewpoint_loss, const TensorView& statistics, bool adaptive, double alpha,
-             double epsilon, int reduction_code, const Optional& label_error, const TensorView& workspace, int threads,
-             uintptr_t stream) {
+             double epsilon, int reduction_code, const Optional& label_error, const TensorView& workspace, const Place& place) {
   Batch batch = check(identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics);
   const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
   const Reduction reduction = check_reduction(reduction_code);
@@ -199,7 +203,7 @@ void forward(const Optional& identity_logits, const Optional& viewpoint_logits, 
   check_device(workspace, "workspace", batch.device_type, batch.device_id);
   if (!cuda) {
     viewpoint_aware_cross_entropy_forward_cpu(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
-                                              reduction, workspace.data, threads);
+                                              reduction, workspace.data, place.threads);
     return;
   }
   if (label_error) {
@@ -210,9 +214,8 @@ void forward(const Optional& identity_logits, const Optional& viewpoint_logits, 
 #ifdef VAREID_WITH_CUDA
   viewpoint_aware_cross_entropy_forward_cuda(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
                                              reduction, label_error ? label_error->as<int64_t>() : nullptr,
-                                             workspace.data, batch.device_id, reinterpret_cast<void*>(stream));
+                                             workspace.data, batch.device_id, place.stream);
 #else
-  (void)stream;
   refuse("identity_logits", "is on a GPU, but this build has no CUDA kernels");
 #endif
 }
@@ -220,7 +223,7 @@ void forward(const Optional& identity_logits, const Optional& viewpoint_logits, 
 void backward(const Optional& identity_upstream, const Optional& viewpoint_upstream, const Optional& identity_logits,
               const Optional& viewpoint_logits, const TensorView& identity, const Optional& viewpoint,
               const Optional& mask, const TensorView& statistics, const Optional& identity_grad,
-              const Optional& viewpoint_grad, int reduction_code, int threads, uintptr_t stream) {
+              const Optional& viewpoint_grad, int reduction_code, const Place& place) {
   Batch batch = check(identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics);
   const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
   const Reduction reduction = check_reduction(reduction_code);
@@ -240,14 +243,13 @@ void backward(const Optional& identity_upstream, const Optional& viewpoint_upstr
   }
   if (batch.device_type == kDeviceCpu) {
     viewpoint_aware_cross_entropy_backward_cpu(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
-                                               reduction, threads);
+                                               reduction, place.threads);
     return;
   }
 #ifdef VAREID_WITH_CUDA
   viewpoint_aware_cross_entropy_backward_cuda(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
-                                              reduction, batch.device_id, reinterpret_cast<void*>(stream));
+                                              reduction, batch.device_id, place.stream);
 #else
-  (void)stream;
   refuse("identity_logits", "is on a GPU, but this build has no CUDA kernels");
 #endif
 }
@@ -256,7 +258,7 @@ void backward(const Optional& identity_upstream, const Optional& viewpoint_upstr
 
 void bind_viewpoint_aware_cross_entropy(pybind11::module_& m) {
   using release = pybind11::call_guard<pybind11::gil_scoped_release>;
-  m.def("viewpoint_aware_cross_entropy_labels_fit", &labels_fit, release());
+  m.def("viewpoint_aware_cross_entropy_label_error", &label_error, release());
   m.def("viewpoint_aware_cross_entropy_workspace_bytes", &workspace_bytes);
   m.def("viewpoint_aware_cross_entropy_forward", &forward, release());
   m.def("viewpoint_aware_cross_entropy_backward", &backward, release());

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from vareid_ext import (
 from vareid_ext.metrics import features as features_module
 from vareid_ext.metrics.ranking import QueryRanking
 from vareid_ext.ops import _progress
-from vareid_ext.ops.ranking import _gpu_features, ranking_features
+from vareid_ext.ops.ranking import _rank_on_gpu, _ranked, ranking_features
 from vareid_ext.retrieval import RERANKERS, Reranker, fit_reranker
 
 
@@ -56,7 +57,7 @@ def kernel(request, monkeypatch):
     if request.param == "as on a GPU":
         if not _native.available("cpu"):
             pytest.skip(_native.backends()["cpu"])
-        monkeypatch.setattr(features_module, "ranking_features", _gpu_features)
+        monkeypatch.setattr(features_module, "ranking_features", functools.partial(_ranked, _rank_on_gpu))
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
@@ -129,7 +130,7 @@ def test_any_features_are_ranked_as_in_float64(seed, Q, G, D, identities, kind, 
     if _native.available("cpu"):
         vectors = [torch.from_numpy(label) for label in labels]
         assert_equal_results(
-            QueryRanking(*_gpu_features(x[:Q], x[Q:], "sqeuclidean", *vectors, junk, 5)), expected, 1e-15
+            QueryRanking(*_ranked(_rank_on_gpu, x[:Q], x[Q:], "sqeuclidean", *vectors, junk, 5)), expected, 1e-15
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import functools
 import os
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import threading
 import types
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -120,16 +118,21 @@ def test_the_module_says_what_it_is():
 
 @pytest.mark.skipif(_native.backends()["cpu"] != "native", reason="needs the compiled module")
 def test_the_binding_checks_what_it_is_given():
-    view, module = _native.view, _native.module()
     W, U = torch.ones(2, 3), torch.ones(2, 2, 3)
     outputs = [torch.empty(()), torch.empty(2, 2), torch.empty(2), torch.empty(2, 2)]
     with pytest.raises(ValueError, match="viewpoint_centers: must have the dtype of identity_centers"):
-        module.angular_center_forward(view(W), view(U.double()), None, *map(view, outputs), 1, 0)
+        _native.launch("angular_center_forward", W, U.double(), None, *outputs, on=W)
     outputs[1] = torch.empty(3, 2)
     with pytest.raises(ValueError, match=r"cosine: shape \[3, 2\], expected \[2, 2\]"):
-        module.angular_center_forward(view(W), view(U), None, *map(view, outputs), 1, 0)
+        _native.launch("angular_center_forward", W, U, None, *outputs, on=W)
     with pytest.raises(TypeError):
-        module.angular_center_forward(W, U, None, *map(view, outputs), 1, 0)
+        _native.module().angular_center_forward(W, U, None, *outputs, (1, 0, 0))
+
+
+class OnFirstGpu(torch.Tensor):
+    """A tensor that says it lies on the first GPU of a machine."""
+
+    device = property(lambda self: torch.device("cuda", 0))
 
 
 class OnSecondGpu(torch.Tensor):
@@ -151,7 +154,7 @@ def mixed_gpus(monkeypatch):
     monkeypatch.setattr(_native, "_missing_reason", "")
     monkeypatch.setattr(_native, "_environment_reference", False)
     monkeypatch.setattr(_native, "_cuda_reasons", {})
-    monkeypatch.setattr(_native, "_told", set())
+    monkeypatch.setattr(_native, "_warned", set())
     return asked
 
 
@@ -168,14 +171,15 @@ def test_each_gpu_is_asked_once_and_only_the_unusable_one_is_told(mixed_gpus):
 
 
 def test_an_op_runs_the_reference_on_the_gpu_that_cannot_run_its_kernel(mixed_gpus):
-    kernels = {}
-    op = mock.Mock(
-        _init_fn=lambda x: "reference", register_kernel=lambda kind: functools.partial(kernels.__setitem__, kind)
-    )
-    _native.register(op, "cuda")(lambda x: "kernel")
-    assert kernels["cuda"](torch.ones(1)) == "kernel"
+    op = _native.with_fallback(lambda x: "kernel", lambda x: "reference")
+    assert op(torch.ones(1).as_subclass(OnFirstGpu)) == "kernel"
     with pytest.warns(RuntimeWarning, match="cuda:1"):
-        assert kernels["cuda"](torch.ones(1).as_subclass(OnSecondGpu)) == "reference"
+        assert op(torch.ones(1).as_subclass(OnSecondGpu)) == "reference"
+
+
+def test_an_op_runs_the_reference_where_its_kernel_does_not_cover_the_input():
+    op = _native.with_fallback(lambda x: NotImplemented, lambda x: "reference")
+    assert op(torch.ones(1)) == "reference"
 
 
 def test_the_probe_refuses_a_device_that_does_not_exist():

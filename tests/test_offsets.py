@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -135,7 +137,7 @@ def test_logits(dtype):
 
 def test_sparse_rows():
     """The stages of re-ranking on a matrix whose entries begin beyond element 2^31."""
-    module, view, threads, shift = _native.module(), _native.view, torch.get_num_threads(), BEYOND + 13
+    shift, launch = BEYOND + 13, functools.partial(_native.launch, on=torch.empty(0))
     query, gallery = features(20, 19, 0, torch.float32), features(90, 19, 1, torch.float32)
     M = 110
     generator = torch.Generator().manual_seed(0)
@@ -156,28 +158,22 @@ def test_sparse_rows():
     workspace = torch.empty(1 << 20, dtype=torch.uint8)
 
     out = reserved(shift + index.shape[0], torch.float32)
-    module.k_reciprocal_listed_distance(
-        view(query), None, view(gallery), None, view(neighbor), view(near), view(far_indptr), view(far_index),
-        view(out), threads, 0,
-    )  # fmt: skip
+    launch("k_reciprocal_listed_distance", query, None, gallery, None, neighbor, near, far_indptr, far_index, out)
     expected = stages.listed_distance(query, gallery, 1.0, neighbor, near, indptr, index)
     torch.testing.assert_close(out[shift:], expected, rtol=0, atol=0)
 
-    module.k_reciprocal_encode(view(far_indptr), view(far_value), view(row_max), view(out), threads, 0)
+    launch("k_reciprocal_encode", far_indptr, far_value, row_max, out)
     weights = torch.exp(-value.double() / row_max[present.nonzero()[:, 0]].double())
     sums = torch.zeros(M, dtype=torch.float64).index_add_(0, present.nonzero()[:, 0], weights)
     torch.testing.assert_close(out[shift:].double(), weights / sums[present.nonzero()[:, 0]], rtol=1e-6, atol=1e-9)
 
     new_indptr, new_index, new_value = stages.k_reciprocal_expand(neighbor, 3, indptr, index, value)
     found = torch.empty_like(indptr)
-    arrays = [view(array) for array in (far_indptr, far_index, far_value)]
-    module.k_reciprocal_expand(view(neighbor), 3, *arrays, view(found), None, None, view(workspace), threads, 0)
+    given = neighbor, 3, far_indptr, far_index, far_value
+    launch("k_reciprocal_expand", *given, found, None, None, workspace)
     assert torch.equal(found, new_indptr)
     far_new_index, far_new_value = (reserved(shift + new_index.shape[0], t) for t in (torch.int32, torch.float32))
-    module.k_reciprocal_expand(
-        view(neighbor), 3, *arrays, view(new_indptr + shift), view(far_new_index), view(far_new_value),
-        view(workspace), threads, 0,
-    )  # fmt: skip
+    launch("k_reciprocal_expand", *given, new_indptr + shift, far_new_index, far_new_value, workspace)
     assert_equal((far_new_index[shift:], far_new_value[shift:]), (new_index, new_value))
 
     inverted = stages.k_reciprocal_invert(indptr, index, value, 20, M)

@@ -94,11 +94,10 @@ def test_small_blocks_by_the_own_kernel(backend, metric, M, N, D):
     if not (x.is_cuda or backend == "cuda_on_cpu"):
         return
     filtered = Filter([x, y], ["x", "y"], metric)
-    out, view = torch.empty(M, N), _native.view
-    native.pairwise_distance_tiled(
-        view(filtered.block(0, 0, M, 0)), view(filtered.block(1, 0, N, 1)), view(out), view(x),
-        view(filtered.factors[0]), view(y), view(filtered.factors[1]), view(filtered.norms[0]),
-        view(filtered.norms[1]), METRICS.index(metric), filtered.unscale, 0,
+    out = torch.empty(M, N)
+    _native.launch(
+        "pairwise_distance_tiled", filtered.block(0, 0, M, 0), filtered.block(1, 0, N, 1), out, x, filtered.factors[0],
+        y, filtered.factors[1], *filtered.norms, METRICS.index(metric), filtered.unscale, on=x,
     )  # fmt: skip
     assert out[0, 0] == 0
     torch.testing.assert_close(out.double(), truth(x, y, metric), rtol=2e-5, atol=2e-6)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.factories import feature_array
 from tests.large.memory import peak_memory
@@ -467,3 +468,16 @@ def test_small_diagonals_of_real_products_are_fine():
     np.fill_diagonal(q_q, 1e-3)
     np.fill_diagonal(g_g, 2e-3)
     assert np.isfinite(re_ranking(q_g, q_q, g_g)).all()
+
+
+def test_fake_tensors_outside_their_mode_are_refused():
+    with FakeTensorMode():
+        fake = torch.rand(20, 6)
+    real = torch.rand(20, 6)
+    with pytest.raises(ValueError, match="query: FakeTensor without memory was given"):
+        k_reciprocal_rerank(fake, real, k1=5, k2=2)
+    with pytest.raises(ValueError, match="gallery: FakeTensor without memory was given"):
+        k_reciprocal_rerank(real, fake, k1=5, k2=2)
+    q_g, q_q, g_g = map(torch.from_numpy, matrices(6, 6))
+    with pytest.raises(ValueError, match="g_g_dist: FakeTensor without memory was given"):
+        re_ranking(q_g, q_q, FakeTensorMode().from_tensor(g_g))

@@ -460,9 +460,9 @@ def test_mask_that_excludes_a_sample_is_refused(backend: str) -> None:
     mask = torch.ones(5, 3, dtype=torch.bool)
     mask[4, 1] = False
     identity = torch.tensor([0, 4, 4, 1])
-    with pytest.raises(ValueError, match="mask: excludes viewpoint 1 of identity 4, which row 2 has"):
+    with pytest.raises(ValueError, match="viewpoint: 1 at row 2 is on a view that the mask excludes for identity 4"):
         viewpoint_cross_entropy(S, identity, torch.tensor([1, 0, 1, 1]), mask=mask)
-    with pytest.raises(ValueError, match="row 1 has weight on a view that the mask excludes for identity 4"):
+    with pytest.raises(ValueError, match="at row 1 is on a view that the mask excludes for identity 4"):
         viewpoint_cross_entropy(S, identity, torch.full((4, 3), 1 / 3), mask=mask)
 
 
@@ -476,7 +476,7 @@ def test_exponentials_are_as_exact_as_documented(dtype: torch.dtype, bound: floa
     z = torch.cat([torch.zeros(1, dtype=dtype), x, torch.tensor([-math.inf, -750.0], dtype=dtype)])[None]
     label, one = torch.zeros(1, dtype=torch.int64), torch.ones((), dtype=dtype)
     ops = torch.ops.vareid
-    _, _, statistics = ops.viewpoint_aware_cross_entropy_forward(z, None, label, None, None, "none", 0.0, 0.0, "sum")
+    _, _, statistics = ops.viewpoint_aware_cross_entropy_forward(z, None, label, None, None, False, 0.0, 0.0, "sum")
     gradient, _ = ops.viewpoint_aware_cross_entropy_backward(one, None, z, None, label, None, None, statistics, "sum")
     factor = statistics[0, 1, 0].to(dtype).numpy().astype(np.longdouble)
     want = np.exp(x.numpy().astype(np.longdouble)) * factor

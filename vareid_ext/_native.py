@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.utils.dlpack import to_dlpack
@@ -17,7 +17,6 @@ from torch.utils.dlpack import to_dlpack
 from vareid_ext._version import NATIVE_INTERFACE, __version__
 
 _MODULE_NAME = "_vareid_native"
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -43,14 +42,12 @@ _module, _missing_reason = _load()
 # Of the process, not of a thread: the backward pass on a GPU runs in threads of autograd.
 _forced_reference = 0
 _forced_reference_lock = threading.Lock()
-_told: set[str] = set()
-_kernels: dict[tuple[torch.library.CustomOpDef, str], Callable[..., Any]] = {}
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_warned: set[str] = set()
 
 
-def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
@@ -115,9 +112,8 @@ def _cuda_reason(device: int) -> str:
     return _cuda_reasons[device]
 
 
-def _with_index(device: torch.device | str) -> torch.device:
+def _with_index(device: torch.device) -> torch.device:
     """The device; "cuda" is the current one."""
-    device = torch.device(device)
     if device.type != "cuda" or device.index is not None:
         return device
     return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
@@ -127,11 +123,11 @@ def unavailable_reason(device: torch.device | str) -> str:
     """Why plain PyTorch runs for tensors of this device now, or "" if native kernels do. "cuda" is the current GPU."""
     if reference_forced():
         return "plain PyTorch was asked for (VAREID_BACKEND=reference or reference_backend())"
-    device = _with_index(device)
+    device = torch.device(device)
     if device.type == "cpu":
         return _missing_reason
     if device.type == "cuda":
-        return _cuda_reason(device.index)
+        return _cuda_reason(_with_index(device).index)
     return f"there are no native kernels for device type {device.type!r}"
 
 
@@ -146,71 +142,50 @@ def backends() -> dict[str, str]:
 
 
 def available(device: torch.device | str) -> bool:
-    """Whether native kernels run for tensors of this device now; where they cannot, the reason is told once."""
+    """Whether native kernels run for tensors of this device now; where they cannot, a warning says why, once."""
     reason = unavailable_reason(device)
     if reason and not reference_forced():
-        _tell_once(f"vareid_ext: plain PyTorch runs on {_with_index(device)}: {reason}")
+        _warn_once(f"vareid_ext: plain PyTorch runs on {_with_index(torch.device(device))}: {reason}")
     return not reason
 
 
-def _device_of(args: tuple[Any, ...], device_type: str) -> torch.device | str:
-    """The device of this type on which the arguments lie: one GPU may run the kernels where another cannot."""
-    if device_type == "cpu":
-        return device_type
-    found = (a.device for a in args if isinstance(a, torch.Tensor) and a.device.type == device_type)
-    return next(found, device_type)
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
-def register(op: torch.library.CustomOpDef, device_type: str) -> Callable[[_F], _F]:
-    """Register a function as the native kernel of ``op`` on a device type.
+def with_fallback(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs ``kernel`` where the device of the first tensor has native kernels, else ``reference``.
 
-    Where the native backend is missing or plain PyTorch is forced, the op's default implementation (the reference)
-    runs in its place, so a kernel needs no such test of its own. A kernel may return NotImplemented to say that it does
-    not cover this input (a dtype, say); the reference runs then too.
+    A kernel may return NotImplemented to say that it does not cover this input (a dtype, say); the reference runs then
+    too.
     """
-    reference = op._init_fn
 
-    def decorate(kernel: _F) -> _F:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if available(_device_of(args, device_type)):
-                result = kernel(*args, **kwargs)
-                if result is not NotImplemented:
-                    return result
-            return reference(*args, **kwargs)
+    def run(*args: Any) -> Any:
+        if available(next(filter(_is_tensor, args)).device):
+            result = kernel(*args)
+            if result is not NotImplemented:
+                return result
+        return reference(*args)
 
-        op.register_kernel(device_type)(run)
-        _kernels[op, device_type] = run
-        return kernel
-
-    return decorate
+    return run
 
 
-def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's memory holds its values: it is no subclass, not batched by a transform and not lazy."""
-    return (
-        type(tensor) in _PLAIN and torch._C._has_storage(tensor) and not tensor.is_neg() and not tensor._is_zerotensor()
-    )
+def capsule(value: Any) -> Any:
+    """A tensor as the compiled module takes it: a DLPack capsule that shares its memory. Anything else stays."""
+    if isinstance(value, torch.Tensor):
+        return to_dlpack(value)
+    return tuple(map(capsule, value)) if isinstance(value, (tuple, list)) else value
 
 
-def shortcut(op: torch.library.CustomOpDef, *tensors: torch.Tensor | None) -> Callable[..., Any]:
-    """What runs ``op`` on these tensors: its kernel at once where nobody can tell the difference, else the operator.
+def launch(name: str, *arguments: Any, on: torch.Tensor) -> None:
+    """Calls a function of the compiled module with tensors, numbers and tuples of them.
 
-    The operator's layers in the dispatcher cost more than a small kernel. They are needed where a gradient is to be
-    recorded, a compiler or a dispatch mode (fake tensors, tracing) looks on, or a tensor is not plain.
+    Args:
+        name: of the function.
+        arguments: what it takes before its place.
+        on: a tensor on whose device it runs, in PyTorch's number of threads or on PyTorch's current stream.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return op
-    present = [tensor for tensor in tensors if tensor is not None]
-    if not all(map(is_plain, present)):
-        return op
-    return _kernels.get((op, present[0].device.type), op)
-
-
-def view(tensor: torch.Tensor | None) -> Any:
-    """A tensor as the compiled module takes it (a DLPack capsule that shares its memory); None stays None."""
-    return None if tensor is None else to_dlpack(tensor.detach() if tensor.requires_grad else tensor)
-
-
-def stream(tensor: torch.Tensor) -> int:
-    """The handle of the current stream of a CUDA tensor's device."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+    place = (torch.get_num_threads(), 0, 0)
+    if on.is_cuda:
+        place = (1, on.device.index, torch.cuda.current_stream(on.device).cuda_stream)
+    getattr(module(), name)(*map(capsule, arguments), place)

@@ -231,7 +231,7 @@ def _watching(watch: Callable[[str, Callable[[], Any], tuple[Any, ...]], Any]) -
     module = Watched(_native.module(), watch)
     with (
         mock.patch.object(_native, "_module", module),
-        mock.patch.object(_native, "view", lambda tensor: None if tensor is None else tensor.detach()),
+        mock.patch.object(_native, "capsule", lambda value: tree_map_only(Tensor, Tensor.detach, value)),
     ):
         yield
 

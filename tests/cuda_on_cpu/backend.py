@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from vareid_ext import _native
 
@@ -38,16 +39,17 @@ class CompiledModule:
         return functools.partial(adapters()[name], self._launcher)
 
 
-def _no_view(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.detach()
+def _tensors(value: Any) -> Any:
+    """Arguments as the adapters take them."""
+    return tree_map_only(torch.Tensor, torch.Tensor.detach, value)
 
 
 @contextmanager
 def cuda_on_cpu(launcher: Callable[..., Any]) -> Iterator[None]:
     """Inside the block, operators on CPU tensors run the CUDA kernels through ``launcher``."""
-    before = _native._module, _native._missing_reason, _native.view
-    _native._module, _native._missing_reason, _native.view = CompiledModule(launcher), "", _no_view  # type: ignore[assignment]
+    before = _native._module, _native._missing_reason, _native.capsule
+    _native._module, _native._missing_reason, _native.capsule = CompiledModule(launcher), "", _tensors  # type: ignore[assignment]
     try:
         yield
     finally:
-        _native._module, _native._missing_reason, _native.view = before  # type: ignore[assignment]
+        _native._module, _native._missing_reason, _native.capsule = before  # type: ignore[assignment]

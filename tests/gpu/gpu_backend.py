@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from vareid_ext import _native
 from vareid_ext.ops import linear_viewpoint_aware_cross_entropy, viewpoint_aware_cross_entropy
+from vareid_ext.ops._checks import has_memory
 from vareid_ext.ops._labels import check_label_values
 
 DRY_RUN = os.environ.get("VAREID_GPU_DRY_RUN") == "1"
@@ -55,7 +56,7 @@ class _OnGpu(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if func.namespace != "vareid" or not all(map(_native.is_plain, tensors)):
+        if func.namespace != "vareid" or not all(type(a) is Tensor and has_memory(a) for a in tensors):
             return func(*args, **kwargs)
         moved = [_to_device(a) if isinstance(a, Tensor) else a for a in args]
         result = func(*moved, **kwargs)

@@ -49,6 +49,7 @@ def _problem(
 ) -> _Problem:  # fmt: skip
     query, gallery = _arrays.to_tensor(query, "query"), _arrays.to_tensor(gallery, "gallery")
     check_values("query", query)
+    check_values("gallery", gallery)
     check_features("query", query)
     check_same_features("gallery", gallery, "query", query)
     check_choice("metric", metric, METRICS)

@@ -25,11 +25,20 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name}: {kind} was given; a dense tensor is needed")
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor's values lie in memory; not so for "meta" and fake tensors and for those that vmap batches."""
+    try:
+        return not tensor.is_meta and tensor.untyped_storage().device == tensor.device
+    except NotImplementedError:  # a batch has no storage
+        return False
+
+
 def check_values(name: str, value: Tensor) -> None:
-    """:func:`check_tensor`, and ValueError for one on the device "meta", which has no values to look at."""
+    """:func:`check_tensor`, and ValueError for one without values to look at."""
     check_tensor(name, value)
-    if value.is_meta:
-        raise ValueError(f"{name}: is on the device meta; a tensor with values is needed")
+    if not has_memory(value):
+        kind = "is on the device meta" if value.is_meta else f"{type(value).__name__} without memory was given"
+        raise ValueError(f"{name}: {kind}; a tensor with values is needed")
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -50,10 +59,8 @@ def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
 def check_shape(name: str, value: Tensor, shape: Sequence[int | str]) -> None:
     """ValueError unless ``value`` has this shape; a string stands for any size and names it in the message."""
     check_tensor(name, value)
-    fits = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
+    have = value.shape
+    if len(have) != len(shape) or any(w != h and not isinstance(w, str) for w, h in zip(shape, have, strict=True)):
         wanted = ", ".join(map(str, shape))
         raise ValueError(f"{name}: shape {list(value.shape)} was given; [{wanted}] is needed")
 
@@ -95,11 +102,3 @@ def check_flag(name: str, value: object) -> None:
 def autocast_enabled(device: torch.device) -> bool:
     """Whether autocast is on for a device; PyTorch knows none for "meta"."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
-
-
-def refuse_forward_mode(function: str, *values: Tensor) -> None:
-    """RuntimeError if a tensor carries a forward-mode tangent, which an operator would drop without a word."""
-    if torch.compiler.is_compiling():
-        return
-    if any(torch.autograd.forward_ad.unpack_dual(value).tangent is not None for value in values):
-        raise RuntimeError(f"{function}: forward-mode differentiation (jvp) is not supported; use backward")

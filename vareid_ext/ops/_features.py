@@ -15,11 +15,6 @@ _MAX_ROWS = (1 << 31) - 1
 _CHUNK = 1 << 21  # elements read at once
 
 
-def stream_of(tensor: Tensor) -> int:
-    """The current stream of a CUDA tensor's device, 0 for others."""
-    return _native.stream(tensor) if tensor.is_cuda else 0
-
-
 def check_features(name: str, value: Tensor) -> None:
     """TypeError or ValueError unless ``value`` is a floating [rows, D] with 1 <= D <= 16,384 and rows < 2^31."""
     check_floating(name, value)
@@ -55,9 +50,7 @@ def row_magnitudes(name: str, value: Tensor, *, nonzero: bool = False) -> Tensor
     out = torch.empty(value.shape[0], dtype=torch.float64, device=value.device)
     contiguous = value.shape[1] <= 1 or value.stride(1) == 1
     if value.device.type in ("cpu", "cuda") and contiguous and _native.available(value.device):
-        _native.module().pairwise_distance_max_abs(
-            _native.view(value), _native.view(out), torch.get_num_threads(), stream_of(value)
-        )
+        _native.launch("pairwise_distance_max_abs", value, out, on=value)
     else:
         step = max(1, _CHUNK // value.shape[1])
         for begin in range(0, value.shape[0], step):

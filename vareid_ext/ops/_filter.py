@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _native
-from vareid_ext.ops._features import row_magnitudes, stream_of
+from vareid_ext.ops._features import row_magnitudes
 
 _SIDE = 1024  # rows and columns of a block of products: 4 MiB, which stays in a third-level cache
 _UNIT = 2.0**-24
@@ -115,7 +115,6 @@ class Filter:
 
     def __init__(self, parts: Sequence[Tensor], names: Sequence[str], metric: str, scale: float | None = None) -> None:
         self.parts = [contiguous_rows(part.detach()) for part in parts]
-        self.threads = torch.get_num_threads()
         D, device = self.parts[0].shape[1], self.parts[0].device
         self.unscale = 1.0
         self.factors: list[Tensor | None] = [None] * len(self.parts)
@@ -154,8 +153,7 @@ class Filter:
 
     def _norms_of(self, x: Tensor, factor: Tensor | None) -> Tensor:
         out = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-        view = _native.view
-        _native.module().pairwise_distance_norm(view(x), view(factor), view(out), self.threads, stream_of(x))
+        _native.launch("pairwise_distance_norm", x, factor, out, on=x)
         return out
 
     def _find_center(self) -> tuple[Tensor | None, float]:
@@ -196,10 +194,7 @@ class Filter:
             self.block(which, begin, min(part.shape[0], begin + rows_at_once(part)), 0)
 
     def _prepare(self, x: Tensor, factor: Tensor | None, out: Tensor, norm: Tensor) -> Tensor:
-        view = _native.view
-        _native.module().pairwise_distance_prepare(
-            view(x), view(factor), view(self.center), view(out), view(norm), self.threads, stream_of(x)
-        )
+        _native.launch("pairwise_distance_prepare", x, factor, self.center, out, norm, on=x)
         return out
 
     def block(self, which: int, begin: int, end: int, slot: int) -> Tensor:
@@ -233,9 +228,9 @@ class Filter:
             return self.norm, self.window
         return self.norms[which[0]], self.windows[which[0]]
 
-    def sets(self, *which: int) -> list[tuple[object, object]]:
+    def sets(self, *which: int) -> list[tuple[Tensor, Tensor | None]]:
         """The features and factors of some parts, as the compiled module takes them."""
-        return [(_native.view(self.parts[w]), _native.view(self.factors[w])) for w in which]
+        return [(self.parts[w], self.factors[w]) for w in which]
 
 
 def row_blocks(filtered: Filter, which: Sequence[int], block_rows: int) -> list[tuple[int, int, int, int]]:

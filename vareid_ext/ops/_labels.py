@@ -18,11 +18,13 @@ from vareid_ext.ops._checks import (
     check_tensor,
     dtype_name,
 )
+from vareid_ext.ops._operator import contiguous
+from vareid_ext.reference.viewpoint_aware_cross_entropy import label_error
 
 SMOOTHING = ("adaptive", "uniform", "none")
 REDUCTION = ("mean", "sum", "none")
 _INTEGER = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_told_alpha: set[tuple[float, int]] = set()
+_warned_alpha: set[tuple[float, int]] = set()
 _label_errors: dict[torch.device, Tensor] = {}
 # The codes of csrc/cuda/cross_entropy_rows.cuh.
 _LABEL_ERRORS = (
@@ -47,12 +49,17 @@ def check_scalars(smoothing: str, alpha: float, epsilon: float, reduction: str) 
         raise ValueError(f"epsilon: {epsilon} was given; it must be in [0, 1)")
 
 
+def smoothing_arguments(smoothing: str, alpha: float, epsilon: float) -> tuple[bool, float, float]:
+    """(adaptive, alpha, epsilon) of the operators: epsilon is eps1 where that is not adaptive."""
+    return smoothing == "adaptive", alpha, epsilon if smoothing == "uniform" else 0.0
+
+
 def warn_of_alpha(alpha: float, views: int) -> None:
     """Warn once where alpha is so large that a wrong view's target can exceed the true one's."""
     if torch.compiler.is_compiling() or views < 2 or alpha <= (views - 1) / (2 * views - 1):
         return
-    if (alpha, views) not in _told_alpha:
-        _told_alpha.add((alpha, views))
+    if (alpha, views) not in _warned_alpha:
+        _warned_alpha.add((alpha, views))
         limit = (views - 1) / (2 * views - 1)
         warnings.warn(
             f"alpha: {alpha} is above {limit:.3g}; with {views} viewpoints the target of a wrong view can exceed that "
@@ -85,9 +92,14 @@ def check_viewpoint(viewpoint: Tensor, samples: int, views: int, anchor_name: st
     check_same_device("viewpoint", viewpoint, anchor_name, anchor)
 
 
+def plain_identity(identity: Tensor) -> Tensor:
+    """int64 labels."""
+    return identity if identity.dtype == torch.int64 else identity.long()  # even no conversion takes a microsecond
+
+
 def plain_viewpoint(viewpoint: Tensor) -> Tensor:
     """int64 labels or a float64 distribution: the two kinds the operators take; a target, so without gradient."""
-    return viewpoint.detach().to(torch.float64 if viewpoint.is_floating_point() else torch.int64)
+    return viewpoint.detach().double() if viewpoint.is_floating_point() else plain_identity(viewpoint)
 
 
 def check_mask(mask: Tensor | None, identities: int, views: int, anchor_name: str, anchor: Tensor) -> None:
@@ -106,49 +118,6 @@ def check_batch(samples: int, classes: int, reduction: str, name: str) -> None:
         raise ValueError(f"{name}: the batch is empty; reduction='mean' needs at least one sample")
 
 
-def _first(bad: Tensor) -> int:
-    return int(bad.nonzero()[0, 0])
-
-
-def transforms_active() -> bool:
-    """Whether a transform of ``torch.func`` (grad, vmap, jvp, ...) is being applied.
-
-    Operators with a closed-form gradient cannot be followed by these; the losses then run as a plain composition.
-    """
-    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _without_wrappers(tensor: Tensor | None) -> Tensor | None:
-    """The tensor that the wrappers of torch.func's transforms hold, with the dimensions that vmap hides."""
-    while tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor
-
-
-def check_transformed_labels(
-    identity: Tensor, viewpoint: Tensor | None, identities: int, views: int, mask: Tensor | None
-) -> None:
-    """:func:`check_label_values` inside a transform of ``torch.func``; labels batched by vmap need only be in range.
-
-    Tensors without values (a tracer's, fake ones) are not looked at.
-    """
-    given = (identity, viewpoint, mask)
-    plain = [_without_wrappers(tensor) for tensor in given]
-    traced = torch._C._len_torch_dispatch_stack() > 0
-    if traced or not all(_native.is_plain(tensor) for tensor in plain if tensor is not None):
-        return
-    with torch._C._DisableFuncTorch():
-        whole_identity, whole_viewpoint, whole_mask = plain
-        assert whole_identity is not None
-        if all(p is None or p.dim() == t.dim() for p, t in zip(plain, given, strict=True) if t is not None):
-            check_label_values(whole_identity, whole_viewpoint, identities, views, whole_mask)
-            return
-        check_label_values(whole_identity.flatten(), None, identities, 1, None)
-        if whole_viewpoint is not None and not whole_viewpoint.is_floating_point():
-            whole_viewpoint = whole_viewpoint.flatten()
-            check_label_values(torch.zeros_like(whole_viewpoint), whole_viewpoint, 1, views, None)
-
-
 def reduce_rows(loss: Tensor, reduction: str) -> Tensor:
     """The mean or the sum of the rows' losses, added up in float64; or the rows as they are."""
     if reduction == "none":
@@ -164,62 +133,34 @@ def check_label_values(
 
     On other devices this would have to wait for the device; see :func:`vareid_ext.raise_label_errors`.
     """
-    if identity.device.type != "cpu" or identity.numel() == 0:
+    if not identity.is_cpu or identity.numel() == 0:
         return
     if _native.loaded() and not _native.reference_forced():
-        labels = (None if t is None else _native.view(t.contiguous()) for t in (identity, viewpoint, mask))
-        if _native.module().viewpoint_aware_cross_entropy_labels_fit(*labels, identities, views):
-            return
-    smallest, largest = (int(bound) for bound in torch.aminmax(identity))
-    if smallest < 0 or largest >= identities:
-        row = _first((identity < 0) | (identity >= identities))
-        raise IndexError(f"identity: {int(identity[row])} at row {row}; labels must be in [0, {identities})")
-    if mask is not None:
-        empty = ~mask.any(1)
-        if bool(empty.any()):
-            raise ValueError(f"mask: identity {_first(empty)} has no existing viewpoint")
-    if viewpoint is None:
+        labels = map(_native.capsule, map(contiguous, (identity, viewpoint, mask)))
+        code, row = _native.module().viewpoint_aware_cross_entropy_label_error(*labels, identities, views)
+    else:
+        code, row = label_error(identity, viewpoint, mask, identities, views)
+    if code == 0:
         return
-    if viewpoint.is_floating_point():
-        wide = viewpoint.to(torch.float64)
-        wrong = ~(((wide >= 0).all(1)) & ((wide.sum(1) - 1).abs() <= 1e-4))
-        if bool(wrong.any()):
-            row = _first(wrong)
-            raise ValueError(
-                f"viewpoint: {wide[row].tolist()} at row {row}; a distribution must be non-negative and sum to 1 "
-                "within 1e-4"
-            )
-        if mask is not None:
-            outside = ((wide > 0) & ~mask[identity]).any(1)
-            if bool(outside.any()):
-                row = _first(outside)
-                raise ValueError(
-                    f"viewpoint: {wide[row].tolist()} at row {row} has weight on a view that the mask excludes for "
-                    f"identity {int(identity[row])}"
-                )
-        return
-    smallest, largest = (int(bound) for bound in torch.aminmax(viewpoint))
-    if smallest < -1 or largest >= views:
-        row = _first((viewpoint < -1) | (viewpoint >= views))
-        raise IndexError(
-            f"viewpoint: {int(viewpoint[row])} at row {row}; labels must be in [0, {views}), or -1 for unknown"
-        )
-    if mask is not None:
-        excluded = (viewpoint >= 0) & ~mask[identity, viewpoint.clamp(min=0)]
-        if bool(excluded.any()):
-            row = _first(excluded)
-            raise ValueError(
-                f"mask: excludes viewpoint {int(viewpoint[row])} of identity {int(identity[row])}, which row {row} has"
-            )
+    if code == 5:
+        raise ValueError(f"mask: identity {row} has no existing viewpoint")
+    y = int(identity[row])
+    if code == 1:
+        raise IndexError(f"identity: {y} at row {row}; labels must be in [0, {identities})")
+    assert viewpoint is not None
+    given = viewpoint[row].tolist()
+    if code == 2:
+        raise IndexError(f"viewpoint: {given} at row {row}; labels must be in [0, {views}), or -1 for unknown")
+    if code == 3:
+        raise ValueError(f"viewpoint: {given} at row {row} is on a view that the mask excludes for identity {y}")
+    raise ValueError(f"viewpoint: {given} at row {row}; a distribution must be non-negative and sum to 1 within 1e-4")
 
 
-def label_error_slot(device: torch.device) -> Tensor | None:
+def label_error_slot(device: torch.device) -> Tensor:
     """Where the kernels on a GPU note a bad label: int64 [2], one for each head, in memory that host and device share.
 
-    None on the CPU. Raises what earlier calls on this device have noted by now, without waiting for it.
+    Raises what earlier calls on this device have noted by now, without waiting for it.
     """
-    if device.type != "cuda":
-        return None
     if device not in _label_errors:
         _label_errors[device] = torch.zeros(2, dtype=torch.int64, pin_memory=True)
     _raise_noted(_label_errors[device])

@@ -64,24 +64,16 @@ def _row_stride(columns: int, some: Tensor) -> int:
     return -(-columns // step) * step
 
 
-def _stream(tensor: Tensor) -> int:
-    return _native.stream(tensor) if tensor.is_cuda else 0
-
-
 def inverse_norms(x: Tensor) -> Tensor:
     """1 / |x_i| for each row of ``x [rows, D]``; 0 for a zero vector."""
     inverse = x.new_empty(x.shape[0], dtype=accumulator_dtype(x.dtype))
-    _native.module().linear_viewpoint_aware_cross_entropy_inverse_norms(
-        _native.view(x), _native.view(inverse), torch.get_num_threads(), _stream(x)
-    )
+    _native.launch("linear_viewpoint_aware_cross_entropy_inverse_norms", x, inverse, on=x)
     return inverse
 
 
 def project(x: Tensor, inverse: Tensor, gradient: Tensor) -> None:
     """Remove from each row of the gradient what points along the row of x, in place."""
-    _native.module().linear_viewpoint_aware_cross_entropy_project(
-        _native.view(x), _native.view(inverse), _native.view(gradient), torch.get_num_threads(), _stream(x)
-    )
+    _native.launch("linear_viewpoint_aware_cross_entropy_project", x, inverse, gradient, on=x)
 
 
 class _Rows:
@@ -92,11 +84,8 @@ class _Rows:
         self.K, self.V, _ = head.centers.shape
         self.identity = head.identity[first_row : first_row + rows]
         self.viewpoint = None if head.viewpoint is None else head.viewpoint[first_row : first_row + rows]
-        self.threads = torch.get_num_threads()
-        some = head.centers
-        self.stream = _stream(some)
         self.parts = [self._parts(rows, identities * self.V) for identities in blocks]
-        new = some.new_empty
+        new = head.centers.new_empty
         self.summaries = new((rows, sum(self.parts), 4), dtype=torch.float64)
         self.own_logits = new((self.V, rows), dtype=torch.float64)
         self.statistics = new((STATISTICS, rows), dtype=torch.float64)
@@ -108,27 +97,23 @@ class _Rows:
         return None if self.scale is None else self.scale[first * self.V :][: logits.shape[1]]
 
     def summarise(self, logits: Tensor, first: int, block: int) -> None:
-        view = _native.view
-        _native.module().linear_viewpoint_aware_cross_entropy_summarise(
-            view(logits), view(self._scale(first, logits)), view(self.identity), view(self.head.mask),
-            view(self.summaries), view(self.own_logits), self.K, self.V, first, sum(self.parts[:block]), self.threads,
-            self.stream,
+        _native.launch(
+            "linear_viewpoint_aware_cross_entropy_summarise", logits, self._scale(first, logits), self.identity,
+            self.head.mask, self.summaries, self.own_logits, self.K, self.V, first, sum(self.parts[:block]), on=logits,
         )  # fmt: skip
 
     def finish(self, loss: Tensor) -> None:
-        view, head = _native.view, self.head
-        _native.module().linear_viewpoint_aware_cross_entropy_finish(
-            view(self.summaries), view(self.own_logits), view(self.identity), view(self.viewpoint), view(head.mask),
-            view(loss), view(self.statistics), head.adaptive, head.alpha, head.epsilon, self.K,
-            view(label_error_slot(head.centers.device)), self.stream,
+        head = self.head
+        _native.launch(
+            "linear_viewpoint_aware_cross_entropy_finish", self.summaries, self.own_logits, self.identity,
+            self.viewpoint, head.mask, loss, self.statistics, head.adaptive, head.alpha, head.epsilon, self.K,
+            label_error_slot(loss.device) if loss.is_cuda else None, on=loss,
         )  # fmt: skip
 
     def differentiate(self, logits: Tensor, first: int, upstream: Tensor, share: float) -> None:
-        view = _native.view
-        _native.module().linear_viewpoint_aware_cross_entropy_gradient(
-            view(logits), view(self._scale(first, logits)), view(self.identity), view(self.viewpoint),
-            view(self.head.mask), view(self.statistics), view(upstream), share, self.K, self.V, first, self.threads,
-            self.stream,
+        _native.launch(
+            "linear_viewpoint_aware_cross_entropy_gradient", logits, self._scale(first, logits), self.identity,
+            self.viewpoint, self.head.mask, self.statistics, upstream, share, self.K, self.V, first, on=logits,
         )  # fmt: skip
 
 

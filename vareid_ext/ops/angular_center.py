@@ -14,112 +14,57 @@ from vareid_ext.ops._checks import (
     check_floating,
     check_same_device,
     check_shape,
-    refuse_forward_mode,
 )
-from vareid_ext.ops._labels import transforms_active
+from vareid_ext.ops._operator import add_gradient, contiguous, define
 from vareid_ext.reference import angular_center as reference
+from vareid_ext.reference.angular_center import accumulator_dtype
 
 
-@torch.library.custom_op("vareid::angular_center_forward", mutates_args=())
-def _forward(
-    identity_centers: Tensor, viewpoint_centers: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return reference.angular_center_forward(identity_centers, viewpoint_centers, mask)
-
-
-@torch.library.custom_op("vareid::angular_center_backward", mutates_args=())
-def _backward(
-    upstream: Tensor,
-    identity_centers: Tensor,
-    viewpoint_centers: Tensor,
-    mask: Tensor | None,
-    cosine: Tensor,
-    identity_norm: Tensor,
-    viewpoint_norm: Tensor,
-    need_identity: bool,
-    need_viewpoint: bool,
-) -> tuple[Tensor, Tensor]:
-    # A gradient that is not needed comes back empty: an operator has to return something.
-    grad_W, grad_U = reference.angular_center_backward(
-        upstream, identity_centers, viewpoint_centers, mask, cosine, identity_norm, viewpoint_norm
-    )
-    return grad_W if need_identity else grad_W.new_empty(0), grad_U if need_viewpoint else grad_U.new_empty(0)
-
-
-@_forward.register_fake
-def _(
-    identity_centers: Tensor, viewpoint_centers: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    K, V, _ = viewpoint_centers.shape
-    wide = reference.accumulator_dtype(identity_centers.dtype)
-    new = identity_centers.new_empty
+def _empty_forward(W: Tensor, U: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (K, V, _), wide, new = U.shape, accumulator_dtype(W.dtype), W.new_empty
     return new((), dtype=wide), new((K, V), dtype=wide), new((K,), dtype=wide), new((K, V), dtype=wide)
 
 
-@_backward.register_fake
-def _(
-    upstream: Tensor,
-    identity_centers: Tensor,
-    viewpoint_centers: Tensor,
-    mask: Tensor | None,
-    cosine: Tensor,
-    identity_norm: Tensor,
-    viewpoint_norm: Tensor,
-    need_identity: bool,
-    need_viewpoint: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        identity_centers.new_empty(identity_centers.shape if need_identity else 0),
-        viewpoint_centers.new_empty(viewpoint_centers.shape if need_viewpoint else 0),
-    )
+def _native_forward(W: Tensor, U: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _empty_forward(W, U, mask)
+    _native.launch("angular_center_forward", *map(contiguous, (W, U, mask)), *outputs, on=W)
+    return outputs
 
 
-def _stream(tensor: Tensor) -> int:
-    return _native.stream(tensor) if tensor.is_cuda else 0
+def _empty_backward(upstream: Tensor, W: Tensor, U: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *_, need_W, need_U = arguments  # a gradient that is not needed is empty: an operator has to return something
+    return W.new_empty(W.shape if need_W else 0), U.new_empty(U.shape if need_U else 0)
 
 
-def _native_forward(
-    identity_centers: Tensor, viewpoint_centers: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    W, U = identity_centers.contiguous(), viewpoint_centers.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    (K, V, _), wide = U.shape, reference.accumulator_dtype(W.dtype)
-    loss, cosine = W.new_empty((), dtype=wide), W.new_empty((K, V), dtype=wide)
-    identity_norm, viewpoint_norm = W.new_empty((K,), dtype=wide), W.new_empty((K, V), dtype=wide)
-    view = _native.view
-    _native.module().angular_center_forward(
-        view(W), view(U), view(mask), view(loss), view(cosine), view(identity_norm), view(viewpoint_norm),
-        torch.get_num_threads(), _stream(W),
-    )  # fmt: skip
-    return loss, cosine, identity_norm, viewpoint_norm
+def _reference_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, need_W, need_U = arguments
+    grad_W, grad_U = reference.angular_center_backward(*given)
+    return grad_W if need_W else grad_W.new_empty(0), grad_U if need_U else grad_U.new_empty(0)
 
 
-def _native_backward(
-    upstream: Tensor,
-    identity_centers: Tensor,
-    viewpoint_centers: Tensor,
-    mask: Tensor | None,
-    cosine: Tensor,
-    identity_norm: Tensor,
-    viewpoint_norm: Tensor,
-    need_identity: bool,
-    need_viewpoint: bool,
-) -> tuple[Tensor, Tensor]:
-    W, U = identity_centers.contiguous(), viewpoint_centers.contiguous()
-    mask = None if mask is None else mask.contiguous()
-    grad_W, grad_U = W.new_empty(W.shape if need_identity else 0), U.new_empty(U.shape if need_viewpoint else 0)
-    view = _native.view
-    _native.module().angular_center_backward(
-        view(upstream), view(W), view(U), view(mask), view(cosine.contiguous()), view(identity_norm.contiguous()),
-        view(viewpoint_norm.contiguous()), view(grad_W if need_identity else None),
-        view(grad_U if need_viewpoint else None), torch.get_num_threads(), _stream(W),
+def _native_backward(upstream: Tensor, W: Tensor, U: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *saved, need_W, need_U = arguments
+    grad_W, grad_U = _empty_backward(upstream, W, U, *arguments)
+    _native.launch(
+        "angular_center_backward", upstream, *map(contiguous, (W, U, *saved)), grad_W if need_W else None,
+        grad_U if need_U else None, on=W,
     )  # fmt: skip
     return grad_W, grad_U
 
 
-for _device_type in ("cpu", "cuda"):
-    _native.register(_forward, _device_type)(_native_forward)
-    _native.register(_backward, _device_type)(_native_backward)
+_forward = define(
+    "angular_center_forward(Tensor W, Tensor U, Tensor? mask) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_forward,
+    reference=reference.angular_center_forward,
+    native=_native_forward,
+)
+_backward = define(
+    "angular_center_backward(Tensor upstream, Tensor W, Tensor U, Tensor? mask, Tensor cosine, Tensor identity_norm, "
+    "Tensor viewpoint_norm, bool need_W, bool need_U) -> (Tensor, Tensor)",
+    fake=_empty_backward,
+    reference=_reference_backward,
+    native=_native_backward,
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -128,17 +73,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, upstream: Tensor, *_unused: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-    need_identity, need_viewpoint = ctx.needs_input_grad[:2]
-    grad_W, grad_U = _backward(upstream, *ctx.saved_tensors, need_identity, need_viewpoint)
-    return grad_W if need_identity else None, grad_U if need_viewpoint else None, None
+    need_W, need_U = ctx.needs_input_grad[:2]
+    grad_W, grad_U = _backward(upstream, *ctx.saved_tensors, need_W, need_U)
+    return grad_W if need_W else None, grad_U if need_U else None, None
 
 
-def _refuse_double_backward(ctx: Any, *_grads: Tensor) -> None:
-    raise RuntimeError("angular_center_regularizer: double backward is not supported (its gradient is a closed form)")
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse_double_backward)
+add_gradient(_forward, _save, _differentiate)
 
 
 def angular_center_regularizer(
@@ -163,7 +103,7 @@ def angular_center_regularizer(
     Raises:
         TypeError: a dtype that is not floating, or two that differ.
         ValueError: shapes, devices or the reduction do not fit.
-        RuntimeError: forward-mode differentiation or double backward, except by ``torch.func``.
+        RuntimeError: double backward, forward-mode differentiation or a transform of ``torch.func``.
     """
     check_floating("identity_centers", identity_centers)
     check_shape("identity_centers", identity_centers, ("K", "D"))
@@ -176,11 +116,7 @@ def angular_center_regularizer(
         check_shape("mask", mask, (K, viewpoint_centers.shape[1]))
         check_dtype("mask", mask, torch.bool)
         check_same_device("mask", mask, "identity_centers", identity_centers)
-    if transforms_active():
-        total = reference.angular_center(identity_centers, viewpoint_centers, mask)
-    else:
-        refuse_forward_mode("angular_center_regularizer", identity_centers, viewpoint_centers)
-        total = _forward(identity_centers, viewpoint_centers, mask)[0]
+    total = _forward(identity_centers, viewpoint_centers, mask)[0]
     if reduction == "sum":
         return total
     return total / (viewpoint_centers.shape[0] * viewpoint_centers.shape[1] if mask is None else mask.sum())

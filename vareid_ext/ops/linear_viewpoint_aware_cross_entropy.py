@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vareid_ext import _native
 from vareid_ext.ops import _linear_tiles as tiles
 from vareid_ext.ops._checks import (
     autocast_enabled,
@@ -23,7 +22,7 @@ from vareid_ext.ops._checks import (
     check_number,
     check_same_device,
     check_shape,
-    refuse_forward_mode,
+    has_memory,
 )
 from vareid_ext.ops._labels import (
     check_batch,
@@ -31,13 +30,14 @@ from vareid_ext.ops._labels import (
     check_label_values,
     check_mask,
     check_scalars,
-    check_transformed_labels,
     check_viewpoint,
+    plain_identity,
     plain_viewpoint,
     reduce_rows,
-    transforms_active,
+    smoothing_arguments,
     warn_of_alpha,
 )
+from vareid_ext.ops._operator import add_gradient, contiguous, define
 from vareid_ext.reference import linear_viewpoint_aware_cross_entropy as reference
 from vareid_ext.reference.angular_center import accumulator_dtype
 
@@ -70,7 +70,7 @@ class _Call(NamedTuple):
     identity: Tensor
     viewpoint: Tensor
     mask: Tensor | None
-    smoothing: str
+    adaptive: bool
     alpha: float
     epsilon: float
     reduction: str
@@ -83,10 +83,6 @@ class _Call(NamedTuple):
     want_viewpoint: bool
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _run_heads(
     call: _Call, upstreams: tuple[Tensor, Tensor], share: float, native: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -94,11 +90,9 @@ def _run_heads(
     K, V = call.viewpoint_centers.shape[:2]
     check_label_values(call.identity, call.viewpoint, K, V, call.mask)
     feature = call.feature.detach()
-    constant = call.epsilon if call.smoothing == "uniform" else 0.0
-    adaptive = call.smoothing == "adaptive"
     heads = (
-        tiles.Head(call.identity_centers.detach()[:, None], call.identity, None, None, adaptive, call.alpha, constant,
-                   call.normalize, call.scale),
+        tiles.Head(call.identity_centers.detach()[:, None], call.identity, None, None, call.adaptive, call.alpha,
+                   call.epsilon, call.normalize, call.scale),
         tiles.Head(call.viewpoint_centers.detach(), call.identity, call.viewpoint, call.mask, True, call.alpha, 0.0,
                    call.normalize, call.scale),
     )  # fmt: skip
@@ -112,7 +106,7 @@ def _run_heads(
             if native:
                 head = head._replace(
                     centers=head.centers.contiguous(), identity=head.identity.contiguous(),
-                    viewpoint=_contiguous(head.viewpoint), mask=_contiguous(head.mask),
+                    viewpoint=contiguous(head.viewpoint), mask=contiguous(head.mask),
                 )  # fmt: skip
                 loss, feature_gradient, centers_gradient = tiles.run_head(
                     feature.contiguous(), head, upstream, share, call.budget, call.chunk_rows, call.want_feature,
@@ -154,29 +148,6 @@ def _backward_impl(
     return feature_gradients[0], centers_gradients[0], centers_gradients[1]
 
 
-_SCHEMA = (
-    "Tensor feature, Tensor identity_centers, Tensor viewpoint_centers, Tensor identity, Tensor viewpoint, "
-    "Tensor? mask, str smoothing, float alpha, float epsilon, str reduction, bool normalize, float scale, "
-    "SymInt chunk_rows, SymInt budget, bool want_feature, bool want_identity, bool want_viewpoint"
-)  # the fields of _Call
-
-
-@torch.library.custom_op(
-    "vareid::linear_viewpoint_aware_cross_entropy_forward", mutates_args=(),
-    schema=f"({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def _forward(*call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward_impl(False, _Call(*call))
-
-
-@torch.library.custom_op(
-    "vareid::linear_viewpoint_aware_cross_entropy_backward", mutates_args=(),
-    schema=f"(Tensor identity_upstream, Tensor viewpoint_upstream, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def _backward(identity_upstream: Tensor, viewpoint_upstream: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_impl(False, identity_upstream, viewpoint_upstream, _Call(*call))
-
-
 def _empty_gradients(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     new = call.feature.new_empty
     return (
@@ -186,36 +157,32 @@ def _empty_gradients(call: _Call) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@_forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = _Call(*arguments)
-    feature_gradient, identity_gradient, viewpoint_gradient = _empty_gradients(call)
+    feature_gradient, *centers_gradients = _empty_gradients(call)
     wide, shape = accumulator_dtype(call.feature.dtype), (call.feature.shape[0],) if call.reduction == "none" else ()
-    new = call.feature.new_empty
-    return (
-        new(shape, dtype=wide), new(shape, dtype=wide), feature_gradient, torch.empty_like(feature_gradient),
-        identity_gradient, viewpoint_gradient,
-    )  # fmt: skip
+    losses = [call.feature.new_empty(shape, dtype=wide) for _ in range(2)]
+    return *losses, feature_gradient, torch.empty_like(feature_gradient), *centers_gradients
 
 
-@_backward.register_fake
-def _(identity_upstream: Tensor, viewpoint_upstream: Tensor, *call: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(_Call(*call))
-
-
-def _native_forward(*call: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward_impl(True, _Call(*call))
-
-
-def _native_backward(
-    identity_upstream: Tensor, viewpoint_upstream: Tensor, *call: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward_impl(True, identity_upstream, viewpoint_upstream, _Call(*call))
-
-
-for _device_type in ("cpu", "cuda"):
-    _native.register(_forward, _device_type)(_native_forward)
-    _native.register(_backward, _device_type)(_native_backward)
+_CALL = (
+    "Tensor feature, Tensor identity_centers, Tensor viewpoint_centers, Tensor identity, Tensor viewpoint, "
+    "Tensor? mask, bool adaptive, float alpha, float epsilon, str reduction, bool normalize, float scale, "
+    "SymInt chunk_rows, SymInt budget, bool want_feature, bool want_identity, bool want_viewpoint"
+)  # the fields of _Call
+_forward = define(
+    f"linear_viewpoint_aware_cross_entropy_forward({_CALL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+    reference=lambda *call: _forward_impl(False, _Call(*call)),
+    native=lambda *call: _forward_impl(True, _Call(*call)),
+)
+_backward = define(
+    "linear_viewpoint_aware_cross_entropy_backward(Tensor identity_upstream, Tensor viewpoint_upstream, "
+    f"{_CALL}) -> (Tensor, Tensor, Tensor)",
+    fake=lambda _identity, _viewpoint, *call: _empty_gradients(_Call(*call)),
+    reference=lambda identity, viewpoint, *call: _backward_impl(False, identity, viewpoint, _Call(*call)),
+    native=lambda identity, viewpoint, *call: _backward_impl(True, identity, viewpoint, _Call(*call)),
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -234,7 +201,7 @@ def _differentiate(
     tensors = ctx.saved_tensors
     feature, need = tensors[0], ctx.needs_input_grad[:3]
     gradients, ctx.gradients = ctx.gradients, None
-    if gradients is not None and not torch.is_grad_enabled():
+    if gradients is not None:
         made = _scaled(gradients, feature, ctx.reduction, identity_upstream, viewpoint_upstream, need)
         return *made, *(None,) * 14
     zero = feature.new_zeros(
@@ -249,11 +216,11 @@ def _differentiate(
 
 
 def _times(gradient: Tensor, upstream: Tensor, share: float) -> Tensor:
-    """``gradient * upstream * share``: in place, or traced out of place for a compiler, which then writes it in place.
+    """``gradient * upstream * share``: in place, but out of place while it is traced or batched.
 
     Where the factor is 1, nothing is done, if that is found out without waiting for a device.
     """
-    if not (_native.is_plain(gradient) and _native.is_plain(upstream)):
+    if type(gradient) is not Tensor or not has_memory(upstream):
         return gradient * (upstream * share).to(gradient.dtype)
     if upstream.device.type == "cpu" and float(upstream) * share == 1:
         return gradient
@@ -283,12 +250,7 @@ def _scaled(
     return feature_gradient, centers_gradients[_IDENTITY], centers_gradients[_VIEWPOINT]
 
 
-def _refuse_double_backward(ctx: Any, *_grads: Tensor) -> None:
-    raise RuntimeError("cross-entropy: double backward is not supported (its gradient is a closed form)")
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse_double_backward)
+add_gradient(_forward, _save, _differentiate)
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -372,20 +334,11 @@ def linear_viewpoint_aware_cross_entropy(
     if chunk_rows is not None:
         chunk_rows = check_count("chunk_rows", chunk_rows, 1)
     warn_of_alpha(alpha, V)
-    identity, viewpoint = identity.to(torch.int64), plain_viewpoint(viewpoint)
-    if transforms_active():
-        check_transformed_labels(identity, viewpoint, K, V, mask)
-        constant = epsilon if smoothing == "uniform" else 0.0
-        losses = reference.differentiable(
-            feature, identity_centers, viewpoint_centers, identity, viewpoint, mask, smoothing == "adaptive", alpha,
-            constant, normalize, scale,
-        )  # fmt: skip
-        return reduce_rows(losses[0], reduction), reduce_rows(losses[1], reduction)
-    refuse_forward_mode("linear_viewpoint_aware_cross_entropy", feature, identity_centers, viewpoint_centers)
     in_forward = torch.is_grad_enabled() and reduction != "none"
     identity_loss, viewpoint_loss, *_ = _forward(
-        feature, identity_centers, viewpoint_centers, identity, viewpoint, mask, smoothing, alpha, epsilon, reduction,
-        normalize, float(scale), chunk_rows or 0, MEMORY_BUDGET, in_forward and feature.requires_grad,
-        in_forward and identity_centers.requires_grad, in_forward and viewpoint_centers.requires_grad,
+        feature, identity_centers, viewpoint_centers, plain_identity(identity), plain_viewpoint(viewpoint), mask,
+        *smoothing_arguments(smoothing, alpha, epsilon), reduction, normalize, float(scale), chunk_rows or 0,
+        MEMORY_BUDGET, in_forward and feature.requires_grad, in_forward and identity_centers.requires_grad,
+        in_forward and viewpoint_centers.requires_grad,
     )  # fmt: skip
     return identity_loss, viewpoint_loss

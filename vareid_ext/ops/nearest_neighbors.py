@@ -18,9 +18,10 @@ from torch import Tensor
 from vareid_ext import _native
 from vareid_ext.ops import _progress
 from vareid_ext.ops._checks import check_choice, check_count
-from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes, stream_of
+from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
 from vareid_ext.ops._filter import Filter, block_side, row_blocks
 from vareid_ext.ops._matmul import full_float32
+from vareid_ext.ops._operator import define
 from vareid_ext.reference import nearest_neighbors as reference
 from vareid_ext.reference.pairwise_distance import METRICS, result_dtype
 
@@ -55,46 +56,44 @@ class _Scan:
         self.block_rows = max(LEAST_ROWS, block_rows)
         self.left, self.right = filtered.sets(*left), filtered.sets(*right)
         self.left_parts, self.right_parts = list(left), list(right)
-        self.left_bounds, self.right_bounds = ([_native.view(b) for b in filtered.bounds(w)] for w in (left, right))
+        self.left_bounds, self.right_bounds = filtered.bounds(left), filtered.bounds(right)
         self.rows = sum(filtered.parts[w].shape[0] for w in left)
         self.columns = sum(filtered.parts[w].shape[0] for w in right)
         new, places = filtered.norm.new_empty, capacity(k)
         self.row_max = new(self.rows).zero_()
-        self._state = [
+        self.candidates = [
             new((self.rows, places)), new((self.rows, places), dtype=torch.int32),
             new(self.rows, dtype=torch.int32).zero_(), new(self.rows).fill_(torch.inf),
             new(self.rows).fill_(torch.inf), self.row_max,
         ]  # fmt: skip
-        self.candidates = [_native.view(array) for array in self._state]
-        self.stream = stream_of(filtered.norm)
 
     def look(self, block: Tensor, row: int, column: int, *, both: bool, write: bool) -> None:
         """Takes the candidates of a block of products; ``both``: for its columns too."""
-        _native.module().nearest_neighbors_scan(
-            _native.view(block), row, column, self.left_bounds, self.right_bounds, self.candidates,
-            self.candidates if both else None, self.k, write, self.filtered.threads, self.stream,
+        _native.launch(
+            "nearest_neighbors_scan", block, row, column, self.left_bounds, self.right_bounds, self.candidates,
+            self.candidates if both else None, self.k, write, on=block,
         )  # fmt: skip
 
     def select(self, distance_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """index int32 [rows, k] and distance [rows, k], exact."""
-        view, filtered = _native.view, self.filtered
+        filtered = self.filtered
         index = filtered.norm.new_empty((self.rows, self.k), dtype=torch.int32)
         distance = filtered.norm.new_empty((self.rows, self.k), dtype=distance_dtype)
         unsure = filtered.norm.new_empty(self.rows, dtype=torch.bool)
         reach = filtered.norm.new_empty(self.rows)
-        _native.module().nearest_neighbors_select(
-            self.left, self.right, self.metric, filtered.unscale, self.left_bounds, self.right_bounds, self.candidates,
-            self.k, view(index), view(distance), view(unsure), view(reach), filtered.threads, self.stream,
+        _native.launch(
+            "nearest_neighbors_select", self.left, self.right, self.metric, filtered.unscale, self.left_bounds,
+            self.right_bounds, self.candidates, self.k, index, distance, unsure, reach, on=index,
         )  # fmt: skip
         again = unsure.nonzero()[:, 0]
         if again.numel():
-            del self.candidates, self._state
+            del self.candidates
             self._rescan(again, reach, index, distance)
         return index, distance
 
     def _rescan(self, again: Tensor, reach: Tensor, index: Tensor, distance: Tensor) -> None:
         """Computes some rows' products whole and takes every entry that may be among the nearest."""
-        filtered, view = self.filtered, _native.view
+        filtered = self.filtered
         # As many rows at once as fit in the memory of a block of products and its features.
         part = filtered.parts[0]
         D = part.shape[1]
@@ -105,7 +104,7 @@ class _Scan:
         same, places = None, 0  # a GPU needs neither
         if not block.is_cuda:
             same = self._equal_rows()
-            places = filtered.threads * (self.columns + (self.columns + 1) // 2) * 16
+            places = torch.get_num_threads() * (self.columns + (self.columns + 1) // 2) * 16
         workspace = filtered.norm.new_empty(places, dtype=torch.uint8)
         for begin in range(0, again.numel(), step):
             rows = again[begin : begin + step]
@@ -115,10 +114,9 @@ class _Scan:
                 for which, first, last, offset in row_blocks(filtered, self.right_parts, self.block_rows):
                     columns = filtered.block(which, first, last, 1)
                     torch.mm(chosen, columns.T, out=products[:, offset : offset + last - first])
-            _native.module().nearest_neighbors_rescan(
-                view(products), view(rows), self.left, self.right, self.metric, filtered.unscale, self.left_bounds,
-                self.right_bounds, view(reach), view(same), self.k, view(index), view(distance), view(workspace),
-                filtered.threads, self.stream,
+            _native.launch(
+                "nearest_neighbors_rescan", products, rows, self.left, self.right, self.metric, filtered.unscale,
+                self.left_bounds, self.right_bounds, reach, same, self.k, index, distance, workspace, on=index,
             )  # fmt: skip
 
     def _gather(self, rows: Tensor, out: Tensor) -> Tensor:
@@ -206,18 +204,13 @@ def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
                 scan.look(target, first, other_first, both=False, write=False)
 
 
-@torch.library.custom_op("vareid::nearest_neighbors", mutates_args=())
-def _nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int) -> tuple[Tensor, Tensor]:
+def _reference_nearest_neighbors(
+    x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int
+) -> tuple[Tensor, Tensor]:
     row_magnitudes("x", x, nonzero=metric == "cosine")
     if y is not None:
         row_magnitudes("y", y, nonzero=metric == "cosine")
     return reference.nearest_neighbors(x, y, k, metric)
-
-
-@_nearest_neighbors.register_fake
-def _(x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], k)
-    return x.new_empty(shape, dtype=result_dtype(x.dtype)), x.new_empty(shape, dtype=torch.int64)
 
 
 def _native_nearest_neighbors(
@@ -238,30 +231,17 @@ def _native_nearest_neighbors(
     return distance, index.to(torch.int64)
 
 
-for _device_type in MOST_NEIGHBORS:
-    _native.register(_nearest_neighbors, _device_type)(_native_nearest_neighbors)
+def _fake_nearest_neighbors(x: Tensor, y: Tensor | None, k: int, *_arguments: Any) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], k)
+    return x.new_empty(shape, dtype=result_dtype(x.dtype)), x.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("vareid::joint_neighbors", mutates_args=("out",))
-def joint_neighbors(
-    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Neighbour lists of both; see :func:`vareid_ext.reference.nearest_neighbors.joint_neighbors`.
-
-    ``scale`` must be what :func:`vareid_ext.ops._filter.common_scale` gives for the two.
-    """
-    return reference.joint_neighbors(query, gallery, scale, k, nearest, out)
-
-
-@joint_neighbors.register_fake
-def _(
-    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (Q, G), new = (query.shape[0], gallery.shape[0]), query.new_empty
-    return (
-        new((Q + G, k), dtype=torch.int32), new((Q + G, k), dtype=torch.float32), new((Q + G,), dtype=torch.float32),
-        new((Q, nearest), dtype=torch.int32), new((Q, nearest), dtype=torch.float32),
-    )  # fmt: skip
+_nearest_neighbors = define(
+    "nearest_neighbors(Tensor x, Tensor? y, SymInt k, str metric, SymInt block_rows) -> (Tensor, Tensor)",
+    fake=_fake_nearest_neighbors,
+    reference=_reference_nearest_neighbors,
+    native=_native_nearest_neighbors,
+)
 
 
 def _native_joint_neighbors(
@@ -284,8 +264,27 @@ def _native_joint_neighbors(
     return index, distance, row_max, *scans[0].select(torch.float32)
 
 
-for _device_type in MOST_NEIGHBORS:
-    _native.register(joint_neighbors, _device_type)(_native_joint_neighbors)
+def _fake_joint_neighbors(
+    query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, *_arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (Q, G), new = (query.shape[0], gallery.shape[0]), query.new_empty
+    return (
+        new((Q + G, k), dtype=torch.int32), new((Q + G, k), dtype=torch.float32), new((Q + G,), dtype=torch.float32),
+        new((Q, nearest), dtype=torch.int32), new((Q, nearest), dtype=torch.float32),
+    )  # fmt: skip
+
+
+joint_neighbors = define(
+    "joint_neighbors(Tensor query, Tensor gallery, float scale, SymInt k, SymInt nearest, Tensor(a!)? out, "
+    "SymInt block_rows) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_joint_neighbors,
+    reference=lambda *arguments: reference.joint_neighbors(*arguments[:-1]),
+    native=_native_joint_neighbors,
+)
+"""Neighbour lists of both; see :func:`vareid_ext.reference.nearest_neighbors.joint_neighbors`.
+
+``scale`` must be what :func:`vareid_ext.ops._filter.common_scale` gives for the two.
+"""
 
 
 def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -298,4 +297,5 @@ def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple
     k = check_count("k", k, 1)
     if k > rows:
         raise ValueError(f"k: {k} was given; allowed are 1 to {rows}, the number of rows of {name}")
-    return _nearest_neighbors(x, y, k, metric, 0)
+    distance, index = _nearest_neighbors(x, y, k, metric, 0)
+    return distance, index

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops._checks import check_choice
-from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes, stream_of
+from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
 from vareid_ext.ops._filter import Filter, block_side, row_blocks
 from vareid_ext.ops._matmul import full_float32
+from vareid_ext.ops._operator import add_gradient, define
 from vareid_ext.reference import pairwise_distance as reference
 
 # On a GPU, blocks of up to so many pairs are computed by the package's own kernel, which needs one launch; larger ones
@@ -19,33 +20,11 @@ from vareid_ext.reference import pairwise_distance as reference
 _TILED_PAIRS = {"cuda": 1 << 16, "cpu": 0}
 
 
-def _check_rows(x: Tensor, y: Tensor | None, metric: str) -> None:
+def _reference_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
     row_magnitudes("x", x, nonzero=metric == "cosine")
     if y is not None:
         row_magnitudes("y", y, nonzero=metric == "cosine")
-
-
-@torch.library.custom_op("vareid::pairwise_distance_forward", mutates_args=())
-def _forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
-    _check_rows(x, y, metric)
     return reference.pairwise_distance_forward(x, y, metric)
-
-
-@torch.library.custom_op("vareid::pairwise_distance_backward", mutates_args=())
-def _backward(upstream: Tensor, x: Tensor, y: Tensor | None, distance: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    with full_float32(x.device.type):
-        return reference.pairwise_distance_backward(upstream, x, y, distance, metric)
-
-
-@_forward.register_fake
-def _(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
-    other = x if y is None else y
-    return x.new_empty((x.shape[0], other.shape[0]), dtype=reference.result_dtype(x.dtype))
-
-
-@_backward.register_fake
-def _(upstream: Tensor, x: Tensor, y: Tensor | None, distance: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((x if y is None else y).shape)
 
 
 def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
@@ -64,39 +43,30 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
                 if symmetric and other_first < first:
                     continue  # the mirror image of a block that was done
                 columns, to = filtered.block(other, other_first, other_last, 1), slice(other_first, other_last)
-                block, mirrored = out[at, to], symmetric and other_first > first
+                block = out[at, to]
+                mirror = out[to, at] if symmetric and other_first > first else None
+                sides = _sides(filtered, at, other, to, metric)
                 if block.numel() <= _TILED_PAIRS[x.device.type]:
-                    _native.module().pairwise_distance_tiled(
-                        _native.view(rows.contiguous()), _native.view(columns.contiguous()), _native.view(block),
-                        *_rows_of(filtered, 0, at), *_rows_of(filtered, other, to),
-                        _native.view(filtered.norms[0][at]), _native.view(filtered.norms[other][to]),
-                        reference.METRICS.index(metric), filtered.unscale, stream_of(x),
-                    )  # fmt: skip
-                    if mirrored:
-                        out[to, at] = block.T
+                    prepared = rows.contiguous(), columns.contiguous()
+                    _native.launch("pairwise_distance_tiled", *prepared, block, *sides, on=x)
+                    if mirror is not None:
+                        mirror.copy_(block.T)
                     continue
                 torch.mm(rows, columns.T, out=block)
-                _finish(block, filtered, at, other, to, metric, out[to, at] if mirrored else None)
+                _native.launch("pairwise_distance_block", block, *sides, mirror, on=x)
                 if symmetric and other_first == first:  # some vendors' products round (i, j) and (j, i) differently
                     block.triu_().add_(block.triu(1).T)
     return out
 
 
-def _rows_of(filtered: Filter, which: int, at: slice) -> tuple[Any, Any]:
-    """Features and factors of some rows, as the compiled module takes them."""
-    factor = filtered.factors[which]
-    return _native.view(filtered.parts[which][at]), _native.view(None if factor is None else factor[at])
-
-
-def _finish(
-    products: Tensor, filtered: Filter, at: slice, other: int, to: slice, metric: str, mirror: Tensor | None = None
-) -> None:
-    """Turns products of some rows of the first part and of another part into distances."""
-    _native.module().pairwise_distance_block(
-        _native.view(products), *_rows_of(filtered, 0, at), *_rows_of(filtered, other, to),
-        _native.view(filtered.norms[0][at]), _native.view(filtered.norms[other][to]), reference.METRICS.index(metric),
-        filtered.unscale, _native.view(mirror), filtered.threads, stream_of(products),
-    )  # fmt: skip
+def _sides(filtered: Filter, at: slice, other: int, to: slice, metric: str) -> tuple[Any, ...]:
+    """What turns products of some rows of the first part and of another part into distances."""
+    arrays: list[Tensor | None] = []
+    for which, rows in ((0, at), (other, to)):
+        factor = filtered.factors[which]
+        arrays += [filtered.parts[which][rows], None if factor is None else factor[rows]]
+    norms = filtered.norms[0][at], filtered.norms[other][to]
+    return *arrays, *norms, reference.METRICS.index(metric), filtered.unscale
 
 
 class RowDistances:
@@ -124,13 +94,35 @@ class RowDistances:
         with full_float32(out.device.type):
             rows = filtered.block(0, begin, end, 0)
             for _, first, last, _ in row_blocks(filtered, [1], block_side(out.device)):
-                torch.mm(rows, filtered.block(1, first, last, 1).T, out=out[:, first:last])
-                _finish(out[:, first:last], filtered, at, 1, slice(first, last), "sqeuclidean")
+                block = out[:, first:last]
+                torch.mm(rows, filtered.block(1, first, last, 1).T, out=block)
+                sides = _sides(filtered, at, 1, slice(first, last), "sqeuclidean")
+                _native.launch("pairwise_distance_block", block, *sides, None, on=out)
         return out
 
 
-for _device_type in ("cpu", "cuda"):
-    _native.register(_forward, _device_type)(_native_forward)
+def _backward_impl(
+    upstream: Tensor, x: Tensor, y: Tensor | None, distance: Tensor, metric: str
+) -> tuple[Tensor, Tensor]:
+    with full_float32(x.device.type):
+        return reference.pairwise_distance_backward(upstream, x, y, distance, metric)
+
+
+def _fake_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
+    return x.new_empty((x.shape[0], (x if y is None else y).shape[0]), dtype=reference.result_dtype(x.dtype))
+
+
+_forward = define(
+    "pairwise_distance_forward(Tensor x, Tensor? y, str metric) -> Tensor",
+    fake=_fake_forward,
+    reference=_reference_forward,
+    native=_native_forward,
+)
+_backward = define(
+    "pairwise_distance_backward(Tensor upstream, Tensor x, Tensor? y, Tensor distance, str metric) -> (Tensor, Tensor)",
+    fake=lambda _upstream, x, y, *_arguments: (x.new_empty(x.shape), x.new_empty((x if y is None else y).shape)),
+    reference=_backward_impl,
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -144,12 +136,7 @@ def _differentiate(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | 
     return (grad_x + grad_y, None, None) if y is None else (grad_x, grad_y, None)
 
 
-def _refuse_double_backward(ctx: Any, *_grads: Tensor) -> None:
-    raise RuntimeError("pairwise_distance: double backward is not supported (its gradient is a closed form)")
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse_double_backward)
+add_gradient(_forward, _save, _differentiate)
 
 
 def pairwise_distance(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
@@ -158,4 +145,5 @@ def pairwise_distance(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
     if y is not None:
         check_same_features("y", y, "x", x)
     check_choice("metric", metric, reference.METRICS)
-    return _forward(x, y, metric)
+    distance: Tensor = _forward(x, y, metric)
+    return distance

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,33 +10,14 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops import _progress
-from vareid_ext.ops._features import largest_magnitude, stream_of
+from vareid_ext.ops._features import largest_magnitude
 from vareid_ext.ops._filter import Filter, block_side, common_scale, row_blocks
 from vareid_ext.ops._matmul import full_float32
+from vareid_ext.ops._operator import define
 from vareid_ext.reference import ranking as reference
 from vareid_ext.reference.pairwise_distance import exact_distance
 
 _PAIR_ELEMENTS = 1 << 22  # of the features of pairs that are measured at once
-
-
-@torch.library.custom_op("vareid::ranking_forward", mutates_args=())
-def ranking_forward(
-    distances: Tensor,
-    query_identity: Tensor,
-    gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
-    junk_identity: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per-query results; arguments and results are those of :func:`vareid_ext.reference.ranking.ranking_forward`."""
-    return reference.ranking_forward(
-        distances, query_identity, gallery_identity, query_camera, gallery_camera, junk_identity
-    )
-
-
-@ranking_forward.register_fake
-def _(distances: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_results(distances)
 
 
 def _empty_results(distances: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -72,11 +53,10 @@ class _Labels:
         self.query_camera = None if query_camera is None else query_camera.contiguous()
         self.gallery_camera = None if gallery_camera is None else gallery_camera.contiguous()
 
-    def views(self, rows: slice) -> list[Any]:
+    def arrays(self, rows: slice) -> tuple[Tensor | None, ...]:
         """Of some queries, for the compiled module."""
         camera = None if self.query_camera is None else self.query_camera[rows]
-        arrays = (self.order, self.begin[rows], self.end[rows], self.junk, camera, self.gallery_camera)
-        return [_native.view(array) for array in arrays]
+        return self.order, self.begin[rows], self.end[rows], self.junk, camera, self.gallery_camera
 
     def most_matches(self) -> int:
         return int((self.end - self.begin).max()) if len(self.begin) else 0
@@ -106,22 +86,27 @@ def _native_forward(
 
 def _rank_rows(distances: Tensor, labels: _Labels, rows: slice, results: tuple[Tensor, ...], most_matches: int) -> None:
     """Writes the results of some queries, whose distances have contiguous rows."""
-    workspace, threads = None, torch.get_num_threads()
+    workspace = None
     if not distances.is_cuda:
-        needed = _native.module().ranking_workspace_bytes(most_matches, threads)
+        needed = _native.module().ranking_workspace_bytes(most_matches, torch.get_num_threads())
         workspace = torch.empty(needed, dtype=torch.uint8)
-    _native.module().ranking_forward(
-        _native.view(distances), labels.views(rows), [_native.view(result[rows]) for result in results],
-        _native.view(workspace), most_matches, threads, stream_of(distances),
+    _native.launch(
+        "ranking_forward", distances, labels.arrays(rows), [result[rows] for result in results], workspace,
+        most_matches, on=distances,
     )  # fmt: skip
 
 
-for _device_type in ("cpu", "cuda"):
-    _native.register(ranking_forward, _device_type)(_native_forward)
+ranking_forward = define(
+    "ranking_forward(Tensor distances, Tensor query_identity, Tensor gallery_identity, Tensor? query_camera, "
+    "Tensor? gallery_camera, SymInt? junk_identity) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda distances, *_arguments: _empty_results(distances),
+    reference=reference.ranking_forward,
+    native=_native_forward,
+)
+"""Per-query results; arguments and results are those of :func:`vareid_ext.reference.ranking.ranking_forward`."""
 
 
-@torch.library.custom_op("vareid::ranking_features", mutates_args=())
-def ranking_features(
+def _reference_features(
     query: Tensor,
     gallery: Tensor,
     metric: str,
@@ -132,22 +117,6 @@ def ranking_features(
     junk_identity: int | None,
     block_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per-query results from features, in the order of their float64 distances, ties by gallery index.
-
-    Args:
-        query: [Q, D].
-        gallery: [G, D], G at least 1.
-        metric: "sqeuclidean", "euclidean" (the same order) or "cosine".
-        query_identity: as the following, that of :func:`ranking_forward`.
-        gallery_identity: [G].
-        query_camera: [Q] or None.
-        gallery_camera: [G] or None.
-        junk_identity: gallery images of this identity are left out; None leaves none out.
-        block_rows: queries handled at once, as far as 1,024 by the native kernel.
-
-    Raises:
-        ValueError: a row with NaN or Inf, or a zero row under cosine.
-    """
     largest = largest_magnitude({"query": query, "gallery": gallery}, nonzero=metric == "cosine")
     scale = 1.0 if metric == "cosine" else common_scale((query, gallery), largest)
     results = _empty_results(query)
@@ -161,11 +130,6 @@ def ranking_features(
             result[rows] = part
         _progress.advance(block[0].shape[0] * gallery.shape[0])
     return results
-
-
-@ranking_features.register_fake
-def _(query: Tensor, *_arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_results(query)
 
 
 def _products(filtered: Filter, block_rows: int) -> Iterator[tuple[slice, Tensor]]:
@@ -185,60 +149,48 @@ def _products(filtered: Filter, block_rows: int) -> Iterator[tuple[slice, Tensor
         _progress.advance((last - first) * G)
 
 
-def _cpu_features(
-    query: Tensor,
-    gallery: Tensor,
-    metric: str,
-    query_identity: Tensor,
-    gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
-    junk_identity: int | None,
-    block_rows: int,
+def _ranked(
+    rank: Callable[..., None], query: Tensor, gallery: Tensor, metric: str, *labels_and_rows: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    native, view, threads = _native.module(), _native.view, torch.get_num_threads()
+    """Per-query results by one of the two following functions."""
+    *given, block_rows = labels_and_rows
     filtered = Filter([query, gallery], ["query", "gallery"], metric)
-    labels = _Labels(query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
-    results, max_group = _empty_results(query), labels.most_matches()
-    needed = native.ranking_features_workspace_bytes(max_group, gallery.shape[0], threads)
-    workspace = torch.empty(needed, dtype=torch.uint8)
-
-    def features(which: int, at: slice) -> tuple[Any, ...]:
-        factor = filtered.factors[which]
-        return (
-            view(filtered.parts[which][at]), view(None if factor is None else factor[at]),
-            view(filtered.norms[which][at]), view(filtered.windows[which][at]),
-        )  # fmt: skip
-
-    for rows, products in _products(filtered, block_rows):
-        native.ranking_features(
-            view(products), features(0, rows), features(1, slice(None)), labels.views(rows),
-            [view(result[rows]) for result in results], view(workspace), max_group, threads,
-        )  # fmt: skip
+    results = _empty_results(query)
+    rank(filtered, _Labels(*given), results, block_rows)
     return results
 
 
-def _gpu_features(
-    query: Tensor,
-    gallery: Tensor,
-    metric: str,
-    query_identity: Tensor,
-    gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
-    junk_identity: int | None,
-    block_rows: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rank_on_cpu(filtered: Filter, labels: _Labels, results: tuple[Tensor, ...], block_rows: int) -> None:
+    """The kernel that ranks by products and measures what they leave open."""
+    most_matches, everything = labels.most_matches(), slice(None)
+    needed = _native.module().ranking_features_workspace_bytes(
+        most_matches, filtered.parts[1].shape[0], torch.get_num_threads()
+    )
+    workspace = torch.empty(needed, dtype=torch.uint8)
+
+    def features(which: int, at: slice) -> tuple[Tensor | None, ...]:
+        factor = filtered.factors[which]
+        return (
+            filtered.parts[which][at], None if factor is None else factor[at], filtered.norms[which][at],
+            filtered.windows[which][at],
+        )  # fmt: skip
+
+    for rows, products in _products(filtered, block_rows):
+        _native.launch(
+            "ranking_features", products, features(0, rows), features(1, everything), labels.arrays(rows),
+            [result[rows] for result in results], workspace, most_matches, on=products,
+        )  # fmt: skip
+
+
+def _rank_on_gpu(filtered: Filter, labels: _Labels, results: tuple[Tensor, ...], block_rows: int) -> None:
     """Products where their bounds decide, measured distances elsewhere, and then the kernel that ranks distances."""
-    filtered = Filter([query, gallery], ["query", "gallery"], metric)
-    labels = _Labels(query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
-    results, most_matches = _empty_results(query), max(1, labels.most_matches())
+    most_matches = max(1, labels.most_matches())
     for rows, products in _products(filtered, block_rows):
         distances = filtered.norms[0][rows, None].double() + filtered.norms[1].double()
         distances -= 2 * products.double()
         window = filtered.windows[0][rows, None].double() + filtered.windows[1].double()
         image, taken = labels.matches(rows, most_matches)
-        match = torch.full(image.shape, torch.inf, dtype=torch.float64, device=query.device)
+        match = torch.full(image.shape, torch.inf, dtype=torch.float64, device=products.device)
         match[taken] = _measured(filtered, rows.start + taken.nonzero()[:, 0], image[taken])
         match = match.sort(dim=1).values
         # Images that may lie on either side of a match; the matches are among them.
@@ -250,7 +202,6 @@ def _gpu_features(
         row, image = level.nonzero(as_tuple=True)
         distances[row, image] = _measured(filtered, rows.start + row, image)
         _rank_rows(distances, labels, rows, results, most_matches)
-    return results
 
 
 def _measured(filtered: Filter, row: Tensor, image: Tensor) -> Tensor:
@@ -269,5 +220,27 @@ def _rows_in_full(filtered: Filter, which: int, number: Tensor) -> Tensor:
     return rows if factor is None else rows * factor[number, None]
 
 
-_native.register(ranking_features, "cpu")(_cpu_features)
-_native.register(ranking_features, "cuda")(_gpu_features)
+ranking_features = define(
+    "ranking_features(Tensor query, Tensor gallery, str metric, Tensor query_identity, Tensor gallery_identity, "
+    "Tensor? query_camera, Tensor? gallery_camera, SymInt? junk_identity, SymInt block_rows) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda query, *_arguments: _empty_results(query),
+    reference=_reference_features,
+    native=lambda query, *arguments: _ranked(_rank_on_gpu if query.is_cuda else _rank_on_cpu, query, *arguments),
+)
+"""Per-query results from features, in the order of their float64 distances, ties by gallery index.
+
+Args:
+    query: [Q, D].
+    gallery: [G, D], G at least 1.
+    metric: "sqeuclidean", "euclidean" (the same order) or "cosine".
+    query_identity: as the following, that of :func:`ranking_forward`.
+    gallery_identity: [G].
+    query_camera: [Q] or None.
+    gallery_camera: [G] or None.
+    junk_identity: gallery images of this identity are left out; None leaves none out.
+    block_rows: queries handled at once, as far as 1,024 by the native kernel.
+
+Raises:
+    ValueError: a row with NaN or Inf, or a zero row under cosine.
+"""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _native
-from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape, refuse_forward_mode
+from vareid_ext.ops._checks import check_dtype, check_floating, check_same_device, check_shape
 from vareid_ext.ops._labels import (
     REDUCTION,
     check_batch,
@@ -16,18 +16,20 @@ from vareid_ext.ops._labels import (
     check_label_values,
     check_mask,
     check_scalars,
-    check_transformed_labels,
     check_viewpoint,
     label_error_slot,
+    plain_identity,
     plain_viewpoint,
     reduce_rows,
-    transforms_active,
+    smoothing_arguments,
     warn_of_alpha,
 )
+from vareid_ext.ops._operator import add_gradient, contiguous, define
 from vareid_ext.reference import viewpoint_aware_cross_entropy as reference
 from vareid_ext.reference.angular_center import accumulator_dtype
 
 _IDENTITY, _VIEWPOINT = 0, 1
+_DENSE = torch.contiguous_format
 
 
 def _anchor(identity_logits: Tensor | None, viewpoint_logits: Tensor | None) -> Tensor:
@@ -36,31 +38,40 @@ def _anchor(identity_logits: Tensor | None, viewpoint_logits: Tensor | None) -> 
     return present
 
 
-@torch.library.custom_op("vareid::viewpoint_aware_cross_entropy_forward", mutates_args=())
-def _forward(
+def _empty_losses(
+    identity_logits: Tensor | None, viewpoint_logits: Tensor | None, identity: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the losses of both heads, empty where a head is absent, and for the statistics."""
+    some = _anchor(identity_logits, viewpoint_logits)
+    N, wide = identity.shape[0], accumulator_dtype(some.dtype)
+    shape = (N,) if arguments[-1] == "none" else ()
+    return (
+        some.new_empty((0,) if identity_logits is None else shape, dtype=wide),
+        some.new_empty((0,) if viewpoint_logits is None else shape, dtype=wide),
+        some.new_empty((2, reference.STATISTICS, N), dtype=torch.float64),
+    )
+
+
+def _reference_forward(
     identity_logits: Tensor | None,
     viewpoint_logits: Tensor | None,
     identity: Tensor,
     viewpoint: Tensor | None,
     mask: Tensor | None,
-    smoothing: str,
+    adaptive: bool,
     alpha: float,
     epsilon: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    some = _anchor(identity_logits, viewpoint_logits)
-    statistics = some.new_zeros((2, reference.STATISTICS, identity.shape[0]), dtype=torch.float64)
-    identity_loss, viewpoint_loss = (some.new_empty((0,), dtype=accumulator_dtype(some.dtype)) for _ in range(2))
+    identity_loss, viewpoint_loss, statistics = _empty_losses(identity_logits, viewpoint_logits, identity, reduction)
+    statistics.zero_()
+    _check_labels(identity_logits, viewpoint_logits, identity, viewpoint, mask)
     if identity_logits is not None:
-        check_label_values(identity, None, identity_logits.shape[1], 1, None)
-        constant = epsilon if smoothing == "uniform" else 0.0
         loss, statistics[_IDENTITY] = reference.cross_entropy_forward(
-            identity_logits[:, :, None], identity, None, None, smoothing == "adaptive", alpha, constant
+            identity_logits[:, :, None], identity, None, None, adaptive, alpha, epsilon
         )
         identity_loss = reduce_rows(loss, reduction)
     if viewpoint_logits is not None:
-        _, K, V = viewpoint_logits.shape
-        check_label_values(identity, viewpoint, K, V, mask)
         loss, statistics[_VIEWPOINT] = reference.cross_entropy_forward(
             viewpoint_logits, identity, viewpoint, mask, True, alpha, 0.0
         )
@@ -68,8 +79,51 @@ def _forward(
     return identity_loss, viewpoint_loss, statistics
 
 
-@torch.library.custom_op("vareid::viewpoint_aware_cross_entropy_backward", mutates_args=())
-def _backward(
+def _native_forward(
+    identity_logits: Tensor | None,
+    viewpoint_logits: Tensor | None,
+    identity: Tensor,
+    viewpoint: Tensor | None,
+    mask: Tensor | None,
+    adaptive: bool,
+    alpha: float,
+    epsilon: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    some = _anchor(identity_logits, viewpoint_logits)
+    K, V = _check_labels(identity_logits, viewpoint_logits, identity, viewpoint, mask)
+    outputs = _empty_losses(identity_logits, viewpoint_logits, identity, reduction)
+    if identity_logits is None or viewpoint_logits is None:
+        outputs[2].zero_()  # an absent head's part stays 0
+    workspace_bytes = _native.module().viewpoint_aware_cross_entropy_workspace_bytes(
+        identity.shape[0], K, V, identity_logits is not None, viewpoint_logits is not None, some.is_cuda
+    )
+    workspace = some.new_empty(workspace_bytes, dtype=torch.uint8)
+    label_error = label_error_slot(some.device) if some.is_cuda else None
+    _native.launch(
+        "viewpoint_aware_cross_entropy_forward", _dense_rows(identity_logits), _dense_rows(viewpoint_logits),
+        identity.contiguous(), contiguous(viewpoint), contiguous(mask), *outputs, adaptive, alpha, epsilon,
+        REDUCTION.index(reduction), label_error, workspace, on=some,
+    )  # fmt: skip
+    return outputs
+
+
+def _empty_gradients(
+    identity_upstream: Tensor | None,
+    viewpoint_upstream: Tensor | None,
+    identity_logits: Tensor | None,
+    viewpoint_logits: Tensor | None,
+    *_arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """Room for the gradients of both heads, empty where a head is absent."""
+    empty = _anchor(identity_logits, viewpoint_logits).new_empty
+    return (
+        empty((0,)) if identity_logits is None else torch.empty_like(identity_logits, memory_format=_DENSE),
+        empty((0,)) if viewpoint_logits is None else torch.empty_like(viewpoint_logits, memory_format=_DENSE),
+    )
+
+
+def _reference_backward(
     identity_upstream: Tensor | None,
     viewpoint_upstream: Tensor | None,
     identity_logits: Tensor | None,
@@ -94,41 +148,35 @@ def _backward(
     return identity_grad, viewpoint_grad
 
 
-@_forward.register_fake
-def _(
+def _native_backward(
+    identity_upstream: Tensor | None,
+    viewpoint_upstream: Tensor | None,
+    identity_logits: Tensor | None,
+    viewpoint_logits: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    *labels_and_statistics, reduction = arguments
+    gradients = _empty_gradients(identity_upstream, viewpoint_upstream, identity_logits, viewpoint_logits)
+    _native.launch(
+        "viewpoint_aware_cross_entropy_backward", contiguous(identity_upstream), contiguous(viewpoint_upstream),
+        _dense_rows(identity_logits), _dense_rows(viewpoint_logits), *map(contiguous, labels_and_statistics),
+        *gradients, REDUCTION.index(reduction), on=gradients[0],
+    )  # fmt: skip
+    return gradients
+
+
+def _check_labels(
     identity_logits: Tensor | None,
     viewpoint_logits: Tensor | None,
     identity: Tensor,
     viewpoint: Tensor | None,
     mask: Tensor | None,
-    smoothing: str,
-    alpha: float,
-    epsilon: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    some = _anchor(identity_logits, viewpoint_logits)
-    wide, N = accumulator_dtype(some.dtype), identity.shape[0]
-    present = (N,) if reduction == "none" else ()
-    return (
-        some.new_empty((0,) if identity_logits is None else present, dtype=wide),
-        some.new_empty((0,) if viewpoint_logits is None else present, dtype=wide),
-        some.new_empty((2, reference.STATISTICS, N), dtype=torch.float64),
-    )
-
-
-@_backward.register_fake
-def _(
-    identity_upstream: Tensor | None,
-    viewpoint_upstream: Tensor | None,
-    identity_logits: Tensor | None,
-    viewpoint_logits: Tensor | None,
-    *_arguments: Any,
-) -> tuple[Tensor, Tensor]:
-    some = _anchor(identity_logits, viewpoint_logits)
-    return (
-        some.new_empty((0,) if identity_logits is None else identity_logits.shape),
-        some.new_empty((0,) if viewpoint_logits is None else viewpoint_logits.shape),
-    )
+) -> tuple[int, int]:
+    """K and V, after :func:`check_label_values`."""
+    K = _anchor(identity_logits, viewpoint_logits).shape[1]
+    V = 1 if viewpoint_logits is None else viewpoint_logits.shape[2]
+    check_label_values(identity, viewpoint, K, V, mask)
+    return K, V
 
 
 def _dense_rows(logits: Tensor | None) -> Tensor | None:
@@ -138,81 +186,27 @@ def _dense_rows(logits: Tensor | None) -> Tensor | None:
     return logits.contiguous()
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
-def _native_forward(
-    identity_logits: Tensor | None,
-    viewpoint_logits: Tensor | None,
-    identity: Tensor,
-    viewpoint: Tensor | None,
-    mask: Tensor | None,
-    smoothing: str,
-    alpha: float,
-    epsilon: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    some = _anchor(identity_logits, viewpoint_logits)
-    N, K = some.shape[:2]
-    V = 1 if viewpoint_logits is None else viewpoint_logits.shape[2]
-    check_label_values(identity, viewpoint, K, V, mask)
-    module, view, threads = _native.module(), _native.view, torch.get_num_threads()
-    wide, shape = accumulator_dtype(some.dtype), (N,) if reduction == "none" else ()
-    identity_loss = some.new_empty((0,) if identity_logits is None else shape, dtype=wide)
-    viewpoint_loss = some.new_empty((0,) if viewpoint_logits is None else shape, dtype=wide)
-    statistics = some.new_empty((2, reference.STATISTICS, N), dtype=torch.float64)
-    if identity_logits is None or viewpoint_logits is None:
-        statistics.zero_()  # an absent head's part stays 0
-    workspace = some.new_empty(
-        module.viewpoint_aware_cross_entropy_workspace_bytes(
-            N, K, V, identity_logits is not None, viewpoint_logits is not None, some.is_cuda
-        ),
-        dtype=torch.uint8,
-    )
-    module.viewpoint_aware_cross_entropy_forward(
-        view(_dense_rows(identity_logits)), view(_dense_rows(viewpoint_logits)), view(identity.contiguous()),
-        view(_contiguous(viewpoint)), view(_contiguous(mask)), view(identity_loss), view(viewpoint_loss),
-        view(statistics), smoothing == "adaptive", alpha, epsilon if smoothing == "uniform" else 0.0,
-        REDUCTION.index(reduction), view(label_error_slot(some.device)), view(workspace), threads, _stream(some),
-    )  # fmt: skip
-    return identity_loss, viewpoint_loss, statistics
-
-
-def _native_backward(
-    identity_upstream: Tensor | None,
-    viewpoint_upstream: Tensor | None,
-    identity_logits: Tensor | None,
-    viewpoint_logits: Tensor | None,
-    identity: Tensor,
-    viewpoint: Tensor | None,
-    mask: Tensor | None,
-    statistics: Tensor,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    some, view = _anchor(identity_logits, viewpoint_logits), _native.view
-    identity_grad = some.new_empty((0,) if identity_logits is None else identity_logits.shape)
-    viewpoint_grad = some.new_empty((0,) if viewpoint_logits is None else viewpoint_logits.shape)
-    _native.module().viewpoint_aware_cross_entropy_backward(
-        view(_contiguous(identity_upstream)), view(_contiguous(viewpoint_upstream)),
-        view(_dense_rows(identity_logits)), view(_dense_rows(viewpoint_logits)), view(identity.contiguous()),
-        view(_contiguous(viewpoint)), view(_contiguous(mask)), view(statistics.contiguous()),
-        view(identity_grad), view(viewpoint_grad), REDUCTION.index(reduction), torch.get_num_threads(), _stream(some),
-    )  # fmt: skip
-    return identity_grad, viewpoint_grad
-
-
-def _stream(tensor: Tensor) -> int:
-    return _native.stream(tensor) if tensor.is_cuda else 0
-
-
-for _device_type in ("cpu", "cuda"):
-    _native.register(_forward, _device_type)(_native_forward)
-    _native.register(_backward, _device_type)(_native_backward)
+_LOGITS_AND_LABELS = (
+    "Tensor? identity_logits, Tensor? viewpoint_logits, Tensor identity, Tensor? viewpoint, Tensor? mask"
+)
+_forward = define(
+    f"viewpoint_aware_cross_entropy_forward({_LOGITS_AND_LABELS}, bool adaptive, float alpha, float epsilon, "
+    "str reduction) -> (Tensor, Tensor, Tensor)",
+    fake=_empty_losses,
+    reference=_reference_forward,
+    native=_native_forward,
+)
+_backward = define(
+    "viewpoint_aware_cross_entropy_backward(Tensor? identity_upstream, Tensor? viewpoint_upstream, "
+    f"{_LOGITS_AND_LABELS}, Tensor statistics, str reduction) -> (Tensor, Tensor)",
+    fake=_empty_gradients,
+    reference=_reference_backward,
+    native=_native_backward,
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, _smoothing, _alpha, _epsilon, ctx.reduction = inputs
+    *tensors, _adaptive, _alpha, _epsilon, ctx.reduction = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
@@ -223,17 +217,14 @@ def _differentiate(
 ) -> tuple[Tensor | None, ...]:
     identity_logits, viewpoint_logits, *rest = ctx.saved_tensors
     if identity_upstream is None or not ctx.needs_input_grad[0]:
-        identity_logits = None
+        identity_logits = identity_upstream = None
     if viewpoint_upstream is None or not ctx.needs_input_grad[1]:
-        viewpoint_logits = None
+        viewpoint_logits = viewpoint_upstream = None
     if identity_logits is None and viewpoint_logits is None:
         return (None,) * 9
-    run = _native.shortcut(_backward, identity_upstream, viewpoint_upstream, identity_logits, viewpoint_logits, *rest)
-    identity_grad, viewpoint_grad = run(
-        identity_upstream if identity_logits is not None else None,
-        viewpoint_upstream if viewpoint_logits is not None else None,
-        identity_logits, viewpoint_logits, *rest, ctx.reduction,
-    )  # fmt: skip
+    identity_grad, viewpoint_grad = _backward(
+        identity_upstream, viewpoint_upstream, identity_logits, viewpoint_logits, *rest, ctx.reduction
+    )
     return (
         None if identity_logits is None else identity_grad,
         None if viewpoint_logits is None else viewpoint_grad,
@@ -241,62 +232,7 @@ def _differentiate(
     )
 
 
-def _refuse_double_backward(ctx: Any, *_grads: Tensor) -> None:
-    raise RuntimeError("cross-entropy: double backward is not supported (its gradient is a closed form)")
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse_double_backward)
-
-
-class _Losses(torch.autograd.Function):
-    """``_forward`` with its registered gradient, but without the operator's layers in the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = _native.shortcut(_forward, *inputs[:5])(*inputs)
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _differentiate(ctx, *upstreams)
-
-
-def _losses(
-    identity_logits: Tensor | None,
-    viewpoint_logits: Tensor | None,
-    identity: Tensor,
-    viewpoint: Tensor | None,
-    mask: Tensor | None,
-    smoothing: str,
-    alpha: float,
-    epsilon: float,
-    reduction: str,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The losses of the heads that have logits, by the operator, or composed where torch.func asks for it."""
-    identity = identity.to(torch.int64)
-    viewpoint = None if viewpoint is None else plain_viewpoint(viewpoint)
-    if not transforms_active():
-        refuse_forward_mode("cross-entropy", *(x for x in (identity_logits, viewpoint_logits) if x is not None))
-        run = _forward if torch.compiler.is_compiling() else _Losses.apply
-        identity_loss, viewpoint_loss, _ = run(
-            identity_logits, viewpoint_logits, identity, viewpoint, mask, smoothing, alpha, epsilon, reduction
-        )
-        return identity_loss, viewpoint_loss
-    composed: list[Tensor | None] = [None, None]
-    if identity_logits is not None:
-        check_transformed_labels(identity, None, identity_logits.shape[1], 1, None)
-        constant = epsilon if smoothing == "uniform" else 0.0
-        composed[_IDENTITY] = reference.differentiable(
-            identity_logits[:, :, None], identity, None, None, smoothing == "adaptive", alpha, constant
-        )
-    if viewpoint_logits is not None:
-        _, K, V = viewpoint_logits.shape
-        check_transformed_labels(identity, viewpoint, K, V, mask)
-        composed[_VIEWPOINT] = reference.differentiable(viewpoint_logits, identity, viewpoint, mask, True, alpha, 0.0)
-    identity_rows, viewpoint_rows = (None if loss is None else reduce_rows(loss, reduction) for loss in composed)
-    return identity_rows, viewpoint_rows
+add_gradient(_forward, _save, _differentiate)
 
 
 def identity_cross_entropy(
@@ -337,8 +273,8 @@ def identity_cross_entropy(
     check_identity(identity, N, "logits", logits)
     check_scalars(smoothing, alpha, epsilon, reduction)
     check_batch(N, K, reduction, "logits")
-    loss, _ = _losses(logits, None, identity, None, None, smoothing, alpha, epsilon, reduction)
-    assert loss is not None
+    smoothed = smoothing_arguments(smoothing, alpha, epsilon)
+    loss: Tensor = _forward(logits, None, plain_identity(identity), None, None, *smoothed, reduction)[0]
     return loss
 
 
@@ -383,8 +319,8 @@ def viewpoint_cross_entropy(
     check_scalars("adaptive", alpha, 0.0, reduction)
     check_batch(N, K * V, reduction, "logits")
     warn_of_alpha(alpha, V)
-    _, loss = _losses(None, logits, identity, viewpoint, mask, "adaptive", alpha, 0.0, reduction)
-    assert loss is not None
+    labels = plain_identity(identity), plain_viewpoint(viewpoint), mask
+    loss: Tensor = _forward(None, logits, *labels, True, alpha, 0.0, reduction)[1]
     return loss
 
 
@@ -436,9 +372,7 @@ def viewpoint_aware_cross_entropy(
     check_scalars(smoothing, alpha, epsilon, reduction)
     check_batch(N, K * V, reduction, "identity_logits")
     warn_of_alpha(alpha, V)
-    identity_loss, viewpoint_loss = _losses(
-        identity_logits, viewpoint_logits, identity, viewpoint, mask, smoothing, alpha, epsilon, reduction
-    )
-    assert identity_loss is not None
-    assert viewpoint_loss is not None
+    labels = plain_identity(identity), plain_viewpoint(viewpoint), mask
+    smoothed = smoothing_arguments(smoothing, alpha, epsilon)
+    identity_loss, viewpoint_loss, _ = _forward(identity_logits, viewpoint_logits, *labels, *smoothed, reduction)
     return identity_loss, viewpoint_loss

@@ -71,28 +71,3 @@ def linear_head(
     else:
         f_grad, C_grad = g @ C, g.T @ f
     return loss, f_grad.to(feature.dtype), C_grad.view(centers.shape).to(centers.dtype)
-
-
-def differentiable(
-    feature: Tensor,
-    identity_centers: Tensor,
-    viewpoint_centers: Tensor,
-    identity: Tensor,
-    viewpoint: Tensor,
-    mask: Tensor | None,
-    adaptive: bool,
-    alpha: float,
-    epsilon: float,
-    normalize: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The losses of every row, [N] each, as a composition that any differentiation can follow.
-
-    Arguments as in :func:`linear_head`, of both heads; ``adaptive`` and ``epsilon`` concern the identity head.
-    """
-    identity_logits = linear_logits(feature, identity_centers[:, None], normalize, scale)
-    viewpoint_logits = linear_logits(feature, viewpoint_centers, normalize, scale)
-    return (
-        rows.differentiable(identity_logits, identity, None, None, adaptive, alpha, epsilon),
-        rows.differentiable(viewpoint_logits, identity, viewpoint, mask, True, alpha, 0.0),
-    )

@@ -202,21 +202,28 @@ def soft_target(
     return _target(identity, viewpoint, mask, statistics, K, V, accumulator_dtype(logits.dtype))
 
 
-def differentiable(
-    logits: Tensor,
-    identity: Tensor,
-    viewpoint: Tensor | None,
-    mask: Tensor | None,
-    adaptive: bool,
-    alpha: float,
-    epsilon: float,
-) -> Tensor:
-    """The loss of every row, [N], as a composition that any differentiation can follow: targets are constants.
+def label_error(identity: Tensor, viewpoint: Tensor | None, mask: Tensor | None, K: int, V: int) -> tuple[int, int]:
+    """What is wrong with labels, arguments as in :func:`cross_entropy_forward`: (code, row), or (0, 0).
 
-    Arguments as in :func:`cross_entropy_forward`.
+    Codes: 1 identity out of range, 2 viewpoint out of range, 3 viewpoint on a view that the mask excludes, 4 weights
+    that are negative or do not sum to 1 within 1e-4, 5 no view exists for an identity (which is the row). Of several
+    errors the first of identities, mask and viewpoints, and there the first row.
     """
-    target = soft_target(
-        logits, identity, viewpoint, mask=mask, adaptive=adaptive, alpha=alpha, epsilon=epsilon
-    ).flatten(1)
-    log_probability = _wide(logits, mask).flatten(1).log_softmax(1)
-    return -torch.where(target == 0, 0, target * log_probability).sum(1)
+    bad = (identity < 0) | (identity >= K)
+    if bool(bad.any()):
+        return 1, int(bad.nonzero()[0])
+    if mask is not None and not bool(mask.any(1).all()):
+        return 5, int((~mask.any(1)).nonzero()[0])
+    if viewpoint is None:
+        return 0, 0
+    if viewpoint.is_floating_point():
+        code = 4 * ~((viewpoint >= 0).all(1) & ((viewpoint.sum(1) - 1).abs() <= 1e-4))
+        used = viewpoint > 0
+    else:
+        code = 2 * ((viewpoint < -1) | (viewpoint >= V))
+        used = viewpoint[:, None] == torch.arange(V, device=viewpoint.device)
+    if mask is not None:
+        code = torch.where((code == 0) & (used & ~mask[identity]).any(1), 3, code)
+    bad = code != 0
+    row = int(bad.int().argmax()) if bad.numel() else 0
+    return int(code[row]) if bad.numel() else 0, row

@@ -9,7 +9,7 @@ from tests.cuda_on_cpu.harness import dtype_code
 
 def angular_center_forward(
     launch: Any, W: Any, U: Any, mask: Any, loss: Any, cosine: Any, identity_norm: Any, viewpoint_norm: Any,
-    threads: int, stream: int,
+    place: Any,
 ) -> None:  # fmt: skip
     K, V, D = U.shape
     launch(
@@ -19,7 +19,7 @@ def angular_center_forward(
 
 def angular_center_backward(
     launch: Any, upstream: Any, W: Any, U: Any, mask: Any, cosine: Any, identity_norm: Any, viewpoint_norm: Any,
-    grad_W: Any, grad_U: Any, threads: int, stream: int,
+    grad_W: Any, grad_U: Any, place: Any,
 ) -> None:  # fmt: skip
     K, V, D = U.shape
     launch(

@@ -8,14 +8,14 @@ from tests.cuda_on_cpu.harness import InOut, Partial, Workspace, dtype_code, spa
 from vareid_ext.ops.k_reciprocal import invert_workspace
 
 
-def k_reciprocal_sets(launch: Any, neighbor: Any, k: int, out: Any, size: Any, threads: int, stream: int) -> None:
+def k_reciprocal_sets(launch: Any, neighbor: Any, k: int, out: Any, size: Any, place: Any) -> None:
     rows, width = neighbor.shape
     launch("k_reciprocal_sets_cuda", neighbor, rows, width, k, Partial(out), size)
 
 
 def k_reciprocal_expanded(
     launch: Any, sets: Any, size: Any, half: Any, half_size: Any, indptr: Any, index: Any, workspace: Any,
-    threads: int, stream: int,
+    place: Any,
 ) -> None:  # fmt: skip
     (rows, width), half_width = sets.shape, half.shape[1]
     launch(
@@ -26,7 +26,7 @@ def k_reciprocal_expanded(
 
 def k_reciprocal_listed_distance(
     launch: Any, x: Any, x_factor: Any, y: Any, y_factor: Any, neighbor: Any, near: Any, indptr: Any, index: Any,
-    out: Any, threads: int, stream: int,
+    out: Any, place: Any,
 ) -> None:  # fmt: skip
     (x_memory, x_stride), (y_memory, y_stride) = spanned(x), spanned(y)
     launch(
@@ -35,15 +35,13 @@ def k_reciprocal_listed_distance(
     )  # fmt: skip
 
 
-def k_reciprocal_encode(
-    launch: Any, indptr: Any, distance: Any, row_max: Any, value: Any, threads: int, stream: int
-) -> None:
+def k_reciprocal_encode(launch: Any, indptr: Any, distance: Any, row_max: Any, value: Any, place: Any) -> None:
     launch("k_reciprocal_encode_cuda", indptr, distance, row_max, indptr.numel() - 1, value)
 
 
 def k_reciprocal_expand(
     launch: Any, neighbor: Any, k2: int, indptr: Any, index: Any, value: Any, new_indptr: Any, new_index: Any,
-    new_value: Any, workspace: Any, threads: int, stream: int,
+    new_value: Any, workspace: Any, place: Any,
 ) -> None:  # fmt: skip
     rows, width = neighbor.shape
     launch(
@@ -54,7 +52,7 @@ def k_reciprocal_expand(
 
 def k_reciprocal_invert(
     launch: Any, indptr: Any, index: Any, value: Any, first: int, columns: int, start: Any, owner: Any, weight: Any,
-    workspace: Any, threads: int, stream: int,
+    workspace: Any, place: Any,
 ) -> None:  # fmt: skip
     entries = owner.numel()
     launch(
@@ -65,7 +63,7 @@ def k_reciprocal_invert(
 
 def k_reciprocal_blend(
     launch: Any, distance: Any, row_max: Any, indptr: Any, index: Any, value: Any, start: Any, owner: Any, weight: Any,
-    lambda_value: float, workspace: Any, threads: int, stream: int,
+    lambda_value: float, workspace: Any, place: Any,
 ) -> None:  # fmt: skip
     queries, gallery = distance.shape
     dense = distance.contiguous()
@@ -79,7 +77,7 @@ def k_reciprocal_blend(
 def k_reciprocal_topk(
     launch: Any, query: Any, query_factor: Any, gallery: Any, gallery_factor: Any, nearest: Any, original: Any,
     row_max: Any, indptr: Any, index: Any, value: Any, start: Any, owner: Any, weight: Any, lambda_value: float,
-    distance: Any, gallery_index: Any, workspace: Any, threads: int, stream: int,
+    distance: Any, gallery_index: Any, workspace: Any, place: Any,
 ) -> None:  # fmt: skip
     (Q, D), G = query.shape, gallery.shape[0]
     (query_memory, query_stride), (gallery_memory, gallery_stride) = spanned(query), spanned(gallery)
@@ -91,8 +89,7 @@ def k_reciprocal_topk(
 
 
 def k_reciprocal_matrix_neighbors(
-    launch: Any, q_g: Any, q_q: Any, g_g: Any, k: int, neighbor: Any, row_max: Any, workspace: Any, threads: int,
-    stream: int,
+    launch: Any, q_g: Any, q_q: Any, g_g: Any, k: int, neighbor: Any, row_max: Any, workspace: Any, place: Any,
 ) -> None:  # fmt: skip
     Q, G = q_g.shape
     launch("k_reciprocal_matrix_neighbors_cuda", q_g, q_q, g_g, dtype_code(q_g), Q, G, k, neighbor, row_max)

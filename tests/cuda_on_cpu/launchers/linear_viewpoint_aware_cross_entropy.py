@@ -20,7 +20,7 @@ def linear_viewpoint_aware_cross_entropy_parts(launch: Any, N: int, columns: int
 
 def linear_viewpoint_aware_cross_entropy_summarise(
     launch: Any, logits: Any, scale: Any, identity: Any, mask: Any, summaries: Any, own_logits: Any, K: int, V: int,
-    first: int, first_part: int, threads: int, stream: int,
+    first: int, first_part: int, place: Any,
 ) -> None:  # fmt: skip
     memory, stride = spanned(logits)
     N, columns = logits.shape
@@ -32,7 +32,7 @@ def linear_viewpoint_aware_cross_entropy_summarise(
 
 def linear_viewpoint_aware_cross_entropy_finish(
     launch: Any, summaries: Any, own_logits: Any, identity: Any, viewpoint: Any, mask: Any, loss: Any, statistics: Any,
-    adaptive: bool, alpha: float, epsilon: float, K: int, label_error: Any, stream: int,
+    adaptive: bool, alpha: float, epsilon: float, K: int, label_error: Any, place: Any,
 ) -> None:  # fmt: skip
     noted = torch.zeros(1, dtype=torch.int64)
     launch(
@@ -45,7 +45,7 @@ def linear_viewpoint_aware_cross_entropy_finish(
 
 def linear_viewpoint_aware_cross_entropy_gradient(
     launch: Any, logits: Any, scale: Any, identity: Any, viewpoint: Any, mask: Any, statistics: Any, upstream: Any,
-    share: float, K: int, V: int, first: int, threads: int, stream: int,
+    share: float, K: int, V: int, first: int, place: Any,
 ) -> None:  # fmt: skip
     memory, stride = spanned(logits)
     N, columns = logits.shape
@@ -55,13 +55,9 @@ def linear_viewpoint_aware_cross_entropy_gradient(
     )  # fmt: skip
 
 
-def linear_viewpoint_aware_cross_entropy_inverse_norms(
-    launch: Any, x: Any, inverse: Any, threads: int, stream: int
-) -> None:
+def linear_viewpoint_aware_cross_entropy_inverse_norms(launch: Any, x: Any, inverse: Any, place: Any) -> None:
     launch("linear_viewpoint_aware_cross_entropy_inverse_norms_cuda", x, inverse, *x.shape, dtype_code(x))
 
 
-def linear_viewpoint_aware_cross_entropy_project(
-    launch: Any, x: Any, inverse: Any, grad: Any, threads: int, stream: int
-) -> None:
+def linear_viewpoint_aware_cross_entropy_project(launch: Any, x: Any, inverse: Any, grad: Any, place: Any) -> None:
     launch("linear_viewpoint_aware_cross_entropy_project_cuda", x, inverse, InOut(grad), *x.shape, dtype_code(x))

@@ -20,7 +20,7 @@ def _sets(parts: Any) -> list[Any]:
 
 def nearest_neighbors_scan(
     launch: Any, block: Any, row: int, column: int, left_bounds: Any, right_bounds: Any, left: Any, right: Any, k: int,
-    write: bool, threads: int, stream: int,
+    write: bool, place: Any,
 ) -> None:  # fmt: skip
     rows, columns = block.shape
     dense = block.contiguous()
@@ -35,7 +35,7 @@ def nearest_neighbors_scan(
 
 def nearest_neighbors_select(
     launch: Any, x: Any, y: Any, metric: int, unscale: float, left_bounds: Any, right_bounds: Any, candidates: Any,
-    k: int, index: Any, distance: Any, unsure: Any, reach: Any, threads: int, stream: int,
+    k: int, index: Any, distance: Any, unsure: Any, reach: Any, place: Any,
 ) -> None:  # fmt: skip
     lower, candidate, count, _, cut, _ = candidates
     launch(
@@ -47,8 +47,7 @@ def nearest_neighbors_select(
 
 def nearest_neighbors_rescan(
     launch: Any, block: Any, rows: Any, x: Any, y: Any, metric: int, unscale: float, left_bounds: Any,
-    right_bounds: Any, reach: Any, same: Any, k: int, index: Any, distance: Any, workspace: Any, threads: int,
-    stream: int,
+    right_bounds: Any, reach: Any, same: Any, k: int, index: Any, distance: Any, workspace: Any, place: Any,
 ) -> None:  # fmt: skip
     count, columns = block.shape
     launch(

@@ -7,26 +7,24 @@ from typing import Any
 from tests.cuda_on_cpu.harness import InOut, dtype_code, spanned
 
 
-def pairwise_distance_max_abs(launch: Any, x: Any, out: Any, threads: int, stream: int) -> None:
+def pairwise_distance_max_abs(launch: Any, x: Any, out: Any, place: Any) -> None:
     (rows, D), (memory, stride) = x.shape, spanned(x)
     launch("pairwise_distance_max_abs_cuda", memory, dtype_code(x), rows, D, stride, out)
 
 
-def pairwise_distance_norm(launch: Any, x: Any, factor: Any, out: Any, threads: int, stream: int) -> None:
+def pairwise_distance_norm(launch: Any, x: Any, factor: Any, out: Any, place: Any) -> None:
     (rows, D), (memory, stride) = x.shape, spanned(x)
     launch("pairwise_distance_norm_cuda", memory, factor, dtype_code(x), rows, D, stride, out)
 
 
-def pairwise_distance_prepare(
-    launch: Any, x: Any, factor: Any, center: Any, out: Any, norm: Any, threads: int, stream: int
-) -> None:
+def pairwise_distance_prepare(launch: Any, x: Any, factor: Any, center: Any, out: Any, norm: Any, place: Any) -> None:
     (rows, D), (memory, stride) = x.shape, spanned(x)
     launch("pairwise_distance_prepare_cuda", memory, factor, dtype_code(x), rows, D, stride, center, out, norm)
 
 
 def pairwise_distance_block(
     launch: Any, block: Any, x: Any, x_factor: Any, y: Any, y_factor: Any, x_norm: Any, y_norm: Any, metric: int,
-    unscale: float, mirror: Any, threads: int, stream: int,
+    unscale: float, mirror: Any, place: Any,
 ) -> None:  # fmt: skip
     (rows, columns), D = block.shape, x.shape[1]
     (x_memory, x_stride), (y_memory, y_stride) = spanned(x), spanned(y)
@@ -43,7 +41,7 @@ def pairwise_distance_block(
 
 def pairwise_distance_tiled(
     launch: Any, x_prepared: Any, y_prepared: Any, block: Any, x: Any, x_factor: Any, y: Any, y_factor: Any,
-    x_norm: Any, y_norm: Any, metric: int, unscale: float, stream: int,
+    x_norm: Any, y_norm: Any, metric: int, unscale: float, place: Any,
 ) -> None:  # fmt: skip
     (rows, columns), D = block.shape, x.shape[1]
     (x_memory, x_stride), (y_memory, y_stride) = spanned(x), spanned(y)

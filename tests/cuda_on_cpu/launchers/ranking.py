@@ -12,7 +12,7 @@ def ranking_workspace_bytes(launch: Any, max_group: int, threads: int) -> int:
 
 
 def ranking_forward(
-    launch: Any, distances: Any, labels: Any, results: Any, workspace: Any, max_group: int, threads: int, stream: int
+    launch: Any, distances: Any, labels: Any, results: Any, workspace: Any, max_group: int, place: Any
 ) -> None:
     Q, G = distances.shape
     memory, row_stride = spanned(distances)

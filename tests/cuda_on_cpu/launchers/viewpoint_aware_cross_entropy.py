@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tests.cuda_on_cpu.harness import Partial, dtype_code
+from vareid_ext.reference.viewpoint_aware_cross_entropy import label_error
 
 
 def _rows(logits: Any) -> tuple[bool, Any, int]:
@@ -26,10 +27,10 @@ def _labels(viewpoint_logits: Any, identity: Any, viewpoint: Any, mask: Any) -> 
     return views, identity, None if soft else viewpoint, viewpoint if soft else None, mask
 
 
-def viewpoint_aware_cross_entropy_labels_fit(
+def viewpoint_aware_cross_entropy_label_error(
     launch: Any, identity: Any, viewpoint: Any, mask: Any, K: int, V: int
-) -> bool:
-    return False  # labels are on the host: Python's own checks follow
+) -> tuple[int, int]:
+    return label_error(identity, viewpoint, mask, K, V)  # labels are on the host
 
 
 def viewpoint_aware_cross_entropy_workspace_bytes(
@@ -41,7 +42,7 @@ def viewpoint_aware_cross_entropy_workspace_bytes(
 def viewpoint_aware_cross_entropy_forward(
     launch: Any, identity_logits: Any, viewpoint_logits: Any, identity: Any, viewpoint: Any, mask: Any,
     identity_loss: Any, viewpoint_loss: Any, statistics: Any, adaptive: bool, alpha: float, epsilon: float,
-    reduction: int, label_error: Any, workspace: Any, threads: int, stream: int,
+    reduction: int, label_error: Any, workspace: Any, place: Any,
 ) -> None:  # fmt: skip
     some = viewpoint_logits if identity_logits is None else identity_logits
     noted = torch.zeros(2, dtype=torch.int64)
@@ -57,7 +58,7 @@ def viewpoint_aware_cross_entropy_forward(
 def viewpoint_aware_cross_entropy_backward(
     launch: Any, identity_upstream: Any, viewpoint_upstream: Any, identity_logits: Any, viewpoint_logits: Any,
     identity: Any, viewpoint: Any, mask: Any, statistics: Any, identity_grad: Any, viewpoint_grad: Any, reduction: int,
-    threads: int, stream: int,
+    place: Any,
 ) -> None:  # fmt: skip
     some = viewpoint_logits if identity_logits is None else identity_logits
     launch(

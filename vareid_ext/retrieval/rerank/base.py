@@ -42,6 +42,7 @@ class Reranker(ABC):
         self._back = returner(query)
         self.query, self.gallery = to_tensor(query, "query"), to_tensor(gallery, "gallery")
         check_values("query", self.query)
+        check_values("gallery", self.gallery)
         check_features("query", self.query)
         check_same_features("gallery", self.gallery, "query", self.query)
         Q, G = self.shape

@@ -50,7 +50,8 @@ def re_ranking(
     back = returner(q_g_dist)
     names = ("q_g_dist", "q_q_dist", "g_g_dist")
     q_g, q_q, g_g = (to_tensor(value, name) for name, value in zip(names, (q_g_dist, q_q_dist, g_g_dist), strict=True))
-    check_values("q_g_dist", q_g)
+    for name, value in zip(names, (q_g, q_q, g_g), strict=True):
+        check_values(name, value)
     check_floating("q_g_dist", q_g)
     for name, value in (("q_q_dist", q_q), ("g_g_dist", g_g)):
         check_dtype(name, value, q_g.dtype)
