@@ -1,7 +1,7 @@
 """Step: every op's time beside what bytes and arithmetic predict, plain PyTorch (eager and compiled), and its memory.
 
 The prediction is written before the measurement: the larger of the bytes that must move over the measured copy and the
-operations over the measured product. Bytes are counted as docs/kernels.md counts them: for the losses each input read
+operations over the measured product. Bytes are counted so: for the losses each input read
 and each result written once in each pass; for the kernels of the retrieval functions by tests/cuda_on_cpu/minima.py,
 from the arguments and results of the very calls.
 """

@@ -1,23 +1,16 @@
-"""Measures what the kernels move, and writes the table of docs/kernels.md: ``python -m tests.cuda_on_cpu.measure``."""
+"""Measures what the kernels move: ``python -m tests.cuda_on_cpu.measure`` prints the table."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from tests.cuda_on_cpu import build, rows
+from tests.cuda_on_cpu import rows
 from tests.cuda_on_cpu.backend import cuda_on_cpu
 from tests.cuda_on_cpu.harness import Launcher, Traffic, package
 from tests.cuda_on_cpu.minima import Counting
 from tests.cuda_on_cpu.representative import REPRESENTATIVE, Shape
-
-PAGE = build.ROOT / "docs" / "kernels.md"
-BEGIN, END = "<!-- traffic: begin -->", "<!-- traffic: end -->"
 
 
 @dataclass(frozen=True)
@@ -75,26 +68,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def replace_section(page: Path, begin: str, end: str, text: str) -> None:
-    """Puts ``text`` between two marker lines of a page."""
-    old = page.read_text()
-    pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), re.DOTALL)
-    if not pattern.search(old):
-        raise ValueError(f"{page.name}: the markers {begin} and {end} are missing")
-    partial = page.with_suffix(".partial")
-    partial.write_text(pattern.sub(lambda _: f"{begin}\n{text}\n{end}", old))
-    os.replace(partial, page)
-
-
-def main() -> None:
-    """Prints the table, or writes it into docs/kernels.md."""
-    parser = argparse.ArgumentParser(prog="python -m tests.cuda_on_cpu.measure", description=__doc__)
-    parser.add_argument("--print", action="store_true", help="print the table instead of writing docs/kernels.md")
-    if parser.parse_args().print:
-        print(table())
-    else:
-        replace_section(PAGE, BEGIN, END, table())
-
-
 if __name__ == "__main__":
-    main()
+    print(table())

@@ -1,4 +1,4 @@
-"""Representative calls of every row: their traffic stands in docs/kernels.md and is held by test_traffic.py; tests/gpu
+"""Representative calls of every row: their traffic is held by test_traffic.py; tests/gpu
 runs them on a real GPU.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,64 @@ def backend_tests(row: str) -> dict[str, Callable[..., Any]]:
         for name, function in {**own, **more}.items()
         if name.startswith("test_") and callable(function) and "backend" in inspect.signature(function).parameters
     }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A test of a row with the arguments of one of its parameter sets."""
+
+    id: str
+    test: Callable[..., Any]
+    arguments: Mapping[str, Any]
+
+    @property
+    def fixtures(self) -> set[str]:
+        """The fixtures that it takes beside ``backend``."""
+        return set(inspect.signature(self.test).parameters) - {"backend", *self.arguments}
+
+    def run(self, request: pytest.FixtureRequest) -> None:
+        """Run it as part of another test, which has the fixture ``backend`` of its own."""
+        fixtures = {name: request.getfixturevalue(name) for name in ("backend", *sorted(self.fixtures))}
+        self.test(**fixtures, **self.arguments)
+
+
+def cases(row: str) -> Iterator[Case]:
+    """Every case of the row's tests."""
+    for name, test in backend_tests(row).items():
+        axes = [_axis(mark) for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+        for choice in itertools.product(*axes):
+            ids = "-".join(label for label, _ in choice)
+            arguments = {key: value for _, values in choice for key, value in values.items()}
+            yield Case(f"{row}: {name.removeprefix('test_')}{ids and f': {ids}'}", test, arguments)
+
+
+def parameters(*, without: Sequence[str] = ()) -> list[Any]:
+    """The cases of all rows, for ``pytest.mark.parametrize``, but for tests whose names contain a word of `without`."""
+    return [
+        pytest.param(
+            case, id=case.id, marks=[m for m in getattr(case.test, "pytestmark", []) if m.name != "parametrize"]
+        )
+        for row in row_names()
+        for case in cases(row)
+        if not any(word in case.test.__name__ for word in without)
+    ]
+
+
+def _axis(mark: pytest.Mark) -> list[tuple[str, dict[str, Any]]]:
+    """The parameter sets of a mark, each with its part of the test's id."""
+    names, ids = mark.args[0], mark.kwargs.get("ids")
+    names = names.replace(" ", "").split(",") if isinstance(names, str) else list(names)
+    axis = []
+    for place, given in enumerate(mark.args[1]):
+        values = given.values if isinstance(given, type(pytest.param(0))) else (given,) if len(names) == 1 else given
+        labels = [
+            ids(value) if callable(ids) else value.__name__ if isinstance(value, type) else str(value)
+            if isinstance(value, (str, int, float, tuple, torch.dtype, type(None))) else f"{name}{place}"
+            for name, value in zip(names, values, strict=True)
+        ]  # fmt: skip
+        label = ids[place] if isinstance(ids, (list, tuple)) else "-".join(labels)
+        axis.append((label, dict(zip(names, values, strict=True))))
+    return axis
 
 
 @dataclass(frozen=True)
@@ -73,29 +131,7 @@ def recorded_calls(row: str) -> list[Call]:
             return result
 
         with backend.cuda_on_cpu(record):
-            for test in backend_tests(row).values():
-                for arguments in _parameter_sets(test):
-                    test(backend="cuda_on_cpu", **arguments)
+            for case in cases(row):
+                if not case.fixtures and not any(w in case.test.__name__ for w in ("opcheck", "compile", "gradcheck")):
+                    case.test(backend="cuda_on_cpu", **case.arguments)
     return sorted(calls, key=lambda call: call.work)
-
-
-def _parameter_sets(test: Callable[..., Any]) -> Iterator[dict[str, Any]]:
-    """The arguments of each case of a parametrised test; none for a test that takes other fixtures or compiles."""
-    if any(word in test.__name__ for word in ("opcheck", "compile", "gradcheck")):
-        return
-    axes = []
-    for mark in getattr(test, "pytestmark", []):
-        if mark.name in ("skip", "skipif", "slow"):
-            return
-        if mark.name == "parametrize":
-            names = mark.args[0].replace(" ", "").split(",") if isinstance(mark.args[0], str) else list(mark.args[0])
-            values = [
-                v.values if isinstance(v, type(pytest.param(0))) else (v,) if len(names) == 1 else v
-                for v in mark.args[1]
-            ]
-            axes.append([dict(zip(names, v, strict=True)) for v in values])
-    known = {name for axis in axes for case in axis[:1] for name in case} | {"backend"}
-    if set(inspect.signature(test).parameters) != known:
-        return
-    for choice in itertools.product(*axes):
-        yield {name: value for case in choice for name, value in case.items()}

@@ -19,6 +19,6 @@ def backend() -> Iterator[str]:
         yield "cuda_on_cpu"
 
 
-for _row in rows.row_names():
-    for _name, _test in rows.backend_tests(_row).items():
-        globals()[f"test_{_row}__{_name.removeprefix('test_')}"] = _test
+@pytest.mark.parametrize("case", rows.parameters())
+def test_kernels(case: rows.Case, request: pytest.FixtureRequest, backend: str) -> None:
+    case.run(request)

@@ -62,12 +62,3 @@ def test_angular_center_moves_the_bytes_of_its_arrays() -> None:
 def test_measures_are_deterministic() -> None:
     again = {(kernel, shape.name): t for (kernel, shape), t in measure.traffic("angular_center").items()}
     assert again == {(kernel, shape.name): t for (kernel, shape), t in traffic("angular_center").items()}
-
-
-def test_the_documented_table_names_every_measured_kernel() -> None:
-    page = measure.PAGE.read_text()
-    text = page[page.index(measure.BEGIN) : page.index(measure.END)]
-    for row in rows.row_names():
-        for kernel, shape in traffic(row):
-            wanted = f"| `{kernel}` | {shape.name} |"
-            assert wanted in text, f"{wanted} is missing: python -m tests.cuda_on_cpu.measure"

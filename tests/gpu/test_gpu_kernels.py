@@ -25,10 +25,9 @@ def backend() -> Iterator[str]:
 
 
 # Compilers and opcheck do not run under the fixture's mode: test_gpu_uses.py has them, on tensors of the device.
-for _row in rows.row_names():
-    for _name, _test in rows.backend_tests(_row).items():
-        if not any(word in _name for word in ("compile", "opcheck")):
-            globals()[f"test_{_row}__{_name.removeprefix('test_')}"] = _test
+@pytest.mark.parametrize("case", rows.parameters(without=("compile", "opcheck")))
+def test_kernels(case: rows.Case, request: pytest.FixtureRequest, backend: str) -> None:
+    case.run(request)
 
 
 def _assert_same(got: list[torch.Tensor], expected: list[torch.Tensor], device: torch.device) -> None:
