@@ -46,41 +46,41 @@ def assert_right(x, Q, k1=20, k2=6, lambda_value=0.3):
 @pytest.mark.parametrize(
     ("Q", "G", "D", "k1", "k2"), [(10, 40, 6, 20, 6), (1, 40, 4, 7, 3), (20, 1, 4, 5, 3), (1, 1, 3, 20, 6)]
 )
-def test_random(backend, Q, G, D, k1, k2):
+def test_random_features_follow_the_definition(backend, Q, G, D, k1, k2):
     assert_right(feature_array(Q + G, D), Q, k1, k2)
 
 
 @pytest.mark.parametrize(("k1", "k2"), [(1, 1), (2, 2), (3, 5), (9, 1), (40, 6), (5, 40), (100, 100)])
-def test_neighbourhoods(backend, k1, k2):
+def test_neighbourhoods_of_any_size_follow_the_definition(backend, k1, k2):
     """Also beyond the number of rows, and without query expansion."""
     assert_right(feature_array(30, 5), 8, k1, k2)
 
 
 @pytest.mark.parametrize("lambda_value", [0.0, 0.3, 1.0])
-def test_lambda(backend, lambda_value):
+def test_any_lambda_value_follows_the_definition(backend, lambda_value):
     assert_right(feature_array(45, 5), 12, lambda_value=lambda_value)
 
 
-def test_ties(backend):
+def test_ties_go_by_index(backend):
     assert_right(feature_array(60, 3, levels=3), 15, 7, 3)
 
 
-def test_every_image_twice(backend):
+def test_images_that_occur_twice_follow_the_definition(backend):
     x = feature_array(30, 6)
     assert_right(np.concatenate([x, x]), 14, 6, 3)
 
 
-def test_more_duplicates_than_k1(backend):
+def test_more_duplicates_than_k1_follow_the_definition(backend):
     x = np.concatenate([np.repeat(feature_array(1, 6), 25, 0), feature_array(25, 6, 1)])
     assert_right(x[np.random.default_rng(0).permutation(50)], 12, 6, 3)
 
 
-def test_all_rows_equal(backend):
+def test_equal_rows_follow_the_definition(backend):
     got = assert_right(np.repeat(feature_array(1, 6), 40, 0), 10, 6, 3)
     assert np.isfinite(got).all()
 
 
-def test_far_from_the_origin(backend):
+def test_features_far_from_the_origin_follow_the_definition(backend):
     assert_right(feature_array(45, 5) + 1000, 12)
 
 
@@ -88,7 +88,7 @@ def test_far_from_the_origin(backend):
 @given(
     st.integers(1, 12), st.integers(1, 30), st.integers(1, 25), st.integers(1, 9), st.floats(0, 1), st.integers(0, 99)
 )
-def test_any_problem(Q, G, k1, k2, lambda_value, seed):
+def test_any_small_problem_follows_the_definition(Q, G, k1, k2, lambda_value, seed):
     assert_right(feature_array(Q + G, 1 + seed % 4, seed, levels=None if seed % 2 else 4), Q, k1, k2, lambda_value)
 
 
@@ -106,7 +106,7 @@ def test_half_rounds_to_even():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes(backend, dtype):
+def test_every_dtype_of_features_follows_the_definition(backend, dtype):
     x = torch.from_numpy(feature_array(40, 8)).to(dtype)
     got = k_reciprocal_rerank(x[:10], x[10:], k1=7, k2=3)
     wide = x.double().numpy()
@@ -115,7 +115,7 @@ def test_other_dtypes(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_matrix_dtypes(backend, dtype):
+def test_every_dtype_of_matrices_follows_the_definition(backend, dtype):
     """The order is that of the values given, rounded as they are."""
     d = np.sqrt(squared_distances(feature_array(40, 4), feature_array(40, 4))).astype(dtype)
     got = re_ranking(d[:10, 10:], d[:10, :10], d[10:, 10:], 7, 3, 0.3)
@@ -167,7 +167,7 @@ def test_units_do_not_matter(backend, factor):
         (0.0, 2.0**-1074, np.float64), (0.0, 2.0**1020, np.float64),
     ],
 )  # fmt: skip
-def test_differences_far_below_the_features(backend, constant, unit, dtype):
+def test_differences_far_below_the_features_count(backend, constant, unit, dtype):
     """Whole numbers beside a constant element: their distances are the same in every unit."""
     levels = feature_array(40, 5, levels=6)
     x = (levels.astype(np.float64) * unit).astype(dtype)
@@ -178,7 +178,7 @@ def test_differences_far_below_the_features(backend, constant, unit, dtype):
     np.testing.assert_allclose(best, np.sort(expected, 1), rtol=0, atol=1e-5)
 
 
-def test_rows_of_very_different_length(backend):
+def test_rows_of_very_different_length_follow_the_definition(backend):
     x = feature_array(40, 5).astype(np.float64) * 1e-30
     x[3] *= 1e60
     expected = rerank(squared_distances(x, x), 10, 7, 3, 0.3)
@@ -187,7 +187,7 @@ def test_rows_of_very_different_length(backend):
         np.testing.assert_allclose(k_reciprocal_rerank(part[:10], part[10:], k1=7, k2=3), expected, rtol=0, atol=1e-5)
 
 
-def test_matrices_whose_rows_have_maxima_far_apart(backend):
+def test_matrices_may_have_row_maxima_far_apart(backend):
     """A row of distances below 1e-19, whose squares float32 does not hold, among others of about 1."""
     d = np.sqrt(squared_distances(feature_array(40, 5), feature_array(40, 5))).astype(np.float32)
     d[4] *= 1e-30  # what its column says is within a thousandth of the largest: not asymmetry
@@ -236,7 +236,7 @@ def test_stages_agree_with_the_reference(backend):
             assert torch.equal(got, expected)
 
 
-def test_opcheck():
+def test_the_operators_pass_opcheck():
     x = torch.from_numpy(feature_array(20, 4))
     neighbor = torch.from_numpy(ranked(squared_distances(x, x))[:, :6].astype(np.int32))
     near, row_max = torch.rand(20, 6), torch.rand(20) + 1

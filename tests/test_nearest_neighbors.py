@@ -33,24 +33,24 @@ def assert_exact(x, y, k, metric="sqeuclidean"):
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
 @pytest.mark.parametrize(("M", "N", "D", "k"), [(1, 1, 1, 1), (7, 30, 5, 4), (30, 20, 33, 20), (5, 64, 16, 1)])
-def test_random(backend, metric, M, N, D, k):
+def test_neighbours_of_random_rows_are_exact(backend, metric, M, N, D, k):
     assert_exact(features(M, D), features(N, D, 1), k, metric)
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
-def test_a_set_against_itself(backend, metric):
+def test_a_set_against_itself_finds_each_row_first(backend, metric):
     distance, index = assert_exact(features(50, 12), None, 21, metric)
     assert torch.equal(index[:, 0], torch.arange(50))
     assert bool((distance[:, 0] == 0).all())
 
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
-def test_every_row_twice(backend, metric):
+def test_rows_that_occur_twice_go_by_index(backend, metric):
     x = features(30, 24)
     assert_exact(torch.cat([x, x]), None, 9, metric)
 
 
-def test_near_ties_in_float32(backend):
+def test_near_ties_in_float32_are_told_apart(backend):
     """Distances that differ by less than float32 products resolve; an unrefined version gets hundreds of them wrong."""
     base = features(1, 40)
     x = (base + 1e-6 * features(60, 40, 1)).repeat(1, 1)
@@ -58,14 +58,14 @@ def test_near_ties_in_float32(backend):
     assert_exact(x, None, 7)
 
 
-def test_all_rows_equal(backend):
+def test_equal_rows_go_by_index(backend):
     x = features(1, 6).expand(70, 6)
     distance, index = assert_exact(x, None, 5)
     assert torch.equal(index, torch.arange(5).expand(70, 5))
     assert bool((distance == 0).all())
 
 
-def test_more_duplicates_than_places(backend):
+def test_more_duplicates_than_places_are_exact(backend):
     """A cluster of near ties that runs past the kept candidates: those rows are done again whole."""
     x = torch.cat([features(1, 8).expand(80, 8), features(20, 8, 1)])[torch.randperm(100, generator=torch.Generator())]
     assert_exact(x, None, 6)
@@ -77,18 +77,18 @@ def test_whole_numbers_tie_everywhere(backend):
     assert_exact(x, None, 12)
 
 
-def test_large_offset(backend):
+def test_features_far_from_the_origin_are_exact(backend):
     assert_exact(features(40, 16) + 3000, None, 11)
     assert_exact(features(40, 16) + 3000, features(30, 16, 1) + 3000, 11)
 
 
-def test_two_clusters_that_centring_does_not_help(backend):
+def test_two_clusters_that_centring_does_not_help_are_exact(backend):
     sign = torch.sign(features(50, 1, 3))
     assert_exact(features(50, 8) * 1e-3 + 20 * sign, None, 9)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e25])
-def test_values_far_from_one(backend, factor):
+def test_values_far_from_one_are_exact(backend, factor):
     x = features(30, 8)
     _, index = nearest_neighbors(x * factor, k=5)
     assert torch.equal(index, torch.from_numpy(np.argsort(squared_distances(x * factor, x * factor), 1)[:, :5]))
@@ -96,7 +96,7 @@ def test_values_far_from_one(backend, factor):
 
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
 @pytest.mark.parametrize(("constant", "unit"), [(1.0, 1e-25), (-1e30, 1e-4), (0.1, 2.0**-148)])
-def test_a_large_constant_element(backend, metric, constant, unit):
+def test_a_large_constant_element_does_not_matter(backend, metric, constant, unit):
     """Differences that a product of float32 elements does not see at all."""
     x = torch.cat([features(50, 6) * unit, torch.full((50, 1), constant)], dim=1)
     x[7] = x[3]
@@ -112,7 +112,7 @@ def test_a_large_constant_element(backend, metric, constant, unit):
 @pytest.mark.parametrize(
     ("metric", "unit"), [("euclidean", 2.0**1020), ("euclidean", 2.0**-1074), ("sqeuclidean", 2.0**-500)]
 )
-def test_squares_beyond_float64(metric, unit):
+def test_squares_beyond_float64_are_compared(metric, unit):
     if not _native.available("cpu"):
         pytest.skip(_native.backends()["cpu"])
     levels = torch.randint(0, 6, (40, 5), generator=torch.Generator().manual_seed(0)).double()
@@ -124,19 +124,19 @@ def test_squares_beyond_float64(metric, unit):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes(backend, dtype):
+def test_every_dtype_is_exact(backend, dtype):
     distance, _ = assert_exact(features(40, 16).to(dtype), None, 8)
     assert distance.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def test_rows_that_are_not_contiguous(backend):
+def test_rows_that_are_not_contiguous_are_exact(backend):
     x = features(40, 30)
     assert_exact(x[:, ::2], x[::2, ::2], 4)
     assert_exact(x[::2], None, 4)
     assert_exact(features(16, 30).T, None, 4)
 
 
-def test_no_rows(backend):
+def test_no_rows_have_no_neighbours(backend):
     distance, index = nearest_neighbors(torch.zeros(0, 3), features(4, 3), k=2)
     assert distance.shape == index.shape == (0, 2)
 
@@ -157,13 +157,13 @@ def test_blocks_and_threads_change_nothing(block_rows):
         torch.set_num_threads(before)
 
 
-def test_largest_k():
+def test_any_k_is_exact():
     x = features(2100, 4)
     assert_exact(x[:50], x, 2048)
     assert_exact(x[:50], x, 2100)  # beyond the native limit
 
 
-def test_many_rows_cross_blocks():
+def test_rows_of_several_blocks_are_exact():
     """More than one block of products, and thresholds that tighten while blocks go by."""
     x = torch.cat([features(1300, 32), features(200, 32)])
     assert_exact(x, None, 21)
@@ -213,14 +213,14 @@ def test_the_window_holds(D, offset):
     assert bool((error <= window).all())
 
 
-def test_opcheck():
+def test_the_operators_pass_opcheck():
     torch.library.opcheck(op._nearest_neighbors, (features(20, 6), None, 3, "sqeuclidean", 8))
     torch.library.opcheck(op._nearest_neighbors, (features(20, 6), features(9, 6, 1), 3, "cosine", 8))
     out = torch.empty(8, 12)
     torch.library.opcheck(op.joint_neighbors, (features(8, 6), features(12, 6, 1), 1.0, 5, 4, out, 8))
 
 
-def test_arguments_that_do_not_fit(backend):
+def test_arguments_that_do_not_fit_are_named(backend):
     x = features(5, 3)
     with pytest.raises(ValueError, match=r"k: 6 was given; allowed are 1 to 5, the number of rows of x"):
         nearest_neighbors(x, k=6)

@@ -27,7 +27,7 @@ def truth(x, y, metric):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("M", "N", "D"), SIZES)
-def test_values(backend, metric, M, N, D):
+def test_distances_are_those_of_float64(backend, metric, M, N, D):
     x, y = features(M, D), features(N, D, 1)
     got = pairwise_distance(x, y, metric=metric)
     assert got.shape == (M, N)
@@ -44,7 +44,7 @@ def test_distances_of_small_whole_numbers_are_exact(backend, offset):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_set_against_itself(backend, metric):
+def test_a_set_against_itself_has_a_zero_diagonal(backend, metric):
     x = features(37, 20)
     x[5] = x[30]
     got = pairwise_distance(x, metric=metric)
@@ -74,7 +74,7 @@ def test_a_set_against_itself_is_symmetric_whatever_the_product_is(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes(backend, dtype):
+def test_every_dtype_has_its_distances(backend, dtype):
     x, y = features(9, 24, dtype=dtype), features(11, 24, 1, dtype)
     got = pairwise_distance(x, y)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -83,7 +83,7 @@ def test_other_dtypes(backend, dtype):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("M", "N", "D"), [(1, 1, 1), (3, 70, 5), (65, 66, 33)])
-def test_small_blocks_by_the_own_kernel(backend, metric, M, N, D):
+def test_small_blocks_by_the_own_kernel_are_right(backend, metric, M, N, D):
     """On a GPU, and where its kernels are executed, small blocks are one kernel's work; elsewhere it does not exist."""
     x, y = features(M, D), features(N, D, 1)
     y[0] = x[0]
@@ -104,7 +104,7 @@ def test_small_blocks_by_the_own_kernel(backend, metric, M, N, D):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
-def test_cancellation(backend, metric):
+def test_small_distances_of_long_rows_are_right(backend, metric):
     """Near-duplicates far from the origin: the digits that a product loses come back, nothing is negative or NaN."""
     x = 1000 + features(20, 16)
     y = x + 1e-2 * features(20, 16, 1)
@@ -115,7 +115,7 @@ def test_cancellation(backend, metric):
 
 @pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
 @pytest.mark.parametrize("small", [1e-16, 1e-30])
-def test_rows_of_very_different_length(backend, metric, small):
+def test_rows_of_very_different_length_are_right(backend, metric, small):
     """Distances between short rows beside long ones: their products vanish in float32, they do not."""
     x = features(90, 7)
     x[5:75] *= small
@@ -129,20 +129,20 @@ def test_rows_of_very_different_length(backend, metric, small):
 
 
 @pytest.mark.parametrize(("constant", "unit"), [(1.0, 1e-25), (-1e30, 1e-4), (0.1, 2.0**-148)])
-def test_a_large_constant_element(backend, constant, unit):
+def test_a_large_constant_element_does_not_matter(backend, constant, unit):
     x = torch.cat([features(50, 6) * unit, torch.full((50, 1), constant)], dim=1)
     torch.testing.assert_close(pairwise_distance(x), truth(x, x, "euclidean").float(), rtol=1e-4, atol=2e-45)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e25])
-def test_values_far_from_one(backend, factor):
+def test_values_far_from_one_are_right(backend, factor):
     x, y = features(6, 8) * factor, features(7, 8, 1) * factor
     torch.testing.assert_close(
         pairwise_distance(x, y).double() / factor, truth(x / factor, y / factor, "euclidean"), rtol=3e-5, atol=0
     )
 
 
-def test_rows_that_are_not_contiguous(backend):
+def test_rows_that_are_not_contiguous_are_right(backend):
     x, y = features(12, 18), features(18, 10).T
     expected = truth(x[:, ::3], y[:, ::3], "euclidean")
     torch.testing.assert_close(pairwise_distance(x[:, ::3], y[:, ::3]).double(), expected, rtol=2e-5, atol=1e-6)
@@ -152,7 +152,7 @@ def test_rows_that_are_not_contiguous(backend):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_gradients(metric):
+def test_gradients_pass_gradcheck(metric):
     x, y = (features(n, 4, n, torch.float64).requires_grad_() for n in (5, 6))
     torch.autograd.gradcheck(lambda a, b: pairwise_distance(a, b, metric=metric), (x, y))
     off_diagonal = ~torch.eye(5, dtype=torch.bool)
@@ -184,7 +184,7 @@ def test_double_backward_is_refused():
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
-def test_full_float32_whatever_the_precision_says(precision):
+def test_products_are_full_float32_whatever_the_precision_says(precision):
     x, y = features(64, 512), features(64, 512, 1)
     expected = pairwise_distance(x, y)
     before = torch.get_float32_matmul_precision()
@@ -196,7 +196,7 @@ def test_full_float32_whatever_the_precision_says(precision):
         torch.set_float32_matmul_precision(before)
 
 
-def test_full_float32_under_autocast():
+def test_products_are_full_float32_under_autocast():
     x, y = features(64, 512), features(64, 512, 1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(pairwise_distance(x, y), pairwise_distance(x, y))
@@ -217,13 +217,13 @@ def test_the_precision_comes_back_after_an_error():
 
 
 @pytest.mark.parametrize("y_given", [True, False])
-def test_opcheck(y_given):
+def test_the_operators_pass_opcheck(y_given):
     x = features(5, 8).requires_grad_()
     y = features(6, 8, 1).requires_grad_() if y_given else None
     torch.library.opcheck(op._forward, (x, y, "euclidean"))
 
 
-def test_compiles_whole():
+def test_the_function_compiles_whole():
     def loss(x, y):
         return pairwise_distance(x, y).mean()
 
@@ -232,7 +232,7 @@ def test_compiles_whole():
     torch.testing.assert_close(got, loss(x, y))
 
 
-def test_bad_input(backend):
+def test_bad_input_is_named(backend):
     x = features(4, 3)
     poisoned = x.clone()
     poisoned[2, 1] = torch.nan
@@ -248,7 +248,7 @@ def test_bad_input(backend):
     assert torch.isfinite(pairwise_distance(x, zero)).all()
 
 
-def test_arguments_that_do_not_fit():
+def test_arguments_that_do_not_fit_are_named():
     x = features(4, 3)
     with pytest.raises(ValueError, match=r"y: features of 5 elements were given, but x's have 3"):
         pairwise_distance(x, features(4, 5))

@@ -75,14 +75,14 @@ def test_every_query_follows_the_definition(backend, Q, G, identities, levels):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("identities", [1, 9])
-def test_every_dtype(backend, dtype, identities):
+def test_every_dtype_follows_the_definition(backend, dtype, identities):
     distances, *labels = problem(12, 3, 150, identities, dtype=dtype)
     for shifted in (distances, distances - 0.5):
         assert_same(rank_queries(shifted, *labels), shifted, *labels)
 
 
 @pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e30, 3e38])
-def test_any_range_of_distances(backend, scale):
+def test_any_range_of_distances_follows_the_definition(backend, scale):
     distances, *labels = problem(13, 2, 300, 2, dtype=torch.float64)
     distances = ((distances - 0.5) * 2 * scale).float()
     distances[:, ::7] = 0
@@ -92,7 +92,7 @@ def test_any_range_of_distances(backend, scale):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 90), st.integers(1, 5), st.integers(1, 30))
-def test_random_small_problems_with_ties(seed, Q, G, identities, levels):
+def test_any_small_problem_with_ties_follows_the_definition(seed, Q, G, identities, levels):
     distances, *labels = problem(seed, Q, G, identities, levels=levels)
     assert_same(rank_queries(distances, *labels), distances, *labels)
 
@@ -106,7 +106,7 @@ def test_signed_zeros_and_negative_distances_tie_as_numbers_do(backend):
         assert_same(rank_queries(distances, [1], both), distances, [1], both)
 
 
-def test_a_worked_example(backend):
+def test_a_worked_example_has_its_value(backend):
     # Ranks of the matches: 1, 3 and 6, after the image by the query's own camera (at index 0) has been left out.
     distances = np.array([[0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])
     gallery = [5, 5, 9, 5, 9, 9, 5, 9]
@@ -149,7 +149,7 @@ def test_an_unknown_camera_equals_no_camera(backend):
 @pytest.mark.parametrize(
     "cut", [lambda d: d.t().contiguous().t(), lambda d: d[:, ::2], lambda d: d[::2], lambda d: d[:, 3:]]
 )
-def test_strided_distances(backend, cut):
+def test_strided_distances_follow_the_definition(backend, cut):
     distances = cut(problem(3, 40, 60, 5, levels=9)[0])
     _, *labels = problem(4, *distances.shape, 5)
     assert_same(rank_queries(distances, *labels), distances, *labels)
@@ -196,7 +196,7 @@ def test_blocks_and_functions_give_what_the_matrix_gives():
     assert sum(done) == 50
 
 
-def test_per_query_results_and_subsets():
+def test_a_subset_gives_what_its_queries_alone_give():
     distances, *labels = problem(7, 30, 200, 5, levels=40)
     each = rank_queries(distances.numpy(), *labels)
     assert all(isinstance(value, np.ndarray) for value in vars(each).values())
@@ -334,7 +334,7 @@ def test_a_block_without_rows_changes_nothing(backend):
     assert (got.mAP, got.mINP) == (expected.mAP, expected.mINP)
 
 
-def test_opcheck_and_compile():
+def test_the_operator_passes_opcheck_and_compiles():
     distances, *labels = problem(10, 5, 40, 3)
     tensors = [torch.from_numpy(label) for label in labels]
     torch.library.opcheck(ranking_forward, (distances, *tensors, -1))

@@ -87,7 +87,7 @@ def test_what_goes_in_comes_out(function, arrays, keywords):
             np.testing.assert_array_equal(value.array if kind is OwnArray else np.asarray(value), truth)
 
 
-def test_read_only_and_reversed_arrays():
+def test_read_only_and_reversed_arrays_are_taken():
     q, g = feature_array(8), feature_array(20, seed=1)
     expected = pairwise_distance(q, g)
     frozen = g.copy()
@@ -115,12 +115,12 @@ class Failing:
     ],
 )
 @pytest.mark.parametrize("function", [lambda x: nearest_neighbors(x, k=1), pairwise_distance])
-def test_arrays_that_cannot_be_taken(function, value, message):
+def test_arrays_that_cannot_be_taken_are_named(function, value, message):
     with pytest.raises(TypeError, match=message):
         function(value)
 
 
-def test_arrays_at_odd_addresses():
+def test_arrays_at_odd_addresses_are_taken():
     """Fields of packed records, and views into bytes: strides and addresses that are no multiple of an element."""
     q = feature_array(8)
     records = np.zeros(8, dtype=[("tag", "i1"), ("feature", np.float32, 6)])
@@ -163,7 +163,7 @@ def test_topk_are_the_first_of_the_whole_row():
     assert index.dtype == np.int64
 
 
-def test_plan():
+def test_the_plan_takes_smaller_blocks_where_memory_is_short():
     plan = rerank_plan(3368, 15913, 2048)
     assert plan.peak < 100 * 2**20
     assert rerank_plan(11659, 82161, 2048, topk=100).peak < 200 * 2**20
@@ -256,7 +256,7 @@ def test_progress_ends_at_the_number_of_pairs(block_rows):
     assert sum(done) == 180 * 181 // 2
 
 
-def test_progress(capsys):
+def test_progress_is_shown_where_it_is_asked_for(capsys):
     q, g = feature_array(8), feature_array(20, seed=1)
     k_reciprocal_rerank(q, g, progress=True)
     assert "re-ranking" in capsys.readouterr().err
@@ -264,7 +264,7 @@ def test_progress(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_questions_that_do_not_fit_a_reranker():
+def test_questions_that_do_not_fit_a_reranker_are_refused():
     q, g = feature_array(8), feature_array(20, seed=1)
     for fit in (KReciprocal(q, g), Plain(q, g)):
         for begin, end, message in (
@@ -344,12 +344,12 @@ def test_questions_in_any_order_have_one_answer():
         ({"lambda_value": np.array([0.1, 0.2])}, TypeError, "lambda_value: ndarray was given"),
     ],
 )
-def test_parameters_that_do_not_fit(keywords, error, message):
+def test_parameters_that_do_not_fit_are_named(keywords, error, message):
     with pytest.raises(error, match=message):
         k_reciprocal_rerank(feature_array(8), feature_array(20, seed=1), **keywords)
 
 
-def test_features_that_do_not_fit():
+def test_features_that_do_not_fit_are_named():
     q, g = feature_array(8), feature_array(20, seed=1)
     with pytest.raises(ValueError, match="query: no rows"):
         k_reciprocal_rerank(q[:0], g)
@@ -390,7 +390,7 @@ def test_out_over_the_features_is_refused(name):
     k_reciprocal_rerank(*arguments.values(), out=memory[8:16])  # between the two
 
 
-def test_matrices_that_do_not_fit():
+def test_matrices_that_do_not_fit_are_named():
     q_g, q_q, g_g = matrices()
     with pytest.raises(TypeError, match="q_q_dist: dtype float32 was given; float64 is needed"):
         re_ranking(q_g, q_q.astype(np.float32), g_g)

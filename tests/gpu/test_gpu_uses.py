@@ -78,6 +78,11 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
         a["query"], a["gallery"], *_labels(a), rerank=True, block_rows=7
     ),
     "rank_features": lambda a: vareid_ext.rank_features(a["query"], a["gallery"], *_labels(a)),
+    "KReciprocal, rows": lambda a: vareid_ext.KReciprocal(a["query"], a["gallery"]).rows(1, 4),
+    "ranked_lists": lambda a: vareid_ext.ranked_lists(a["query"], a["gallery"], *_labels(a), queries=[0, 3]),
+    "ranked_lists, rerank": lambda a: vareid_ext.ranked_lists(
+        a["query"], a["gallery"], *_labels(a), queries=[0, 3], rerank=True
+    ),
     "evaluate_single_viewpoint": lambda a: {
         view: metrics.mean()
         for view, metrics in vareid_ext.evaluate_single_viewpoint(

@@ -63,13 +63,7 @@ def _problem(
     kept = torch.arange(len(gallery), device=query.device)
     if drop_junk and junk_identity is not None:
         kept = (checked.gallery_identity != junk_identity).nonzero()[:, 0]
-    junk = len(gallery) - len(kept)
-    if junk and isinstance(rerank, Reranker):
-        raise ValueError(
-            f"rerank: was fitted to a gallery with {junk} junk images, which are in others' neighbourhoods; fit it "
-            "without them"
-        )
-    if junk:
+    if len(kept) < len(gallery):
         row_magnitudes("gallery", gallery)  # names rows by their numbers as given
         if len(kept) == 0:
             raise ValueError(f"gallery_identity: every image has the junk identity {junk_identity}")
@@ -102,7 +96,7 @@ def rank_features(
     )
     Q, G = len(query), len(gallery)
     if fit is None:
-        step = block_rows or rows_in_block(G, torch.device("cpu"))
+        step = block_rows or rows_in_block(G, torch.device("cpu"))  # a GPU holds a block several times, in float64
         with _bar(progress, Q) as advance, listen(lambda pairs: advance(pairs // G)):
             found = ranking_features(query, gallery, metric, *labels, junk_identity, step)
         return QueryRanking(*map(back, found))
@@ -218,8 +212,8 @@ def evaluate_features(
         metric: "sqeuclidean", "euclidean" (the same order) or "cosine".
         rerank: True for k-reciprocal re-ranking; a mapping with some of its ``k1`` (20), ``k2`` (6) and
             ``lambda_value`` (0.3), say; the name of another re-ranker (:data:`vareid_ext.retrieval.RERANKERS`), in a
-            mapping as its ``method``; or one that is fitted to these features. Junk is dropped before it, so that it is
-            in nobody's neighbourhood.
+            mapping as its ``method``; or one that is fitted to these features, without junk. Junk is dropped before, so
+            that it is in nobody's neighbourhood.
         max_rank: length of the CMC curve, 1 to 2^20.
         junk_identity: the identity of gallery images to leave out; None for none.
         block_rows: queries handled at once (default: as many as make 2^23 distances; on a CPU at most 1,024). With

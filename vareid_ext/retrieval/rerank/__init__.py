@@ -40,9 +40,9 @@ def fit_reranker(rerank: Rerank, query: Any, gallery: Any) -> Reranker | None:
     if rerank is False:
         return None
     if isinstance(rerank, Reranker):
-        rows = len(query), len(gallery)
-        if rerank.shape != rows:
-            raise ValueError(f"rerank: was fitted to {rerank.shape} rows, but query and gallery have {rows}")
+        sizes = len(query), len(gallery)
+        if rerank.shape != sizes:
+            raise ValueError(f"rerank: was fitted to {rerank.shape} rows; query and gallery without junk have {sizes}")
         return rerank
     if not isinstance(rerank, bool | str | Mapping):
         raise TypeError(
