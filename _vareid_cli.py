@@ -18,6 +18,7 @@ from typing import NoReturn
 COMMANDS = {
     "train": "train and evaluate a model",
     "evaluate": "CMC, mAP and mINP of features in files",
+    "extract": "features of images by a trained model",
     "rerank": "k-reciprocal re-ranking of features in files",
     "doctor": "what is installed, and whether training can run here",
 }

@@ -1,0 +1,269 @@
+"""vareid extract: features of images in files, and commands that go on where they were stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import vareid_ext
+from _vareid_cli import run
+from vareid_ext.cli import extract
+from vareid_ext.data import write_manifest
+from vareid_ext.trained import TrainedModel
+from vareid_ext.training.program import load_run_data
+
+
+@pytest.fixture(scope="module")
+def model(trained_run):
+    return vareid_ext.load(trained_run, "cpu")
+
+
+@pytest.fixture(scope="module")
+def data(model):
+    return load_run_data(model.config)
+
+
+@pytest.fixture(scope="module")
+def photos(data, tmp_path_factory):
+    """A folder of 20 images, some of them deeper, and files that are none."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "more" / "deep").mkdir(parents=True)
+    for i in range(20):
+        data.query.load(i).save(folder / ("more/deep" if i % 3 == 0 else "") / f"{i:02}.png")
+    (folder / "notes.md").write_text("no image")
+    (folder / "._00.png").write_bytes(b"an operating system's")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def paths(photos):
+    return sorted(str(path) for path in photos.rglob("[!.]*.png"))
+
+
+def call(*arguments):
+    return run(["extract", *map(str, arguments), "--quiet", "--workers", "0", "--device", "cpu"])
+
+
+def content(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
+def test_a_folder_is_searched_to_its_depth(trained_run, model, photos, paths, tmp_path, capsys):
+    assert call(trained_run, photos, "--output", tmp_path / "f.npz") == 0
+    found = content(tmp_path / "f.npz")
+    assert list(found) == ["feature", "path"]  # nothing is known of the images
+    assert found["path"].tolist() == paths
+    np.testing.assert_allclose(found["feature"], model.embed(paths), atol=1e-6)
+    assert f"features [20, {model.feature_dim}]" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
+
+
+def test_features_can_be_a_plain_array_with_the_rest_beside_it(trained_run, photos, paths, tmp_path):
+    assert call(trained_run, photos, "--output", tmp_path / "f.npz") == 0
+    assert call(trained_run, photos, "--output", tmp_path / "g.npy") == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "g.npy"), content(tmp_path / "f.npz")["feature"])
+    assert np.load(tmp_path / "g.path.npy").tolist() == paths
+
+
+def test_an_image_and_a_list_of_them_will_do(trained_run, paths, tmp_path):
+    assert call(trained_run, paths[3], "--output", tmp_path / "f.npz") == 0
+    assert content(tmp_path / "f.npz")["path"].tolist() == [paths[3]]
+    for i in range(2):
+        shutil.copy(paths[i], tmp_path / f"{i}.png")
+    (tmp_path / "list.txt").write_text(f"1.png\n\n0.png\n{paths[5]}\n")
+    assert call(trained_run, tmp_path / "list.txt", "--output", tmp_path / "f.npz") == 0
+    assert content(tmp_path / "f.npz")["path"].tolist() == [str(tmp_path / "1.png"), str(tmp_path / "0.png"), paths[5]]
+
+
+def test_features_of_a_manifest_evaluate_as_the_run_itself(trained_run, data, tmp_path, capsys):
+    manifest = write_manifest(data, tmp_path / "set")
+    for split in ("query", "gallery"):
+        assert call(trained_run, manifest, "--split", split, "--output", tmp_path / f"{split}.npz") == 0
+        images = getattr(data, split)
+        found = content(tmp_path / f"{split}.npz")
+        for label in ("camera", "viewpoint"):
+            np.testing.assert_array_equal(found[label], getattr(images, label))
+    capsys.readouterr()
+    files = [str(tmp_path / f"{split}.npz") for split in ("query", "gallery")]
+    assert run(["evaluate", "--features", *files, "--rerank", "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    expected = json.loads((trained_run / "metrics.json").read_text())
+    for name, of_run in (("original", "trained"), ("reranked", "reranked")):
+        assert found[name]["mAP"] == pytest.approx(expected[of_run]["mAP"], abs=1e-6)
+
+
+class Stopped:
+    """Batches that end with an exception after some of them."""
+
+    def __init__(self, monkeypatch):
+        self.images, self.after, self.error = 0, None, None
+        batches = TrainedModel.batches
+
+        def some(model, images, **options):
+            for number, feature in enumerate(batches(model, images, **options)):
+                if number == self.after:
+                    raise self.error
+                self.images += len(feature)
+                yield feature
+
+        monkeypatch.setattr(TrainedModel, "batches", some)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError("the disk is gone"), 2)])
+def test_a_command_that_was_stopped_goes_on_where_it_was(
+    trained_run, photos, tmp_path, monkeypatch, capsys, suffix, error, status
+):
+    output = tmp_path / f"f{suffix}"
+    output.write_bytes(b"an older result")
+    whole = tmp_path / f"whole{suffix}"
+    arguments = (trained_run, photos, "--batch-size", 3)
+    assert call(*arguments, "--output", whole) == 0
+    monkeypatch.setattr(extract, "_PART", 6)
+    stopped = Stopped(monkeypatch)
+    for stopped.after, stopped.error, done in ((3, error, 9), (1, error, 12)):
+        assert call(*arguments, "--output", output) == status
+        assert output.read_bytes() == b"an older result"
+        if status == 130:
+            assert f"{done} of 20 images are done; the same command goes on there" in capsys.readouterr().err
+    assert stopped.images == 12
+    stopped.after = None
+    capsys.readouterr()
+    assert call(*arguments, "--output", output) == 0
+    assert stopped.images == 20
+    assert "12 of them by an earlier start" in capsys.readouterr().out
+    assert not (tmp_path / f"f{suffix}.parts").exists()
+    if suffix == ".npz":
+        output, whole = content(output)["feature"], content(whole)["feature"]
+    else:
+        output, whole = np.load(output), np.load(whole)
+    np.testing.assert_array_equal(output, whole)
+
+
+def test_what_another_command_has_begun_is_not_gone_on_with(trained_run, photos, tmp_path, monkeypatch, capsys):
+    stopped = Stopped(monkeypatch)
+    stopped.after, stopped.error = 1, KeyboardInterrupt()
+    arguments = (trained_run, photos, "--batch-size", 3, "--output", tmp_path / "f.npz")
+    assert call(*arguments) == 130
+    for other in (["--flip"], ["--precision", "bf16"], ["--shard", "1/2"]):
+        assert call(*arguments, *other) == 2
+        assert "f.npz.parts: holds what another command has begun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_shards_together_are_the_whole(trained_run, photos, tmp_path, suffix):
+    def features(path):
+        return np.load(path) if suffix == ".npy" else content(path)["feature"]
+
+    assert call(trained_run, photos, "--output", tmp_path / f"whole{suffix}") == 0
+    shards = [tmp_path / f"s{i}{suffix}" for i in (1, 2, 3)]
+    for i, shard in enumerate(shards, start=1):
+        assert call(trained_run, photos, "--output", shard, "--shard", f"{i}/3") == 0
+    assert sorted(len(features(shard)) for shard in shards) == [6, 7, 7]
+    merged = tmp_path / f"merged{suffix}"
+    assert call("--merge", shards[2], shards[0], shards[1], "--output", merged) == 0
+    np.testing.assert_allclose(features(merged), features(tmp_path / f"whole{suffix}"), atol=1e-6)
+    if suffix == ".npz":
+        assert content(merged)["path"].tolist() == content(tmp_path / "whole.npz")["path"].tolist()
+        assert list(content(merged)) == ["feature", "path"]
+
+
+def test_more_shards_than_images_leave_some_empty(trained_run, paths, tmp_path):
+    shards = [tmp_path / f"{i}.npz" for i in (1, 2, 3)]
+    for i, shard in enumerate(shards, start=1):
+        assert call(trained_run, paths[0], "--output", shard, "--shard", f"{i}/3") == 0
+    assert call("--merge", *shards, "--output", tmp_path / "all.npz") == 0
+    assert content(tmp_path / "all.npz")["path"].tolist() == [paths[0]]
+
+
+def test_shards_that_do_not_fit_are_refused(trained_run, photos, tmp_path, capsys):
+    made = {}
+    for name, arguments in {
+        "a": ["--shard", "1/2"], "b": ["--shard", "2/2"], "other": ["--shard", "2/2", "--flip"], "whole": [],
+        "third": ["--shard", "2/3"],
+    }.items():  # fmt: skip
+        made[name] = tmp_path / f"{name}.npz"
+        assert call(trained_run, photos, "--output", made[name], *arguments) == 0
+    for names, message in (
+        (["a"], "--merge: shards 2/2 are missing"),
+        (["a", "a"], "a.npz: shard 1/2 was given twice"),
+        (["a", "other"], "other.npz: is of other images, another model or other options than"),
+        (["a", "third"], "third.npz: is of other images"),
+        (["a", "whole"], "whole.npz: is no shard"),
+        (["a", "nothing"], "nothing.npz: does not exist"),
+    ):
+        capsys.readouterr()
+        assert call("--merge", *[tmp_path / f"{name}.npz" for name in names], "--output", tmp_path / "m.npz") == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "m.npz").exists()
+    assert call("--merge", made["a"], made["b"], "--output", made["a"]) == 2
+    assert "is one of the input files" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_read_are_named_and_can_be_left_out(trained_run, photos, tmp_path, capsys):
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "01.png").write_bytes(b"no image")
+    (folder / "more" / "cut.jpg").write_bytes((folder / "02.png").read_bytes()[:50])
+    assert call(trained_run, folder, "--output", tmp_path / "f.npz") == 2
+    message = capsys.readouterr().err
+    assert "2 images cannot be read (--skip-bad-images" in message
+    assert str(folder / "01.png") in message
+    assert str(folder / "more" / "cut.jpg") in message
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+    assert call(trained_run, folder, "--output", tmp_path / "f.npz", "--skip-bad-images", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 19
+    assert found["skipped"] == [str(folder / "01.png"), str(folder / "more" / "cut.jpg")]
+    assert len(content(tmp_path / "f.npz")["path"]) == 19
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}"], "RUN, IMAGES: both are needed"),
+        (["{run}", "{tmp}/empty"], "empty holds no images"),
+        (["{run}", "{tmp}/nowhere"], "nowhere does not exist"),
+        (["{run}", "{tmp}/strange.zip"], "strange.zip was given; allowed are"),
+        (["{run}", "{tmp}/bad"], "1 images cannot be read"),
+        (["{run}", "{tmp}/bad", "--skip-bad-images"], "none of the 1 images can be read"),
+        (["{run}", "{tmp}/empty.txt"], "empty.txt holds no images"),
+        (["{run}", "{tmp}/bad", "--split", "query"], "--split: 'query' was given, but"),
+        (["{run}", "{tmp}/x.csv"], "--split: is needed"),
+        (["{run}", "{tmp}/empty", "--data", "market1501", "--split", "query"], "empty"),
+        (["{run}", "{tmp}/bad", "--shard", "3/2"], "--shard: '3/2' was given"),
+        (["{run}", "{tmp}/bad", "--precision", "int8"], "--precision"),
+        (["{run}", "{tmp}/bad", "--device", "cuda:77"], "device: 'cuda:77' was given"),
+        (["{tmp}", "{tmp}/bad"], "holds no checkpoint"),
+        (["{run}", "{tmp}/bad", "--merge", "x.npz"], "--merge: takes shards alone"),
+    ],
+)
+def test_a_request_that_cannot_be_met_says_why(trained_run, tmp_path, capsys, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "x.png").write_bytes(b"no image")
+    (tmp_path / "strange.zip").write_bytes(b"")
+    (tmp_path / "empty.txt").write_text("\n")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [argument.format(run=trained_run, tmp=tmp_path) for argument in arguments]
+    assert run(["extract", *arguments, "--output", str(tmp_path / "f.npz"), "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert not captured.out
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_network_is_run_as_asked(trained_run, model, paths, tmp_path):
+    for arguments, options in (
+        ([], {}),
+        (["--flip"], {"flip": True}),
+        (["--precision", "bf16"], {"precision": "bf16"}),
+    ):
+        assert call(trained_run, paths[0], "--output", tmp_path / "f.npz", *arguments) == 0
+        expected = model.embed(paths[0], **options)
+        found = torch.from_numpy(content(tmp_path / "f.npz")["feature"])
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)

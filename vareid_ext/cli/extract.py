@@ -1,0 +1,328 @@
+"""``vareid extract RUN IMAGES --output features.npz``: the features of images by a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from vareid_ext.cli.common import Parser, Result, TerminatedError, command_parser, run_command
+from vareid_ext.data import READERS, UNKNOWN, ImageList, load_data
+from vareid_ext.data.load import unreadable_images
+from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, is_litter, left_out
+from vareid_ext.files.atomic import atomic_file, check_writable
+from vareid_ext.files.features import LABELS, open_arrays
+from vareid_ext.trained import AUTOCAST, TrainedModel, load_trained, unlabelled
+from vareid_ext.training.config import DataConfig
+
+_DESCRIPTION = """\
+The features of images by a trained model, with its preprocessing: what its own evaluation compares.
+
+RUN is a run folder or a checkpoint. IMAGES is a folder (and what lies in it at any depth), an image, a text file with a
+path a line, a manifest (.csv), or with --data the root of a data set.
+
+OUTPUT.npz holds feature float32 [N, D], path, and what is known of identity, camera and viewpoint. OUTPUT.npy holds the
+features alone, which can be memory-mapped; path and labels lie beside it in OUTPUT.path.npy, OUTPUT.identity.npy, ...
+
+A command that was interrupted goes on where it was when it is given again. --shard 2/5 takes the second fifth of the
+images, so that five machines can share them; --merge puts the outputs of all five together.
+"""
+_EXAMPLES = """\
+  vareid extract runs/mine photos/ --output photos.npz
+  vareid extract runs/mine Market-1501 --data market1501 --split gallery --output gallery.npz --precision bf16
+  vareid extract runs/mine list.txt --output part-1.npz --shard 1/2
+  vareid extract --merge part-1.npz part-2.npz --output all.npz
+"""
+_PART = 4096  # images after which features are written
+
+
+def _parser() -> Parser:
+    parser = command_parser("extract", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint")
+    parser.add_argument("images", nargs="?", metavar="IMAGES", help="folder, image, list (.txt), manifest (.csv), root")
+    parser.add_argument("--output", required=True, metavar="OUTPUT", help="the features: .npz or .npy")
+    parser.add_argument("--data", choices=READERS, metavar="KIND", help=f"a data set's kind: {', '.join(READERS)}")
+    parser.add_argument("--split", choices=SPLITS, help="of a data set or a manifest")
+    parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
+    parser.add_argument("--shard", metavar="I/N", type=_shard, help="take the I-th of N equal parts of the images")
+    parser.add_argument("--merge", nargs="+", metavar="SHARD", help="put the outputs of all shards together")
+    add_inference_arguments(parser)
+    return parser
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a trained model is run."""
+    group = parser.add_argument_group("inference")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument("--precision", choices=AUTOCAST, default="fp32", help="of the network (default: %(default)s)")
+    group.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, help="add the mirrored image's feature (default: as the run)"
+    )
+    group.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at once (default: %(default)s)")
+    group.add_argument("--workers", type=int, metavar="N", help="processes that load images (default: chosen)")
+
+
+def inference_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments of :func:`add_inference_arguments` say, for :meth:`TrainedModel.batches`."""
+    workers = DataConfig().processes if options.workers is None else options.workers
+    return {
+        "batch_size": options.batch_size, "precision": options.precision, "flip": options.flip, "workers": workers,
+    }  # fmt: skip
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} was given; I/N is needed, such as 1/4, with I from 1 to N")
+    return int(number), int(count)
+
+
+def _run(options: argparse.Namespace) -> Result:
+    output = check_writable(options.output, (".npz", ".npy"), options.merge or ())
+    if options.merge:
+        if options.run:
+            raise ValueError(f"--merge: takes shards alone, but {options.run} was given too")
+        return _merge(options.merge, output)
+    if options.images is None:
+        raise ValueError("RUN, IMAGES: both are needed")
+    model = load_trained(options.run, options.device)
+    images = read_images(options.images, options.data, options.split, progress=not options.quiet)
+    images, notes, skipped = _readable(images, options.skip_bad_images, progress=not options.quiet)
+    request = _fingerprint(model, images, options)
+    arrays: dict[str, Any] = {}
+    if options.shard is not None:
+        number, count = options.shard
+        arrays = {"shard": np.array(options.shard), "request": np.array(request)}
+        bounds = [len(images) * i // count for i in (number - 1, number)]
+        images = images.select(np.arange(*bounds))
+        request = f"{request} {number}/{count}"
+    parts = Parts(Path(f"{output}.parts"), request)
+    kept = parts.done
+    _extract(model, images, parts, inference_options(options), progress=not options.quiet)
+    feature = parts.read(len(images), model.feature_dim)
+    _write(output, {"feature": feature, **_described(images), **arrays})
+    parts.remove()
+    if kept:
+        notes = (f"{kept} of them by an earlier start", *notes)
+    text = "\n".join([f"{output}: features {list(feature.shape)}", *notes])
+    return Result(text, {"output": str(output), "images": len(feature), "D": feature.shape[1], "skipped": skipped})
+
+
+def read_images(source: str, kind: str | None, split: str | None, *, progress: bool) -> ImageList:
+    """The images that a command line names: a folder, an image, a list, a manifest, or a split of a data set.
+
+    Raises:
+        ValueError: it does not name any.
+        OSError: it is not there.
+    """
+    path = Path(source)
+    if kind is None and path.suffix.lower() == ".csv":
+        kind = "manifest"
+    if kind is not None:
+        if split is None:
+            raise ValueError(f"--split: is needed for a data set; allowed are {', '.join(SPLITS)}")
+        data = load_data(kind, source, check_images=False, progress=progress)
+        return data.splits[split]
+    if split is not None:
+        raise ValueError(
+            f"--split: {split!r} was given, but {source} is no manifest, and --data says no data set's kind"
+        )
+    if path.is_dir():
+        found = (os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
+        paths = sorted(p for p in found if Path(p).suffix.lower() in IMAGE_SUFFIXES and not is_litter(p))
+    elif path.suffix.lower() in IMAGE_SUFFIXES:
+        paths = [source]
+    elif path.suffix.lower() == ".txt":
+        lines = path.read_text(encoding="utf-8").splitlines()
+        paths = [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
+    elif path.exists():
+        raise ValueError(
+            f"IMAGES: {source} was given; allowed are a folder, an image, a list (.txt), a manifest (.csv)"
+        )
+    else:
+        raise FileNotFoundError(f"IMAGES: {source} does not exist")
+    if not paths:
+        raise ValueError(f"IMAGES: {source} holds no images")
+    return unlabelled(paths)
+
+
+def _readable(images: ImageList, skip: bool, *, progress: bool) -> tuple[ImageList, tuple[str, ...], list[str]]:
+    """The images without those that cannot be read; what is to be said about these; and their paths."""
+    bad = unreadable_images(images, progress=progress)
+    if not bad:
+        return images, (), []
+    if not skip:
+        shown = "".join(f"\n  {why}" for _, why in bad[:20])
+        more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
+        raise ValueError(f"{len(bad)} images cannot be read (--skip-bad-images goes on without them):{shown}{more}")
+    paths = [images.paths[i] for i, _ in bad]
+    keep = np.ones(len(images), dtype=bool)
+    keep[[i for i, _ in bad]] = False
+    if not keep.any():
+        raise ValueError(f"none of the {len(bad)} images can be read: {bad[0][1]}")
+    return images.select(keep), left_out("images that cannot be read", paths), paths
+
+
+def _fingerprint(model: TrainedModel, images: ImageList, options: argparse.Namespace) -> str:
+    """A text that differs where the features would."""
+    digest = hashlib.sha256(model.checkpoint.read_bytes())
+    how = {"flip": options.flip, "precision": options.precision, "paths": images.paths}
+    digest.update(json.dumps(how).encode())
+    return digest.hexdigest()
+
+
+class Parts:
+    """Features that are done, in files of a folder, until all are.
+
+    Args:
+        folder: made where it does not exist.
+        request: a text that says what the features are of.
+
+    Raises:
+        ValueError: the folder holds the parts of another request.
+    """
+
+    def __init__(self, folder: Path, request: str) -> None:
+        self.folder, self.done = folder, 0
+        told = folder / "request"
+        folder.mkdir(exist_ok=True)
+        if not told.exists():
+            with atomic_file(told) as file:
+                file.write(request.encode())
+        if told.read_text() != request:
+            raise ValueError(
+                f"{folder}: holds what another command has begun (other images, model or options); remove it, or "
+                "choose another --output"
+            )
+        self.done = sum(len(part) for part in self._parts())
+
+    def _parts(self) -> Iterator[np.ndarray]:
+        """The parts in order; each is named by the number of its first image."""
+        begin = 0
+        while (path := self.folder / f"{begin}.npy").exists():
+            part = np.load(path, mmap_mode="r", allow_pickle=False)
+            yield part
+            begin += len(part)
+
+    def add(self, feature: np.ndarray) -> None:
+        """Keep the next features [n, D]."""
+        with atomic_file(self.folder / f"{self.done}.npy") as file:
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(feature))
+            file.write(feature.tobytes())
+        self.done += len(feature)
+
+    def read(self, count: int, dim: int) -> np.ndarray:
+        """All features, float32 [count, dim]."""
+        feature = np.empty((count, dim), np.float32)
+        begin = 0
+        for part in self._parts():
+            feature[begin : begin + len(part)] = part
+            begin += len(part)
+        return feature
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder)
+
+
+def _extract(model: TrainedModel, images: ImageList, parts: Parts, how: dict[str, Any], *, progress: bool) -> None:
+    """The features of the images that are left, into the parts."""
+    rest = images.select(np.arange(parts.done, len(images)))
+    held: list[torch.Tensor] = []
+    try:
+        with tqdm(total=len(images), initial=parts.done, desc="features", unit="image", disable=not progress) as bar:
+            for feature in model.batches(rest, **how) if len(rest) else ():
+                held.append(feature.cpu())
+                bar.update(len(feature))
+                if sum(map(len, held)) >= _PART:
+                    parts.add(torch.cat(held).numpy())
+                    held = []
+    except (KeyboardInterrupt, TerminatedError):
+        print(
+            f"{parts.done + sum(map(len, held))} of {len(images)} images are done; the same command goes on there",
+            file=sys.stderr,
+        )
+        raise
+    finally:
+        if held:
+            parts.add(torch.cat(held).numpy())
+
+
+def _described(images: ImageList) -> dict[str, np.ndarray]:
+    """Paths and labels; without labels that are not known of any image."""
+    labels = {name: getattr(images, name) for name in LABELS}
+    known = {name: values for name, values in labels.items() if (values != UNKNOWN).any()}
+    return {"path": np.array(images.paths, dtype=np.str_), **known}
+
+
+def _beside(output: Path, name: str) -> Path:
+    """Where an array lies whose features lie in `output`, a .npy file."""
+    return output if name == "feature" else output.with_suffix(f".{name}.npy")
+
+
+def _write(output: Path, arrays: dict[str, Any]) -> None:
+    if output.suffix.lower() == ".npz":
+        with atomic_file(output) as file:
+            np.savez(file, **arrays)
+        return
+    for name in ("path", *LABELS, "shard", "request"):
+        _beside(output, name).unlink(missing_ok=True)
+    for name in reversed(arrays):  # the features last
+        with atomic_file(_beside(output, name)) as file:
+            np.save(file, arrays[name])
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    """What :func:`_write` has written."""
+    if path.suffix.lower() == ".npz":
+        return {name: np.asarray(entry.read()) for name, entry in open_arrays(path).items()}
+    names = ("feature", "path", *LABELS, "shard", "request")
+    files = {name: _beside(path, name) for name in names}
+    return {n: np.asarray(open_arrays(f)[""].read()) for n, f in files.items() if n == "feature" or f.exists()}
+
+
+def _merge(names: Sequence[str], output: Path) -> Result:
+    shards: dict[int, dict[str, np.ndarray]] = {}
+    first, count, request = names[0], 0, ""
+    for name in names:
+        arrays = _read(Path(name))
+        if "shard" not in arrays or "request" not in arrays:
+            raise ValueError(f"{name}: is no shard: it was not made with --shard")
+        number, total = arrays.pop("shard").tolist()
+        asked = str(arrays.pop("request"))
+        if shards and (asked, total) != (request, count):
+            raise ValueError(f"{name}: is of other images, another model or other options than {first}")
+        if number in shards:
+            raise ValueError(f"{name}: shard {number}/{total} was given twice")
+        shards[number], request, count = arrays, asked, total
+    missing = [f"{i}/{count}" for i in range(1, count + 1) if i not in shards]
+    if missing:
+        raise ValueError(f"--merge: shards {', '.join(missing)} are missing")
+    # A shard's labels may all be unknown where another's are not.
+    filled = [_filled(shards[i]) for i in range(1, count + 1)]
+    merged = {name: np.concatenate([shard[name] for shard in filled]) for name in filled[0]}
+    known = {n: v for n, v in merged.items() if n not in LABELS or (v != UNKNOWN).any()}
+    _write(output, known)
+    shape = known["feature"].shape
+    text = f"{output}: features {list(shape)} of {count} shards"
+    return Result(text, {"output": str(output), "images": shape[0], "D": shape[1], "shards": count})
+
+
+def _filled(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    unknown = np.full(len(arrays["feature"]), UNKNOWN)
+    return {**dict.fromkeys(LABELS, unknown), **arrays}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; returns its exit status."""
+    return run_command(_parser(), _run, arguments)
