@@ -20,7 +20,7 @@ from vareid_ext.data import SyntheticSettings, synthetic_data, write_manifest
 from vareid_ext.files import atomic
 from vareid_ext.files.atomic import atomic_file, check_writable, remove_unfinished
 from vareid_ext.files.checkpoint import save_checkpoint
-from vareid_ext.training.evaluation import Features
+from vareid_ext.files.features import Features
 from vareid_ext.training.run_folder import RunFolder
 
 _WRITER = """
@@ -230,7 +230,7 @@ def write_plainly(path):
 
 
 def write_features(path):
-    Features(torch.zeros(5_000, 1), *(np.zeros(5_000, dtype=np.int64),) * 3).save(path)
+    Features(feature=torch.zeros(5_000, 1), identity=[0] * 5_000, camera=[0] * 5_000, viewpoint=[0] * 5_000).save(path)
 
 
 def write_best(path, suffix):

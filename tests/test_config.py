@@ -11,10 +11,9 @@ import yaml
 
 from tests.tiny import batch_of, tiny
 from vareid_ext.data import SyntheticSettings, build_transform
-from vareid_ext.methods import VaReid
+from vareid_ext.methods import TwoBranch, VaReid
 from vareid_ext.training import command_line
 from vareid_ext.training.command_line import (
-    FIELD_NAMES,
     CommandLineError,
     fields,
     parse,
@@ -42,13 +41,16 @@ def flat(config):
 def test_a_recipe_holds_exactly_what_differs_from_its_base_in_a_few_lines(name):
     text = (RECIPES / f"{name}.yaml").read_text()
     own = dict(command_line.pairs(yaml.safe_load(text)))
-    base = flat(Config())
+    config = parse(["--recipe", name, "--root", "x"]).config
+    base = Config()
     if "base" in own:
         above = own.pop("base")
         assert "base" not in yaml.safe_load((RECIPES / f"{above}.yaml").read_text())
-        base = flat(parse(["--recipe", above, "--root", "x"]).config)
-    config = flat(parse(["--recipe", name, "--root", "x"]).config)
-    differs = {key: value for key, value in config.items() if key != "data.root" and value != base[key]}
+        base = parse(["--recipe", above, "--root", "x"]).config
+    if config.method.name != base.method.name:  # another method begins with its own defaults
+        base = dataclasses.replace(base, method=type(config.method)())
+        assert own.pop("method.name") == config.method.name
+    differs = {key: value for key, value in flat(config).items() if key != "data.root" and value != flat(base)[key]}
     assert differs == {key: tuple(value) if isinstance(value, list) else value for key, value in own.items()}
     assert len([line for line in text.splitlines() if not line.startswith("#")]) <= 12
 
@@ -104,6 +106,28 @@ def test_command_line_wins_over_file_and_file_over_recipe(tmp_path):
     assert request.name == "mine"
 
 
+def test_another_method_begins_with_its_own_settings(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: market1501-va-reid\nmethod: {name: two-branch, triplet_weight: 2.0}\n")
+    request = parse(["--config", str(path), "--root", "x"])
+    assert (request.config.method.triplet_weight, request.config.method.view_weight_drop) == (2.0, None)
+    assert parse(["--method", "two-branch", "--epsilon", "0.2"]).config.method == TwoBranch.Config(epsilon=0.2)
+    assert command_line.to_config(request.config.plain()) == request.config
+
+
+def test_stages_say_what_differs_in_each():
+    text = "[{epochs: 3, train: [neck, loss], optimizer: {lr: 0.5}}, {epochs: 4, sampler: {kind: shuffled}}]"
+    config = parse(["--stages", text, "--milestones", "[2]"]).config
+    first, second = config.resolved_stages
+    assert (first.optimizer.epochs, first.optimizer.lr, first.train, first.sampler) == (
+        3, 0.5, ("neck", "loss"), config.sampler,
+    )  # fmt: skip
+    assert (second.optimizer, second.train) == (dataclasses.replace(config.optimizer, epochs=4), ())
+    assert second.sampler.kind == "shuffled"
+    assert config.epochs == 7
+    assert command_line.to_config(config.plain()) == config
+
+
 def test_a_file_may_name_the_recipe_that_it_differs_from(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("base: market1501-lsr\noptimizer: {epochs: 7}\n")
@@ -114,8 +138,10 @@ def test_a_file_may_name_the_recipe_that_it_differs_from(tmp_path):
 
 
 def test_the_configuration_of_a_run_names_every_field_and_no_base():
-    tree = yaml.safe_load(to_yaml(parse(["--recipe", "market1501-lsr", "--root", "x"]).config))
-    assert [name for name, _ in command_line.pairs(tree)] == list(FIELD_NAMES)
+    for name in ("market1501-lsr", "market1501-two-branch"):
+        config = parse(["--recipe", name, "--root", "x"]).config
+        tree = yaml.safe_load(to_yaml(config))
+        assert [key for key, _ in command_line.pairs(tree)] == [key for key, _ in fields(config)]
 
 
 def test_a_written_configuration_reads_back_equal(tmp_path):
@@ -164,6 +190,12 @@ def test_short_names_dashes_and_truth_values():
         (["--resume", "no/such/run"], ["no/such/run"]),
         (["--resume", "x", "--recipe", "coil20"], ["recipe", "--resume"]),
         (["--optimizer.milestones", "[5, 3]"], ["optimizer.milestones"]),
+        (["--method", "two-brunch"], ["method.name", "two-brunch", "two-branch"]),
+        (["--method", "two-branch", "--alpha", "0.1"], ["method.alpha", "'two-branch'"]),
+        (["--stages", "[{epochs: 2, optimizer: {rate: 1}}]"], ["stages[0].optimizer", "rate"]),
+        (["--stages", "[{epochs: 2, optimizer: {lr: -1}}]"], ["stages[0]", "optimizer.lr", "-1"]),
+        (["--stages", "[{train: [neck]}]"], ["stages", "epochs"]),
+        (["--lr-factors", "{backbone: -1}"], ["optimizer.lr_factors", "backbone", "-1"]),
     ],
 )
 def test_a_request_that_cannot_be_met_is_named(arguments, words, capsys):
@@ -217,7 +249,7 @@ def test_help_shows_every_field_with_its_default_and_meaning(capsys):
         parse(["--recipe", "market1501-lsr", "--help"])
     assert end.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name in FIELD_NAMES:
+    for name, _ in fields(Config()):
         assert f"--{name} " in text, name
     assert "image height, pixels (type: int, default: 384)" in text
     assert "constant of the uniform smoothing" in text

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.tiny import batch_of, tiny
-from vareid_ext.files.weights import load_weights
+from vareid_ext.files.checkpoint import save_checkpoint
+from vareid_ext.files.weights import load_backbone_weights, load_method_weights
 from vareid_ext.losses import batch_hard_triplet
 from vareid_ext.models import STRIPES, Backbone, GeneralizedMeanPooling, StripeBranch, backbone
 
@@ -146,10 +147,10 @@ def test_weights_come_from_a_local_file(tmp_path, wrapped):
     elif wrapped == "state_dict":
         torch.save({"state_dict": {f"module.{key}": value for key, value in weights.items()}}, path)
     else:
-        torch.save({"method": source.state_dict()}, path)
+        torch.save({"model": weights}, path)
     torch.manual_seed(2)
     loaded = tiny()
-    load_weights(loaded, str(path))
+    load_backbone_weights(loaded.backbone.trunk, str(path))
     for key, value in loaded.backbone.trunk.state_dict().items():
         assert torch.equal(value, weights[key]), key
 
@@ -158,20 +159,20 @@ def test_weights_that_do_not_fit_are_errors(tmp_path):
     model = tiny()
     path = tmp_path / "weights.pth"
     with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
-        load_weights(model, str(path))
+        load_backbone_weights(model.backbone.trunk, str(path))
     weights = dict(model.backbone.trunk.state_dict())
     del weights["conv1.0.weight"]
     torch.save(weights, path)
     with pytest.raises(ValueError, match=r"1 of \d+ entries .* conv1\.0\.weight"):
-        load_weights(model, str(path))
+        load_backbone_weights(model.backbone.trunk, str(path))
     torch.save([1, 2], path)
     with pytest.raises(ValueError, match="list"):
-        load_weights(model, str(path))
+        load_backbone_weights(model.backbone.trunk, str(path))
     for change in (torch.Tensor.to_sparse, lambda value: value.to("meta"), lambda value: value * math.nan):
         weights["conv1.0.weight"] = change(torch.ones_like(model.backbone.trunk.conv1[0].weight))
         torch.save(weights, path)
         with pytest.raises(ValueError, match=r"1 of \d+ entries .* conv1\.0\.weight"):
-            load_weights(model, str(path))
+            load_backbone_weights(model.backbone.trunk, str(path))
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
@@ -181,14 +182,14 @@ def test_weights_that_cannot_be_read_are_errors(tmp_path, name):
     for content in (b"", b"not a file of weights", path.read_bytes()[:2000]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"weights: .*{name}.* cannot be read: ."):
-            load_weights(tiny(), str(path))
+            load_backbone_weights(tiny().backbone.trunk, str(path))
 
 
 def test_weights_that_are_no_tensors_are_errors(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save(dict.fromkeys(tiny().backbone.trunk.state_dict(), 0), path)
     with pytest.raises(ValueError, match="does not fit the network"):
-        load_weights(tiny(), str(path))
+        load_backbone_weights(tiny().backbone.trunk, str(path))
 
 
 @pytest.mark.parametrize("options", [{"foo": 1}, {"num_classes": 3}, {"channels": 3}])
@@ -258,7 +259,7 @@ def test_backbone_weights_of_other_programs_are_taken(tmp_path, prefix, counters
     torch.save({prefix + key: value for key, value in weights.items()}, tmp_path / "weights.pth")
     torch.manual_seed(2)
     loaded = tiny()
-    assert load_weights(loaded, str(tmp_path / "weights.pth")) == ("fc.weight",)
+    assert load_backbone_weights(loaded.backbone.trunk, str(tmp_path / "weights.pth")) == ("fc.weight",)
     for key, value in loaded.backbone.trunk.state_dict().items():
         if not key.endswith("num_batches_tracked"):
             assert torch.equal(value, weights[key]), key
@@ -271,42 +272,51 @@ def test_an_error_about_weights_shows_what_the_file_holds(tmp_path):
     for content in ({"encoder.stem": torch.zeros(3, 2)}, {"net": {"conv1": torch.zeros(2)}, "epoch": 3}):
         torch.save(content, path)
         with pytest.raises(ValueError, match=rf"{next(iter(content))}.*") as error:
-            load_weights(tiny(), path)
+            load_backbone_weights(tiny().backbone.trunk, path)
         assert "[3, 2]" in str(error.value) or "epoch int" in str(error.value)
     weights = tiny().backbone.trunk.state_dict()
     torch.save({**{f"model.{key}": weights[key] for key in weights}, **weights}, path)
     with pytest.raises(ValueError, match="several networks"):
-        load_weights(tiny(), path)
+        load_backbone_weights(tiny().backbone.trunk, path)
 
 
-@pytest.mark.parametrize("wrapper", ["", "module.", "_orig_mod."])
-def test_the_weights_of_a_whole_network_fill_all_of_it_or_are_refused(tmp_path, wrapper):
-    source = tiny(pooling="gem", local=True)
+def random_checkpoint(path, average, **arguments):
+    """A checkpoint of a network whose weights are none that training begins with."""
+    source = tiny(**arguments)
     for value in source.state_dict().values():
         value.copy_(torch.rand(value.shape) * 3)
-    path = str(tmp_path / "whole.pth")
-    torch.save({wrapper + key: value for key, value in source.state_dict().items()}, path)
+    state, other = source.state_dict(), tiny(**arguments).state_dict()
+    averaged = {"n_averaged": torch.tensor(3), **{f"module.{key}": value for key, value in state.items()}}
+    entries = {"method": other if average else state, "average": averaged if average else None}
+    save_checkpoint(path, {"config": {"model": {}}, **entries})
+    return state
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_checkpoint_fills_all_of_a_method_or_is_refused(tmp_path, average):
     same = {"pooling": "gem", "local": True}
+    state = random_checkpoint(tmp_path / "last.pt", average, **same)
+    path = str(tmp_path / "last.pt")
     loaded = tiny(**same)
-    assert load_weights(loaded, path) == ()
+    assert load_backbone_weights(loaded.backbone.trunk, path) == ()
+    load_method_weights(loaded, path, heads=(), settings={})
     for key, value in loaded.state_dict().items():
-        assert torch.equal(value, source.state_dict()[key]), key
+        assert torch.equal(value, state[key]), key
     for other in ({"pooling": "avg"}, {"local": False}, {"identities": 4}, {"stripe_dim": 5}):
-        with pytest.raises(ValueError, match=r"weights: .*whole\.pth"):
-            load_weights(tiny(**{**same, **other}), path)
+        with pytest.raises(ValueError, match=r"weights: .*last\.pt"):
+            load_method_weights(tiny(**{**same, **other}), path, heads=(), settings={})
+    with pytest.raises(ValueError, match=r"model\.last_stride None; 2 was given"):
+        load_method_weights(tiny(**same), path, heads=(), settings={"last_stride": 2})
 
 
 def test_the_heads_of_other_identities_stay_as_they_are(tmp_path):
-    source = tiny(local=True)
-    for value in source.state_dict().values():
-        value.copy_(torch.rand(value.shape) * 3)
-    torch.save(source.state_dict(), tmp_path / "whole.pth")
+    state = random_checkpoint(tmp_path / "last.pt", False, local=True)
     loaded = tiny(local=True, identities=9)
     before = {key: value.clone() for key, value in loaded.state_dict().items()}
-    load_weights(loaded, str(tmp_path / "whole.pth"), heads=loaded.heads)
+    load_method_weights(loaded, str(tmp_path / "last.pt"), heads=loaded.heads, settings={})
     for key, value in loaded.state_dict().items():
         head = key.startswith(("loss.", "stripes.head."))
-        assert torch.equal(value, before[key] if head else source.state_dict()[key]), key
+        assert torch.equal(value, before[key] if head else state[key]), key
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from vareid_ext.files.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
+from vareid_ext.files.features import Features
 from vareid_ext.training import evaluation, run_folder
 from vareid_ext.training.console import tell
 from vareid_ext.training.program import choose_queries, rankings
@@ -90,7 +91,8 @@ def test_features_do_not_depend_on_batches_workers_or_generators():
     assert model.training
     assert whole.feature.shape == (len(data.gallery), 16)
     torch.testing.assert_close(whole.feature.norm(dim=1), torch.ones(len(data.gallery)))
-    assert whole.identity is data.gallery.identity
+    assert whole.identity.tolist() == data.gallery.identity.tolist()
+    assert whole.paths == data.gallery.paths
 
 
 def plain_images(*colours):
@@ -113,9 +115,9 @@ def test_baselines_on_plain_colours():
 
 
 def test_rankings_leave_out_what_the_protocol_leaves_out():
-    query = evaluation.Features(torch.zeros(1, 1), np.array([7]), np.array([1]), np.array([0]))
+    query = Features(feature=torch.zeros(1, 1), identity=[7], camera=[1], viewpoint=[0])
     feature = torch.tensor([0.1, 0.4, 0.2, 0.4, 0.3])[:, None]
-    gallery = evaluation.Features(feature, np.array([7, 7, 3, 7, 3]), np.array([1, 2, 1, -1, 2]), np.zeros(5, int))
+    gallery = Features(feature=feature, identity=[7, 7, 3, 7, 3], camera=[1, 2, 1, -1, 2], viewpoint=[0] * 5)
     scores = evaluation.score(query, gallery)
     (row,) = rankings(query, gallery, {"trained": (scores, None)}, 3)
     assert row["query"] == 0

@@ -13,63 +13,70 @@ from torch import Tensor, nn
 
 from vareid_ext.files.checkpoint import FORMAT, read_tensors
 
-_WRAPPERS = re.compile(r"((module|_orig_mod)\.)*")
-_PREFIXES = re.compile(r"((module|_orig_mod|base|model|backbone|trunk)\.)*")
+_WRAPPER = re.compile(r"^module\.")  # of torch's moving average
+_PREFIXES = re.compile(r"((module|_orig_mod|base|model|backbone)\.)*")
 
 
-def load_weights(
-    network: nn.Module,
-    path: str,
-    *,
-    trunk: str = "backbone.trunk",
-    heads: tuple[str, ...] = (),
-    settings: Mapping[str, Any] | None = None,
-) -> tuple[str, ...]:
-    """Load a file of weights into a network.
-
-    A run's checkpoint, or the weights of a whole network of this package, fill the network completely, but for the
-    heads: of a run with a moving average, the average. Any other file fills the trunk.
+def load_backbone_weights(trunk: nn.Module, path: str) -> tuple[str, ...]:
+    """Load a file of weights into a network without its head.
 
     Args:
-        network: what is trained, heads included.
+        trunk: the network.
         path: .safetensors, or a file that ``torch.load(weights_only=True)`` reads: the weights, or a dictionary with
-            them under "state_dict" or "model". Prefixes "module.", "_orig_mod.", "base.", "model.", "backbone." and
-            "trunk." are removed; batch norms may come without "num_batches_tracked".
-        trunk: name of the network's part that weights of other programs are for.
-        heads: names of the parts that belong to the training identities; they stay as they are.
-        settings: section `model` of the configuration, which that of a checkpoint must equal.
+            them under "state_dict" or "model". Prefixes "module.", "_orig_mod.", "base.", "model." and "backbone." are
+            removed; batch norms may come without "num_batches_tracked". A checkpoint of a run is left to
+            :func:`load_method_weights`.
 
     Returns:
-        The file's entries that the trunk has no place for, such as its classifier.
+        The file's entries that the network has no place for, such as its classifier.
 
     Raises:
         OSError: there is no such file.
         ValueError: the file is damaged or holds other than tensors; weights are missing, have another shape or are not
-            finite numbers, and the first ones are named beside what the file holds; the checkpoint is of another
-            network.
+            finite numbers, and the first ones are named beside what the file holds.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"weights: there is no file {path!r}")
     found = _read_weights(path)
-    if isinstance(found, Mapping) and found.get("format") == FORMAT and isinstance(found.get("config"), Mapping):
-        _check_settings(settings or {}, found["config"].get("model"), path)
-        found = found.get("average") or found
-    for key in ("state_dict", "method", "model"):
+    if _is_checkpoint(found):
+        return ()
+    for key in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
             found = found[key]
     if not isinstance(found, Mapping):
         raise ValueError(f"weights: {path!r} holds {type(found).__name__}, not a dictionary of weights")
-    whole = {_WRAPPERS.sub("", str(key), count=1): value for key, value in found.items()}
-    if any(key.startswith(f"{trunk}.") for key in whole):
-        whole.pop("n_averaged", None)
-        left_out = _fill(network, whole, path, found, skip=heads)
-        if left_out:
-            raise ValueError(f"weights: {path!r} is of another network, with {left_out[0]!r}")
-        return ()
     weights = {_PREFIXES.sub("", str(key), count=1): value for key, value in found.items()}
     if len(weights) < len(found):
         raise ValueError(f"weights: {path!r} holds several networks: {_describe(found)}")
-    return _fill(network.get_submodule(trunk), weights, path, found)
+    return _fill(trunk, weights, path, found)
+
+
+def load_method_weights(method: nn.Module, path: str, *, heads: tuple[str, ...], settings: Mapping[str, Any]) -> None:
+    """Load a run's checkpoint, of a run with a moving average that, into a method; other files change nothing.
+
+    Args:
+        method: all of it is filled, but for the heads.
+        path: the file.
+        heads: names of the parts that belong to the training identities; they stay as they are.
+        settings: section `model` of the configuration, which that of the checkpoint must equal.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: the file is damaged, or the checkpoint is of another network.
+    """
+    found = _read_weights(path)
+    if not _is_checkpoint(found):
+        return
+    _check_settings(settings, found["config"].get("model"), path)
+    weights = found.get("average") or found["method"]
+    weights = {_WRAPPER.sub("", str(key)): value for key, value in weights.items() if key != "n_averaged"}
+    left_out = _fill(method, weights, path, weights, skip=heads)
+    if left_out:
+        raise ValueError(f"weights: {path!r} is of another network, with {left_out[0]!r}")
+
+
+def _is_checkpoint(found: Any) -> bool:
+    if not isinstance(found, Mapping) or found.get("format") != FORMAT:
+        return False
+    return all(isinstance(found.get(name), Mapping) for name in ("config", "method"))
 
 
 def _check_settings(settings: Mapping[str, Any], trained: Any, path: str) -> None:
@@ -93,8 +100,11 @@ def _fill(
         skip: names of parts that are left as they are.
     """
     fitting = {}
-    prefixes = tuple(f"{part}." for part in skip)
-    expected = {key: value for key, value in module.state_dict().items() if not key.startswith(prefixes)}
+
+    def kept(key: str) -> bool:
+        return not any(key == part or key.startswith(f"{part}.") for part in skip)
+
+    expected = {key: value for key, value in module.state_dict().items() if kept(key)}
     for key, value in expected.items():
         given = weights.get(key)
         if given is None and key.endswith("num_batches_tracked"):  # which batch norms once did not have
@@ -111,7 +121,7 @@ def _fill(
             f"{_describe(held)}"
         )
     module.load_state_dict(fitting, strict=not skip)
-    return tuple(sorted(key for key in weights.keys() - expected.keys() if not key.startswith(prefixes)))
+    return tuple(sorted(key for key in weights.keys() - expected.keys() if kept(key)))
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -130,7 +140,9 @@ def _describe(weights: Mapping[Any, Any]) -> str:
 
 
 def _read_weights(path: str) -> Any:
-    """What a file of weights holds; ValueError where it cannot be read."""
+    """What a file of weights holds; FileNotFoundError, or ValueError where it cannot be read."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights: there is no file {path!r}")
     if path.endswith(".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,6 +14,10 @@ import huggingface_hub
 import timm
 import torch
 from torch import Tensor, nn
+
+from vareid_ext.files.weights import load_backbone_weights
+
+_HEADS = ("global_pool", "fc", "last_linear", "classifier", "head", "head_drop")  # of timm's networks; identities here
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class Backbone(nn.Module):
 
     Attributes:
         channels: C.
+        left_out: entries of the file of weights that the network has no place for, such as a classifier.
 
     Raises:
         ValueError: an unknown model or one without a feature map, an argument outside what is allowed.
@@ -71,17 +78,51 @@ class Backbone(nn.Module):
         if last_stride == 1:
             _keep_resolution(name, stages)
         self.input_norm: nn.Module = nn.InstanceNorm2d(3, eps=1e-3) if input_norm else nn.Identity()
+        self.left_out: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: ModelConfig) -> Backbone:
-        """The backbone of a configuration; without timm's weights where a file of weights is given."""
-        return cls(
+        """The backbone of a configuration, with the weights of its file (:func:`load_backbone_weights`)."""
+        backbone = cls(
             config.backbone,
             options=config.backbone_options,
             pretrained=config.pretrained and config.weights is None,
             last_stride=config.last_stride,
             input_norm=config.input_norm,
         )
+        if config.weights is not None:
+            backbone.left_out = load_backbone_weights(backbone.trunk, config.weights)
+        return backbone
+
+    def split_off(self, stage: str, copies: int) -> nn.ModuleList:
+        """Cut the network before a stage; it ends there then.
+
+        Args:
+            stage: name of a child of the network, such as "layer4".
+            copies: how often what follows is wanted.
+
+        Returns:
+            What followed, `copies` times, with weights of their own that are the same at first.
+
+        Raises:
+            ValueError: there is no such stage, or the stages in their order are not the network.
+        """
+        children = {name: child for name, child in self.trunk.named_children() if name not in _HEADS}
+        names = list(children)
+        if stage not in names[1:]:
+            raise ValueError(f"stage: {stage!r} was given; allowed are {', '.join(names[1:])}")
+        at, training = names.index(stage), self.trunk.training
+        shared, tail = (
+            nn.Sequential(OrderedDict((name, children[name]) for name in part)) for part in (names[:at], names[at:])
+        )
+        with torch.no_grad():
+            image = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+            same = torch.equal(tail.eval()(shared.eval()(image)), self.trunk.eval()(image))
+        if not same:
+            raise ValueError(f"stage: {type(self.trunk).__name__} is not its stages one after the other")
+        self.trunk = shared.train(training)
+        tail.train(training)
+        return nn.ModuleList([tail, *(copy.deepcopy(tail) for _ in range(copies - 1))])
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, 3, H, W], normalised as the network expects -> feature map [N, C, h, w]."""

@@ -45,8 +45,8 @@ _EXTRA_NAMES = {
 """Short names of options that their last name would not find, or not as the most likely meaning."""
 
 _MISLEADING = {
-    "batch_size": "a training batch is --sampler.identities x --sampler.instances images; --evaluation.batch_size is "
-    "for the evaluation",
+    "batch_size": "a training batch is --sampler.identities x --sampler.instances images, or --sampler.batch_size with "
+    "--sampler.kind shuffled; --evaluation.batch_size is for the evaluation",
 }
 """Last names that a user may well take for another field."""
 
@@ -142,21 +142,32 @@ def _defaults(method: str) -> Config:
     return Config(method=METHODS[method].Config())
 
 
-_ALL_FIELDS = [pair for method in METHODS for pair in fields(_defaults(method))]
-FIELD_NAMES = tuple(dict.fromkeys(name for name, _ in _ALL_FIELDS))
-"""The fields of a configuration with any of the methods."""
-_DICTIONARIES = {name for name, value in _ALL_FIELDS if isinstance(value, dict)}
-_BOOLEANS = {name for name, value in _ALL_FIELDS if isinstance(value, bool)}
+def _all_fields() -> dict[str, Any]:
+    """The default of every field of a configuration, with the settings of every method."""
+    return {name: default for method in METHODS for name, default in fields(_defaults(method))}
 
 
-def pairs(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def field_names() -> tuple[str, ...]:
+    """The fields of a configuration, with the settings of every method."""
+    return tuple(_all_fields())
+
+
+def _names_of(kind: type) -> set[str]:
+    return {name for name, default in _all_fields().items() if isinstance(default, kind)}
+
+
+def pairs(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every leaf of a tree of sections as (dotted name, value)."""
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and name not in _DICTIONARIES:
-            yield from pairs(value, f"{name}.")
-        else:
-            yield name, value
+    dictionaries = _names_of(dict)
+
+    def leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, Mapping) and f"{prefix}{key}" not in dictionaries:
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return leaves(tree, "")
 
 
 def _check_file(text: str, source: str) -> dict[str, Any]:
@@ -173,13 +184,14 @@ def _check_file(text: str, source: str) -> dict[str, Any]:
         raise CommandLineError(
             f"{source}: must hold sections such as `data:` and `optimizer:`, not {type(tree).__name__}"
         )
-    sections = {name.rsplit(".", n)[0] for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
+    known = field_names()
+    sections = {name.rsplit(".", n)[0] for name in known for n in range(1, name.count(".") + 1)}
     values: dict[str, Any] = {}
     for name, value in pairs(tree):
         if name in sections:
             raise CommandLineError(f"{source}: {name} is a section and must hold fields")
-        if name not in FIELD_NAMES and name != "base":
-            raise CommandLineError(f"{source}: there is no field {name!r}{nearest(name, FIELD_NAMES)}")
+        if name not in known and name != "base":
+            raise CommandLineError(f"{source}: there is no field {name!r}{nearest(name, known)}")
         if name in values:
             raise CommandLineError(f"{source}: {name} is given twice")
         values[name] = value
@@ -189,24 +201,26 @@ def _check_file(text: str, source: str) -> dict[str, Any]:
 def _full_name(option: str) -> str:
     """The field that an option without its dashes names."""
     name = option.replace("-", "_")
-    if name in FIELD_NAMES:
+    names = field_names()
+    if name in names:
         return name
     if name in _EXTRA_NAMES:
         return _EXTRA_NAMES[name]
     if name in _MISLEADING:
         raise CommandLineError(f"--{option}: {_MISLEADING[name]}")
-    matches = [known for known in FIELD_NAMES if known.rsplit(".", 1)[-1] == name]
+    matches = [known for known in names if known.rsplit(".", 1)[-1] == name]
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise CommandLineError(f"--{option}: several fields have this name: {', '.join('--' + m for m in matches)}")
-    known = (*FIELD_NAMES, "recipe", "config", "output", "resume")
+    known = (*names, "recipe", "config", "output", "resume")
     raise CommandLineError(f"--{option}: there is no such option{nearest(name, known)}")
 
 
 def _normalise(arguments: Sequence[str]) -> list[str]:
     """Options spelled out as --section.field=value."""
     result: list[str] = []
+    booleans = _names_of(bool)
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -223,13 +237,13 @@ def _normalise(arguments: Sequence[str]) -> list[str]:
         if not equals:
             if rest and not rest[0].startswith("--"):
                 value = rest.pop(0)
-            elif name in _BOOLEANS:
+            elif name in booleans:
                 value = "true"
             else:
                 raise CommandLineError(f"--{option}: a value was expected after it")
         if own and not value:
             raise CommandLineError(f"--{option}: a value was expected after it, not an empty one")
-        if name in _BOOLEANS:
+        if name in booleans:
             value = value.lower()
         if not own:
             _check_value(name, value)
@@ -274,7 +288,7 @@ def _parser(method: str) -> jsonargparse.ArgumentParser:
     stages = "stages of training, a list of what differs in each: {epochs, train, optimizer, sampler}; none: one stage"
     parser.add_argument("--stages", type=tuple[StageConfig, ...], default=(), help=stages)
     # A file holds a whole configuration here, never one section.
-    sections = {f"--{name.rsplit('.', n)[0]}" for name in FIELD_NAMES for n in range(1, name.count(".") + 1)}
+    sections = {f"--{name.rsplit('.', n)[0]}" for name in field_names() for n in range(1, name.count(".") + 1)}
     for action in parser._actions:
         if sections & set(action.option_strings):
             action.help = argparse.SUPPRESS
@@ -325,7 +339,8 @@ def parse(arguments: Sequence[str]) -> Request:
         defaults = _recipe(base, f"{file}: base") if recipe is None else _recipe(recipe, "--recipe")
         name = recipe or (DEFAULT_RECIPE if file is None else Path(file).stem)
     pairs_given = [option[2:].partition("=") for option in options]
-    texts = {name: text for name, _, text in pairs_given if name in FIELD_NAMES}
+    known = field_names()
+    texts = {name: text for name, _, text in pairs_given if name in known}
     config = _config(defaults, _as_texts(values) | texts, show_help="--help" in options)
     folder = resume if resume is not None else output
     command = f"python -m vareid_ext.train {shlex.join(arguments)}".strip()
@@ -347,10 +362,10 @@ def to_config(plain: Mapping[str, Any]) -> Config:
     Raises:
         CommandLineError: a field that does not exist, a value that is not allowed.
     """
-    values = dict(pairs(plain))
-    unknown = [name for name in values if name not in FIELD_NAMES]
+    values, known = dict(pairs(plain)), field_names()
+    unknown = [name for name in values if name not in known]
     if unknown:
-        raise CommandLineError(f"there is no field {unknown[0]!r:.100}{nearest(unknown[0], FIELD_NAMES)}")
+        raise CommandLineError(f"there is no field {unknown[0]!r:.100}{nearest(unknown[0], known)}")
     return _config({}, _as_texts(values))
 
 

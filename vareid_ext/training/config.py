@@ -71,8 +71,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How a batch is put together: P identities x K images."""
+    """How a batch is put together."""
 
+    kind: Literal["identities", "shuffled"] = "identities"
+    """identities: P identities x K images of each; shuffled: batch_size images at random, each once an epoch"""
+    batch_size: int = 64
+    """images of a batch, with kind shuffled only"""
     identities: int | None = None
     """identities per batch; none: 16, or all where the training split has fewer"""
     instances: int = 4
@@ -84,12 +88,15 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         check_limits("sampler", self, identities=(1, 65_536), instances=(1, 1024), batches_per_epoch=(1, 1_000_000))
+        check_limits("sampler", self, batch_size=(2, 65_536))
         if self.identities == self.instances == 1:
             raise ValueError("sampler.identities x sampler.instances: 1 was given; a batch needs at least 2 images")
 
     @property
     def images_per_batch(self) -> int:
-        """Images of a training batch; with identities left to the data set, at most so many."""
+        """Images of a training batch, at most."""
+        if self.kind == "shuffled":
+            return self.batch_size
         return (self.identities or DEFAULT_IDENTITIES) * self.instances
 
 
@@ -259,9 +266,12 @@ class Config:
 
     def __post_init__(self) -> None:
         batches = {
-            "sampler.identities x sampler.instances": max(s.sampler.images_per_batch for s in self.resolved_stages),
             "evaluation.batch_size": self.evaluation.batch_size,
         }
+        for stage in self.resolved_stages:
+            shuffled = stage.sampler.kind == "shuffled"
+            name = "sampler.batch_size" if shuffled else "sampler.identities x sampler.instances"
+            batches[name] = max(batches.get(name, 0), stage.sampler.images_per_batch)
         for name, images in batches.items():
             if images * self.data.height * self.data.width > _MOST_PIXELS:
                 raise ValueError(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,43 +14,15 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
 from vareid_ext.data import VIEWPOINTS, Batch, ImageList, ReidDataset, collate
-from vareid_ext.files.atomic import atomic_file
+from vareid_ext.files.features import Features
 from vareid_ext.methods import Method
-from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_features
-from vareid_ext.retrieval import k_reciprocal_rerank, nearest_neighbors
+from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_features, ranked_lists
+from vareid_ext.retrieval.rerank import Reranker
 from vareid_ext.training.signals import ignore_in_worker, postponed
 
 _BASELINE_SIZE = (64, 32)
 _HISTOGRAM_BINS = 8
 _HISTOGRAM_STRIPES = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Features:
-    """The features of N images with their labels.
-
-    Attributes:
-        feature: float32 [N, D], rows of length 1.
-        identity: int64 [N].
-        camera: int64 [N], -1 unknown.
-        viewpoint: int64 [N], -1 unknown.
-    """
-
-    feature: Tensor
-    identity: np.ndarray
-    camera: np.ndarray
-    viewpoint: np.ndarray
-
-    def save(self, path: Path) -> None:
-        """Write feature, identity, camera and viewpoint to an .npz file, atomically."""
-        with atomic_file(path) as file:
-            np.savez(
-                file,
-                feature=self.feature.cpu().numpy(),
-                identity=self.identity,
-                camera=self.camera,
-                viewpoint=self.viewpoint,
-            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +116,7 @@ def extract_features(
         parts.append(feature)
         if progress is not None:
             progress(len(feature))
-    return Features(torch.cat(parts), images.identity, images.camera, images.viewpoint)
+    return Features.of(torch.cat(parts), images, images.paths)
 
 
 def _start_worker(worker: int) -> None:
@@ -165,7 +136,7 @@ def _baseline(images: ImageList, describe: Callable[[Tensor], Tensor]) -> Featur
         for i in range(len(images)):
             yield describe(TF.pil_to_tensor(images.load(i)))
 
-    return Features(F.normalize(torch.stack(list(rows())), dim=1), images.identity, images.camera, images.viewpoint)
+    return Features.of(F.normalize(torch.stack(list(rows())), dim=1), images, images.paths)
 
 
 def raw_pixel_features(images: ImageList) -> Features:
@@ -191,17 +162,15 @@ def colour_histogram_features(images: ImageList) -> Features:
     return _baseline(images, describe)
 
 
-def score(query: Features, gallery: Features, rerank: Mapping[str, Any] | None = None) -> Scores:
+def score(query: Features, gallery: Features, rerank: Reranker | None = None) -> Scores:
     """Ranking metrics of features, under the same-camera rule where cameras are known; no [Q, G] matrix is held.
 
     Args:
         query, gallery: the two sides.
-        rerank: k1, k2 and lambda_value of k-reciprocal re-ranking; None for none.
+        rerank: fitted to the two; None for none.
     """
-    cameras = (query.camera, gallery.camera) if _cameras_known(query, gallery) else (None, None)
-    queries = rank_features(
-        query.feature, gallery.feature, query.identity, gallery.identity, *cameras, rerank=rerank or False
-    )
+    labels = (query.identity, gallery.identity, *_cameras(query, gallery))
+    queries = rank_features(query.feature, gallery.feature, *labels, rerank=rerank or False)
     matched = np.asarray(queries.num_matches.cpu()) > 0
     by_viewpoint = {}
     for label, name in enumerate(VIEWPOINTS):
@@ -225,7 +194,7 @@ def per_viewpoint(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def first_found(
-    query: Features, gallery: Features, chosen: Sequence[int], count: int, rerank: Mapping[str, Any] | None = None
+    query: Features, gallery: Features, chosen: Sequence[int], count: int, rerank: Reranker | None = None
 ) -> list[list[int]]:
     """The gallery images that are found first for some queries, as the metrics count: without those of the same person
     by the same camera.
@@ -236,21 +205,14 @@ def first_found(
         count: how many images of each, at most.
         rerank: as in :func:`score`.
     """
-    known = _cameras_known(query, gallery)
-    left_out = [
-        (gallery.identity == query.identity[q]) & (gallery.camera == query.camera[q]) & known & (query.camera[q] >= 0)
-        for q in chosen
-    ]
-    if not left_out:
-        return []
-    k = min(len(gallery.identity), count + max(int(mask.sum()) for mask in left_out))
-    if rerank is None:
-        index = nearest_neighbors(query.feature[list(chosen)], gallery.feature, k=k)[1]
-    else:
-        index = k_reciprocal_rerank(query.feature, gallery.feature, topk=k, **rerank)[1][list(chosen)]
-    rows = index.cpu().numpy()
-    return [row[~mask[row]][:count].tolist() for row, mask in zip(rows, left_out, strict=True)]
+    labels = (query.identity, gallery.identity, *_cameras(query, gallery))
+    found = ranked_lists(
+        query.feature, gallery.feature, *labels, queries=list(chosen), top=count, rerank=rerank or False
+    )
+    return [images.tolist() for images in found]
 
 
-def _cameras_known(query: Features, gallery: Features) -> bool:
-    return bool((query.camera >= 0).any() and (gallery.camera >= 0).any())
+def _cameras(query: Features, gallery: Features) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The cameras of both sides, where they are known."""
+    known = bool((query.camera >= 0).any() and (gallery.camera >= 0).any())
+    return (query.camera, gallery.camera) if known else (None, None)

@@ -13,14 +13,16 @@ import torch
 from vareid_ext import _native
 from vareid_ext import data as datasets
 from vareid_ext.data import ReidData
+from vareid_ext.files.features import Features
+from vareid_ext.retrieval import KReciprocal
+from vareid_ext.retrieval.rerank import Reranker
 from vareid_ext.training import evaluation
 from vareid_ext.training.command_line import Request, pairs, to_yaml
 from vareid_ext.training.config import Config, OptimizerConfig
 from vareid_ext.training.console import one_line, tell
 from vareid_ext.training.device import device_named
-from vareid_ext.training.evaluation import Features, Scores, metrics_of, per_viewpoint
+from vareid_ext.training.evaluation import Scores, metrics_of, per_viewpoint
 from vareid_ext.training.loop import train
-from vareid_ext.training.optimizers import check_parts
 from vareid_ext.training.run import Run, StagePlan, plan_stages
 from vareid_ext.training.run_folder import RunFolder, default_folder, environment
 from vareid_ext.training.schedule import learning_rate
@@ -67,9 +69,6 @@ def prepare(request: Request, signals: Signals, started: float) -> Run:
     data = load_run_data(config)
     plans = plan_stages(config, data)
     state = build(config, data, device, load_weights_file=not request.resume)
-    check_parts(state.method, "optimizer.lr_factors", config.optimizer.lr_factors)
-    for plan in plans:
-        check_parts(state.method, f"stages[{plan.number}].train", plan.stage.train)
     if folder is None:
         folder = RunFolder(default_folder(request.name), resume=False, command=request.command)
     folder.create()
@@ -128,13 +127,13 @@ def conclude(run: Run) -> None:
     The last weights are reported, not those that were best on the test images.
     """
     config, progress, folder = run.config.evaluation, run.state.progress, run.folder
-    rerank = {"k1": config.k1, "k2": config.k2, "lambda_value": config.lambda_value}
     query, gallery = run.extract(run.state.evaluated, "trained network")
-    found = {
-        name: (evaluation.score(query, gallery, variant), variant)
-        for name, variant in (("trained", None), ("reranked", rerank))
+    trained = evaluation.score(query, gallery)
+    rerank = KReciprocal(query.feature, gallery.feature, k1=config.k1, k2=config.k2, lambda_value=config.lambda_value)
+    found: dict[str, tuple[Scores, Reranker | None]] = {
+        "trained": (trained, None),
+        "reranked": (evaluation.score(query, gallery, rerank), rerank),
     }
-    trained = found["trained"][0]
     if not any(entry["epoch"] == run.total_epochs for entry in progress.evaluations):
         run.record(run.total_epochs, metrics_of(trained))
     if config.save_features:
@@ -154,7 +153,7 @@ def conclude(run: Run) -> None:
 def rankings(
     query: Features,
     gallery: Features,
-    found: Mapping[str, tuple[Scores, Mapping[str, Any] | None]],
+    found: Mapping[str, tuple[Scores, Reranker | None]],
     count: int,
 ) -> list[dict[str, Any]]:
     """What rankings.json holds: some queries, and for each ranking the gallery images found first and its AP."""
@@ -212,9 +211,10 @@ def introduction(request: Request, run: Run) -> str:
     """What a run is about to do, in lines of text."""
     config, state = run.config, run.state
     size = sum(p.numel() for p in state.evaluated.parameters()) / 1e6
-    steps = [f"{plan.stage.optimizer.epochs} epochs of {plan.sampler.batches_per_epoch} steps" for plan in run.plans]
-    sampler = run.plans[0].sampler
-    images = f"{sampler.identities_per_batch} identities x {sampler.instances} images"
+    steps = [
+        f"{plan.stage.optimizer.epochs} epochs of {plan.sampler.batches_per_epoch} steps of {plan.sampler.description}"
+        for plan in run.plans
+    ]
     losses = "native" if _native.available(run.device) else "PyTorch"
     lines = [
         run.data.summary(),
@@ -222,7 +222,7 @@ def introduction(request: Request, run: Run) -> str:
         f"recipe   {request.name}",
         f"method   {config.method.name}, {config.model.backbone}, {size:.2f} M parameters, "
         f"{config.data.height} x {config.data.width} images",
-        f"training {', then '.join(steps)}, {run.total_steps} in all, of {images}",
+        f"training {', then '.join(steps)}; {run.total_steps} steps in all",
         f"device   {run.device}, {torch.get_num_threads()} threads, losses: {losses}",
         f"output   {run.folder.path}",
     ]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,14 +17,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vareid_ext import data as datasets
-from vareid_ext.data import Batch, PKSampler, ReidData, ReidDataset
+from vareid_ext.data import Batch, BatchSampler, PKSampler, ReidData, ReidDataset, ShuffledSampler
 from vareid_ext.files.checkpoint import save_checkpoint
+from vareid_ext.files.features import Features
 from vareid_ext.methods import Method, Term
 from vareid_ext.training import evaluation
 from vareid_ext.training.command_line import to_yaml
 from vareid_ext.training.config import DEFAULT_IDENTITIES, Config, SamplerConfig, Stage
 from vareid_ext.training.console import TrainingBar, one_line, tell
-from vareid_ext.training.evaluation import Features, metrics_of
+from vareid_ext.training.evaluation import metrics_of
 from vareid_ext.training.optimizers import set_learning_rate, set_training_mode
 from vareid_ext.training.run_folder import RunFolder, TensorBoard, unused_path
 from vareid_ext.training.schedule import learning_rate
@@ -43,7 +45,7 @@ class StagePlan:
 
     number: int
     stage: Stage
-    sampler: PKSampler
+    sampler: BatchSampler
     first_epoch: int
     first_step: int
 
@@ -72,7 +74,10 @@ def plan_stages(config: Config, data: ReidData) -> tuple[StagePlan, ...]:
     return tuple(plans)
 
 
-def _sampler(config: SamplerConfig, data: ReidData, seed: int) -> PKSampler:
+def _sampler(config: SamplerConfig, data: ReidData, seed: int) -> BatchSampler:
+    common: dict[str, Any] = {"seed": seed, "batches_per_epoch": config.batches_per_epoch}
+    if config.kind == "shuffled":
+        return ShuffledSampler(data.train, batch_size=config.batch_size, **common)
     identities = config.identities or min(DEFAULT_IDENTITIES, data.num_identities)
     if identities > data.num_identities:
         raise ValueError(
@@ -83,8 +88,7 @@ def _sampler(config: SamplerConfig, data: ReidData, seed: int) -> PKSampler:
         identities_per_batch=identities,
         instances=config.instances,
         spread=config.spread,
-        seed=seed,
-        batches_per_epoch=config.batches_per_epoch,
+        **common,
     )
 
 
@@ -285,7 +289,7 @@ class Run:
         self.folder.write_config(to_yaml(self.config))
 
 
-def training_loader(config: Config, data: ReidData, sampler: PKSampler, device: torch.device) -> DataLoader[Batch]:
+def training_loader(config: Config, data: ReidData, sampler: BatchSampler, device: torch.device) -> DataLoader[Batch]:
     """The augmented training images in the sampler's batches."""
     transform = datasets.build_transform(
         config.data.height,

@@ -17,10 +17,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vareid_ext.data import ReidData
 from vareid_ext.files.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from vareid_ext.files.weights import load_weights
+from vareid_ext.files.weights import load_method_weights
 from vareid_ext.methods import METHODS, Method, TrainingClasses
+from vareid_ext.models import Backbone
 from vareid_ext.training.config import Config, OptimizerConfig
-from vareid_ext.training.optimizers import build_optimizer, train_only
+from vareid_ext.training.optimizers import build_optimizer, check_parts, train_only
 
 
 @dataclass
@@ -56,8 +57,11 @@ class TrainingState:
     progress: Progress
     restored: Mapping[str, Any] | None = None
     """the configuration, as plain values, of the checkpoint that the state was restored from"""
-    left_out: tuple[str, ...] = ()
-    """entries of the file of weights that the backbone has no place for, such as a classifier"""
+
+    @property
+    def left_out(self) -> list[str]:
+        """Entries of the file of weights that the backbone has no place for, such as a classifier."""
+        return [name for part in self.method.modules() if isinstance(part, Backbone) for name in part.left_out]
 
     @property
     def evaluated(self) -> Method:
@@ -151,7 +155,7 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
             to be restored brings its own.
 
     Raises:
-        ValueError, OSError: as the method's constructor and :func:`vareid_ext.files.weights.load_weights`.
+        ValueError, OSError: as the method's constructor and :func:`vareid_ext.files.weights.load_method_weights`.
     """
     torch.manual_seed(config.run.seed)
     random.seed(config.run.seed)
@@ -161,10 +165,12 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
     if not load_weights_file:
         wanted = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=None))
     method = build_method(wanted, classes)
-    left_out: tuple[str, ...] = ()
+    for number, stage in enumerate(config.resolved_stages):
+        check_parts(method, f"stages[{number}].train", stage.train)
+        check_parts(method, "optimizer.lr_factors", stage.optimizer.lr_factors)
     if wanted.model.weights is not None:
         settings = config.plain()["model"]
-        left_out = load_weights(method, wanted.model.weights, heads=method.heads, settings=settings)
+        load_method_weights(method, wanted.model.weights, heads=method.heads, settings=settings)
     method.to(device)
     if config.run.channels_last:
         method.to(memory_format=torch.channels_last)
@@ -186,5 +192,4 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
         torch.amp.GradScaler(device.type, enabled=config.run.precision == "fp16"),
         average,
         Progress(),
-        left_out=left_out,
     )
