@@ -43,7 +43,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small finished run on rendered images, with stripes, a moving average and its features."""
     from tests.test_train import SMALL
-    from vareid_ext import train
+    from vareid_ext.cli import train
 
     output = tmp_path_factory.mktemp("runs") / "small"
     arguments = [*SMALL, "--ema-decay=0.9", "--local", "--save-features", "--baselines=false"]

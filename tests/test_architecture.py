@@ -33,7 +33,7 @@ LAYERS = (
     ("training",),
     ("trained", "_load"),
     ("report",),
-    ("cli", "_program", "__main__", "train", "evaluate", "rerank", "doctor"),
+    ("cli", "__main__", "train", "evaluate", "rerank", "doctor"),
 )
 
 

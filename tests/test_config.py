@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from _vareid_cli import run
 from tests.tiny import batch_of, tiny
 from vareid_ext.data import SyntheticSettings, build_transform
 from vareid_ext.methods import TwoBranch, VaReid
@@ -203,10 +204,8 @@ def test_a_request_that_cannot_be_met_is_named(arguments, words, capsys):
         parse(arguments)
     for word in words:
         assert word in str(error.value)
-    with pytest.raises(SystemExit) as end:
-        command_line.parse_or_exit(arguments)
-    assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: ")
+    assert run(["train", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("vareid train: error: ")
 
 
 @pytest.mark.parametrize(

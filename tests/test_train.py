@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import vareid_ext
-from vareid_ext import train
+from vareid_ext.cli import train
 from vareid_ext.data import READERS, SyntheticSettings, synthetic_data, write_manifest
 from vareid_ext.files import atomic
 from vareid_ext.files.checkpoint import load_checkpoint, save_checkpoint

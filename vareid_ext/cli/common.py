@@ -27,6 +27,14 @@ class Result(NamedTuple):
     """the exit status"""
 
 
+class EndedError(Exception):
+    """The command has ended otherwise than was asked for; `status` is its exit status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class TerminatedError(BaseException):
     """SIGTERM came. No Exception, so that nobody who handles whatever a damaged file raises takes it for that."""
 
@@ -93,6 +101,17 @@ def run_command(
         options = parser.parse_args(arguments)
     except SystemExit as end:  # an error, or --help
         return int(end.code or 0)
+    return finish(parser.prog, run, options)
+
+
+def finish(prog: str, run: Callable[[argparse.Namespace], Result], options: argparse.Namespace) -> int:
+    """What :func:`run_command` does behind its parser.
+
+    Args:
+        prog: what the command is called in errors.
+        run: the command.
+        options: with those of :func:`add_common_options`.
+    """
     aside = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     try:
         with raised_signals(), aside:
@@ -102,16 +121,14 @@ def run_command(
     except (KeyboardInterrupt, TerminatedError) as end:
         # Every file of the package is written beside its target, whose place it takes when it is complete.
         untouched = f"; {options.output} is as it was" if getattr(options, "output", None) else ""
-        print(f"{parser.prog}: interrupted{untouched}", file=sys.stderr)
+        print(f"{prog}: interrupted{untouched}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(end, TerminatedError) else signal.SIGINT)
     except Exception as error:
         if options.debug:
             traceback.print_exc()
-        if isinstance(error, ValueError | TypeError | OSError | MemoryError):
-            print(f"{parser.prog}: error: {error}", file=sys.stderr)
-            return 2
-        print(f"{parser.prog}: defect: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
-        return 1
+        status, message = _what_it_means(error)
+        print(f"{prog}: {message}", file=sys.stderr)
+        return status
     if options.json:
         if not options.quiet:
             print(result.text, file=sys.stderr)
@@ -119,6 +136,17 @@ def run_command(
     else:
         print(result.text)
     return result.status
+
+
+def _what_it_means(error: Exception) -> tuple[int, str]:
+    """The exit status of an error, and what is said."""
+    if isinstance(error, EndedError):
+        return error.status, str(error)
+    if isinstance(error, ValueError | TypeError | OSError | MemoryError):
+        return 2, f"error: {error}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{place.filename}:{place.lineno} (--debug shows the way there)"
+    return 1, f"defect: {type(error).__name__}: {error} at {where}"
 
 
 @contextlib.contextmanager

@@ -1,17 +1,49 @@
-"""The command that trains."""
+"""``vareid train``: train a model, evaluate it, and show what was reached."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import json
+import os
 from collections.abc import Sequence
 
-from vareid_ext import train
-from vareid_ext.cli.common import raised_signals
+from vareid_ext.cli.common import EndedError, Result, finish
+from vareid_ext.report import draw_figures
+from vareid_ext.report.tables import closing_tables
+from vareid_ext.training import program
+from vareid_ext.training.command_line import parse
+from vareid_ext.training.run import NonFiniteLossError
+from vareid_ext.training.signals import RunInterruptedError, Signals
+
+
+def _run(options: argparse.Namespace) -> Result:
+    request = parse(options.arguments)
+    try:
+        with contextlib.ExitStack() as stack:
+            if options.quiet:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            folder, data = program.run(request)
+            path = folder.path
+            signals = stack.enter_context(Signals())
+            stack.enter_context(signals.immediate(f"everything was saved; draw again with --resume {path}"))
+            draw_figures(path, data)
+    except NonFiniteLossError as error:
+        raise EndedError(3, f"stopped: {error}") from error
+    except RunInterruptedError as error:
+        raise EndedError(128 + error.number, f"interrupted: {error}") from error
+    text = f"\n{closing_tables(path)}\n\nmetrics.json, curves.png, ranking.png and checkpoints are in {path}"
+    return Result(text, {"run": str(path), **json.loads(folder.metrics.read_text())})
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command; returns its exit status."""
-    with raised_signals():
-        try:
-            return train.main(arguments)
-        except SystemExit as end:  # --help, or an error of the command line
-            return int(end.code or 0)
+    """The command; returns its exit status: that of every command, and 3, the loss became NaN or infinite."""
+    flags = ("--json", "--quiet", "--debug")
+    options = argparse.Namespace(**{flag[2:]: flag in arguments for flag in flags})
+    options.arguments = [argument for argument in arguments if argument not in flags]
+    try:
+        return finish("vareid train", _run, options)
+    except SystemExit as end:  # --help
+        return int(end.code or 0)

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import difflib
 import shlex
-import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -57,11 +56,13 @@ _EPILOG = """\
 a field's last name alone will do where only one section has it: --lr 1e-3, --alpha 0.1, --local, --skip-bad-images;
 --synthetic-identities N is --data.synthetic.identities_train N
 
+--json, --quiet and --debug are as for every command
+
 examples:
-  python -m vareid_ext.train
-  python -m vareid_ext.train --recipe market1501-va-reid --root /data/Market-1501 --viewpoint-file market.pkl
-  python -m vareid_ext.train --recipe coil20 --root coil20/manifest.csv --output runs/coil20
-  python -m vareid_ext.train --resume runs/coil20
+  vareid train
+  vareid train --recipe market1501-va-reid --root /data/Market-1501 --viewpoint-file market.pkl
+  vareid train --recipe coil20 --root coil20/manifest.csv --output runs/coil20
+  vareid train --resume runs/coil20
 """
 
 
@@ -264,7 +265,7 @@ def _check_value(name: str, text: str) -> None:
 def _parser(method: str) -> jsonargparse.ArgumentParser:
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
-        prog="python -m vareid_ext.train",
+        prog="vareid train",
         usage="%(prog)s [--recipe NAME | --resume DIR] [--config FILE] [--output DIR] [--section.field VALUE ...]",
         description="Train a viewpoint-aware re-identification model and evaluate it with and without re-ranking.",
         epilog=_EPILOG,
@@ -416,12 +417,3 @@ _Dumper.add_representer(list, _Dumper.represent_list)
 def to_yaml(config: Config) -> str:
     """A configuration as the YAML text that ``--config`` and ``--resume`` read."""
     return yaml.dump(config.plain(), Dumper=_Dumper, sort_keys=False, width=120)
-
-
-def parse_or_exit(arguments: Sequence[str] | None = None) -> Request:
-    """:func:`parse` for a program: an error is printed in one line and ends it with exit code 2."""
-    try:
-        return parse(sys.argv[1:] if arguments is None else arguments)
-    except CommandLineError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
