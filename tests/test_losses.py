@@ -12,10 +12,10 @@ from vareid_ext import (
     ViewpointAwareLoss,
     angular_center_regularizer,
     identity_cross_entropy,
-    losses,
     reference_backend,
     viewpoint_aware_cross_entropy,
 )
+from vareid_ext.losses import viewpoint_aware as losses
 
 N, K, V, D = 6, 11, 3, 16
 
