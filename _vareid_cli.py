@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": "CMC, mAP and mINP of features in files",
     "extract": "features of images by a trained model",
     "rerank": "k-reciprocal re-ranking of features in files",
+    "figures": "the pictures and tables of a finished run again",
     "doctor": "what is installed, and whether training can run here",
 }
 """Every command, which is the module of that name in ``vareid_ext.cli``, and what it does."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.test_train import SMALL, assert_same, interrupt_at, start
 from tests.tiny import BACKBONE, batch_of, tiny
-from vareid_ext import train
+from vareid_ext.cli import train
 from vareid_ext.files.checkpoint import load_checkpoint
 from vareid_ext.losses import smoothed_viewpoint_cross_entropy
 from vareid_ext.methods import METHODS, Method, Term, TrainingClasses, TwoBranch

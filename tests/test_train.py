@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 import vareid_ext
-from vareid_ext.cli import train
+from vareid_ext.cli import figures, train
 from vareid_ext.data import READERS, SyntheticSettings, synthetic_data, write_manifest
 from vareid_ext.files import atomic
 from vareid_ext.files.checkpoint import load_checkpoint, save_checkpoint
@@ -574,3 +574,18 @@ def test_a_request_that_cannot_be_met_leaves_no_folder_of_its_own(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert train.main(["--recipe=coil20", "--root=no/such.csv"]) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_the_figures_of_a_finished_run_are_drawn_again(finished, tmp_path, capsys):
+    run = shutil.copytree(finished, tmp_path / "run")
+    before = {name: (run / name).read_bytes() for name in ("ranking.png", "metrics.json")}
+    (run / "ranking.png").unlink()
+    (run / "curves.png").unlink()
+    assert figures.main([str(run)]) == 0
+    out = capsys.readouterr().out
+    assert f"{100 * json.loads(before['metrics.json'])['trained']['mAP']:.1f}" in out
+    assert {name: (run / name).read_bytes() for name in before} == before
+    assert (run / "curves.png").stat().st_size > 10_000
+    (run / "rankings.json").unlink()
+    assert figures.main([str(run)]) == 2
+    assert "rankings.json" in capsys.readouterr().err

@@ -2,8 +2,8 @@
 
 Pickle is a small program; Python's own reader looks up and calls whatever that program names. This one knows only the
 instructions that numbers, strings, lists, tuples and dictionaries are made of, and the names that its caller gives.
-``pickle.Unpickler`` with a ``find_class`` that refuses everything is not enough: ten bytes, a large memo index, make it take
-4 GiB, and nested tuples as keys are hashed for ever.
+``pickle.Unpickler`` with a ``find_class`` that refuses everything is not enough: ten bytes, a large memo index, make it
+take 4 GiB, and nested tuples as keys are hashed for ever.
 """
 
 from __future__ import annotations

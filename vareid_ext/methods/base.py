@@ -77,7 +77,9 @@ class Method(nn.Module):
             ValueError: `flip` with inputs beside the images, which would have to be mirrored too.
         """
         if flip and batch.extras:
-            raise ValueError(f"flip: True was given; inputs beside the image ({', '.join(batch.extras)}) are not mirrored")
+            raise ValueError(
+                f"flip: True was given; inputs beside the image ({', '.join(batch.extras)}) are not mirrored"
+            )
         parts = self.features(batch)
         if flip:
             mirrored = self.features(replace(batch, image=batch.image.flip(3)))
