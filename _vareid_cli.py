@@ -17,7 +17,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "train": "train and evaluate a model",
-    "evaluate": "CMC, mAP and mINP of features in files",
+    "evaluate": "CMC, mAP and mINP of trained models, or of features in files",
     "extract": "features of images by a trained model",
     "rerank": "k-reciprocal re-ranking of features in files",
     "figures": "the pictures and tables of a finished run again",

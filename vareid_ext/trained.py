@@ -13,18 +13,19 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from vareid_ext.data import UNKNOWN, Batch, ImageList, build_transform
 from vareid_ext.data.types import open_image
 from vareid_ext.files.checkpoint import load_checkpoint
+from vareid_ext.files.features import Features
 from vareid_ext.methods import Method, TrainingClasses
 from vareid_ext.training.command_line import to_config
 from vareid_ext.training.config import Config
-from vareid_ext.training.device import device_named
+from vareid_ext.training.device import AUTOCAST, device_named
 from vareid_ext.training.evaluation import feature_batches
 from vareid_ext.training.state import build_method
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLOURS = ("rgb", "bgr")
 
 
@@ -147,6 +148,15 @@ class TrainedModel:
             flip=how.flip,
             normalize=how.normalize,
         )
+
+    def features(self, images: ImageList, *, progress: bool = False, **options: Any) -> Features:
+        """The features and labels of a list; options as of :meth:`batches`, and `progress` shows a bar."""
+        parts = []
+        with tqdm(total=len(images), desc="features", unit="image", disable=not progress, leave=False) as bar:
+            for feature in self.batches(images, **options):
+                parts.append(feature)
+                bar.update(len(feature))
+        return Features.of(torch.cat(parts), images, images.paths)
 
 
 def load_trained(run: str | os.PathLike[str], device: str | torch.device = "auto") -> TrainedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -14,6 +15,8 @@ from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 from _vareid_cli import nearest
+
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 class Result(NamedTuple):
@@ -81,6 +84,28 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--quiet", action="store_true", help="results and errors only, no progress")
     group.add_argument("--debug", action="store_true", help="errors with a traceback")
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    """How a trained model is run."""
+    group = parser.add_argument_group("inference")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network (default: %(default)s)")
+    group.add_argument(
+        "--flip", action=argparse.BooleanOptionalAction, help="add the mirrored image's feature (default: as the run)"
+    )
+    group.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at once (default: %(default)s)")
+    group.add_argument("--workers", type=int, metavar="N", help="processes that load images (default: chosen)")
+
+
+def inference_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments of :func:`add_inference_arguments` say, for ``TrainedModel.batches``."""
+    workers = min(8, len(os.sched_getaffinity(0)) - 1) if options.workers is None else options.workers
+    if workers < 0:
+        raise ValueError(f"--workers: {workers} was given; allowed are values from 0 on")
+    return {
+        "batch_size": options.batch_size, "precision": options.precision, "flip": options.flip, "workers": workers,
+    }  # fmt: skip
 
 
 def run_command(

@@ -1,4 +1,4 @@
-"""``vareid evaluate --features query.npz gallery.npz``: the quality of a ranking."""
+"""``vareid evaluate RUN`` or ``vareid evaluate --features query.npz gallery.npz``: the quality of a ranking."""
 
 from __future__ import annotations
 
@@ -6,14 +6,22 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from vareid_ext._labels import UNKNOWN
 from vareid_ext._text import viewpoint_name
-from vareid_ext.cli.common import Parser, Result, command_parser, run_command
-from vareid_ext.cli.rerank import add_junk_identity, add_max_unpacked, add_rerank_arguments, junk_note
+from vareid_ext.cli.common import (
+    Parser,
+    Result,
+    add_inference_arguments,
+    command_parser,
+    inference_options,
+    run_command,
+)
+from vareid_ext.cli.rerank import RERANKING, add_junk_identity, add_max_unpacked, add_rerank_arguments, junk_note
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, Features, read_features
 from vareid_ext.metrics import (
@@ -26,9 +34,17 @@ from vareid_ext.metrics import (
 from vareid_ext.metrics.ranking import check_junk_identity, results_table
 from vareid_ext.retrieval import check_parameters
 
-_DESCRIPTION = """\
-CMC, mAP and mINP of features in files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
+if TYPE_CHECKING:
+    from vareid_ext.data import ReidData
+    from vareid_ext.training.config import Config
 
+_DESCRIPTION = """\
+CMC, mAP and mINP of trained models, or of features in files.
+
+RUN is a run folder or a checkpoint, several of them are compared. Each is evaluated on its own test images, or with
+--data and --root on those of another data set.
+
+--features are files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
 Features, identities, cameras and viewpoints are looked for under the usual names in the same file (feature, feat,
 embedding; identity, pid, label, id; camera, camid, cam; viewpoint, view, viewid; singular or plural, also with query_,
 gallery_, q_ and g_ before them), and the names that were used are printed. Otherwise name a key of that file, a file of
@@ -38,6 +54,8 @@ hold both sides, or the one set of images that the viewpoint protocols need.
 
 
 _EXAMPLES = """\
+  vareid evaluate runs/mine runs/yours --rerank
+  vareid evaluate runs/mine --data market1501 --root Market-1501
   vareid evaluate --features query.npz gallery.npz --rerank
   vareid evaluate --features features.mat --protocol cross-viewpoint
   vareid evaluate --features query.npy gallery.npy --query-identity query.txt --gallery-identity gallery.txt \\
@@ -47,8 +65,12 @@ _EXAMPLES = """\
 
 def _parser() -> Parser:
     parser = command_parser("evaluate", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or checkpoint")
+    parser.add_argument("--data", metavar="KIND", help="another data set than the run's: market1501, manifest, ...")
+    parser.add_argument("--root", metavar="PATH", help="of this data set; without --data, of the run's own")
+    parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     parser.add_argument(
-        "--features", nargs="+", required=True, metavar=("QUERY", "GALLERY"), help="the two files, or the one for both"
+        "--features", nargs="+", metavar=("QUERY", "GALLERY"), help="the two files, or the one for both"
     )
     for side in ("query", "gallery"):
         parser.add_argument(f"--{side}-key", metavar="KEY", help=f"key of the {side} features")
@@ -72,7 +94,8 @@ def _parser() -> Parser:
     parser.add_argument("--seed", type=int, default=0, help="of these draws (default: %(default)s)")
     group = parser.add_argument_group("re-ranking")
     group.add_argument("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
-    add_rerank_arguments(group)
+    add_rerank_arguments(group, "as the run, else ")
+    add_inference_arguments(parser)
     parser.add_argument("--output", metavar="FILE", help="write the results to this .json file")
     return parser
 
@@ -125,18 +148,15 @@ def _together(query: Features, gallery: Features, same: bool) -> dict[str, Any]:
     return images
 
 
-def _evaluate(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | RepeatedMetrics], list[str]]:
-    """The results by name; and what was read, what is left out, or what may not be meant."""
-    rerank = {"k1": options.k1, "k2": options.k2, "lambda_value": options.lambda_value}
-    if options.rerank:  # here, as the original ranking comes first and may take long
-        check_parameters(**rerank)
-    check_junk_identity(options.junk_identity)
-    query, gallery, same = _read(options)
+def _evaluate(
+    options: argparse.Namespace, query: Features, gallery: Features, same: bool, rerank: dict[str, Any]
+) -> tuple[dict[str, RankingMetrics | RepeatedMetrics], list[str]]:
+    """The results by name; and what is left out, or what may not be meant."""
     variants: dict[str, dict[str, Any]] = {"original": {"metric": options.metric}}
     if options.rerank:
         variants["reranked"] = {"rerank": rerank}
     common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": options.junk_identity}
-    notes = [f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)]
+    notes = []
     if (query.camera == -1).all():
         notes.append("no cameras: same-camera images stay in")
     results: dict[str, RankingMetrics | RepeatedMetrics] = {}
@@ -211,9 +231,94 @@ def _uncounted(results: Mapping[str, RankingMetrics | RepeatedMetrics]) -> list[
     return lines
 
 
+_OF_FILES = (
+    "query_key", "query_identity", "query_camera", "query_viewpoint", "gallery_key", "gallery_identity",
+    "gallery_camera", "gallery_viewpoint", "max_unpacked",
+)  # fmt: skip
+_OF_RUNS = ("data", "root", "skip_bad_images", "device", "precision", "flip", "batch_size", "workers")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """ValueError where options do not go together."""
+    if bool(options.runs) == bool(options.features):
+        given = "both were" if options.runs else "none was"
+        raise ValueError(f"RUN, --features: {given} given; one of the two is needed")
+    defaults = vars(_parser().parse_args([]))
+    for name in _OF_FILES if options.runs else _OF_RUNS:
+        if getattr(options, name) != defaults[name]:
+            what = "feature files, but runs were" if options.runs else "runs, but feature files were"
+            raise ValueError(f"--{name.replace('_', '-')}: is for {what} given")
+    twice = [run for run in options.runs if options.runs.count(run) > 1]
+    if twice:
+        raise ValueError(f"RUN: {twice[0]} was given twice")
+    check_junk_identity(options.junk_identity)
+
+
+def _reranking(options: argparse.Namespace, otherwise: Any = None) -> dict[str, Any]:
+    """The parameters of re-ranking: those given, else the run's, else the usual ones; checked before work is done."""
+    values = {}
+    for name, usual in RERANKING.items():
+        given = getattr(options, name)
+        values[name] = getattr(otherwise, name, usual) if given is None else given
+    if options.rerank:
+        check_parameters(**values)
+    return values
+
+
+def _evaluate_files(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | RepeatedMetrics], list[str]]:
+    rerank = _reranking(options)  # here, as the original ranking comes first and may take long
+    query, gallery, same = _read(options)
+    results, notes = _evaluate(options, query, gallery, same, rerank)
+    return results, [*(f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)), *notes]
+
+
+def _evaluate_runs(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | RepeatedMetrics], list[str]]:
+    from vareid_ext.trained import load_trained  # what feature files do not need
+
+    progress = not options.quiet
+    results: dict[str, RankingMetrics | RepeatedMetrics] = {}
+    notes: list[str] = []
+    sets: dict[str, Any] = {}
+    for run in options.runs:
+        model = load_trained(run, options.device)
+        rerank = _reranking(options, model.config.evaluation)
+        data = _data(options, model.config, sets)
+        sides = [data.query, data.gallery]
+        if options.no_cameras:
+            sides = [dataclasses.replace(images, camera=np.full(len(images), UNKNOWN)) for images in sides]
+        query, gallery = (model.features(images, progress=progress, **inference_options(options)) for images in sides)
+        found, said = _evaluate(options, query, gallery, False, rerank)
+        prefix = f"{run} " if len(options.runs) > 1 else ""
+        results.update({f"{prefix}{name}": result for name, result in found.items()})
+        images = f"{len(data.query)} query and {len(data.gallery)} gallery images of {data.name}"
+        notes += [f"{model.checkpoint}: step {model.step}; {images}", *said]
+    return results, notes
+
+
+def _data(options: argparse.Namespace, config: Config, sets: dict[str, ReidData]) -> ReidData:
+    """The data set that a run is evaluated on; `sets` holds those that have been read."""
+    from vareid_ext.data import load_data
+    from vareid_ext.training.program import load_run_data
+
+    keywords = {"skip_bad_images": options.skip_bad_images, "progress": not options.quiet}
+    if options.data is not None:
+        if "" not in sets:
+            sets[""] = load_data(options.data, options.root, **keywords)
+        return sets[""]
+    changes = {"root": options.root} if options.root else {}
+    if options.skip_bad_images:
+        changes["skip_bad_images"] = True
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
+    key = json.dumps(config.plain()["data"])
+    if key not in sets:
+        sets[key] = load_run_data(config, progress=not options.quiet)
+    return sets[key]
+
+
 def _run(options: argparse.Namespace) -> Result:
+    _check(options)
     output = None if options.output is None else check_writable(options.output, (".json",))
-    results, notes = _evaluate(options)
+    results, notes = _evaluate_runs(options) if options.runs else _evaluate_files(options)
     report = {name: _report(result) for name, result in results.items()}
     if output is not None:
         with atomic_file(output) as file:

@@ -16,14 +16,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vareid_ext.cli.common import Parser, Result, TerminatedError, command_parser, run_command
+from vareid_ext.cli.common import (
+    Parser,
+    Result,
+    TerminatedError,
+    add_inference_arguments,
+    command_parser,
+    inference_options,
+    run_command,
+)
 from vareid_ext.data import READERS, UNKNOWN, ImageList, load_data
 from vareid_ext.data.load import unreadable_images
 from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, is_litter, left_out
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import LABELS, open_arrays
-from vareid_ext.trained import AUTOCAST, TrainedModel, load_trained, unlabelled
-from vareid_ext.training.config import DataConfig
+from vareid_ext.trained import TrainedModel, load_trained, unlabelled
 
 _DESCRIPTION = """\
 The features of images by a trained model, with its preprocessing: what its own evaluation compares.
@@ -58,26 +65,6 @@ def _parser() -> Parser:
     parser.add_argument("--merge", nargs="+", metavar="SHARD", help="put the outputs of all shards together")
     add_inference_arguments(parser)
     return parser
-
-
-def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a trained model is run."""
-    group = parser.add_argument_group("inference")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    group.add_argument("--precision", choices=AUTOCAST, default="fp32", help="of the network (default: %(default)s)")
-    group.add_argument(
-        "--flip", action=argparse.BooleanOptionalAction, help="add the mirrored image's feature (default: as the run)"
-    )
-    group.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at once (default: %(default)s)")
-    group.add_argument("--workers", type=int, metavar="N", help="processes that load images (default: chosen)")
-
-
-def inference_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What the arguments of :func:`add_inference_arguments` say, for :meth:`TrainedModel.batches`."""
-    workers = DataConfig().processes if options.workers is None else options.workers
-    return {
-        "batch_size": options.batch_size, "precision": options.precision, "flip": options.flip, "workers": workers,
-    }  # fmt: skip
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 from collections.abc import Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import MAX_RATIO, MAX_UNPACKED, FeatureFileError, read_features
 from vareid_ext.metrics.ranking import check_junk_identity
 from vareid_ext.retrieval import k_reciprocal_rerank
-from vareid_ext.retrieval.rerank.k_reciprocal import K1, K2, LAMBDA_VALUE
 
 _DESCRIPTION = """\
 k-reciprocal re-ranking of features in files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
@@ -38,14 +37,26 @@ _EXAMPLES = """\
 _JUNK = 2.0  # the distance to a junk image; all others are 0 to 1
 
 
-def add_rerank_arguments(parser: argparse._ArgumentGroup) -> None:
-    """The parameters of the method."""
-    parser.add_argument("--k1", type=int, default=K1, help="size of the neighbour sets (default: %(default)s)")
-    parser.add_argument("--k2", type=int, default=K2, help="neighbours in query expansion (default: %(default)s)")
-    parser.add_argument(
-        "--lambda-value", type=float, default=LAMBDA_VALUE, metavar="L",
-        help="weight of the original distance, 0 to 1 (default: %(default)s)",
-    )  # fmt: skip
+RERANKING: dict[str, Any] = {"k1": 20, "k2": 6, "lambda_value": 0.3}
+"""The parameters of the method, and what they are where nobody says otherwise."""
+
+
+def add_rerank_arguments(parser: argparse._ArgumentGroup, or_run: str = "") -> None:
+    """The parameters of the method.
+
+    Args:
+        parser: where they are added.
+        or_run: what else can say them, for the help; the options' own default is None then.
+    """
+    helps = {
+        "k1": "size of the neighbour sets", "k2": "neighbours in query expansion",
+        "lambda_value": "weight of the original distance, 0 to 1",
+    }  # fmt: skip
+    for name, default in RERANKING.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=type(default), default=None if or_run else default,
+            metavar=name[0].upper(), help=f"{helps[name]} (default: {or_run}{default})",
+        )  # fmt: skip
 
 
 def add_junk_identity(parser: argparse.ArgumentParser) -> None:

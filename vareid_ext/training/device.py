@@ -1,8 +1,11 @@
-"""Where a model computes."""
+"""Where a model computes, and in which precision."""
 
 from __future__ import annotations
 
 import torch
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtype of automatic mixed precision by its name in the configuration; None: off."""
 
 
 def device_named(name: str, argument: str) -> torch.device:

@@ -82,7 +82,7 @@ def prepare(request: Request, signals: Signals, started: float) -> Run:
     return Run(config, data, plans, state, folder, device, signals, started)
 
 
-def load_run_data(config: Config) -> ReidData:
+def load_run_data(config: Config, *, progress: bool = True) -> ReidData:
     """The data set of a run."""
     return datasets.load_data(
         config.data.kind,
@@ -91,6 +91,7 @@ def load_run_data(config: Config) -> ReidData:
         viewpoint_labels=config.data.viewpoint_labels,
         skip_bad_images=config.data.skip_bad_images,
         synthetic=config.data.synthetic,
+        progress=progress,
     )
 
 

@@ -25,14 +25,13 @@ from vareid_ext.training import evaluation
 from vareid_ext.training.command_line import to_yaml
 from vareid_ext.training.config import DEFAULT_IDENTITIES, Config, SamplerConfig, Stage
 from vareid_ext.training.console import TrainingBar, one_line, tell
+from vareid_ext.training.device import AUTOCAST
 from vareid_ext.training.evaluation import metrics_of
 from vareid_ext.training.optimizers import set_learning_rate, set_training_mode
 from vareid_ext.training.run_folder import RunFolder, TensorBoard, unused_path
 from vareid_ext.training.schedule import learning_rate
 from vareid_ext.training.signals import RunInterruptedError, Signals, ignore_in_worker
 from vareid_ext.training.state import TrainingState
-
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -168,7 +167,7 @@ class Run:
     def forward(self, batch: Batch) -> dict[str, Term]:
         """The terms of the loss of a batch."""
         self._batch = batch
-        dtype = _AUTOCAST[self.config.run.precision]
+        dtype = AUTOCAST[self.config.run.precision]
         with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
             return self._forward(batch)
 
@@ -255,7 +254,7 @@ class Run:
                     batch_size=config.evaluation.batch_size,
                     device=self.device,
                     workers=config.data.processes,
-                    autocast=_AUTOCAST[config.run.precision],
+                    autocast=AUTOCAST[config.run.precision],
                     flip=config.evaluation.flip,
                     normalize=config.evaluation.normalize,
                     progress=bar.update,
