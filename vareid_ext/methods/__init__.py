@@ -1,10 +1,18 @@
-"""The methods, one file each."""
+"""The methods, one file each, and one line each in `METHODS`."""
+
+import importlib
 
 from vareid_ext.methods.base import NORMALIZATIONS, Method, Term, TrainingClasses, full_precision
 from vareid_ext.methods.two_branch import TwoBranch
 from vareid_ext.methods.va_reid import VaReid
 
-METHODS: dict[str, type[Method]] = {"va-reid": VaReid, "two-branch": TwoBranch}
-"""The methods by the names of the configuration."""
+METHODS: dict[str, type[Method]] = {
+    name: getattr(importlib.import_module(f"{__name__}.{name.replace('-', '_')}"), class_name)
+    for name, class_name in {
+        "va-reid": "VaReid",
+        "two-branch": "TwoBranch",
+    }.items()
+}
+"""The methods by the names of the configuration; the class stands in the file of that name, with _ for -."""
 
 __all__ = ["METHODS", "NORMALIZATIONS", "Method", "Term", "TrainingClasses", "TwoBranch", "VaReid", "full_precision"]

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable
 
-from vareid_ext.data.readers.cuhk03 import read_cuhk03_detected, read_cuhk03_labeled
-from vareid_ext.data.readers.dukemtmc import read_dukemtmc
-from vareid_ext.data.readers.manifest import read_manifest
-from vareid_ext.data.readers.market1501 import read_market1501
-from vareid_ext.data.readers.msmt17 import read_msmt17
-from vareid_ext.data.readers.synthetic import synthetic_data
 from vareid_ext.data.types import ReidData
 
 READERS: dict[str, Callable[..., ReidData]] = {
-    "synthetic": synthetic_data,
-    "market1501": read_market1501,
-    "dukemtmc-reid": read_dukemtmc,
-    "cuhk03-np-labeled": read_cuhk03_labeled,
-    "cuhk03-np-detected": read_cuhk03_detected,
-    "msmt17": read_msmt17,
-    "manifest": read_manifest,
+    kind: getattr(importlib.import_module(f"{__name__}.{place.partition('.')[0]}"), place.partition(".")[2])
+    for kind, place in {
+        "synthetic": "synthetic.synthetic_data",
+        "market1501": "market1501.read_market1501",
+        "dukemtmc-reid": "dukemtmc.read_dukemtmc",
+        "cuhk03-np-labeled": "cuhk03.read_cuhk03_labeled",
+        "cuhk03-np-detected": "cuhk03.read_cuhk03_detected",
+        "msmt17": "msmt17.read_msmt17",
+        "manifest": "manifest.read_manifest",
+    }.items()
 }
 """Kind -> reader. A reader is given those of these arguments that it names: `root`, the path of the data set;
 `settings`, the `SyntheticSettings` or None; `progress`, whether to show a bar."""
