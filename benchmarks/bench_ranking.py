@@ -1,14 +1,16 @@
 """Ranking metrics: ``evaluate_ranking`` against reading the distances once (``tensor.sum()``), ``evaluate_features``
-against one float32 product of queries and gallery and against the metrics of float32 distances."""
+against one float32 product of queries and gallery and against the metrics of float32 distances. Where fastreid is
+installed, its evaluation in Python is measured too."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 
 from benchmarks.harness import Suite
-from benchmarks.retrieval import features
+from benchmarks.retrieval import features, peer_functions
 from vareid_ext import evaluate_features, evaluate_ranking, pairwise_distance, reference_backend
 
 
@@ -50,7 +52,12 @@ def run_case(
         bytes_moved=dict.fromkeys(("ours", "sum"), distances.numel() * distances.element_size()),
     )
     if reference:
-        suite.case(f"Q={Q} G={G} against plain PyTorch", {"ours": ours, "reference": plain}, rounds=1)
+        arrays = [distances.cpu().numpy(), *(label.cpu().numpy() for label in labels)]
+        peers = {
+            tool: functools.partial(evaluate, *arrays, max_rank=50)
+            for tool, evaluate in peer_functions({"fastreid": "evaluation/rank.py"}, "evaluate_rank")
+        }
+        suite.case(f"Q={Q} G={G} against other tools", {"ours": ours, "reference": plain, **peers}, rounds=1)
 
 
 def run_features(suite: Suite, Q: int, G: int, D: int) -> None:

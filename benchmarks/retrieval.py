@@ -2,8 +2,9 @@
 
 ``python -m benchmarks.retrieval`` runs the sizes of Market-1501 with three feature widths and a small set;
 ``--only small`` and the like choose, ``--size Q G D`` runs one size of your own, ``--msmt17`` adds that data set's size
-(minutes). The features are random with the structure that features of people have (identities in a low-rank space,
-a bias for each camera, noise); their seed is fixed.
+(minutes), and ``--features QUERY GALLERY`` takes files of features with identities and cameras. Other features are
+random with the structure that features of people have (identities in a low-rank space, a bias for each camera, noise);
+their seed is fixed.
 
 Public tools are compared where they are installed: ``pip install --no-deps fastreid torchreid`` (they ask for old
 releases of PyTorch; only their re-ranking module is loaded). They run at the small sizes, and at all with ``--peers``,
@@ -14,14 +15,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
+import json
 import os
 import runpy
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -32,8 +35,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads its Op
 import numpy as np
 import torch
 
-from benchmarks.harness import environment
+from benchmarks.harness import environment, write_atomically
 from vareid_ext import KReciprocal, evaluate_ranking, k_reciprocal_rerank, pairwise_distance, reference_backend
+from vareid_ext.files.features import read_features
 from vareid_ext.retrieval.rerank import k_reciprocal
 
 _RANK = 64
@@ -77,6 +81,20 @@ def features(Q: int, G: int, D: int, seed: int = 0) -> Data:
     return Data(out, identity, camera)
 
 
+def data_of(source: Sequence[str]) -> tuple[Data, int]:
+    """The features of a size (three numbers) or of two files, and how many of them are queries."""
+    if len(source) == 3:
+        Q, G, D = map(int, source)
+        return features(Q, G, D), Q
+    query, gallery = (read_features(path, side) for path, side in zip(source, ("query", "gallery"), strict=True))
+    joined = (torch.cat([query.feature.float(), gallery.feature.float()]),)
+    labels = (
+        torch.as_tensor(np.concatenate([getattr(query, label), getattr(gallery, label)]))
+        for label in ("identity", "camera")
+    )
+    return Data(*joined, *labels), len(query.feature)
+
+
 def dense_numpy(query: np.ndarray, gallery: np.ndarray, k1: int = 20, k2: int = 6, weight: float = 0.3) -> np.ndarray:
     """The usual way: dense M x M matrices, a sort of every row, a Python loop over the rows."""
     x = np.concatenate([query, gallery])
@@ -112,21 +130,19 @@ def dense_numpy(query: np.ndarray, gallery: np.ndarray, k1: int = 20, k2: int = 
     return final[:, Q:]
 
 
-_PEERS = {"fastreid": "evaluation/rerank.py", "torchreid": "reid/utils/rerank.py"}
+_RERANKERS = {"fastreid": "evaluation/rerank.py", "torchreid": "reid/utils/rerank.py"}
 
 
-def other_tools() -> dict[str, Callable[..., Any]]:
-    """re_ranking functions of installed packages that take three rooted distance matrices.
+def peer_functions(paths: Mapping[str, str], name: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """The function of that name of each of the packages that are installed, by a module's path within the package.
 
-    The packages themselves are not imported: they need much that re-ranking does not.
+    The packages themselves are not imported: they need much that these functions do not.
     """
-    found = {}
-    for package, path in _PEERS.items():
+    for package, path in paths.items():
         installed = importlib.util.find_spec(package)
         for folder in (installed and installed.submodule_search_locations) or ():
             if (file := Path(folder) / path).exists():
-                found[package] = runpy.run_path(str(file))["re_ranking"]
-    return found
+                yield package, runpy.run_path(str(file))[name]
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -165,90 +181,119 @@ def _memory(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure_memory(Q: int, G: int, D: int, topk: int, folder: str) -> None:
-    """In a process of its own: prints the peak beyond input and result, in MiB."""
-    data = features(Q, G, D)
+def measure_memory(topk: int, folder: str, *source: str) -> None:
+    """In a process of its own: prints the peak beyond input and result in MiB, and the seconds."""
+    data, Q = data_of(source)
     query, gallery = data.feature[:Q], data.feature[Q:]
     k_reciprocal_rerank(query[:200], gallery[:200])  # libraries' own buffers exist
     torch.mm(gallery[:1024], gallery[:1024].T)
     out = None
     if not topk:
         path = Path(folder) / "result.npy"
-        out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(Q, G))
+        out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(Q, len(gallery)))
         out[:] = 0
+    peak, seconds, _ = _peak_of(lambda: k_reciprocal_rerank(query, gallery, topk=topk or None, out=out))
+    print(peak, seconds)
+
+
+def _peak_of(run: Callable[[], Any]) -> tuple[float, float, Any]:
+    """MiB at the peak of a call beyond what was there before, its seconds and its result."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _memory("VmRSS")
-    seconds, _ = _timed(lambda: k_reciprocal_rerank(query, gallery, topk=topk or None, out=out))
-    print(f"  measured peak beyond input and result: {(_memory('VmHWM') - before) / 2**20:.0f} MiB ({seconds:.1f} s)")
+    seconds, result = _timed(run)
+    return (_memory("VmHWM") - before) / 2**20, seconds, result
 
 
-def run_peers(query: torch.Tensor, gallery: torch.Tensor, result: Any, ours: float) -> None:
-    """The installed public tools, from the three distance matrices that they take."""
-    for package, tool in other_tools().items():
-        matrices = [pairwise_distance(*pair).numpy() for pair in ((query, gallery), (query,), (gallery,))]
-        elapsed, theirs = _timed(lambda tool=tool, matrices=matrices: tool(*matrices, 20, 6, 0.3))
-        difference = float(np.abs(np.asarray(theirs) - np.asarray(result)).max())
-        print(f"  {package:<28}{elapsed:9.3f} s  {elapsed / ours:.0f}x ours without its distances, "
-              f"largest difference {difference:.1e}")  # fmt: skip
-        del matrices, theirs
+def _memory_of_new_process(source: Sequence[str], topk: int) -> tuple[float, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "benchmarks.retrieval", "--memory", str(topk), folder, *source]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        output = subprocess.run(command, check=True, env=environment, stdout=subprocess.PIPE, text=True).stdout
+    peak, seconds = map(float, output.split())
+    print(f"  measured peak beyond input and result: {peak:.0f} MiB ({seconds:.1f} s)")
+    return peak, seconds
 
 
-def run_size(name: str, size: tuple[int, int, int], rounds: int, peers: bool) -> None:
-    """One size: the comparison with the product, the stages, the memory, the quality, and other tools."""
-    Q, G, D = size
-    data = features(Q, G, D)
-    query, gallery = data.feature[:Q], data.feature[Q:]
-    print(f"\n{name}: Q={Q} G={G} D={D}")
+def run_case(name: str, source: Sequence[str], rounds: int, peers: bool) -> dict[str, Any]:
+    """One size: the comparison with the product, the stages, the memory, the quality, and other tools.
+
+    Returns:
+        The case's record, as the harness's; ``mAP`` and ``mebibytes_beyond`` (input and result) by contender.
+    """
+    data, Q = data_of(source)
+    (M, D), query, gallery = data.feature.shape, data.feature[:Q], data.feature[Q:]
+    print(f"\n{name}: Q={Q} G={M - Q} D={D}")
     seconds: dict[str, list[float]] = {"product": [], "ours": []}
     result = None
-    product = torch.empty(Q + G, Q + G)
+    product = torch.empty(M, M)
     for _ in range(rounds + 1):
         seconds["product"].append(_timed(lambda: torch.mm(data.feature, data.feature.T, out=product))[0])
         elapsed, result = _timed(lambda: k_reciprocal_rerank(query, gallery))
         seconds["ours"].append(elapsed)
     product.resize_(0)  # gives its memory back
-    middle = {name: median(times[1:]) for name, times in seconds.items()}  # the first round warms up
+    seconds = {contender: times[1:] for contender, times in seconds.items()}  # the first round warms up
     for contender, times in seconds.items():
-        spread = f"{min(times[1:]):.3f} to {max(times[1:]):.3f}"
-        print(f"  {contender:<28}{middle[contender]:9.3f} s  ({spread})")
-    print(f"  re-ranking takes {middle['ours'] / middle['product']:.2f}x the product of {Q + G} x {Q + G} x {D}")
+        print(f"  {contender:<28}{median(times):9.3f} s  ({min(times):.3f} to {max(times):.3f})")
+    ours = median(seconds["ours"])
+    print(f"  re-ranking takes {ours / median(seconds['product']):.2f}x the product of {M} x {M} x {D}")
     by_stage = stage_seconds(query, gallery)
     print("  by stage: " + ", ".join(f"{stage} {value:.3f} s" for stage, value in by_stage.items()))
-    plain = pairwise_distance(query, gallery)
-    before, after = (mean_average_precision(distance, data, Q) for distance in (plain, result))
-    print(f"  mAP {100 * before:.2f}% before, {100 * after:.2f}% after")
-    if Q + G <= 4000:
-        elapsed, dense = _timed(lambda: dense_numpy(query.numpy(), gallery.numpy()))
-        difference = float(np.abs(dense - np.asarray(result)).max())
-        print(f"  {'dense NumPy':<28}{elapsed:9.3f} s  {elapsed / middle['ours']:.0f}x ours, "
-              f"largest difference {difference:.1e}")  # fmt: skip
-        with reference_backend():
-            elapsed, _ = _timed(lambda: k_reciprocal_rerank(query, gallery))
-        print(f"  {'plain PyTorch reference':<28}{elapsed:9.3f} s  {elapsed / middle['ours']:.0f}x ours")
-    if peers or Q + G <= 4000:
-        run_peers(query, gallery, result, middle["ours"])
-    _measure_in_new_process(size, 0)
+    results = {"original": pairwise_distance(query, gallery), "ours": result}
+    mAP = {contender: mean_average_precision(distance, data, Q) for contender, distance in results.items()}
+    print(f"  mAP {100 * mAP['original']:.2f}% before, {100 * mAP['ours']:.10f}% after")
+    others: dict[str, Callable[[], Any]] = {}
+    if M <= 4000:
+        others["dense NumPy"] = lambda: dense_numpy(query.numpy(), gallery.numpy())
+        others["plain PyTorch"] = lambda: _by_reference(query, gallery)
+    if peers or M <= 4000:
+        tools = peer_functions(_RERANKERS, "re_ranking")
+        others |= {tool: functools.partial(_by_peer, function, query, gallery) for tool, function in tools}
+    peaks = {}
+    for contender, run in others.items():
+        peaks[contender], elapsed, theirs = _peak_of(run)
+        elapsed, theirs = theirs if isinstance(theirs, tuple) else (elapsed, theirs)
+        peaks[contender] -= theirs.nbytes / 2**20
+        seconds[contender] = [elapsed]
+        mAP[contender] = mean_average_precision(theirs, data, Q)
+        difference = float(np.abs(np.asarray(theirs) - np.asarray(result)).max())
+        print(f"  {contender:<28}{elapsed:9.3f} s  {elapsed / ours:.0f}x ours, {peaks[contender]:.0f} MiB, "
+              f"largest difference {difference:.1e}, mAP {100 * mAP[contender]:.10f}%")  # fmt: skip
+        del theirs
+    peaks["ours"], _ = _memory_of_new_process(source, 0)
+    contenders = {
+        contender: {"median_s": median(times), "min_s": min(times), "max_s": max(times)}
+        for contender, times in seconds.items()
+    }
+    case = {"case": f"{name} Q={Q} G={M - Q} D={D}", "rounds": rounds, "contenders": contenders}
+    return {**case, "stages_s": by_stage, "mAP": mAP, "mebibytes_beyond": peaks}
 
 
-def _measure_in_new_process(size: tuple[int, int, int], topk: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "benchmarks.retrieval", "--memory", *map(str, (*size, topk)), folder]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+def _by_reference(query: torch.Tensor, gallery: torch.Tensor) -> Any:
+    with reference_backend():
+        return k_reciprocal_rerank(query, gallery)
+
+
+def _by_peer(tool: Callable[..., Any], query: torch.Tensor, gallery: torch.Tensor) -> tuple[float, Any]:
+    """Seconds and result of a tool that takes three distance matrices: these count as memory, not as time."""
+    matrices = [pairwise_distance(*pair).numpy() for pair in ((query, gallery), (query,), (gallery,))]
+    return _timed(lambda: tool(*matrices, 20, 6, 0.3))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="rounds for each size, after one to warm up (default 5)")
     parser.add_argument("--only", default="", help="run the sizes whose name contains this text")
-    parser.add_argument("--size", type=int, nargs=3, metavar=("Q", "G", "D"), help="run this size alone")
+    parser.add_argument("--size", nargs=3, metavar=("Q", "G", "D"), help="run this size alone")
+    parser.add_argument("--features", nargs=2, metavar=("QUERY", "GALLERY"), help="run these files alone")
     parser.add_argument("--msmt17", action="store_true", help="also MSMT17's size: time and memory with topk=100")
     parser.add_argument("--peers", action="store_true", help="public tools at every size (minutes, 10 GiB)")
     parser.add_argument("--quick", action="store_true", help="a tiny size, to see that it runs")
-    parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--memory", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
-        *numbers, folder = arguments.memory
-        measure_memory(*map(int, numbers), folder)
+        topk, folder, *source = arguments.memory
+        measure_memory(int(topk), folder, *source)
         return
     if arguments.rounds < 1:
         parser.error(f"--rounds: {arguments.rounds} was given; at least 1 is needed")
@@ -257,16 +302,24 @@ def main() -> None:
           f"load {facts['load_average'][0]}")  # fmt: skip
     if facts["load_average"][0] > 0.5:
         print("warning: the machine is not idle; medians may be off", file=sys.stderr)
-    sizes = {name: size for name, size in SIZES.items() if arguments.only in name}
+    sources = {name: size for name, size in SIZES.items() if arguments.only in name}
     if arguments.quick:
-        sizes = {"quick": (40, 160, 32)}
-    if arguments.size:
-        sizes = {"chosen": tuple(arguments.size)}
-    for name, size in sizes.items():
-        run_size(name, size, arguments.rounds, arguments.peers)
+        sources = {"quick": (40, 160, 32)}
+    for chosen in filter(None, (arguments.size, arguments.features)):
+        sources = {"chosen": chosen}
+    texts = {name: [str(part) for part in source] for name, source in sources.items()}
+    cases = [run_case(name, source, arguments.rounds, arguments.peers) for name, source in texts.items()]
     if arguments.msmt17:
         print(f"\nmsmt17, topk=100: Q={MSMT17[0]} G={MSMT17[1]} D={MSMT17[2]}")
-        _measure_in_new_process(MSMT17, 100)
+        peak, seconds = _memory_of_new_process([str(number) for number in MSMT17], 100)
+        ours = {"median_s": seconds, "min_s": seconds, "max_s": seconds}
+        cases.append(
+            {"case": "msmt17, topk=100", "rounds": 1, "contenders": {"ours": ours}, "mebibytes_beyond": {"ours": peak}}
+        )
+    if arguments.output is not None:
+        report = {"benchmark": "retrieval", "environment": facts, "cases": cases}
+        write_atomically(arguments.output, json.dumps(report, indent=2) + "\n")
+        print(f"\nwritten to {arguments.output}")
 
 
 if __name__ == "__main__":
