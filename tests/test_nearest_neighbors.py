@@ -13,6 +13,7 @@ from tests.reranking_truth import squared_distances
 from vareid_ext import _native, nearest_neighbors
 from vareid_ext.ops import _filter
 from vareid_ext.ops import nearest_neighbors as op
+from vareid_ext.retrieval.distance import rows_in_block
 
 
 def assert_exact(x, y, k, metric="sqeuclidean"):
@@ -180,6 +181,9 @@ def test_blocks_of_products_fill_a_gpu(monkeypatch, multiprocessors):
     assert tiles / (rounds * multiprocessors) >= 0.85
     assert 4 * side**2 <= 256 << 20
     assert _filter.block_side(torch.device("cpu")) == 1024
+    rows, on_cpu = (rows_in_block(1000, torch.device(name)) for name in ("cuda:0", "cpu"))
+    assert on_cpu == (1 << 23) // 1000
+    assert rows == max(on_cpu, 2 * side**2 // 1000)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3], ids=["as they are", "centred"])

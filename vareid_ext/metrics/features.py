@@ -157,7 +157,7 @@ def ranked_lists(
     chosen = check_subset(queries, len(query), "queries").to(query.device)
     chosen = torch.arange(len(query), device=query.device)[chosen]
     lists: list[Any] = []
-    step = rows_in_block(len(gallery), query.device)
+    step = rows_in_block(len(gallery), torch.device("cpu"))  # whose rows are sorted whole
     for begin in range(0, len(chosen), step):
         some = chosen[begin : begin + step]
         left_out = labels.left_out(some)

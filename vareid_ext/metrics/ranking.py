@@ -299,7 +299,7 @@ def rank_queries(
     """The ranking results of each query; the arguments are those of :func:`evaluate_ranking`.
 
     Args:
-        block_rows: rows asked of a function at a time (default: as many as make 2^23 distances, more on a GPU).
+        block_rows: rows asked of a function at a time (default: as many as make 2^23 distances, more on a large GPU).
         progress: called with the number of further queries done after each block.
 
     Returns:
@@ -375,7 +375,7 @@ def evaluate_ranking(
         gallery_camera: ``[G]`` whole numbers; given if and only if ``query_camera`` is.
         max_rank: length of the CMC curve, 1 to 2^20; a gallery shorter than that repeats its last value.
         junk_identity: the identity of gallery images to leave out; None for none.
-        block_rows: rows asked of a function at a time (default: as many as make 2^23 distances, more on a GPU).
+        block_rows: rows asked of a function at a time (default: as many as make 2^23 distances, more on a large GPU).
         progress: called with the number of further queries done after each block.
 
     Returns:

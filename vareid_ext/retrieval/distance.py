@@ -40,5 +40,5 @@ def pairwise_distance(x: Any, y: Any = None, *, metric: str = "euclidean") -> An
 
 
 def rows_in_block(columns: int, device: torch.device) -> int:
-    """How many rows of so many distances are held at once: 2^23 distances on a CPU, more on a GPU."""
-    return max(1, 8 * block_side(device) ** 2 // columns)
+    """How many rows of so many distances are held at once: 2^23 distances, or two blocks of products on a large GPU."""
+    return max(1, max(1 << 23, 2 * block_side(device) ** 2) // columns)

@@ -22,7 +22,8 @@ class Reranker(ABC):
     """The final distances of all queries to all of a gallery, of which the Q x G matrix need never exist.
 
     A re-ranker is a subclass: its ``__init__`` takes query and gallery and, by keyword, its parameters; ``distances``
-    gives the rows of some queries. What is done once is done in ``__init__`` or, if it takes long, in ``prepare``.
+    gives the rows of some queries. What is done once is done in ``__init__`` or, if it takes long, in ``prepare``. The
+    features are read again when rows are asked for: leave the arrays as they are.
 
     Args:
         query: features [Q, D], float32, float16, bfloat16 or float64; Q at least 1, D at most 16,384.
