@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train and evaluate a model",
     "evaluate": "CMC, mAP and mINP of trained models, or of features in files",
     "extract": "features of images by a trained model",
+    "export": "the feature of a trained model as an ONNX file or a torch.export program",
     "rerank": "k-reciprocal re-ranking of features in files",
     "figures": "the pictures and tables of a finished run again",
     "doctor": "what is installed, and whether training can run here",

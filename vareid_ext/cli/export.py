@@ -1,0 +1,232 @@
+"""``vareid export RUN --onnx FILE``: the test feature of a trained model as a graph, compared with PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vareid_ext.cli.common import Parser, Result, command_parser, run_command
+from vareid_ext.cli.extract import read_images
+from vareid_ext.data import UNKNOWN, Batch, build_transform
+from vareid_ext.files.atomic import atomic_file, check_writable
+from vareid_ext.trained import TrainedModel, load_trained
+from vareid_ext.training.program import load_run_data
+
+_DESCRIPTION = """\
+The test feature of a trained model as an ONNX file or a program of torch.export, for any number of images at once.
+
+RUN is a run folder or a checkpoint. The graph's input is "images", its output "feature", float32 [N, D], the mirrored
+image and the feature's normalisation inside as in the run's evaluation. "images" are, of the run's height and width,
+  float32  [N, 3, height, width], red, green, blue in [0, 1], the mean subtracted, divided by the standard deviation
+  uint8    [N, height, width, 3], red, green, blue as they come out of a decoder; the graph does the rest
+
+Each file is compared with PyTorch on images of the run's test set (or of --images) in batches of 1, 2 and 17 before it
+appears. FILE.json says what was found and what the graph takes. A difference above 1e-4 is an error and leaves no file.
+"""
+_EXAMPLES = """\
+  vareid export runs/mine --onnx mine.onnx
+  vareid export runs/mine --onnx mine.onnx --image-input uint8 --images photos/
+  vareid export runs/mine --torch-export mine.pt2 --size 256x128
+"""
+_BATCHES = (1, 2, 17)
+_TOLERANCE = 1e-4
+_NEEDED = ("onnx", "onnxscript", "onnxruntime")
+
+
+def _parser() -> Parser:
+    parser = command_parser("export", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("run", metavar="RUN", help="run folder or checkpoint")
+    parser.add_argument("--onnx", metavar="FILE", help="write an .onnx file")
+    parser.add_argument("--torch-export", metavar="FILE", help="write a program of torch.export, .pt2")
+    parser.add_argument(
+        "--image-input", choices=("float32", "uint8"), default="float32", help="what it takes (default: %(default)s)"
+    )
+    parser.add_argument("--size", type=_size, metavar="HxW", help="of the images, pixels (default: as trained)")
+    parser.add_argument("--images", metavar="IMAGES", help="what it is tried on: a folder, an image, a list (.txt)")
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdigit() and width.isdigit() and all(16 <= int(n) <= 4096 for n in (height, width))):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} was given; HEIGHTxWIDTH is needed, such as 256x128, from 16 to 4096"
+        )
+    return int(height), int(width)
+
+
+class FeatureGraph(nn.Module):
+    """The test feature as a function of one tensor.
+
+    Args:
+        model: whose feature it is.
+        image_input: "float32", images [N, 3, H, W] normalised; or "uint8", [N, H, W, 3].
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: TrainedModel, image_input: str) -> None:
+        super().__init__()
+        self.method, self.how, self.image_input = model.method, model.preprocessing, image_input
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(self.how, name)).reshape(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images -> float32 [N, D]."""
+        if self.image_input == "uint8":
+            images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        unknown = torch.full((images.shape[0],), UNKNOWN)
+        batch = Batch(images, unknown, unknown, unknown, unknown)
+        return self.method.embed(batch, flip=self.how.flip, normalize=self.how.normalize)
+
+
+def _run(options: argparse.Namespace) -> Result:
+    files = {
+        name: check_writable(given, (suffix,))
+        for name, given, suffix in (("onnx", options.onnx, ".onnx"), ("torch_export", options.torch_export, ".pt2"))
+        if given is not None
+    }
+    if not files:
+        raise ValueError("--onnx, --torch-export: none was given; one of the two is needed")
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if "onnx" in files and missing:
+        raise ValueError(f"--onnx: {', '.join(missing)} is not installed; type: pip install 'vareid_ext[export]'")
+    model = load_trained(options.run, "cpu")
+    model.method.to(memory_format=torch.contiguous_format)
+    if options.size is not None:
+        height, width = options.size
+        model.preprocessing = replace(model.preprocessing, height=height, width=width)
+    pictures = _pictures(model, options)
+    images = _inputs(model, pictures, options.image_input)
+    expected = {n: model.embed(pictures[:n], batch_size=n) for n in _BATCHES}
+    feature = FeatureGraph(model, options.image_input).eval()
+    try:
+        program = _program(feature, images[:2])
+    except Exception as error:  # the compiler fails on what it does not know with whatever it runs into
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"method {model.config.method.name!r} cannot be exported: {reason}") from error
+    about = _about(model, options.image_input, images, expected[1])
+    contents, values, lines = {}, {}, []
+    for name, path in files.items():
+        with tempfile.TemporaryDirectory() as folder:
+            draft = Path(folder) / path.name
+            call = _WRITERS[name](program, draft)
+            checked = _compare(call, images, expected, path)
+            contents[path] = draft.read_bytes()
+        values[name] = {"file": str(path), **about, "checked": checked}
+        contents[path.with_name(f"{path.name}.json")] = (json.dumps(values[name], indent=2) + "\n").encode()
+        close = f"{checked['max_difference']:.1e} or less, cosine {checked['min_cosine']:.7f} or more"
+        lines.append(f"{path}: {len(contents[path]) / 1e6:.1f} MB; its features differ from PyTorch's by {close}")
+    for path, content in contents.items():
+        with atomic_file(path) as file:
+            file.write(content)
+    return Result("\n".join(lines), values)
+
+
+def _pictures(model: TrainedModel, options: argparse.Namespace) -> list[Image.Image]:
+    """As many images as the largest batch; the first ones again where there are fewer."""
+    if options.images is not None:
+        lists = [read_images(options.images, None, None, progress=not options.quiet)]
+    else:
+        data = load_run_data(model.config, progress=not options.quiet)
+        lists = [data.query, data.gallery]
+    places = [(images, i) for images in lists for i in range(min(len(images), max(_BATCHES)))]
+    return [images.load(i) for images, i in islice(cycle(places), max(_BATCHES))]
+
+
+def _inputs(model: TrainedModel, pictures: Sequence[Image.Image], image_input: str) -> Tensor:
+    """The images as the graph takes them."""
+    how = model.preprocessing
+    transform = build_transform(how.height, how.width, train=False, mean=how.mean, std=how.std)
+    if image_input == "float32":
+        return torch.stack([transform(picture) for picture in pictures])
+    resize = transform.transforms[0]
+    return torch.from_numpy(np.stack([np.asarray(resize(picture)) for picture in pictures]))
+
+
+def _program(feature: FeatureGraph, images: Tensor) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(feature, (images,), dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}})
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+    """Write an ONNX file; what it computes, by onnxruntime."""
+    import onnxruntime
+
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        onnx = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["images"], output_names=["feature"],
+        )  # fmt: skip
+        assert onnx is not None
+        onnx.save(str(path), external_data=False)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["feature"], {"images": images.numpy()})[0])
+
+
+def _write_program(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+    """Write a program of torch.export; what it computes."""
+    torch.export.save(program, path)
+    return torch.export.load(path).module()
+
+
+_WRITERS = {"onnx": _write_onnx, "torch_export": _write_program}
+
+
+def _compare(
+    call: Callable[[Tensor], Tensor], images: Tensor, expected: dict[int, Tensor], path: Path
+) -> dict[str, Any]:
+    """How far what a file computes is from what the model does; ValueError where it is too far."""
+    differences, cosines = [], []
+    for n, feature in expected.items():
+        with torch.no_grad():
+            found = call(images[:n])
+        if found.shape != feature.shape:
+            raise ValueError(
+                f"{path}: gives {list(found.shape)} for {n} images, where PyTorch gives {list(feature.shape)}"
+            )
+        differences.append((found - feature).abs().max())
+        cosines.append(nn.functional.cosine_similarity(found.double(), feature.double()).min())
+    difference = float(torch.stack(differences).max())  # NaN where one is
+    if not difference <= _TOLERANCE:
+        raise ValueError(
+            f"{path}: differs from PyTorch by {difference:.1e}; allowed is {_TOLERANCE}; nothing was written"
+        )
+    return {"batches": list(expected), "max_difference": difference, "min_cosine": float(torch.stack(cosines).min())}
+
+
+def _about(model: TrainedModel, image_input: str, images: Tensor, feature: Tensor) -> dict[str, Any]:
+    """What somebody who has but the file needs to know."""
+    how = model.preprocessing
+    return {
+        "checkpoint": str(model.checkpoint),
+        "step": model.step,
+        "method": model.config.method.name,
+        "images": {
+            "dtype": image_input, "shape": ["N", *images.shape[1:]], "colours": "RGB", "resize": "bicubic, antialiased",
+            "mean": list(how.mean), "std": list(how.std), "normalised_inside": image_input == "uint8",
+        },
+        "feature": {"shape": ["N", feature.shape[1]], "flip": how.flip, "normalised": how.normalize},
+        "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; returns its exit status."""
+    return run_command(_parser(), _run, arguments)
