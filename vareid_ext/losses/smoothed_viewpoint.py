@@ -47,7 +47,7 @@ def smoothed_viewpoint_cross_entropy(
         own = torch.where(viewpoint[:, None] < 0, exists / views, own)
     others = torch.where(views > 1, (1 - own) * exists / (views - 1).clamp(min=1), own)
     target = (1 - other_views - all_pairs) * own + other_views * others
-    of_identity = logits[torch.arange(len(identity), device=logits.device), identity]
-    existing = logits.flatten(1)[:, mask.flatten()]
-    expected = (target * of_identity).sum(1) + all_pairs * existing.mean(1)
-    return (existing.logsumexp(1) - expected).mean()
+    existing = logits.masked_fill(~mask, 0)
+    of_identity = existing[torch.arange(len(identity), device=logits.device), identity]
+    expected = (target * of_identity).sum(1) + all_pairs * existing.sum((1, 2)) / mask.sum()
+    return (logits.masked_fill(~mask, -torch.inf).flatten(1).logsumexp(1) - expected).mean()
