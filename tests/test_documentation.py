@@ -74,6 +74,7 @@ ADDED = {
     "python -m vareid_ext.train --recipe": [*TINY, *NETWORK],
     "python -m vareid_ext.train": TINY,
     "vareid extract": ["--quiet"],
+    "vareid export": ["--quiet"],
     "vareid rerank": ["--quiet", "--topk=10"],
     "vareid evaluate": ["--quiet"],
     "vareid doctor": [],
@@ -94,6 +95,8 @@ PYTHON: dict[tuple[str, str], Any] = {
     ),
     ("docs/getting-started.md", "import vareid_ext"): dict,
     ("docs/getting-started.md", "from vareid_ext import ViewpointAwareLoss"): lambda: {**features(), **batch()},
+    ("docs/your-model.md", "import vareid_ext"): ("tests/test_trained.py", "def test_the_documented_uses_of_a_model"),
+    ("docs/your-model.md", "import numpy"): ("tests/test_export.py", "def test_the_documented_use_of_an_onnx_file"),
     ("docs/your-own-data.md", "from vareid_ext import evaluate_features"): lambda: features(),
 }
 
@@ -173,9 +176,13 @@ def run_commands(text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize("page", sorted({block.page for block in blocks()}))
-def test_every_block_of_a_page_runs_in_turn(page, folder, tmp_path, monkeypatch, capsys):
+def test_every_block_of_a_page_runs_in_turn(page, folder, trained_run, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    if page == "docs/your-model.md":  # which begins where a training has ended
+        pytest.importorskip("onnxscript")
+        for name in ("mine", "yours"):
+            shutil.copytree(trained_run, tmp_path / "runs" / name)
     for block in blocks():
         if block.page != page or block.language == "text":
             continue

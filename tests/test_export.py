@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,6 +79,22 @@ def test_an_onnx_file_gives_the_features_of_the_run(
     for n in (1, 2, 5, len(images)):
         (found,) = session.run(["feature"], {"images": images[:n]})
         np.testing.assert_allclose(found, expected[:n], atol=1e-5)
+
+
+@needs_onnx
+def test_the_documented_use_of_an_onnx_file(trained_run, pictures, photos, tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    larger = pictures[0].resize((50, 90))
+    larger.save(tmp_path / "photos" / "a.jpg")
+    arguments = ("--onnx", tmp_path / "mine-uint8.onnx", "--image-input", "uint8", "--images", photos)
+    assert call(trained_run, *arguments) == 0
+    text = (Path(__file__).resolve().parents[1] / "docs" / "your-model.md").read_text()
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "onnxruntime" in b)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    expected = load_trained(trained_run, "cpu").embed("photos/a.jpg")
+    np.testing.assert_allclose(names["feature"], expected, atol=1e-5)
 
 
 def test_a_program_of_torch_export_gives_the_features_of_the_run(trained_run, pictures, photos, expected, tmp_path):

@@ -97,6 +97,16 @@ def test_features_of_a_manifest_evaluate_as_the_run_itself(trained_run, data, tm
         assert found[name]["mAP"] == pytest.approx(expected[of_run]["mAP"], abs=1e-6)
 
 
+def test_all_of_a_manifest_comes_without_identities(trained_run, data, tmp_path):
+    manifest = write_manifest(data, tmp_path / "set")
+    assert call(trained_run, manifest, "--output", tmp_path / "all.npz") == 0
+    found = content(tmp_path / "all.npz")
+    assert sorted(found) == ["camera", "feature", "path", "viewpoint"]
+    expected = np.concatenate([images.viewpoint for images in (data.train, data.query, data.gallery)])
+    np.testing.assert_array_equal(found["viewpoint"], expected)
+    assert len(set(found["path"].tolist())) == len(expected)
+
+
 class Stopped:
     """Batches that end with an exception after some of them."""
 
@@ -233,7 +243,7 @@ def test_images_that_cannot_be_read_are_named_and_can_be_left_out(trained_run, p
         (["{run}", "{tmp}/bad", "--skip-bad-images"], "none of the 1 images can be read"),
         (["{run}", "{tmp}/empty.txt"], "empty.txt holds no images"),
         (["{run}", "{tmp}/bad", "--split", "query"], "--split: 'query' was given, but"),
-        (["{run}", "{tmp}/x.csv"], "--split: is needed"),
+        (["{run}", "{tmp}/x.csv"], "x.csv"),
         (["{run}", "{tmp}/empty", "--data", "market1501", "--split", "query"], "empty"),
         (["{run}", "{tmp}/bad", "--shard", "3/2"], "--shard: '3/2' was given"),
         (["{run}", "{tmp}/bad", "--precision", "int8"], "--precision"),

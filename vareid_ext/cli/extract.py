@@ -25,7 +25,7 @@ from vareid_ext.cli.common import (
     inference_options,
     run_command,
 )
-from vareid_ext.data import READERS, UNKNOWN, ImageList, load_data
+from vareid_ext.data import READERS, UNKNOWN, ImageList, ReidData, load_data
 from vareid_ext.data.load import unreadable_images
 from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, is_litter, left_out
 from vareid_ext.files.atomic import atomic_file, check_writable
@@ -59,7 +59,9 @@ def _parser() -> Parser:
     parser.add_argument("images", nargs="?", metavar="IMAGES", help="folder, image, list (.txt), manifest (.csv), root")
     parser.add_argument("--output", required=True, metavar="OUTPUT", help="the features: .npz or .npy")
     parser.add_argument("--data", choices=READERS, metavar="KIND", help=f"a data set's kind: {', '.join(READERS)}")
-    parser.add_argument("--split", choices=SPLITS, help="of a data set or a manifest")
+    parser.add_argument(
+        "--split", choices=SPLITS, help="of a data set or a manifest (default: all of it, without identities)"
+    )
     parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     parser.add_argument("--shard", metavar="I/N", type=_shard, help="take the I-th of N equal parts of the images")
     parser.add_argument("--merge", nargs="+", metavar="SHARD", help="put the outputs of all shards together")
@@ -106,7 +108,7 @@ def _run(options: argparse.Namespace) -> Result:
 
 
 def read_images(source: str, kind: str | None, split: str | None, *, progress: bool) -> ImageList:
-    """The images that a command line names: a folder, an image, a list, a manifest, or a split of a data set.
+    """The images that a command line names: a folder, an image, a list, a manifest or a data set, or a split of these.
 
     Raises:
         ValueError: it does not name any.
@@ -116,10 +118,8 @@ def read_images(source: str, kind: str | None, split: str | None, *, progress: b
     if kind is None and path.suffix.lower() == ".csv":
         kind = "manifest"
     if kind is not None:
-        if split is None:
-            raise ValueError(f"--split: is needed for a data set; allowed are {', '.join(SPLITS)}")
         data = load_data(kind, source, check_images=False, progress=progress)
-        return data.splits[split]
+        return _all_images(data) if split is None else data.splits[split]
     if split is not None:
         raise ValueError(
             f"--split: {split!r} was given, but {source} is no manifest, and --data says no data set's kind"
@@ -141,6 +141,18 @@ def read_images(source: str, kind: str | None, split: str | None, *, progress: b
     if not paths:
         raise ValueError(f"IMAGES: {source} holds no images")
     return unlabelled(paths)
+
+
+def _all_images(data: ReidData) -> ImageList:
+    """The images of all splits, without identities, whose numbers in training and test are not the same people."""
+    lists = data.splits.values()
+    columns: dict[str, Any] = {
+        "camera": np.concatenate([images.camera for images in lists]),
+        "viewpoint": np.concatenate([images.viewpoint for images in lists]),
+        "paths": tuple(path for images in lists for path in images.paths),
+        "viewpoint_name": tuple(name for images in lists for name in images.viewpoint_name),
+    }
+    return ImageList(identity=np.full(len(columns["paths"]), UNKNOWN), loader=data.query.loader, **columns)
 
 
 def _readable(images: ImageList, skip: bool, *, progress: bool) -> tuple[ImageList, tuple[str, ...], list[str]]:
