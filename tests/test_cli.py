@@ -235,10 +235,11 @@ def test_errors_and_bars_that_nobody_reads_end_it_as_well(tmp_path, unread):
     assert done.returncode == 128 + signal.SIGPIPE
 
 
-@pytest.mark.parametrize("name", ["evaluate", "train"])
+@pytest.mark.parametrize("name", ["evaluate", "train", "--help"])
 def test_output_that_cannot_be_written_is_one_line_and_status_2(tmp_path, name):
+    arguments = ["_vareid_cli", name] if name == "--help" else command(name, tmp_path)
     with open("/dev/full", "wb") as full:
-        done = call(command(name, tmp_path), stdout=full, stderr=subprocess.PIPE, text=True)
+        done = call(arguments, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert "standard output" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -323,9 +324,10 @@ def interruptible():
     ("name", "imported"),
     [*((name, "_interrupt") for name in ("doctor", "evaluate", "rerank", "train")), ("train", "data")],
 )
-def test_ctrl_c_while_a_command_imports_is_quiet(tmp_path, name, imported):
+@pytest.mark.parametrize("spelling", ["vareid_ext.{}", "vareid_ext {}", "_vareid_cli {}"])
+def test_ctrl_c_while_a_command_imports_is_quiet(tmp_path, name, imported, spelling):
     process = subprocess.Popen(
-        [sys.executable, "-X", "importtime", "-m", *command(name, tmp_path)],
+        [sys.executable, "-X", "importtime", "-m", *spelling.format(name).split(), *command(name, tmp_path)[1:]],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible,
     )  # fmt: skip
     for line in process.stderr:

@@ -22,6 +22,7 @@ REQUIRED = ("numpy", "torch", "torchvision", "timm", "PIL", "matplotlib", "tqdm"
 OPTIONAL = {
     "cupy": "CuPy arrays in retrieval",
     "psutil": "memory in the benchmarks",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "vareid export --onnx"),
 }
 DISTRIBUTION = {"PIL": "pillow"}
 GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg")  # the second in Windows' Linux

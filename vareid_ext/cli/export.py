@@ -161,7 +161,8 @@ def _inputs(model: TrainedModel, pictures: Sequence[Image.Image], image_input: s
 
 def _program(feature: FeatureGraph, images: Tensor) -> torch.export.ExportedProgram:
     with torch.no_grad():
-        return torch.export.export(feature, (images,), dynamic_shapes={"images": {0: torch.export.Dim("N", min=1)}})
+        shapes = {"images": {0: torch.export.Dim("N", min=1)}}
+        return torch.export.export(feature, (images,), dynamic_shapes=shapes, strict=False)
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:

@@ -221,12 +221,13 @@ class Parts:
         self.done += len(feature)
 
     def read(self, count: int, dim: int) -> np.ndarray:
-        """All features, float32 [count, dim]."""
-        feature = np.empty((count, dim), np.float32)
-        begin = 0
-        for part in self._parts():
-            feature[begin : begin + len(part)] = part
-            begin += len(part)
+        """All features, float32 [count, dim]. Raises ValueError where some are gone, which another process may do."""
+        parts = [*self._parts(), np.empty((0, dim), np.float32)]
+        feature = np.concatenate(parts)
+        if len(feature) != count:
+            raise ValueError(
+                f"{self.folder}: holds {len(feature)} features; {count} are needed; give the command again"
+            )
         return feature
 
     def remove(self) -> None:

@@ -21,7 +21,7 @@ def _run(options: argparse.Namespace) -> Result:
     for name in ("config.yaml", "log.jsonl", "metrics.json", "rankings.json"):
         if not (path / name).is_file():
             raise ValueError(f"RUN: {options.run!r} is not the folder of a finished run (there is no {name})")
-    draw_figures(path, load_run_data(parse(["--resume", options.run]).config))
+    draw_figures(path, load_run_data(parse(["--resume", options.run]).config, progress=not options.quiet))
     metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
     return Result(closing_tables(path), {"run": str(path), **metrics})
 
