@@ -19,18 +19,18 @@ def run_case(suite: Suite, Q: int, G: int, D: int, k1: int, k2: int) -> None:
     query, gallery = (data.feature[:Q].to(suite.device), data.feature[Q:].to(suite.device))
     original = torch.empty(Q, G, device=suite.device)
     neighbor, near, row_max, _, _ = joint_neighbors(query, gallery, 1.0, max(k1 + 1, k2), 0, original, 1024)
-    indptr, index = op.k_reciprocal_sets(neighbor, k1)
+    indptr, index = op.k_reciprocal_robust_sets(neighbor, k1)
     value = op.k_reciprocal_encode(
         indptr, op.listed_distance(query, gallery, 1.0, neighbor, near, indptr, index), row_max
     )
-    encodings = op.k_reciprocal_expand(neighbor, k2, indptr, index, value)
+    encodings = op.k_reciprocal_query_expansion(neighbor, k2, indptr, index, value)
     inverted = op.k_reciprocal_invert(*encodings, Q, Q + G)
     work = original.clone()
     stages: dict[str, Callable[[], Any]] = {
-        "sets": lambda: op.k_reciprocal_sets(neighbor, k1),
+        "sets": lambda: op.k_reciprocal_robust_sets(neighbor, k1),
         "distances": lambda: op.listed_distance(query, gallery, 1.0, neighbor, near, indptr, index),
         "encode": lambda: op.k_reciprocal_encode(indptr, value, row_max),
-        "expand": lambda: op.k_reciprocal_expand(neighbor, k2, indptr, index, value),
+        "expand": lambda: op.k_reciprocal_query_expansion(neighbor, k2, indptr, index, value),
         "invert": lambda: op.k_reciprocal_invert(*encodings, Q, Q + G),
         "blend": lambda: op.k_reciprocal_blend(work, row_max, *encodings, *inverted, 0.3),
     }

@@ -42,8 +42,8 @@ from vareid_ext.retrieval.rerank import k_reciprocal
 
 _RANK = 64
 _STAGES = (
-    "joint_neighbors", "k_reciprocal_sets", "listed_distance", "k_reciprocal_encode", "k_reciprocal_expand",
-    "k_reciprocal_invert", "k_reciprocal_blend",
+    "joint_neighbors", "k_reciprocal_robust_sets", "listed_distance", "k_reciprocal_encode",
+    "k_reciprocal_query_expansion", "k_reciprocal_invert", "k_reciprocal_blend",
 )  # fmt: skip
 SIZES = {
     "market1501 D=2048": (3368, 15913, 2048),

@@ -10,25 +10,21 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "place.h"
 
 namespace vareid {
 
-void angular_center_forward_cpu(const void* W, const void* U, const uint8_t* mask, void* loss, void* cosine,
-                                void* identity_norm, void* viewpoint_norm, DType dtype, int64_t K, int64_t V, int64_t D,
-                                int threads);
+using AngularCenterForward = void(const void* W, const void* U, const uint8_t* mask, void* loss, void* cosine,
+                                  void* identity_norm, void* viewpoint_norm, DType dtype, int64_t K, int64_t V,
+                                  int64_t D, const Place& place);
+AngularCenterForward angular_center_forward_cpu, angular_center_forward_cuda;
 
-void angular_center_backward_cpu(const void* upstream, const void* W, const void* U, const uint8_t* mask,
-                                 const void* cosine, const void* identity_norm, const void* viewpoint_norm,
-                                 void* grad_W, void* grad_U, DType dtype, int64_t K, int64_t V, int64_t D, int threads);
+using AngularCenterBackward = void(const void* upstream, const void* W, const void* U, const uint8_t* mask,
+                                   const void* cosine, const void* identity_norm, const void* viewpoint_norm,
+                                   void* grad_W, void* grad_U, DType dtype, int64_t K, int64_t V, int64_t D,
+                                   const Place& place);
+AngularCenterBackward angular_center_backward_cpu, angular_center_backward_cuda;
 
-// Throws std::invalid_argument for K > 2^31 - 1 or V > 2048.
-void angular_center_forward_cuda(const void* W, const void* U, const uint8_t* mask, void* loss, void* cosine,
-                                 void* identity_norm, void* viewpoint_norm, DType dtype, int64_t K, int64_t V,
-                                 int64_t D, int device, void* stream);
-
-void angular_center_backward_cuda(const void* upstream, const void* W, const void* U, const uint8_t* mask,
-                                  const void* cosine, const void* identity_norm, const void* viewpoint_norm,
-                                  void* grad_W, void* grad_U, DType dtype, int64_t K, int64_t V, int64_t D, int device,
-                                  void* stream);
+// On a GPU K > 2^31 - 1 and V > 2048 throw std::invalid_argument.
 
 }  // namespace vareid

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "place.h"
 #include "soft_target.h"
 
 namespace vareid {
@@ -26,47 +27,36 @@ struct LogitsTile {
 };
 
 // How many summaries of each row a tile writes.
-int64_t linear_viewpoint_aware_cross_entropy_parts_cpu(int64_t N, int64_t columns);
-int64_t linear_viewpoint_aware_cross_entropy_parts_cuda(int64_t N, int64_t columns);
+using LinearParts = int64_t(int64_t N, int64_t columns);
+LinearParts linear_viewpoint_aware_cross_entropy_parts_cpu, linear_viewpoint_aware_cross_entropy_parts_cuda;
 
 // Writes summaries [N, total_parts] from index first_part on, and own_logits [V, N] for the rows whose identity is
 // here.
-void linear_viewpoint_aware_cross_entropy_summarise_cpu(const LogitsTile& tile, OthersSummary* summaries,
-                                                        int64_t total_parts, int64_t first_part, double* own_logits,
-                                                        DType dtype, int threads);
-void linear_viewpoint_aware_cross_entropy_summarise_cuda(const LogitsTile& tile, OthersSummary* summaries,
-                                                         int64_t total_parts, int64_t first_part, double* own_logits,
-                                                         DType dtype, int device, void* stream);
+using LinearSummarise = void(const LogitsTile& tile, OthersSummary* summaries, int64_t total_parts, int64_t first_part,
+                             double* own_logits, DType dtype, const Place& place);
+LinearSummarise linear_viewpoint_aware_cross_entropy_summarise_cpu, linear_viewpoint_aware_cross_entropy_summarise_cuda;
 
-// The loss [N] and the statistics [5, N] of each row. The tile's logits are not read.
-void linear_viewpoint_aware_cross_entropy_finish_cpu(const LogitsTile& tile, const OthersSummary* summaries,
-                                                     int64_t total_parts, const double* own_logits,
-                                                     const Smoothing& smoothing, double* statistics, void* loss,
-                                                     DType dtype);
-void linear_viewpoint_aware_cross_entropy_finish_cuda(const LogitsTile& tile, const OthersSummary* summaries,
-                                                      int64_t total_parts, const double* own_logits,
-                                                      const Smoothing& smoothing, double* statistics, void* loss,
-                                                      int64_t* label_error, DType dtype, int device, void* stream);
+// The loss [N] and the statistics [5, N] of each row. The tile's logits are not read. label_error is that of
+// viewpoint_aware_cross_entropy.h.
+using LinearFinish = void(const LogitsTile& tile, const OthersSummary* summaries, int64_t total_parts,
+                          const double* own_logits, const Smoothing& smoothing, double* statistics, void* loss,
+                          int64_t* label_error, DType dtype, const Place& place);
+LinearFinish linear_viewpoint_aware_cross_entropy_finish_cpu, linear_viewpoint_aware_cross_entropy_finish_cuda;
 
 // Replaces the logits by (probability - target) * scale * upstream * share. upstream is [N], or [1] with
 // upstream_stride 0.
-void linear_viewpoint_aware_cross_entropy_gradient_cpu(const LogitsTile& tile, const double* statistics,
-                                                       const void* upstream, int64_t upstream_stride, double share,
-                                                       DType dtype, int threads);
-void linear_viewpoint_aware_cross_entropy_gradient_cuda(const LogitsTile& tile, const double* statistics,
-                                                        const void* upstream, int64_t upstream_stride, double share,
-                                                        DType dtype, int device, void* stream);
+using LinearGradient = void(const LogitsTile& tile, const double* statistics, const void* upstream,
+                            int64_t upstream_stride, double share, DType dtype, const Place& place);
+LinearGradient linear_viewpoint_aware_cross_entropy_gradient_cpu, linear_viewpoint_aware_cross_entropy_gradient_cuda;
 
 // 1 / |x_i| of each row of x [rows, D]; 0 for a zero vector.
-void linear_viewpoint_aware_cross_entropy_inverse_norms_cpu(const void* x, void* inverse, int64_t rows, int64_t D,
-                                                            DType dtype, int threads);
-void linear_viewpoint_aware_cross_entropy_inverse_norms_cuda(const void* x, void* inverse, int64_t rows, int64_t D,
-                                                             DType dtype, int device, void* stream);
+using LinearInverseNorms = void(const void* x, void* inverse, int64_t rows, int64_t D, DType dtype, const Place& place);
+LinearInverseNorms linear_viewpoint_aware_cross_entropy_inverse_norms_cpu,
+    linear_viewpoint_aware_cross_entropy_inverse_norms_cuda;
 
 // grad_i -= x_i (x_i . grad_i) inverse_i^2: what is left is orthogonal to x_i. grad is read and written.
-void linear_viewpoint_aware_cross_entropy_project_cpu(const void* x, const void* inverse, void* grad, int64_t rows,
-                                                      int64_t D, DType dtype, int threads);
-void linear_viewpoint_aware_cross_entropy_project_cuda(const void* x, const void* inverse, void* grad, int64_t rows,
-                                                       int64_t D, DType dtype, int device, void* stream);
+using LinearProject = void(const void* x, const void* inverse, void* grad, int64_t rows, int64_t D, DType dtype,
+                           const Place& place);
+LinearProject linear_viewpoint_aware_cross_entropy_project_cpu, linear_viewpoint_aware_cross_entropy_project_cuda;
 
 }  // namespace vareid

@@ -36,56 +36,38 @@ struct Bounds {
 };
 
 // Looks at a block of products [rows, columns], rows row_begin.. of the left set against rows column_begin.. of the
-// right one. `left` receives candidates of the block's rows; `right`, if not null, those of its columns (a set against
-// itself: every block serves both). Both are indexed from the first row of their set, as are the bounds. With write,
-// the products are replaced by distances, clamped at 0.
-void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
-                                int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
-                                const Candidates& left, const Candidates* right, bool write, int threads);
+// right one. The candidates receive those of the block's rows and, with `both`, of its columns (a set against itself:
+// every block serves both). They are indexed from the first row of their set, as are the bounds. With write, the
+// products are replaced by distances, clamped at 0.
+using NearestNeighborsScan = void(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
+                                  int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                                  const Candidates& candidates, bool both, bool write, const Place& place);
+NearestNeighborsScan nearest_neighbors_scan_cpu, nearest_neighbors_scan_cuda;
 
 // The k nearest of each row in exact order, from its candidates. The left set's rows are x's and then x2's, the right
-// set's y's and then y2's. Writes index [rows, k], distance [rows, k] (float32 or float64, null for none), and for
-// rows that need nearest_neighbors_rescan unsure[row] = 1 and reach[row] = the k-th smallest upper bound (else
-// unsure[row] = 0).
-void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2,
-                                  DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
-                                  const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
-                                  DType distance_dtype, uint8_t* unsure, float* reach, int threads);
+// set's y's and then y2's; x2 and y2 may be empty. Writes index [rows, k], distance [rows, k] (float32 or float64, null
+// for none), and for rows that need nearest_neighbors_rescan unsure[row] = 1 and reach[row] = the k-th smallest upper
+// bound (else unsure[row] = 0).
+using NearestNeighborsSelect = void(const Features& x, const Features& x2, const Features& y, const Features& y2,
+                                    DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
+                                    const Bounds& right_bounds, const Candidates& candidates, int32_t* index,
+                                    void* distance, DType distance_dtype, uint8_t* unsure, float* reach,
+                                    const Place& place);
+NearestNeighborsSelect nearest_neighbors_select_cpu, nearest_neighbors_select_cuda;
 
 // The same for `count` whole rows rows[0..]: block [count, columns] holds their products with the whole right set.
 // same[j], if not null, is the first row of the right set that is equal to row j. workspace: 16 bytes times (columns +
-// half of them, rounded up) for each thread.
-void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, int64_t columns,
-                                  const Features& x, const Features& x2, const Features& y, const Features& y2,
-                                  DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
-                                  const Bounds& right_bounds, const float* reach, const int32_t* same, int64_t k,
-                                  int32_t* index, void* distance, DType distance_dtype, void* workspace, int threads);
+// half of them, rounded up) for each thread. A GPU needs neither.
+using NearestNeighborsRescan = void(const float* block, int64_t ld, const int64_t* rows, int64_t count,
+                                    const Features& x, const Features& x2, const Features& y, const Features& y2,
+                                    DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
+                                    const Bounds& right_bounds, const float* reach, const int32_t* same, int64_t k,
+                                    int32_t* index, void* distance, DType distance_dtype, void* workspace,
+                                    const Place& place);
+NearestNeighborsRescan nearest_neighbors_rescan_cpu, nearest_neighbors_rescan_cuda;
 
-// The same on a GPU, without workspace. k is at most kCudaMaxNeighbors and capacity at most kCudaMaxCapacity (else
-// std::invalid_argument). `both` means that the candidates are the columns' too. x2 and y2 may be empty.
+// Limits on a GPU (else std::invalid_argument).
 constexpr int64_t kCudaMaxNeighbors = 128;
 constexpr int64_t kCudaMaxCapacity = 192;
-void nearest_neighbors_scan_cuda(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
-                                 int64_t column_begin, const float* left_norm, const float* left_window,
-                                 const float* right_norm, const float* right_window, float* lower, int32_t* index,
-                                 int32_t* count, float* threshold, float* cut, float* row_max, int64_t capacity,
-                                 int64_t k, bool both, bool write, int device, void* stream);
-void nearest_neighbors_select_cuda(const void* x, const double* x_factor, int64_t x_rows, int64_t x_stride,
-                                   const void* x2, const double* x2_factor, int64_t x2_rows, int64_t x2_stride,
-                                   const void* y, const double* y_factor, int64_t y_rows, int64_t y_stride,
-                                   const void* y2, const double* y2_factor, int64_t y2_rows, int64_t y2_stride,
-                                   DType dtype, int64_t D, Metric metric, double unscale, const float* left_window,
-                                   const float* right_window, const float* lower, const int32_t* candidate,
-                                   const int32_t* count, const float* cut, int64_t capacity, int64_t k, int32_t* index,
-                                   void* distance, DType distance_dtype, uint8_t* unsure, float* reach, int device,
-                                   void* stream);
-void nearest_neighbors_rescan_cuda(const float* block, int64_t ld, const int64_t* rows, int64_t count, const void* x,
-                                   const double* x_factor, int64_t x_rows, int64_t x_stride, const void* x2,
-                                   const double* x2_factor, int64_t x2_rows, int64_t x2_stride, const void* y,
-                                   const double* y_factor, int64_t y_rows, int64_t y_stride, const void* y2,
-                                   const double* y2_factor, int64_t y2_rows, int64_t y2_stride, DType dtype, int64_t D,
-                                   Metric metric, double unscale, const float* left_norm, const float* left_window,
-                                   const float* right_norm, const float* right_window, const float* reach, int64_t k,
-                                   int32_t* index, void* distance, DType distance_dtype, int device, void* stream);
 
 }  // namespace vareid

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "place.h"
 
 namespace vareid {
 
@@ -24,43 +25,32 @@ struct Features {
 };
 
 // max_abs[r] = the largest |x_rd|, or NaN where the row holds NaN or Inf.
-void pairwise_distance_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_abs, int threads);
+using PairwiseDistanceMaxAbs = void(const Features& x, DType dtype, int64_t D, double* max_abs, const Place& place);
+PairwiseDistanceMaxAbs pairwise_distance_max_abs_cpu, pairwise_distance_max_abs_cuda;
 
 // norm[r] = sum over d of (factor_r x_rd)^2.
-void pairwise_distance_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, int threads);
+using PairwiseDistanceNorm = void(const Features& x, DType dtype, int64_t D, double* norm, const Place& place);
+PairwiseDistanceNorm pairwise_distance_norm_cpu, pairwise_distance_norm_cuda;
 
 // out[r] = float32(factor_r x_r - center), norm[r] = |out_r|^2. center is double [D] or null; out is [rows, D].
-void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out,
-                                   float* norm, int threads);
+using PairwiseDistancePrepare = void(const Features& x, DType dtype, int64_t D, const double* center, float* out,
+                                     float* norm, const Place& place);
+PairwiseDistancePrepare pairwise_distance_prepare_cpu, pairwise_distance_prepare_cuda;
 
 // Turns products [rows, columns] (leading dimension ld) into distances, in place. Distances that are small against the
 // norms, where the product has lost digits, are summed again in float64 from the features, so equal rows are at 0.
-// mirror, if not null, receives the transposed block [columns, rows] with leading dimension mirror_ld.
-void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
-                                 const float* x_norm, const float* y_norm, Metric metric, double unscale, float* mirror,
-                                 int64_t mirror_ld, int threads);
+// mirror, if not null, receives the transposed block [columns, rows] with leading dimension mirror_ld. On a GPU a block
+// has at most 2,097,120 rows (else std::invalid_argument).
+using PairwiseDistanceBlock = void(float* block, int64_t ld, const Features& x, const Features& y, DType dtype,
+                                   int64_t D, const float* x_norm, const float* y_norm, Metric metric, double unscale,
+                                   float* mirror, int64_t mirror_ld, const Place& place);
+PairwiseDistanceBlock pairwise_distance_block_cpu, pairwise_distance_block_cuda;
 
-// The same on a GPU; features are spelled out. They are launched on `stream` of `device`. A block has at most 2,097,120
-// rows, or twice as many where its products are made in the same launch (else std::invalid_argument).
-void pairwise_distance_max_abs_cuda(const void* x, DType dtype, int64_t rows, int64_t D, int64_t stride,
-                                    double* max_abs, int device, void* stream);
-void pairwise_distance_norm_cuda(const void* x, const double* factor, DType dtype, int64_t rows, int64_t D,
-                                 int64_t stride, double* norm, int device, void* stream);
-void pairwise_distance_prepare_cuda(const void* x, const double* factor, DType dtype, int64_t rows, int64_t D,
-                                    int64_t stride, const double* center, float* out, float* norm, int device,
-                                    void* stream);
-void pairwise_distance_block_cuda(float* block, int64_t ld, const void* x, const double* x_factor, int64_t rows,
-                                  int64_t x_stride, const void* y, const double* y_factor, int64_t columns,
-                                  int64_t y_stride, DType dtype, int64_t D, const float* x_norm, const float* y_norm,
-                                  Metric metric, double unscale, float* mirror, int64_t mirror_ld, int device,
-                                  void* stream);
-
-// Products and distances in one: x_prepared [rows, D] and y_prepared [columns, D] are what prepare wrote, block is only
-// written. For blocks too small for the vendor's library to be worth its launches.
+// Products and distances in one, on a GPU only: x_prepared [rows, D] and y_prepared [columns, D] are what prepare
+// wrote, block is only written, of at most 4,194,240 rows. For blocks too small for the vendor's library to be worth
+// its launches.
 void pairwise_distance_tiled_cuda(const float* x_prepared, const float* y_prepared, float* block, int64_t ld,
-                                  const void* x, const double* x_factor, int64_t rows, int64_t x_stride, const void* y,
-                                  const double* y_factor, int64_t columns, int64_t y_stride, DType dtype, int64_t D,
-                                  const float* x_norm, const float* y_norm, Metric metric, double unscale, int device,
-                                  void* stream);
+                                  const Features& x, const Features& y, DType dtype, int64_t D, const float* x_norm,
+                                  const float* y_norm, Metric metric, double unscale, const Place& place);
 
 }  // namespace vareid

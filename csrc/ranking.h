@@ -38,24 +38,19 @@ struct RankingResults {
 // Bytes that ranking_forward_cpu needs when no group is longer than max_group.
 int64_t ranking_workspace_bytes_cpu(int64_t max_group, int threads);
 
-void ranking_forward_cpu(const void* distances, int64_t row_stride, const RankingLabels& labels,
-                         const RankingResults& results, void* workspace, DType dtype, int64_t Q, int64_t G,
-                         int64_t max_group, int threads);
+// On a GPU a row is read once for every 256 images of the query's identity, and no workspace is needed.
+using RankingForward = void(const void* distances, int64_t row_stride, const RankingLabels& labels,
+                            const RankingResults& results, void* workspace, DType dtype, int64_t Q, int64_t G,
+                            int64_t max_group, const Place& place);
+RankingForward ranking_forward_cpu, ranking_forward_cuda;
 
-// The same from features x [Q, D] and y [G, D], in the order of their float64 distances, ties by index. products [Q, G]
-// (leading dimension ld) are overwritten; what they leave open is measured. The notation and the bounds that decide are
-// those of nearest_neighbors.h.
+// The same from features x [Q, D] and y [G, D], in the order of their float64 distances, ties by index, on the CPU
+// only. products [Q, G] (leading dimension ld) are overwritten; what they leave open is measured. The notation and the
+// bounds that decide are those of nearest_neighbors.h.
 int64_t ranking_features_workspace_bytes_cpu(int64_t max_group, int64_t G, int threads);
 
 void ranking_features_cpu(float* products, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
                           const Bounds& x_bounds, const Bounds& y_bounds, const RankingLabels& labels,
-                          const RankingResults& results, void* workspace, int64_t max_group, int threads);
-
-// Reads a row once for every 256 images of the query's identity.
-void ranking_forward_cuda(const void* distances, int64_t row_stride, const int64_t* gallery_order,
-                          const int64_t* group_begin, const int64_t* group_end, const uint8_t* junk,
-                          const int64_t* query_camera, const int64_t* gallery_camera, double* average_precision,
-                          double* inverse_negative_penalty, int64_t* first_match_rank, int64_t* num_matches,
-                          DType dtype, int64_t Q, int64_t G, int device, void* stream);
+                          const RankingResults& results, void* workspace, int64_t max_group, const Place& place);
 
 }  // namespace vareid

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "place.h"
 
 namespace vareid {
 
@@ -30,23 +31,19 @@ struct CrossEntropyHead {
   void* grad = nullptr;            // out of backward: [N, K, V], dense; may be the logits
 };
 
-int64_t viewpoint_aware_cross_entropy_workspace_bytes_cpu(int64_t N, int64_t K, const int64_t views[2]);
+using CrossEntropyWorkspaceBytes = int64_t(int64_t N, int64_t K, const int64_t views[2]);
+CrossEntropyWorkspaceBytes viewpoint_aware_cross_entropy_workspace_bytes_cpu,
+    viewpoint_aware_cross_entropy_workspace_bytes_cuda;
 
-void viewpoint_aware_cross_entropy_forward_cpu(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
-                                               int64_t N, int64_t K, Reduction reduction, void* workspace, int threads);
-
-void viewpoint_aware_cross_entropy_backward_cpu(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
-                                                int64_t N, int64_t K, Reduction reduction, int threads);
-
-// On the device a label out of range cannot be refused without waiting for it: its row's loss and gradient are NaN, and
+// On a GPU a label out of range cannot be refused without waiting for it: its row's loss and gradient are NaN, and
 // label_error (memory that the device can write, or null) gets 8 * row + code for the first such row of either head.
-int64_t viewpoint_aware_cross_entropy_workspace_bytes_cuda(int64_t N, int64_t K, const int64_t views[2]);
+using CrossEntropyForward = void(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype, int64_t N,
+                                 int64_t K, Reduction reduction, int64_t* label_error, void* workspace,
+                                 const Place& place);
+CrossEntropyForward viewpoint_aware_cross_entropy_forward_cpu, viewpoint_aware_cross_entropy_forward_cuda;
 
-void viewpoint_aware_cross_entropy_forward_cuda(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
-                                                int64_t N, int64_t K, Reduction reduction, int64_t* label_error,
-                                                void* workspace, int device, void* stream);
-
-void viewpoint_aware_cross_entropy_backward_cuda(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
-                                                 int64_t N, int64_t K, Reduction reduction, int device, void* stream);
+using CrossEntropyBackward = void(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype, int64_t N,
+                                  int64_t K, Reduction reduction, const Place& place);
+CrossEntropyBackward viewpoint_aware_cross_entropy_backward_cpu, viewpoint_aware_cross_entropy_backward_cuda;
 
 }  // namespace vareid

@@ -12,15 +12,7 @@ cuda_architectures: str
 
 def cuda_unusable_reason(device: int) -> str: ...
 def angular_center_forward(
-    W: Any,
-    U: Any,
-    mask: Any | None,
-    loss: Any,
-    cosine: Any,
-    identity_norm: Any,
-    viewpoint_norm: Any,
-    place: _Place,
-    /,
+    W: Any, U: Any, mask: Any | None, loss: Any, cosine: Any, identity_norm: Any, viewpoint_norm: Any, place: _Place, /
 ) -> None: ...
 def angular_center_backward(
     upstream: Any,
@@ -144,27 +136,10 @@ def linear_viewpoint_aware_cross_entropy_gradient(
 ) -> None: ...
 def linear_viewpoint_aware_cross_entropy_inverse_norms(x: Any, inverse: Any, place: _Place, /) -> None: ...
 def linear_viewpoint_aware_cross_entropy_project(x: Any, inverse: Any, grad: Any, place: _Place, /) -> None: ...
-def pairwise_distance_max_abs(
-    x: Any,
-    out: Any,
-    place: _Place,
-    /,
-) -> None: ...
-def pairwise_distance_norm(
-    x: Any,
-    factor: Any | None,
-    out: Any,
-    place: _Place,
-    /,
-) -> None: ...
+def pairwise_distance_max_abs(x: Any, out: Any, place: _Place, /) -> None: ...
+def pairwise_distance_norm(x: Any, factor: Any | None, out: Any, place: _Place, /) -> None: ...
 def pairwise_distance_prepare(
-    x: Any,
-    factor: Any | None,
-    center: Any | None,
-    out: Any,
-    out_norm: Any,
-    place: _Place,
-    /,
+    x: Any, factor: Any | None, center: Any | None, out: Any, out_norm: Any, place: _Place, /
 ) -> None: ...
 def pairwise_distance_block(
     products: Any,
@@ -201,9 +176,9 @@ def nearest_neighbors_scan(
     column_begin: int,
     left_bounds: Any,
     right_bounds: Any,
-    left: Any,
-    right: Any | None,
+    candidates: Any,
     k: int,
+    both: bool,
     write: bool,
     place: _Place,
     /,
@@ -242,24 +217,9 @@ def nearest_neighbors_rescan(
     place: _Place,
     /,
 ) -> None: ...
-def k_reciprocal_sets(
-    neighbor: Any,
-    k: int,
-    out: Any,
-    size: Any,
-    place: _Place,
-    /,
-) -> None: ...
-def k_reciprocal_expanded(
-    sets: Any,
-    size: Any,
-    half: Any,
-    half_size: Any,
-    indptr: Any,
-    index: Any | None,
-    workspace: Any,
-    place: _Place,
-    /,
+def k_reciprocal_sets(neighbor: Any, k: int, out: Any, size: Any, place: _Place, /) -> None: ...
+def k_reciprocal_robust_sets(
+    sets: Any, size: Any, half: Any, half_size: Any, indptr: Any, index: Any | None, workspace: Any, place: _Place, /
 ) -> None: ...
 def k_reciprocal_listed_distance(
     x: Any,
@@ -274,15 +234,8 @@ def k_reciprocal_listed_distance(
     place: _Place,
     /,
 ) -> None: ...
-def k_reciprocal_encode(
-    indptr: Any,
-    distance: Any,
-    row_max: Any,
-    value: Any,
-    place: _Place,
-    /,
-) -> None: ...
-def k_reciprocal_expand(
+def k_reciprocal_encode(indptr: Any, distance: Any, row_max: Any, value: Any, place: _Place, /) -> None: ...
+def k_reciprocal_query_expansion(
     neighbor: Any,
     k2: int,
     indptr: Any,
@@ -344,13 +297,5 @@ def k_reciprocal_topk(
     /,
 ) -> None: ...
 def k_reciprocal_matrix_neighbors(
-    q_g: Any,
-    q_q: Any,
-    g_g: Any,
-    k: int,
-    neighbor: Any,
-    row_max: Any,
-    workspace: Any,
-    place: _Place,
-    /,
+    q_g: Any, q_q: Any, g_g: Any, k: int, neighbor: Any, row_max: Any, workspace: Any, place: _Place, /
 ) -> None: ...

@@ -6,13 +6,11 @@
 namespace vareid {
 namespace {
 
-using Optional = std::optional<TensorView>;
-
 struct Sizes {
   int64_t K, V, D;
 };
 
-Sizes check(const TensorView& W, const TensorView& U, const Optional& mask, const TensorView& cosine,
+Sizes check(const TensorView& W, const TensorView& U, const OptionalView& mask, const TensorView& cosine,
             const TensorView& identity_norm, const TensorView& viewpoint_norm) {
   if (W.ndim != 2) refuse("identity_centers", "shape " + shape_text(W) + ", expected [K, D]");
   if (U.ndim != 3) refuse("viewpoint_centers", "shape " + shape_text(U) + ", expected [K, V, D]");
@@ -38,27 +36,19 @@ Sizes check(const TensorView& W, const TensorView& U, const Optional& mask, cons
   return sizes;
 }
 
-void forward(const TensorView& W, const TensorView& U, const Optional& mask, const TensorView& loss,
-             const TensorView& cosine, const TensorView& identity_norm, const TensorView& viewpoint_norm, const Place& place) {
+void forward(const TensorView& W, const TensorView& U, const OptionalView& mask, const TensorView& loss,
+             const TensorView& cosine, const TensorView& identity_norm, const TensorView& viewpoint_norm,
+             const Place& place) {
   const Sizes s = check(W, U, mask, cosine, identity_norm, viewpoint_norm);
   check_accumulator(loss, "loss", W);
   const uint8_t* const exists = mask ? mask->as<uint8_t>() : nullptr;
-  if (W.device_type == kDeviceCpu) {
-    angular_center_forward_cpu(W.data, U.data, exists, loss.data, cosine.data, identity_norm.data, viewpoint_norm.data,
-                               W.dtype(), s.K, s.V, s.D, place.threads);
-    return;
-  }
-#ifdef VAREID_WITH_CUDA
-  angular_center_forward_cuda(W.data, U.data, exists, loss.data, cosine.data, identity_norm.data, viewpoint_norm.data,
-                              W.dtype(), s.K, s.V, s.D, W.device_id, place.stream);
-#else
-  refuse("identity_centers", "is on a GPU, but this build has no CUDA kernels");
-#endif
+  call(W, KERNELS(angular_center_forward), W.data, U.data, exists, loss.data, cosine.data, identity_norm.data,
+       viewpoint_norm.data, W.dtype(), s.K, s.V, s.D, place);
 }
 
-void backward(const TensorView& upstream, const TensorView& W, const TensorView& U, const Optional& mask,
+void backward(const TensorView& upstream, const TensorView& W, const TensorView& U, const OptionalView& mask,
               const TensorView& cosine, const TensorView& identity_norm, const TensorView& viewpoint_norm,
-              const Optional& grad_W, const Optional& grad_U, const Place& place) {
+              const OptionalView& grad_W, const OptionalView& grad_U, const Place& place) {
   const Sizes s = check(W, U, mask, cosine, identity_norm, viewpoint_norm);
   check_accumulator(upstream, "upstream", W);
   if (grad_W) {
@@ -74,18 +64,8 @@ void backward(const TensorView& upstream, const TensorView& W, const TensorView&
   const uint8_t* const exists = mask ? mask->as<uint8_t>() : nullptr;
   void* const w_out = grad_W ? grad_W->data : nullptr;
   void* const u_out = grad_U ? grad_U->data : nullptr;
-  if (W.device_type == kDeviceCpu) {
-    angular_center_backward_cpu(upstream.data, W.data, U.data, exists, cosine.data, identity_norm.data,
-                                viewpoint_norm.data, w_out, u_out, W.dtype(), s.K, s.V, s.D, place.threads);
-    return;
-  }
-#ifdef VAREID_WITH_CUDA
-  angular_center_backward_cuda(upstream.data, W.data, U.data, exists, cosine.data, identity_norm.data,
-                               viewpoint_norm.data, w_out, u_out, W.dtype(), s.K, s.V, s.D, W.device_id,
-                               place.stream);
-#else
-  refuse("identity_centers", "is on a GPU, but this build has no CUDA kernels");
-#endif
+  call(W, KERNELS(angular_center_backward), upstream.data, W.data, U.data, exists, cosine.data, identity_norm.data,
+       viewpoint_norm.data, w_out, u_out, W.dtype(), s.K, s.V, s.D, place);
 }
 
 }  // namespace

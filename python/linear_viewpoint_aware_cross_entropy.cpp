@@ -6,14 +6,6 @@
 namespace vareid {
 namespace {
 
-using Optional = std::optional<TensorView>;
-
-[[noreturn]] void refuse_device() { refuse("feature", "is on a GPU, but this build has no CUDA kernels"); }
-
-void check_double(const TensorView& view, const char* name) {
-  if (!(view.type_code == 2 && view.type_bits == 64)) refuse(name, "must be float64");
-}
-
 // Checks what lies beside a tile: its device, its element type and that it is dense.
 class Beside {
  public:
@@ -40,8 +32,8 @@ class Beside {
   const TensorView& some_;
 };
 
-void set_labels(LogitsTile& tile, const Beside& beside, const TensorView& identity, const Optional& viewpoint,
-                const Optional& mask) {
+void set_labels(LogitsTile& tile, const Beside& beside, const TensorView& identity, const OptionalView& viewpoint,
+                const OptionalView& mask) {
   beside.labels(identity, "identity", tile.N);
   tile.identity = identity.as<int64_t>();
   if (viewpoint && viewpoint->ndim == 2) {
@@ -60,8 +52,8 @@ void set_labels(LogitsTile& tile, const Beside& beside, const TensorView& identi
   }
 }
 
-LogitsTile tile_of(const TensorView& logits, const Optional& scale, const TensorView& identity,
-                   const Optional& viewpoint, const Optional& mask, int64_t K, int64_t V, int64_t first) {
+LogitsTile tile_of(const TensorView& logits, const OptionalView& scale, const TensorView& identity,
+                   const OptionalView& viewpoint, const OptionalView& mask, int64_t K, int64_t V, int64_t first) {
   if (logits.ndim != 2 || V < 1 || logits.shape[1] % V != 0)
     refuse("logits", "shape " + shape_text(logits) + " does not fit");
   if (logits.shape[1] > 1 && logits.strides[1] != 1) refuse("logits", "must have dense rows");
@@ -88,9 +80,8 @@ LogitsTile tile_of(const TensorView& logits, const Optional& scale, const Tensor
 int64_t parts(int64_t N, int64_t columns, bool cuda) {
 #ifdef VAREID_WITH_CUDA
   if (cuda) return linear_viewpoint_aware_cross_entropy_parts_cuda(N, columns);
-#else
-  if (cuda) refuse_device();
 #endif
+  (void)cuda;
   return linear_viewpoint_aware_cross_entropy_parts_cpu(N, columns);
 }
 
@@ -104,29 +95,22 @@ OthersSummary* check_summaries(const TensorView& summaries, const TensorView& ow
   return summaries.as<OthersSummary>();
 }
 
-void summarise_tile(const TensorView& logits, const Optional& scale, const TensorView& identity, const Optional& mask,
-                    const TensorView& summaries, const TensorView& own_logits, int64_t K, int64_t V, int64_t first,
-                    int64_t first_part, const Place& place) {
+void summarise_tile(const TensorView& logits, const OptionalView& scale, const TensorView& identity,
+                    const OptionalView& mask, const TensorView& summaries, const TensorView& own_logits, int64_t K,
+                    int64_t V, int64_t first, int64_t first_part, const Place& place) {
   const LogitsTile tile = tile_of(logits, scale, identity, std::nullopt, mask, K, V, first);
   const bool cuda = logits.device_type == kDeviceCuda;
   OthersSummary* const out = check_summaries(summaries, own_logits, tile.N, V, Beside(logits));
   if (first_part < 0 || first_part + parts(tile.N, logits.shape[1], cuda) > summaries.shape[1])
     refuse("first_part", "the tile's summaries do not fit");
-  if (!cuda) {
-    linear_viewpoint_aware_cross_entropy_summarise_cpu(tile, out, summaries.shape[1], first_part,
-                                                       own_logits.as<double>(), logits.dtype(), place.threads);
-    return;
-  }
-#ifdef VAREID_WITH_CUDA
-  linear_viewpoint_aware_cross_entropy_summarise_cuda(tile, out, summaries.shape[1], first_part,
-                                                      own_logits.as<double>(), logits.dtype(), logits.device_id,
-                                                      place.stream);
-#endif
+  call(logits, KERNELS(linear_viewpoint_aware_cross_entropy_summarise), tile, out, summaries.shape[1], first_part,
+       own_logits.as<double>(), logits.dtype(), place);
 }
 
 void finish(const TensorView& summaries, const TensorView& own_logits, const TensorView& identity,
-            const Optional& viewpoint, const Optional& mask, const TensorView& loss, const TensorView& statistics,
-            bool adaptive, double alpha, double epsilon, int64_t K, const Optional& label_error, const Place& place) {
+            const OptionalView& viewpoint, const OptionalView& mask, const TensorView& loss,
+            const TensorView& statistics, bool adaptive, double alpha, double epsilon, int64_t K,
+            const OptionalView& label_error, const Place& place) {
   LogitsTile tile = {};
   tile.N = identity.shape[0];
   tile.K = K;
@@ -139,29 +123,14 @@ void finish(const TensorView& summaries, const TensorView& own_logits, const Ten
   check_shape(statistics, "statistics", {kStatistics, tile.N});
   beside.doubles(statistics, "statistics");
   const Smoothing smoothing{adaptive, alpha, epsilon};
-  if (loss.device_type == kDeviceCpu) {
-    linear_viewpoint_aware_cross_entropy_finish_cpu(tile, in, summaries.shape[1], own_logits.as<double>(), smoothing,
-                                                    statistics.as<double>(), loss.data, loss.dtype());
-    return;
-  }
-  if (label_error) {
-    check_shape(*label_error, "label_error", {2});
-    check_int64(*label_error, "label_error");
-    check_contiguous(*label_error, "label_error");
-  }
-#ifdef VAREID_WITH_CUDA
-  linear_viewpoint_aware_cross_entropy_finish_cuda(tile, in, summaries.shape[1], own_logits.as<double>(), smoothing,
-                                                   statistics.as<double>(), loss.data,
-                                                   label_error ? label_error->as<int64_t>() : nullptr, loss.dtype(),
-                                                   loss.device_id, place.stream);
-#else
-  refuse_device();
-#endif
+  call(loss, KERNELS(linear_viewpoint_aware_cross_entropy_finish), tile, in, summaries.shape[1],
+       own_logits.as<double>(), smoothing, statistics.as<double>(), loss.data,
+       array<int64_t>(label_error, "label_error", 2), loss.dtype(), place);
 }
 
-void gradient(const TensorView& logits, const Optional& scale, const TensorView& identity, const Optional& viewpoint,
-              const Optional& mask, const TensorView& statistics, const TensorView& upstream, double share, int64_t K,
-              int64_t V, int64_t first, const Place& place) {
+void gradient(const TensorView& logits, const OptionalView& scale, const TensorView& identity,
+              const OptionalView& viewpoint, const OptionalView& mask, const TensorView& statistics,
+              const TensorView& upstream, double share, int64_t K, int64_t V, int64_t first, const Place& place) {
   const LogitsTile tile = tile_of(logits, scale, identity, viewpoint, mask, K, V, first);
   const Beside beside(logits);
   check_shape(statistics, "statistics", {kStatistics, tile.N});
@@ -169,17 +138,8 @@ void gradient(const TensorView& logits, const Optional& scale, const TensorView&
   beside.accumulator(upstream, "upstream");
   if (upstream.ndim == 1) check_shape(upstream, "upstream", {tile.N});
   if (upstream.ndim > 1) refuse("upstream", "shape " + shape_text(upstream) + ", expected [] or [N]");
-  if (logits.device_type == kDeviceCpu) {
-    linear_viewpoint_aware_cross_entropy_gradient_cpu(tile, statistics.as<double>(), upstream.data, upstream.ndim,
-                                                      share, logits.dtype(), place.threads);
-    return;
-  }
-#ifdef VAREID_WITH_CUDA
-  linear_viewpoint_aware_cross_entropy_gradient_cuda(tile, statistics.as<double>(), upstream.data, upstream.ndim, share,
-                                                     logits.dtype(), logits.device_id, place.stream);
-#else
-  refuse_device();
-#endif
+  call(logits, KERNELS(linear_viewpoint_aware_cross_entropy_gradient), tile, statistics.as<double>(), upstream.data,
+       int64_t{upstream.ndim}, share, logits.dtype(), place);
 }
 
 void inverse_norms(const TensorView& x, const TensorView& inverse, const Place& place) {
@@ -188,17 +148,8 @@ void inverse_norms(const TensorView& x, const TensorView& inverse, const Place& 
   check_contiguous(x, "x");
   check_shape(inverse, "inverse", {x.shape[0]});
   Beside(x).accumulator(inverse, "inverse");
-  if (x.device_type == kDeviceCpu) {
-    linear_viewpoint_aware_cross_entropy_inverse_norms_cpu(x.data, inverse.data, x.shape[0], x.shape[1], x.dtype(),
-                                                           place.threads);
-    return;
-  }
-#ifdef VAREID_WITH_CUDA
-  linear_viewpoint_aware_cross_entropy_inverse_norms_cuda(x.data, inverse.data, x.shape[0], x.shape[1], x.dtype(),
-                                                          x.device_id, place.stream);
-#else
-  refuse_device();
-#endif
+  call(x, KERNELS(linear_viewpoint_aware_cross_entropy_inverse_norms), x.data, inverse.data, x.shape[0], x.shape[1],
+       x.dtype(), place);
 }
 
 void project(const TensorView& x, const TensorView& inverse, const TensorView& grad, const Place& place) {
@@ -211,17 +162,8 @@ void project(const TensorView& x, const TensorView& inverse, const TensorView& g
   check_shape(grad, "grad", {x.shape[0], x.shape[1]});
   check_same_dtype(grad, "grad", x, "x");
   beside.here(grad, "grad");
-  if (x.device_type == kDeviceCpu) {
-    linear_viewpoint_aware_cross_entropy_project_cpu(x.data, inverse.data, grad.data, x.shape[0], x.shape[1], x.dtype(),
-                                                     place.threads);
-    return;
-  }
-#ifdef VAREID_WITH_CUDA
-  linear_viewpoint_aware_cross_entropy_project_cuda(x.data, inverse.data, grad.data, x.shape[0], x.shape[1], x.dtype(),
-                                                    x.device_id, place.stream);
-#else
-  refuse_device();
-#endif
+  call(x, KERNELS(linear_viewpoint_aware_cross_entropy_project), x.data, inverse.data, grad.data, x.shape[0],
+       x.shape[1], x.dtype(), place);
 }
 
 }  // namespace

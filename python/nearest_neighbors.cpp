@@ -56,32 +56,16 @@ Sets make_sets(const std::vector<std::pair<TensorView, OptionalView>>& parts, co
 using Parts = std::vector<std::pair<TensorView, OptionalView>>;
 
 void scan(const TensorView& block, int64_t row_begin, int64_t column_begin, const Views& left_bounds,
-          const Views& right_bounds, const Views& left, const std::optional<Views>& right, int64_t k, bool write,
-          const Place& place) {
+          const Views& right_bounds, const Views& candidates, int64_t k, bool both, bool write, const Place& place) {
   const int64_t ld = leading_dimension(block, "block"), rows = block.shape[0], columns = block.shape[1];
-  const Bounds row_bounds = make_bounds(left_bounds, row_begin + rows);
-  const Bounds column_bounds = make_bounds(right_bounds, column_begin + columns);
-  const Candidates row_state = make_candidates(left, k);
-  if (row_begin < 0 || left[0].shape[0] < row_begin + rows) refuse("row_begin", "is out of range");
-  Candidates column_state{};
-  if (right) {
-    column_state = make_candidates(*right, k);
-    if (column_begin < 0 || (*right)[0].shape[0] < column_begin + columns) refuse("column_begin", "is out of range");
-  }
-  check_device(left[0], "candidates", block.device_type, block.device_id);
-  if (on_gpu(block, "block")) {
-#ifdef VAREID_WITH_CUDA
-    if (right && column_state.lower != row_state.lower) refuse("candidates", "on a GPU rows and columns share them");
-    nearest_neighbors_scan_cuda(block.as<float>(), ld, rows, columns, row_begin, column_begin, row_bounds.norm,
-                                row_bounds.window, column_bounds.norm, column_bounds.window, row_state.lower,
-                                row_state.index, row_state.count, row_state.threshold, row_state.cut, row_state.row_max,
-                                row_state.capacity, k, right.has_value(), write, block.device_id,
-                                place.stream);
-#endif
-    return;
-  }
-  nearest_neighbors_scan_cpu(block.as<float>(), ld, rows, columns, row_begin, column_begin, row_bounds, column_bounds,
-                             row_state, right ? &column_state : nullptr, write, place.threads);
+  const Candidates state = make_candidates(candidates, k);
+  const int64_t known = candidates[0].shape[0];
+  if (row_begin < 0 || known < row_begin + rows) refuse("row_begin", "is out of range");
+  if (both && (column_begin < 0 || known < column_begin + columns)) refuse("column_begin", "is out of range");
+  check_device(candidates[0], "candidates", block.device_type, block.device_id);
+  call(block, KERNELS(nearest_neighbors_scan), block.as<float>(), ld, rows, columns, row_begin, column_begin,
+       make_bounds(left_bounds, row_begin + rows), make_bounds(right_bounds, column_begin + columns), state, both,
+       write, place);
 }
 
 void select(const Parts& x, const Parts& y, int metric, double unscale, const Views& left_bounds,
@@ -93,58 +77,29 @@ void select(const Parts& x, const Parts& y, int metric, double unscale, const Vi
   if (distance) check_shape(*distance, "distance", {left.rows, k});
   if (!unsure.is_byte() || unsure.numel() < left.rows) refuse("unsure", "must be bytes, one for each row");
   check_device(index, "index", x[0].first.device_type, x[0].first.device_id);
-  if (on_gpu(x[0].first, "x")) {
-#ifdef VAREID_WITH_CUDA
-    const Features &l = left.first, &l2 = left.second, &r = right.first, &r2 = right.second;
-    nearest_neighbors_select_cuda(
-        l.data, l.factor, l.rows, l.stride, l2.data, l2.factor, l2.rows, l2.stride, r.data, r.factor, r.rows, r.stride,
-        r2.data, r2.factor, r2.rows, r2.stride, left.dtype, left.D, static_cast<Metric>(metric), unscale,
-        make_bounds(left_bounds, left.rows).window, make_bounds(right_bounds, right.rows).window, state.lower,
-        state.index, state.count, state.cut, state.capacity, k, array<int32_t>(index, "index", left.rows * k),
-        distance ? distance->data : nullptr, distance ? distance->dtype() : DType::kFloat32, unsure.as<uint8_t>(),
-        array<float>(reach, "reach", left.rows), index.device_id, place.stream);
-#endif
-    return;
-  }
-  nearest_neighbors_select_cpu(left.first, left.second, right.first, right.second, left.dtype, left.D,
-                               static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows),
-                               make_bounds(right_bounds, right.rows), state,
-                               array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
-                               distance ? distance->dtype() : DType::kFloat32, unsure.as<uint8_t>(),
-                               array<float>(reach, "reach", left.rows), place.threads);
+  call(index, KERNELS(nearest_neighbors_select), left.first, left.second, right.first, right.second, left.dtype, left.D,
+       static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows), make_bounds(right_bounds, right.rows),
+       state, array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
+       distance ? distance->dtype() : DType::kFloat32, unsure.as<uint8_t>(), array<float>(reach, "reach", left.rows),
+       place);
 }
 
 void rescan(const TensorView& block, const TensorView& rows, const Parts& x, const Parts& y, int metric, double unscale,
             const Views& left_bounds, const Views& right_bounds, const TensorView& reach, const OptionalView& same,
-            int64_t k, const TensorView& index, const OptionalView& distance, const TensorView& workspace, const Place& place) {
+            int64_t k, const TensorView& index, const OptionalView& distance, const TensorView& workspace,
+            const Place& place) {
   const Sets left = make_sets(x, "x"), right = make_sets(y, "y");
   const int64_t ld = leading_dimension(block, "block");
   check_shape(block, "block", {rows.numel(), right.rows});
   if (distance) check_shape(*distance, "distance", {left.rows, k});
-  if (on_gpu(x[0].first, "x")) {
-#ifdef VAREID_WITH_CUDA
-    const Features &l = left.first, &l2 = left.second, &r = right.first, &r2 = right.second;
-    const Bounds row_bounds = make_bounds(left_bounds, left.rows),
-                 column_bounds = make_bounds(right_bounds, right.rows);
-    nearest_neighbors_rescan_cuda(
-        block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), l.data, l.factor, l.rows, l.stride,
-        l2.data, l2.factor, l2.rows, l2.stride, r.data, r.factor, r.rows, r.stride, r2.data, r2.factor, r2.rows,
-        r2.stride, left.dtype, left.D, static_cast<Metric>(metric), unscale, row_bounds.norm, row_bounds.window,
-        column_bounds.norm, column_bounds.window, array<float>(reach, "reach", left.rows), k,
-        array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
-        distance ? distance->dtype() : DType::kFloat32, index.device_id, place.stream);
-#endif
-    return;
-  }
-  if (!workspace.is_byte() || workspace.numel() < place.threads * (right.rows + (right.rows + 1) / 2) * 16)
-    refuse("workspace", "is too small");
-  nearest_neighbors_rescan_cpu(block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(), right.rows,
-                               left.first, left.second, right.first, right.second, left.dtype, left.D,
-                               static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows),
-                               make_bounds(right_bounds, right.rows), array<float>(reach, "reach", left.rows),
-                               array<int32_t>(same, "same", right.rows), k,
-                               array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
-                               distance ? distance->dtype() : DType::kFloat32, workspace.data, place.threads);
+  check_device(index, "index", x[0].first.device_type, x[0].first.device_id);
+  call(index, KERNELS(nearest_neighbors_rescan), block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(),
+       left.first, left.second, right.first, right.second, left.dtype, left.D, static_cast<Metric>(metric), unscale,
+       make_bounds(left_bounds, left.rows), make_bounds(right_bounds, right.rows),
+       array<float>(reach, "reach", left.rows), array<int32_t>(same, "same", right.rows), k,
+       array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
+       distance ? distance->dtype() : DType::kFloat32,
+       scratch(workspace, place.threads * (right.rows + (right.rows + 1) / 2) * 16, index), place);
 }
 
 }  // namespace

@@ -8,40 +8,24 @@ namespace {
 
 void max_abs(const TensorView& x, const TensorView& out, const Place& place) {
   const Features f = make_features(x, std::nullopt, "x");
-  double* const values = array<double>(out, "max_abs", f.rows);
   check_device(out, "max_abs", x.device_type, x.device_id);
-  if (!on_gpu(x, "x")) return pairwise_distance_max_abs_cpu(f, x.dtype(), x.shape[1], values, place.threads);
-#ifdef VAREID_WITH_CUDA
-  pairwise_distance_max_abs_cuda(f.data, x.dtype(), f.rows, x.shape[1], f.stride, values, x.device_id,
-                                 place.stream);
-#endif
+  call(x, KERNELS(pairwise_distance_max_abs), f, x.dtype(), x.shape[1], array<double>(out, "max_abs", f.rows), place);
 }
 
 void norm(const TensorView& x, const OptionalView& factor, const TensorView& out, const Place& place) {
   const Features f = make_features(x, factor, "x");
-  double* const values = array<double>(out, "norm", f.rows);
   check_device(out, "norm", x.device_type, x.device_id);
-  if (!on_gpu(x, "x")) return pairwise_distance_norm_cpu(f, x.dtype(), x.shape[1], values, place.threads);
-#ifdef VAREID_WITH_CUDA
-  pairwise_distance_norm_cuda(f.data, f.factor, x.dtype(), f.rows, x.shape[1], f.stride, values, x.device_id,
-                              place.stream);
-#endif
+  call(x, KERNELS(pairwise_distance_norm), f, x.dtype(), x.shape[1], array<double>(out, "norm", f.rows), place);
 }
 
 void prepare(const TensorView& x, const OptionalView& factor, const OptionalView& center, const TensorView& out,
              const TensorView& out_norm, const Place& place) {
   const Features f = make_features(x, factor, "x");
   const int64_t D = x.shape[1];
-  const double* const middle = array<double>(center, "center", D);
-  float* const rows = array<float>(out, "out", f.rows * D);
-  float* const norms = array<float>(out_norm, "norm", f.rows);
   check_device(out, "out", x.device_type, x.device_id);
   check_device(out_norm, "norm", x.device_type, x.device_id);
-  if (!on_gpu(x, "x")) return pairwise_distance_prepare_cpu(f, x.dtype(), D, middle, rows, norms, place.threads);
-#ifdef VAREID_WITH_CUDA
-  pairwise_distance_prepare_cuda(f.data, f.factor, x.dtype(), f.rows, D, f.stride, middle, rows, norms, x.device_id,
-                                 place.stream);
-#endif
+  call(x, KERNELS(pairwise_distance_prepare), f, x.dtype(), D, array<double>(center, "center", D),
+       array<float>(out, "out", f.rows * D), array<float>(out_norm, "norm", f.rows), place);
 }
 
 void block(const TensorView& products, const TensorView& x, const OptionalView& x_factor, const TensorView& y,
@@ -53,20 +37,11 @@ void block(const TensorView& products, const TensorView& x, const OptionalView& 
   check_shape(y, "y", {right.rows, D});
   if (mirror) check_shape(*mirror, "mirror", {right.rows, left.rows});
   const int64_t mirror_ld = mirror ? leading_dimension(*mirror, "mirror") : 0;
-  float* const turned = mirror ? mirror->as<float>() : nullptr;
-  const float* const x_norms = array<float>(x_norm, "x_norm", left.rows);
-  const float* const y_norms = array<float>(y_norm, "y_norm", right.rows);
   check_device(y, "y", x.device_type, x.device_id);
   check_device(products, "products", x.device_type, x.device_id);
-  if (!on_gpu(x, "x"))
-    return pairwise_distance_block_cpu(products.as<float>(), ld, left, right, x.dtype(), D, x_norms, y_norms,
-                                       static_cast<Metric>(metric), unscale, turned, mirror_ld, place.threads);
-#ifdef VAREID_WITH_CUDA
-  pairwise_distance_block_cuda(products.as<float>(), ld, left.data, left.factor, left.rows, left.stride, right.data,
-                               right.factor, right.rows, right.stride, x.dtype(), D, x_norms, y_norms,
-                               static_cast<Metric>(metric), unscale, turned, mirror_ld, x.device_id,
-                               place.stream);
-#endif
+  call(x, KERNELS(pairwise_distance_block), products.as<float>(), ld, left, right, x.dtype(), D,
+       array<float>(x_norm, "x_norm", left.rows), array<float>(y_norm, "y_norm", right.rows),
+       static_cast<Metric>(metric), unscale, mirror ? mirror->as<float>() : nullptr, mirror_ld, place);
 }
 
 #ifdef VAREID_WITH_CUDA
@@ -82,10 +57,9 @@ void tiled(const TensorView& x_prepared, const TensorView& y_prepared, const Ten
   check_device(out, "block", x.device_type, x.device_id);
   pairwise_distance_tiled_cuda(array<float>(x_prepared, "x_prepared", left.rows * D),
                                array<float>(y_prepared, "y_prepared", right.rows * D), out.as<float>(),
-                               leading_dimension(out, "block"), left.data, left.factor, left.rows, left.stride,
-                               right.data, right.factor, right.rows, right.stride, x.dtype(), D,
+                               leading_dimension(out, "block"), left, right, x.dtype(), D,
                                array<float>(x_norm, "x_norm", left.rows), array<float>(y_norm, "y_norm", right.rows),
-                               static_cast<Metric>(metric), unscale, x.device_id, place.stream);
+                               static_cast<Metric>(metric), unscale, place);
 }
 #endif
 

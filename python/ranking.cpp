@@ -9,8 +9,6 @@
 namespace vareid {
 namespace {
 
-using Optional = std::optional<TensorView>;
-
 void check_labels(const TensorView& view, const char* name, int64_t size, const TensorView& distances) {
   check_shape(view, name, {size});
   check_int64(view, name);
@@ -19,11 +17,11 @@ void check_labels(const TensorView& view, const char* name, int64_t size, const 
 }
 
 // order, begin, end, junk, query_camera, gallery_camera: the labels of Q queries and G gallery images.
-using Labels = std::vector<Optional>;
+using Labels = std::vector<OptionalView>;
 RankingLabels make_labels(const Labels& views, int64_t Q, int64_t G, const TensorView& distances) {
   if (views.size() != 6 || !views[0] || !views[1] || !views[2])
     refuse("labels", "must be six arrays, three of them given");
-  const Optional &junk = views[3], &query_camera = views[4], &gallery_camera = views[5];
+  const OptionalView &junk = views[3], &query_camera = views[4], &gallery_camera = views[5];
   check_labels(*views[0], "gallery_order", G, distances);
   check_labels(*views[1], "group_begin", Q, distances);
   check_labels(*views[2], "group_end", Q, distances);
@@ -59,12 +57,7 @@ RankingResults make_results(const Results& views, int64_t Q, const TensorView& d
   return {views[0].as<double>(), views[1].as<double>(), views[2].as<int64_t>(), views[3].as<int64_t>()};
 }
 
-void check_workspace(const Optional& workspace, int64_t needed) {
-  if (!workspace || !workspace->contiguous || !workspace->is_byte() || workspace->numel() < needed)
-    refuse("workspace", "is smaller than its ..._workspace_bytes says");
-}
-
-void forward(const TensorView& distances, const Labels& labels, const Results& results, const Optional& workspace,
+void forward(const TensorView& distances, const Labels& labels, const Results& results, const OptionalView& workspace,
              int64_t max_group, const Place& place) {
   if (distances.ndim != 2) refuse("distances", "shape " + shape_text(distances) + ", expected [Q, G]");
   check_float(distances, "distances");
@@ -73,20 +66,9 @@ void forward(const TensorView& distances, const Labels& labels, const Results& r
   if (Q > 0 && G > 1 && distances.strides[1] != 1) refuse("distances", "must have contiguous rows");
   const RankingLabels in = make_labels(labels, Q, G, distances);
   const RankingResults out = make_results(results, Q, distances);
-  if (distances.device_type == kDeviceCpu) {
-    check_workspace(workspace, ranking_workspace_bytes_cpu(max_group, place.threads));
-    ranking_forward_cpu(distances.data, distances.strides[0], in, out, workspace->data, distances.dtype(), Q, G,
-                        max_group, place.threads);
-    return;
-  }
-#ifdef VAREID_WITH_CUDA
-  ranking_forward_cuda(distances.data, distances.strides[0], in.gallery_order, in.group_begin, in.group_end, in.junk,
-                       in.query_camera, in.gallery_camera, out.average_precision, out.inverse_negative_penalty,
-                       out.first_match_rank, out.num_matches, distances.dtype(), Q, G, distances.device_id,
-                       place.stream);
-#else
-  refuse("distances", "is on a GPU, but this build has no CUDA kernels");
-#endif
+  void* const memory = scratch(workspace, ranking_workspace_bytes_cpu(max_group, place.threads), distances);
+  call(distances, KERNELS(ranking_forward), distances.data, distances.strides[0], in, out, memory, distances.dtype(), Q,
+       G, max_group, place);
 }
 
 // The CPU's only. Features with their factors, norms and windows: x, factor, norm, window.
@@ -104,10 +86,10 @@ void features(const TensorView& products, const FeatureViews& x, const FeatureVi
     check_device(*view, "products", kDeviceCpu, 0);
   const Bounds x_bounds{array<float>(x_norm, "norm", left.rows), array<float>(x_window, "window", left.rows)};
   const Bounds y_bounds{array<float>(y_norm, "norm", right.rows), array<float>(y_window, "window", right.rows)};
-  check_workspace(workspace, ranking_features_workspace_bytes_cpu(max_group, right.rows, place.threads));
+  const int64_t needed = ranking_features_workspace_bytes_cpu(max_group, right.rows, place.threads);
   ranking_features_cpu(products.as<float>(), ld, left, right, x_rows.dtype(), x_rows.shape[1], x_bounds, y_bounds,
                        make_labels(labels, left.rows, right.rows, products), make_results(results, left.rows, products),
-                       workspace.data, max_group, place.threads);
+                       scratch(workspace, needed, products), max_group, place);
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <string>
 
 #include "dtype.h"
+#include "place.h"
 
 namespace vareid {
 
@@ -31,13 +32,6 @@ struct DLTensor {
 constexpr int32_t kDeviceCpu = 1;
 constexpr int32_t kDeviceCuda = 2;
 constexpr int kMaxDims = 4;
-
-// Where a function runs: threads of the CPU, or a stream of a GPU. From Python a tuple of three numbers.
-struct Place {
-  int threads = 1;
-  int device = 0;
-  void* stream = nullptr;
-};
 
 struct TensorView {
   void* data = nullptr;
@@ -73,6 +67,8 @@ struct TensorView {
   }
 };
 
+using OptionalView = std::optional<TensorView>;
+
 inline std::string shape_text(const TensorView& view) {
   std::string text = "[";
   for (int d = 0; d < view.ndim; ++d) text += (d ? ", " : "") + std::to_string(view.shape[d]);
@@ -95,6 +91,10 @@ inline void check_shape(const TensorView& view, const char* name, std::initializ
 
 inline void check_contiguous(const TensorView& view, const char* name) {
   if (!view.contiguous) refuse(name, "must be contiguous");
+}
+
+inline void check_double(const TensorView& view, const char* name) {
+  if (!(view.type_code == 2 && view.type_bits == 64)) refuse(name, "must be float64");
 }
 
 inline void check_float(const TensorView& view, const char* name) {
@@ -126,6 +126,41 @@ inline void check_device(const TensorView& view, const char* name, int32_t devic
   if (view.device_type != device_type || (device_type != kDeviceCpu && view.device_id != device_id))
     refuse(name, "is on another device");
 }
+
+// A contiguous array of one type and at least `size` elements; a null pointer for None.
+template <typename T>
+T* array(const TensorView& view, const char* name, int64_t size) {
+  const bool fits = sizeof(T) == view.type_bits / 8 && (std::is_floating_point<T>::value == (view.type_code == 2));
+  if (!fits) refuse(name, "has another element type");
+  if (view.numel() < size) refuse(name, "shape " + shape_text(view) + ", too few elements");
+  check_contiguous(view, name);
+  return view.as<T>();
+}
+template <typename T>
+T* array(const OptionalView& view, const char* name, int64_t size) {
+  return view ? array<T>(*view, name, size) : nullptr;
+}
+
+// A workspace of so many bytes; a GPU needs none.
+inline void* scratch(const OptionalView& workspace, int64_t bytes, const TensorView& leader) {
+  if (leader.device_type == kDeviceCpu && (!workspace || !workspace->is_byte() || workspace->numel() < bytes))
+    refuse("workspace", "is too small");
+  return workspace ? workspace->data : nullptr;
+}
+
+// Calls the one of two functions that runs where the leader lies: call(W, KERNELS(op), arguments of op_cpu and
+// op_cuda).
+template <typename... Params, typename... Args>
+void call(const TensorView& leader, void (*cpu)(Params...), void (*cuda)(Params...), Args&&... arguments) {
+  const auto function = leader.device_type == kDeviceCpu ? cpu : leader.device_type == kDeviceCuda ? cuda : nullptr;
+  if (!function) refuse("device", "the arrays lie where this build has no kernels");
+  function(std::forward<Args>(arguments)...);
+}
+#ifdef VAREID_WITH_CUDA
+#define KERNELS(op) op##_cpu, op##_cuda
+#else
+#define KERNELS(op) op##_cpu, static_cast<decltype(&op##_cpu)>(nullptr)
+#endif
 
 }  // namespace vareid
 

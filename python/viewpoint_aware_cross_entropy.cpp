@@ -11,8 +11,6 @@
 namespace vareid {
 namespace {
 
-using Optional = std::optional<TensorView>;
-
 struct Batch {
   int64_t N = 0, K = 0;
   DType dtype = DType::kFloat32;
@@ -30,13 +28,9 @@ bool rows_are_dense(const TensorView& view) {
   return true;
 }
 
-void check_double(const TensorView& view, const char* name) {
-  if (!(view.type_code == 2 && view.type_bits == 64)) refuse(name, "must be float64");
-}
-
 // Sizes, logits, labels and statistics: what both passes need.
-Batch check(const Optional& identity_logits, const Optional& viewpoint_logits, const TensorView& identity,
-            const Optional& viewpoint, const Optional& mask, const TensorView& statistics) {
+Batch check(const OptionalView& identity_logits, const OptionalView& viewpoint_logits, const TensorView& identity,
+            const OptionalView& viewpoint, const OptionalView& mask, const TensorView& statistics) {
   if (!identity_logits && !viewpoint_logits) refuse("identity_logits", "no logits were given");
   const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
   Batch batch;
@@ -56,7 +50,7 @@ Batch check(const Optional& identity_logits, const Optional& viewpoint_logits, c
   check_double(statistics, "statistics");
   check_contiguous(statistics, "statistics");
   check_here(statistics, "statistics");
-  const Optional* const logits[2] = {&identity_logits, &viewpoint_logits};
+  const OptionalView* const logits[2] = {&identity_logits, &viewpoint_logits};
   const char* const names[2] = {"identity_logits", "viewpoint_logits"};
   for (int h = 0; h < 2; ++h) {
     if (!*logits[h]) continue;
@@ -121,7 +115,7 @@ int view_error(const TensorView& viewpoint, const uint8_t* exists, int64_t V, in
 }
 
 // label_error of the reference, for arrays on the CPU: (code, row), (0, 0) where nothing is wrong.
-std::pair<int, int64_t> label_error(const TensorView& identity, const Optional& viewpoint, const Optional& mask,
+std::pair<int, int64_t> label_error(const TensorView& identity, const OptionalView& viewpoint, const OptionalView& mask,
                                     int64_t K, int64_t V) {
   const int64_t N = identity.shape[0];
   check_int64(identity, "identity");
@@ -183,10 +177,11 @@ int64_t workspace_bytes(int64_t N, int64_t K, int64_t V, bool has_identity, bool
 #endif
 }
 
-void forward(const Optional& identity_logits, const Optional& viewpoint_logits, const TensorView& identity,
-             const Optional& viewpoint, const Optional& mask, const TensorView& identity_loss,
+void forward(const OptionalView& identity_logits, const OptionalView& viewpoint_logits, const TensorView& identity,
+             const OptionalView& viewpoint, const OptionalView& mask, const TensorView& identity_loss,
              const TensorView& viewpoint_loss, const TensorView& statistics, bool adaptive, double alpha,
-             double epsilon, int reduction_code, const Optional& label_error, const TensorView& workspace, const Place& place) {
+             double epsilon, int reduction_code, const OptionalView& label_error, const TensorView& workspace,
+             const Place& place) {
   Batch batch = check(identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics);
   const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
   const Reduction reduction = check_reduction(reduction_code);
@@ -195,40 +190,25 @@ void forward(const Optional& identity_logits, const Optional& viewpoint_logits, 
   batch.heads[0].adaptive = adaptive;
   batch.heads[0].epsilon = epsilon;
   batch.heads[0].alpha = batch.heads[1].alpha = alpha;
-  const bool cuda = batch.device_type == kDeviceCuda;
   const int64_t needed = workspace_bytes(batch.N, batch.K, batch.heads[1].views, identity_logits.has_value(),
-                                         viewpoint_logits.has_value(), cuda);
+                                         viewpoint_logits.has_value(), some.device_type != kDeviceCpu);
   if (!workspace.is_byte() || workspace.numel() < needed) refuse("workspace", "is too small");
   check_contiguous(workspace, "workspace");
   check_device(workspace, "workspace", batch.device_type, batch.device_id);
-  if (!cuda) {
-    viewpoint_aware_cross_entropy_forward_cpu(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
-                                              reduction, workspace.data, place.threads);
-    return;
-  }
-  if (label_error) {
-    check_shape(*label_error, "label_error", {2});
-    check_int64(*label_error, "label_error");
-    check_contiguous(*label_error, "label_error");
-  }
-#ifdef VAREID_WITH_CUDA
-  viewpoint_aware_cross_entropy_forward_cuda(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
-                                             reduction, label_error ? label_error->as<int64_t>() : nullptr,
-                                             workspace.data, batch.device_id, place.stream);
-#else
-  refuse("identity_logits", "is on a GPU, but this build has no CUDA kernels");
-#endif
+  call(some, KERNELS(viewpoint_aware_cross_entropy_forward), batch.heads, identity.as<int64_t>(), batch.dtype, batch.N,
+       batch.K, reduction, array<int64_t>(label_error, "label_error", 2), workspace.data, place);
 }
 
-void backward(const Optional& identity_upstream, const Optional& viewpoint_upstream, const Optional& identity_logits,
-              const Optional& viewpoint_logits, const TensorView& identity, const Optional& viewpoint,
-              const Optional& mask, const TensorView& statistics, const Optional& identity_grad,
-              const Optional& viewpoint_grad, int reduction_code, const Place& place) {
+void backward(const OptionalView& identity_upstream, const OptionalView& viewpoint_upstream,
+              const OptionalView& identity_logits, const OptionalView& viewpoint_logits, const TensorView& identity,
+              const OptionalView& viewpoint, const OptionalView& mask, const TensorView& statistics,
+              const OptionalView& identity_grad, const OptionalView& viewpoint_grad, int reduction_code,
+              const Place& place) {
   Batch batch = check(identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics);
   const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
   const Reduction reduction = check_reduction(reduction_code);
-  const Optional* const upstreams[2] = {&identity_upstream, &viewpoint_upstream};
-  const Optional* const grads[2] = {&identity_grad, &viewpoint_grad};
+  const OptionalView* const upstreams[2] = {&identity_upstream, &viewpoint_upstream};
+  const OptionalView* const grads[2] = {&identity_grad, &viewpoint_grad};
   for (int h = 0; h < 2; ++h) {
     CrossEntropyHead& head = batch.heads[h];
     if (!head.present) continue;
@@ -241,17 +221,8 @@ void backward(const Optional& identity_upstream, const Optional& viewpoint_upstr
     if (grad.numel() != batch.N * batch.K * head.views) refuse("grad", "shape " + shape_text(grad) + " does not fit");
     head.grad = grad.data;
   }
-  if (batch.device_type == kDeviceCpu) {
-    viewpoint_aware_cross_entropy_backward_cpu(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
-                                               reduction, place.threads);
-    return;
-  }
-#ifdef VAREID_WITH_CUDA
-  viewpoint_aware_cross_entropy_backward_cuda(batch.heads, identity.as<int64_t>(), batch.dtype, batch.N, batch.K,
-                                              reduction, batch.device_id, place.stream);
-#else
-  refuse("identity_logits", "is on a GPU, but this build has no CUDA kernels");
-#endif
+  call(some, KERNELS(viewpoint_aware_cross_entropy_backward), batch.heads, identity.as<int64_t>(), batch.dtype, batch.N,
+       batch.K, reduction, place);
 }
 
 }  // namespace

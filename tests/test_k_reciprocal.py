@@ -96,7 +96,7 @@ def test_sets_are_the_definitions(backend):
     rank = ranked(squared_distances(feature_array(40, 3, levels=5), feature_array(40, 3, levels=5)))
     for k1 in (1, 4, 5, 20, 100):
         neighbor = torch.from_numpy(rank[:, : min(k1 + 1, 40)].astype(np.int32))
-        indptr, index = op.k_reciprocal_sets(neighbor, k1)
+        indptr, index = op.k_reciprocal_robust_sets(neighbor, k1)
         got = [index[a:b].tolist() for a, b in itertools.pairwise(indptr)]
         assert got == [sorted(members) for members in expanded_sets(rank.tolist(), k1)]
 
@@ -213,10 +213,10 @@ def test_stages_agree_with_the_reference(backend):
     neighbor = torch.from_numpy(ranked(squared_distances(x, x))[:, :8].astype(np.int32))
     near = torch.from_numpy(np.sort(squared_distances(x, x), 1)[:, :8].astype(np.float32))
     row_max = torch.from_numpy(squared_distances(x, x).max(1).astype(np.float32))
-    indptr, index = op.k_reciprocal_sets(neighbor, 7)
+    indptr, index = op.k_reciprocal_robust_sets(neighbor, 7)
     distance = op.listed_distance(x[:12], x[12:], 1.0, neighbor, near, indptr, index)
     value = op.k_reciprocal_encode(indptr, distance, row_max)
-    expanded = op.k_reciprocal_expand(neighbor, 3, indptr, index, value)
+    expanded = op.k_reciprocal_query_expansion(neighbor, 3, indptr, index, value)
     final = torch.from_numpy(squared_distances(x[:12], x[12:]).astype(np.float32))
     inverted = op.k_reciprocal_invert(*expanded, 12, 50)
     op.k_reciprocal_blend(final, row_max, *expanded, *inverted, 0.3)
@@ -224,11 +224,11 @@ def test_stages_agree_with_the_reference(backend):
     op.k_reciprocal_blend(some, row_max[5:], expanded[0][5:], *expanded[1:], *inverted, 0.3)
     assert torch.equal(some, final[5:9])
     with reference_backend():
-        assert torch.equal(op.k_reciprocal_sets(neighbor, 7)[1], index)
+        assert torch.equal(op.k_reciprocal_robust_sets(neighbor, 7)[1], index)
         expected = op.listed_distance(x[:12], x[12:], 1.0, neighbor, near, indptr, index)
         torch.testing.assert_close(distance, expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(value, op.k_reciprocal_encode(indptr, distance, row_max), rtol=1e-6, atol=0)
-        again = op.k_reciprocal_expand(neighbor, 3, indptr, index, value)
+        again = op.k_reciprocal_query_expansion(neighbor, 3, indptr, index, value)
         assert torch.equal(again[0], expanded[0])
         assert torch.equal(again[1], expanded[1])
         torch.testing.assert_close(again[2], expanded[2], rtol=1e-6, atol=0)
@@ -240,12 +240,12 @@ def test_the_operators_pass_opcheck():
     x = torch.from_numpy(feature_array(20, 4))
     neighbor = torch.from_numpy(ranked(squared_distances(x, x))[:, :6].astype(np.int32))
     near, row_max = torch.rand(20, 6), torch.rand(20) + 1
-    torch.library.opcheck(op.k_reciprocal_sets, (neighbor, 5))
-    indptr, index = op.k_reciprocal_sets(neighbor, 5)
+    torch.library.opcheck(op.k_reciprocal_robust_sets, (neighbor, 5))
+    indptr, index = op.k_reciprocal_robust_sets(neighbor, 5)
     torch.library.opcheck(op.listed_distance, (x[:5], x[5:], 1.0, neighbor, near, indptr, index))
     value = torch.rand(index.shape)
     torch.library.opcheck(op.k_reciprocal_encode, (indptr, value, row_max))
-    torch.library.opcheck(op.k_reciprocal_expand, (neighbor, 3, indptr, index, value))
+    torch.library.opcheck(op.k_reciprocal_query_expansion, (neighbor, 3, indptr, index, value))
     torch.library.opcheck(op.k_reciprocal_invert, (indptr, index, value, 5, 20))
     encodings = (indptr, index, value, *op.k_reciprocal_invert(indptr, index, value, 5, 20))
     torch.library.opcheck(op.k_reciprocal_blend, (torch.rand(5, 15), row_max, *encodings, 0.3))

@@ -1,4 +1,4 @@
-"""Gradients above 32 MiB, whose memory the CPU kernels ask the system for ahead of writing (csrc/cpu/pages.h)."""
+"""Gradients above 32 MiB, which lie in memory that is touched for the first time."""
 
 from __future__ import annotations
 

@@ -167,13 +167,13 @@ def test_sparse_rows():
     sums = torch.zeros(M, dtype=torch.float64).index_add_(0, present.nonzero()[:, 0], weights)
     torch.testing.assert_close(out[shift:].double(), weights / sums[present.nonzero()[:, 0]], rtol=1e-6, atol=1e-9)
 
-    new_indptr, new_index, new_value = stages.k_reciprocal_expand(neighbor, 3, indptr, index, value)
+    new_indptr, new_index, new_value = stages.k_reciprocal_query_expansion(neighbor, 3, indptr, index, value)
     found = torch.empty_like(indptr)
     given = neighbor, 3, far_indptr, far_index, far_value
-    launch("k_reciprocal_expand", *given, found, None, None, workspace)
+    launch("k_reciprocal_query_expansion", *given, found, None, None, workspace)
     assert torch.equal(found, new_indptr)
     far_new_index, far_new_value = (reserved(shift + new_index.shape[0], t) for t in (torch.int32, torch.float32))
-    launch("k_reciprocal_expand", *given, new_indptr + shift, far_new_index, far_new_value, workspace)
+    launch("k_reciprocal_query_expansion", *given, new_indptr + shift, far_new_index, far_new_value, workspace)
     assert_equal((far_new_index[shift:], far_new_value[shift:]), (new_index, new_value))
 
     inverted = stages.k_reciprocal_invert(indptr, index, value, 20, M)

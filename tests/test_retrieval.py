@@ -192,16 +192,16 @@ def test_the_list_of_single_row_blocks_is_planned():
 def test_encodings_beyond_the_plan_are_refused():
     """What they need is known only when the sets are: it depends on the features."""
     neighbor = torch.arange(12, dtype=torch.int32).repeat(12, 1)  # all rows are neighbours of each other
-    indptr, index = stages.k_reciprocal_sets(neighbor, 11)
+    indptr, index = stages.k_reciprocal_robust_sets(neighbor, 11)
     assert index.numel() == 144
     value = torch.full((144,), 1 / 12)
     for most in (143, -5):
         message = f"max_memory: .* have 144 entries, but what was given suffices for {max(most, 0)}"
         with pytest.raises(ValueError, match=message):
-            stages.k_reciprocal_sets(neighbor, 11, most)
+            stages.k_reciprocal_robust_sets(neighbor, 11, most)
         with pytest.raises(ValueError, match=message):
-            stages.k_reciprocal_expand(neighbor, 3, indptr, index, value, most)
-    assert torch.equal(stages.k_reciprocal_expand(neighbor, 3, indptr, index, value, 144)[1], index)
+            stages.k_reciprocal_query_expansion(neighbor, 3, indptr, index, value, most)
+    assert torch.equal(stages.k_reciprocal_query_expansion(neighbor, 3, indptr, index, value, 144)[1], index)
     plan = rerank_plan(100, 900, 64)
     exactly = plan.copies + plan.lists + plan.sparse
     assert plan.entry_limit(exactly) == plan.entries

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -127,23 +126,11 @@ void backward(const void* upstream, const void* W, const void* U, const uint8_t*
               const void* identity_norm, const void* viewpoint_norm, void* grad_W, void* grad_U, int64_t K, int64_t V,
               int64_t D, int threads) {
   using Acc = typename Accumulator<T>::type;
-  const int64_t row = D * static_cast<int64_t>(sizeof(T));  // bytes
-  if (grad_W) prefer_large_pages(grad_W, K * row);
-  if (grad_U) prefer_large_pages(grad_U, K * V * row);
   parallel_for(K, threads, [&](int64_t begin, int64_t end, int) {
-    char* const bytes_W = static_cast<char*>(grad_W);
-    char* const bytes_U = static_cast<char*>(grad_U);
-    FreshPages pages_W(bytes_W ? bytes_W + begin * row : nullptr, bytes_W ? (end - begin) * row : 0, K * row);
-    FreshPages pages_U(bytes_U ? bytes_U + begin * V * row : nullptr, bytes_U ? (end - begin) * V * row : 0,
-                       K * V * row);
-    for (int64_t j = begin; j < end; ++j) {
-      if (bytes_W) pages_W.reach(bytes_W + (j + 1) * row);
-      if (bytes_U) pages_U.reach(bytes_U + (j + 1) * V * row);
-      backward_rows(*static_cast<const Acc*>(upstream), static_cast<const T*>(W), static_cast<const T*>(U), mask,
-                    static_cast<const Acc*>(cosine), static_cast<const Acc*>(identity_norm),
-                    static_cast<const Acc*>(viewpoint_norm), static_cast<T*>(grad_W), static_cast<T*>(grad_U), V, D, j,
-                    j + 1);
-    }
+    backward_rows(*static_cast<const Acc*>(upstream), static_cast<const T*>(W), static_cast<const T*>(U), mask,
+                  static_cast<const Acc*>(cosine), static_cast<const Acc*>(identity_norm),
+                  static_cast<const Acc*>(viewpoint_norm), static_cast<T*>(grad_W), static_cast<T*>(grad_U), V, D,
+                  begin, end);
   });
 }
 
@@ -151,19 +138,20 @@ void backward(const void* upstream, const void* W, const void* U, const uint8_t*
 
 void angular_center_forward_cpu(const void* W, const void* U, const uint8_t* mask, void* loss, void* cosine,
                                 void* identity_norm, void* viewpoint_norm, DType dtype, int64_t K, int64_t V, int64_t D,
-                                int threads) {
+                                const Place& place) {
   dispatch_float(dtype, [&](auto type) {
-    forward<typename decltype(type)::type>(W, U, mask, loss, cosine, identity_norm, viewpoint_norm, K, V, D, threads);
+    forward<typename decltype(type)::type>(W, U, mask, loss, cosine, identity_norm, viewpoint_norm, K, V, D,
+                                           place.threads);
   });
 }
 
 void angular_center_backward_cpu(const void* upstream, const void* W, const void* U, const uint8_t* mask,
                                  const void* cosine, const void* identity_norm, const void* viewpoint_norm,
                                  void* grad_W, void* grad_U, DType dtype, int64_t K, int64_t V, int64_t D,
-                                 int threads) {
+                                 const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     backward<typename decltype(type)::type>(upstream, W, U, mask, cosine, identity_norm, viewpoint_norm, grad_W, grad_U,
-                                            K, V, D, threads);
+                                            K, V, D, place.threads);
   });
 }
 

@@ -146,9 +146,9 @@ void matrix_neighbors(const T* q_g, const T* q_q, const T* g_g, int64_t Q, int64
 }  // namespace
 
 void k_reciprocal_sets_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
-                           int32_t* size, int threads) {
+                           int32_t* size, const Place& place) {
   const int64_t n = std::min(k + 1, width);
-  parallel_for(rows, threads, [&](int64_t begin, int64_t end, int) {
+  parallel_for(rows, place.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       int32_t* const out = reciprocal + i * n;
       int64_t count = 0;
@@ -162,11 +162,11 @@ void k_reciprocal_sets_cpu(const int32_t* neighbor, int64_t rows, int64_t width,
   });
 }
 
-void k_reciprocal_expanded_cpu(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
-                               const int32_t* half_size, int64_t half_width, int64_t rows, int64_t* indptr,
-                               int32_t* index, void* workspace, int threads) {
+void k_reciprocal_robust_sets_cpu(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
+                                  const int32_t* half_size, int64_t half_width, int64_t rows, int64_t* indptr,
+                                  int32_t* index, void* workspace, const Place& place) {
   constexpr uint8_t kOriginal = 1, kAdded = 2;
-  parallel_for(rows, threads, [&](int64_t begin, int64_t end, int thread) {
+  parallel_for(rows, place.threads, [&](int64_t begin, int64_t end, int thread) {
     MarkedRows set(workspace, rows, 8, thread);
     for (int64_t i = begin; i < end; ++i) {
       const int32_t* const own = reciprocal + i * width;
@@ -194,9 +194,9 @@ void k_reciprocal_expanded_cpu(const int32_t* reciprocal, const int32_t* size, i
 
 void k_reciprocal_listed_distance_cpu(const Features& x, const Features& y, DType dtype, int64_t D,
                                       const int32_t* neighbor, const float* neighbor_distance, int64_t width,
-                                      const int64_t* indptr, const int32_t* index, float* out, int threads) {
+                                      const int64_t* indptr, const int32_t* index, float* out, const Place& place) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
-  parallel_for(x.rows + y.rows, threads, [&](int64_t begin, int64_t end, int) {
+  parallel_for(x.rows + y.rows, place.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       const int32_t* const near = neighbor + i * width;
       const bool in_x = i < x.rows;
@@ -216,8 +216,8 @@ void k_reciprocal_listed_distance_cpu(const Features& x, const Features& y, DTyp
 }
 
 void k_reciprocal_encode_cpu(const int64_t* indptr, const float* distance, const float* row_max, int64_t rows,
-                             float* value, int threads) {
-  parallel_for(rows, threads, [&](int64_t begin, int64_t end, int) {
+                             float* value, const Place& place) {
+  parallel_for(rows, place.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) {
       const double scale = row_max[i] > 0 ? 1.0 / row_max[i] : 0.0;
       double sum = 0;
@@ -228,11 +228,12 @@ void k_reciprocal_encode_cpu(const int64_t* indptr, const float* distance, const
   });
 }
 
-void k_reciprocal_expand_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k2, const int64_t* indptr,
-                             const int32_t* index, const float* value, int64_t* new_indptr, int32_t* new_index,
-                             float* new_value, void* workspace, int threads) {
+void k_reciprocal_query_expansion_cpu(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k2,
+                                      const int64_t* indptr, const int32_t* index, const float* value,
+                                      int64_t* new_indptr, int32_t* new_index, float* new_value, void* workspace,
+                                      const Place& place) {
   const int64_t n = std::min(k2, width);
-  parallel_for(rows, threads, [&](int64_t begin, int64_t end, int thread) {
+  parallel_for(rows, place.threads, [&](int64_t begin, int64_t end, int thread) {
     MarkedRows set(workspace, rows, 16, thread);
     auto* const sum = reinterpret_cast<double*>(static_cast<unsigned char*>(workspace) + thread * rows * 16 + rows * 8);
     for (int64_t i = begin; i < end; ++i) {
@@ -259,8 +260,8 @@ void k_reciprocal_expand_cpu(const int32_t* neighbor, int64_t rows, int64_t widt
 }
 
 void k_reciprocal_invert_cpu(const int64_t* indptr, const int32_t* index, const float* value, int64_t rows,
-                             int64_t first, int64_t columns, int64_t* start, int32_t* owner, float* weight,
-                             void* workspace) {
+                             int64_t first, int64_t columns, int64_t, int64_t* start, int32_t* owner, float* weight,
+                             void* workspace, const Place&) {
   std::memset(start, 0, static_cast<size_t>(columns + 1) * sizeof(int64_t));
   for (int64_t e = indptr[first]; e < indptr[rows]; ++e) ++start[index[e] + 1];
   accumulate(start, columns);
@@ -277,8 +278,8 @@ void k_reciprocal_invert_cpu(const int64_t* indptr, const int32_t* index, const 
 void k_reciprocal_blend_cpu(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
                             const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
                             const int32_t* owner, const float* weight, double lambda_value, void* workspace,
-                            int threads) {
-  parallel_for(queries, threads, [&](int64_t begin, int64_t end, int thread) {
+                            const Place& place) {
+  parallel_for(queries, place.threads, [&](int64_t begin, int64_t end, int thread) {
     float* const shared = static_cast<float*>(workspace) + thread * gallery;
     std::fill(shared, shared + gallery, 0.0f);
     for (int64_t q = begin; q < end; ++q) {
@@ -295,11 +296,11 @@ void k_reciprocal_blend_cpu(float* distance, int64_t ld, int64_t queries, int64_
 
 void k_reciprocal_matrix_neighbors_cpu(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q,
                                        int64_t G, int64_t k, int32_t* neighbor, double* row_max, void* workspace,
-                                       int threads) {
+                                       const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     matrix_neighbors(static_cast<const T*>(q_g), static_cast<const T*>(q_q), static_cast<const T*>(g_g), Q, G, k,
-                     neighbor, row_max, workspace, threads);
+                     neighbor, row_max, workspace, place.threads);
   });
 }
 
@@ -307,10 +308,10 @@ void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType
                            const int32_t* nearest, const float* original, int64_t listed, const float* row_max,
                            const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
                            const int32_t* owner, const float* weight, double lambda_value, int64_t k, float* distance,
-                           int64_t* gallery_index, void* workspace, int threads) {
+                           int64_t* gallery_index, void* workspace, const Place& place) {
   const ExactDistance exact = exact_distance_function(dtype, query.factor != nullptr);
   const int64_t G = gallery.rows;
-  parallel_for(query.rows, threads, [&](int64_t begin, int64_t end, int thread) {
+  parallel_for(query.rows, place.threads, [&](int64_t begin, int64_t end, int thread) {
     auto* const scored = reinterpret_cast<Scored*>(static_cast<unsigned char*>(workspace) + thread * 24 * G);
     auto* const touched = reinterpret_cast<int32_t*>(scored + G);
     auto* const shared = reinterpret_cast<float*>(touched + G);

@@ -118,16 +118,16 @@ int64_t linear_viewpoint_aware_cross_entropy_parts_cpu(int64_t N, int64_t column
 
 void linear_viewpoint_aware_cross_entropy_summarise_cpu(const LogitsTile& tile, OthersSummary* summaries,
                                                         int64_t total_parts, int64_t first_part, double* own_logits,
-                                                        DType dtype, int threads) {
+                                                        DType dtype, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
-    summarise_tile<typename decltype(type)::type>(tile, summaries, total_parts, first_part, own_logits, threads);
+    summarise_tile<typename decltype(type)::type>(tile, summaries, total_parts, first_part, own_logits, place.threads);
   });
 }
 
 void linear_viewpoint_aware_cross_entropy_finish_cpu(const LogitsTile& tile, const OthersSummary* summaries,
                                                      int64_t total_parts, const double* own_logits,
                                                      const Smoothing& smoothing, double* statistics, void* loss,
-                                                     DType dtype) {
+                                                     int64_t*, DType dtype, const Place&) {
   for (int64_t i = 0; i < tile.N; ++i) {
     OthersSummary others = summaries[i * total_parts];
     for (int64_t part = 1; part < total_parts; ++part) merge(others, summaries[i * total_parts + part]);
@@ -144,29 +144,29 @@ void linear_viewpoint_aware_cross_entropy_finish_cpu(const LogitsTile& tile, con
 
 void linear_viewpoint_aware_cross_entropy_gradient_cpu(const LogitsTile& tile, const double* statistics,
                                                        const void* upstream, int64_t upstream_stride, double share,
-                                                       DType dtype, int threads) {
+                                                       DType dtype, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
-    gradient_tile<typename decltype(type)::type>(tile, statistics, upstream, upstream_stride, share, threads);
+    gradient_tile<typename decltype(type)::type>(tile, statistics, upstream, upstream_stride, share, place.threads);
   });
 }
 
 void linear_viewpoint_aware_cross_entropy_inverse_norms_cpu(const void* x, void* inverse, int64_t rows, int64_t D,
-                                                            DType dtype, int threads) {
+                                                            DType dtype, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using Acc = typename Accumulator<T>::type;
-    parallel_for(rows, threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(rows, place.threads, [&](int64_t begin, int64_t end, int) {
       inverse_norm_rows(static_cast<const T*>(x), static_cast<Acc*>(inverse), D, begin, end);
     });
   });
 }
 
 void linear_viewpoint_aware_cross_entropy_project_cpu(const void* x, const void* inverse, void* grad, int64_t rows,
-                                                      int64_t D, DType dtype, int threads) {
+                                                      int64_t D, DType dtype, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using Acc = typename Accumulator<T>::type;
-    parallel_for(rows, threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(rows, place.threads, [&](int64_t begin, int64_t end, int) {
       project_rows(static_cast<const T*>(x), static_cast<const Acc*>(inverse), static_cast<T*>(grad), D, begin, end);
     });
   });

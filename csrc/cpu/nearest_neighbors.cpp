@@ -186,10 +186,11 @@ struct Output {
 
 void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
                                 int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
-                                const Candidates& left, const Candidates* right, bool write, int threads) {
+                                const Candidates& candidates, bool both, bool write, const Place& place) {
+  const Candidates* const right = both ? &candidates : nullptr;
   const auto scan = right ? (write ? scan_both_write : scan_both) : (write ? scan_left_write : scan_left);
   // With T threads, T rounds: in each, every thread has rows and columns of its own.
-  const int64_t parts = usable_threads(std::min(rows, columns), threads);
+  const int64_t parts = usable_threads(std::min(rows, columns), place.threads);
   const auto split = [parts](int64_t size, int64_t part) { return size * part / parts; };
   const int64_t rounds = right ? parts : 1;
   for (int64_t round = 0; round < rounds; ++round)
@@ -200,7 +201,7 @@ void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t 
         const int64_t c0 = right ? split(columns, other) : 0, c1 = right ? split(columns, other + 1) : columns;
         for (int64_t c = c0; c < c1; c += kSegment)
           scan(block + r0 * ld + c, ld, r1 - r0, std::min(kSegment, c1 - c), row_begin + r0, column_begin + c,
-               left_bounds, right_bounds, left, right);
+               left_bounds, right_bounds, candidates, right);
       }
     });
 }
@@ -208,11 +209,11 @@ void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t 
 void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2,
                                   DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
                                   const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
-                                  DType distance_dtype, uint8_t* unsure, float* reach, int threads) {
+                                  DType distance_dtype, uint8_t* unsure, float* reach, const Place& place) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
   const Rows rows{x, x2}, columns{y, y2};
   const Output output{index, distance, distance_dtype, left.k, metric, unscale};
-  parallel_for(x.rows + x2.rows, threads, [&](int64_t begin, int64_t end, int) {
+  parallel_for(x.rows + x2.rows, place.threads, [&](int64_t begin, int64_t end, int) {
     float upper[kMaxCapacity];
     Pair pairs[kMaxCapacity];
     for (int64_t i = begin; i < end; ++i) {
@@ -237,15 +238,16 @@ void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const F
   });
 }
 
-void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, int64_t columns,
-                                  const Features& x, const Features& x2, const Features& y, const Features& y2,
-                                  DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
-                                  const Bounds& right_bounds, const float* reach, const int32_t* same, int64_t k,
-                                  int32_t* index, void* distance, DType distance_dtype, void* workspace, int threads) {
+void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, const Features& x,
+                                  const Features& x2, const Features& y, const Features& y2, DType dtype, int64_t D,
+                                  Metric metric, double unscale, const Bounds& left_bounds, const Bounds& right_bounds,
+                                  const float* reach, const int32_t* same, int64_t k, int32_t* index, void* distance,
+                                  DType distance_dtype, void* workspace, const Place& place) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
   const Rows left{x, x2}, right{y, y2};
+  const int64_t columns = y.rows + y2.rows;
   const Output output{index, distance, distance_dtype, k, metric, unscale};
-  parallel_for(count, threads, [&](int64_t begin, int64_t end, int thread) {
+  parallel_for(count, place.threads, [&](int64_t begin, int64_t end, int thread) {
     Pair* const pairs = static_cast<Pair*>(workspace) + thread * (columns + (columns + 1) / 2);
     double* const known = reinterpret_cast<double*>(pairs + columns);  // distances to rows that others are equal to
     std::fill(known, known + columns, -1.0);

@@ -119,29 +119,29 @@ VAREID_MULTIVERSION void root_row(float* row, int64_t columns) {
 
 }  // namespace
 
-void pairwise_distance_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_abs, int threads) {
+void pairwise_distance_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_abs, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(x.rows, threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(x.rows, place.threads, [&](int64_t begin, int64_t end, int) {
       max_abs_rows(static_cast<const T*>(x.data), x, D, max_abs, begin, end);
     });
   });
 }
 
-void pairwise_distance_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, int threads) {
+void pairwise_distance_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(x.rows, threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(x.rows, place.threads, [&](int64_t begin, int64_t end, int) {
       norm_rows(static_cast<const T*>(x.data), x, D, norm, begin, end);
     });
   });
 }
 
 void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, const double* center, float* out,
-                                   float* norm, int threads) {
+                                   float* norm, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(x.rows, threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(x.rows, place.threads, [&](int64_t begin, int64_t end, int) {
       prepare_rows(static_cast<const T*>(x.data), x, D, center, out, norm, begin, end);
     });
   });
@@ -149,13 +149,13 @@ void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, co
 
 void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
                                  const float* x_norm, const float* y_norm, Metric metric, double unscale, float* mirror,
-                                 int64_t mirror_ld, int threads) {
+                                 int64_t mirror_ld, const Place& place) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
   const bool rooted = metric == Metric::kEuclidean;
   const double scale = rooted ? unscale : metric == Metric::kCosine ? 0.5 : unscale * unscale;
   constexpr int64_t kTile = 16;  // rows finished before they are mirrored, so that the mirror's stores share lines
   const int64_t tiles = (x.rows + kTile - 1) / kTile;
-  parallel_for(tiles, threads, [&](int64_t first, int64_t last, int) {
+  parallel_for(tiles, place.threads, [&](int64_t first, int64_t last, int) {
     constexpr int64_t kSegment = 64 * kChunk;
     uint8_t small[kSegment / kChunk];
     int32_t again[kSegment];

@@ -26,15 +26,6 @@ inline int usable_threads(int64_t items, int threads) {
 #endif
 }
 
-// Tells the processor that the thread is waiting for another one.
-inline void spin_pause() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ __volatile__("yield");
-#endif
-}
-
 // Calls body(begin, end, thread) on contiguous parts of [0, items). The split depends on nothing but items and threads.
 template <typename Body>
 void parallel_for(int64_t items, int threads, const Body& body) {
@@ -59,7 +50,7 @@ void parallel_for(int64_t items, int threads, const Body& body) {
 // Calls body(begin, end) on blocks of [0, items), which the threads take in turn: one that wakes late takes fewer. For
 // bodies whose results do not depend on the split.
 template <typename Body>
-void parallel_blocks(int64_t items, int threads, const Body& body, int64_t blocks_per_thread = 16) {
+void parallel_blocks(int64_t items, int threads, const Body& body) {
   if (items <= 0) return;
   const int used = usable_threads(items, threads);
   if (used == 1) {
@@ -67,21 +58,14 @@ void parallel_blocks(int64_t items, int threads, const Body& body, int64_t block
     return;
   }
 #ifdef _OPENMP
-  constexpr int kPauses = 1000;
-  const int64_t block = (items + blocks_per_thread * used - 1) / (blocks_per_thread * used);
+  constexpr int64_t kBlocksPerThread = 16;
+  const int64_t block = (items + kBlocksPerThread * used - 1) / (kBlocksPerThread * used);
   std::atomic<int64_t> next{0};
-  std::atomic<int> finished{0};
 #pragma omp parallel num_threads(used)
   {
     for (int64_t begin = next.fetch_add(block); begin < items; begin = next.fetch_add(block))
       body(begin, std::min(items, begin + block));
-    finished.fetch_add(1);
-    // The others are about to finish: waiting a few microseconds here is shorter than being woken by the barrier.
-    if (omp_get_thread_num() == 0)
-      for (int pause = 0; pause < kPauses && finished.load() < omp_get_num_threads(); ++pause) spin_pause();
   }
-#else
-  (void)blocks_per_thread;
 #endif
 }
 

@@ -467,11 +467,11 @@ int64_t ranking_workspace_bytes_cpu(int64_t max_group, int threads) {
 
 void ranking_forward_cpu(const void* distances, int64_t row_stride, const RankingLabels& labels,
                          const RankingResults& results, void* workspace, DType dtype, int64_t Q, int64_t G,
-                         int64_t max_group, int threads) {
+                         int64_t max_group, const Place& place) {
   char* const hits = static_cast<char*>(workspace);
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(Q, static_cast<int>(useful_threads(Q, G, threads)), [&](int64_t begin, int64_t end, int thread) {
+    parallel_for(Q, static_cast<int>(useful_threads(Q, G, place.threads)), [&](int64_t begin, int64_t end, int thread) {
       rank_rows(static_cast<const T*>(distances), row_stride, labels, G,
                 reinterpret_cast<Hit*>(hits + hit_bytes(max_group) * thread), results, begin, end);
     });
@@ -484,10 +484,10 @@ int64_t ranking_features_workspace_bytes_cpu(int64_t max_group, int64_t G, int t
 
 void ranking_features_cpu(float* products, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
                           const Bounds& x_bounds, const Bounds& y_bounds, const RankingLabels& labels,
-                          const RankingResults& results, void* workspace, int64_t max_group, int threads) {
+                          const RankingResults& results, void* workspace, int64_t max_group, const Place& place) {
   const Sides features{x, y, D, exact_distance_function(dtype, x.factor != nullptr)};
   const int64_t each = ranking_features_workspace_bytes_cpu(max_group, y.rows, 1);
-  const int useful = static_cast<int>(useful_threads(x.rows, y.rows, threads));
+  const int useful = static_cast<int>(useful_threads(x.rows, y.rows, place.threads));
   parallel_for(x.rows, useful, [&](int64_t begin, int64_t end, int thread) {
     char* const own = static_cast<char*>(workspace) + each * thread;
     char* const matches = own + 2 * hit_bytes(max_group);

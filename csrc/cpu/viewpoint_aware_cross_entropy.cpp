@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "cpu/cross_entropy_rows.h"
-#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -97,23 +96,9 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
   using Acc = typename Accumulator<T>::type;
   const int64_t views[2] = {heads[0].present ? heads[0].views : 0, heads[1].present ? heads[1].views : 0};
   const int64_t parts = parts_of_row(N, elements_of_row(K, views));
-  int64_t row_bytes[2];
-  for (int h = 0; h < 2; ++h) {
-    row_bytes[h] = K * views[h] * static_cast<int64_t>(sizeof(T));
-    if (heads[h].present) prefer_large_pages(heads[h].grad, N * row_bytes[h]);
-  }
-  // Threads that touch fresh memory for the first time do so far apart.
-  const bool fresh = N * (row_bytes[0] + row_bytes[1]) >= kFreshFrom;
   const double share = reduction == Reduction::kMean ? 1 / static_cast<double>(N) : 1.0;
   const int workers = worthwhile_threads(N * elements_of_row(K, views), threads);
   const auto rows = [&](int64_t begin, int64_t end) {
-    const auto pages_of = [&](int h) {
-      const int64_t first = begin / parts, count = (end - 1) / parts + 1 - first;
-      char* const grad = static_cast<char*>(heads[h].grad);
-      return FreshPages(grad ? grad + first * row_bytes[h] : nullptr, grad ? count * row_bytes[h] : 0,
-                        N * row_bytes[h]);
-    };
-    FreshPages pages[2] = {pages_of(0), pages_of(1)};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / parts, part = task % parts, y = identity[i];
       if (parts == 1)
@@ -121,7 +106,6 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
       for (int h = 0; h < 2; ++h) {
         if (!heads[h].present) continue;
         const int64_t V = heads[h].views, own = y * V;
-        pages[h].reach(static_cast<char*>(heads[h].grad) + (i + 1) * row_bytes[h]);
         const RowStatistics row = load_statistics(heads[h].statistics, N, i);
         const Acc* const upstream = static_cast<const Acc*>(heads[h].upstream);
         const double factor = static_cast<double>(upstream[reduction == Reduction::kNone ? i : 0]) * share;
@@ -134,7 +118,7 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
       }
     }
   };
-  parallel_blocks(N * parts, workers, rows, fresh ? 1 : 16);
+  parallel_blocks(N * parts, workers, rows);
 }
 
 }  // namespace
@@ -145,17 +129,18 @@ int64_t viewpoint_aware_cross_entropy_workspace_bytes_cpu(int64_t N, int64_t K, 
 }
 
 void viewpoint_aware_cross_entropy_forward_cpu(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
-                                               int64_t N, int64_t K, Reduction reduction, void* workspace,
-                                               int threads) {
+                                               int64_t N, int64_t K, Reduction reduction, int64_t*, void* workspace,
+                                               const Place& place) {
   dispatch_float(dtype, [&](auto type) {
-    forward<typename decltype(type)::type>(heads, identity, N, K, reduction, workspace, threads);
+    forward<typename decltype(type)::type>(heads, identity, N, K, reduction, workspace, place.threads);
   });
 }
 
 void viewpoint_aware_cross_entropy_backward_cpu(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
-                                                int64_t N, int64_t K, Reduction reduction, int threads) {
-  dispatch_float(
-      dtype, [&](auto type) { backward<typename decltype(type)::type>(heads, identity, N, K, reduction, threads); });
+                                                int64_t N, int64_t K, Reduction reduction, const Place& place) {
+  dispatch_float(dtype, [&](auto type) {
+    backward<typename decltype(type)::type>(heads, identity, N, K, reduction, place.threads);
+  });
 }
 
 }  // namespace vareid

@@ -173,10 +173,10 @@ void backward(const void* upstream, const void* W, const void* U, const uint8_t*
 
 void angular_center_forward_cuda(const void* W, const void* U, const uint8_t* mask, void* loss, void* cosine,
                                  void* identity_norm, void* viewpoint_norm, DType dtype, int64_t K, int64_t V,
-                                 int64_t D, int device, void* stream) {
+                                 int64_t D, const Place& place) {
   check_sizes(K, V);
-  const DeviceGuard guard(device);
-  const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+  const DeviceGuard guard(place.device);
+  const cudaStream_t queue = static_cast<cudaStream_t>(place.stream);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using Acc = typename DeviceAccumulator<T>::type;
@@ -191,12 +191,12 @@ void angular_center_forward_cuda(const void* W, const void* U, const uint8_t* ma
 
 void angular_center_backward_cuda(const void* upstream, const void* W, const void* U, const uint8_t* mask,
                                   const void* cosine, const void* identity_norm, const void* viewpoint_norm,
-                                  void* grad_W, void* grad_U, DType dtype, int64_t K, int64_t V, int64_t D, int device,
-                                  void* stream) {
+                                  void* grad_W, void* grad_U, DType dtype, int64_t K, int64_t V, int64_t D,
+                                  const Place& place) {
   check_sizes(K, V);
   if (K == 0 || D == 0) return;
-  const DeviceGuard guard(device);
-  const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+  const DeviceGuard guard(place.device);
+  const cudaStream_t queue = static_cast<cudaStream_t>(place.stream);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (rows_are_packed<T>(D, {W, U, grad_W, grad_U}))

@@ -4,6 +4,7 @@
 
 #include "cuda/reduce.cuh"
 #include "cuda/vector.cuh"
+#include "pairwise_distance.h"
 
 namespace vareid {
 
@@ -27,11 +28,9 @@ struct DeviceRows {
 };
 
 template <typename T>
-DeviceRows<T> device_rows(const void* first, const double* first_factor, int64_t first_rows, int64_t first_stride,
-                          const void* second = nullptr, const double* second_factor = nullptr,
-                          int64_t second_stride = 0) {
-  return {static_cast<const T*>(first),  first_factor,  first_rows,   first_stride,
-          static_cast<const T*>(second), second_factor, second_stride};
+DeviceRows<T> device_rows(const Features& first, const Features& second = {}) {
+  return {static_cast<const T*>(first.data),  first.factor,  first.rows,   first.stride,
+          static_cast<const T*>(second.data), second.factor, second.stride};
 }
 
 // The result is in every lane; all lanes of the warp take part.

@@ -110,10 +110,11 @@ struct Bits {
 };
 
 // One block for each row. With index null, the sizes go to indptr[i + 1].
-__global__ void k_reciprocal_expanded_kernel(const int32_t* __restrict__ reciprocal, const int32_t* __restrict__ size,
-                                             int64_t width, const int32_t* __restrict__ half,
-                                             const int32_t* __restrict__ half_size, int64_t half_width, int64_t rows,
-                                             int64_t* __restrict__ indptr, int32_t* __restrict__ index) {
+__global__ void k_reciprocal_robust_sets_kernel(const int32_t* __restrict__ reciprocal,
+                                                const int32_t* __restrict__ size, int64_t width,
+                                                const int32_t* __restrict__ half, const int32_t* __restrict__ half_size,
+                                                int64_t half_width, int64_t rows, int64_t* __restrict__ indptr,
+                                                int32_t* __restrict__ index) {
   __shared__ unsigned words[kWords];
   __shared__ int partial[kWarps];
   __shared__ int32_t own[kWidth];
@@ -239,10 +240,11 @@ __global__ void k_reciprocal_encode_kernel(const int64_t* __restrict__ indptr, c
 }
 
 // One block for each row. With new_index null, the sizes go to new_indptr[i + 1].
-__global__ void k_reciprocal_expand_kernel(const int32_t* __restrict__ neighbor, int64_t rows, int64_t width, int n,
-                                           const int64_t* __restrict__ indptr, const int32_t* __restrict__ index,
-                                           const float* __restrict__ value, int64_t* __restrict__ new_indptr,
-                                           int32_t* new_index, float* __restrict__ new_value) {
+__global__ void k_reciprocal_query_expansion_kernel(const int32_t* __restrict__ neighbor, int64_t rows, int64_t width,
+                                                    int n, const int64_t* __restrict__ indptr,
+                                                    const int32_t* __restrict__ index, const float* __restrict__ value,
+                                                    int64_t* __restrict__ new_indptr, int32_t* new_index,
+                                                    float* __restrict__ new_value) {
   __shared__ unsigned words[kWords];
   __shared__ int partial[kWarps];
   __shared__ int64_t source_begin[kSourceRows];
@@ -329,56 +331,56 @@ void k_reciprocal_running_sums(int64_t* sums, int64_t count, cudaStream_t stream
 }
 
 void k_reciprocal_sets_cuda(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k, int32_t* reciprocal,
-                            int32_t* size, int device, void* stream) {
+                            int32_t* size, const Place& place) {
   const int64_t n = std::min(k + 1, width);
   if (n > kCudaMaxWidth) throw std::invalid_argument("k1: at most 1023 on a GPU");
   if (rows == 0) return;
-  const DeviceGuard guard(device);
-  launch(k_reciprocal_sets_kernel, warp_grid(rows), kRowWarps * kWarp, 0, static_cast<cudaStream_t>(stream), neighbor,
-         rows, width, static_cast<int>(n), reciprocal, size);
+  const DeviceGuard guard(place.device);
+  launch(k_reciprocal_sets_kernel, warp_grid(rows), kRowWarps * kWarp, 0, static_cast<cudaStream_t>(place.stream),
+         neighbor, rows, width, static_cast<int>(n), reciprocal, size);
 }
 
-void k_reciprocal_expanded_cuda(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
-                                const int32_t* half_size, int64_t half_width, int64_t rows, int64_t* indptr,
-                                int32_t* index, int device, void* stream) {
-  const DeviceGuard guard(device);
+void k_reciprocal_robust_sets_cuda(const int32_t* reciprocal, const int32_t* size, int64_t width, const int32_t* half,
+                                   const int32_t* half_size, int64_t half_width, int64_t rows, int64_t* indptr,
+                                   int32_t* index, void*, const Place& place) {
+  const DeviceGuard guard(place.device);
   if (rows > 0)
-    launch(k_reciprocal_expanded_kernel, grid_size(rows), kThreads, 0, static_cast<cudaStream_t>(stream), reciprocal,
-           size, width, half, half_size, half_width, rows, indptr, index);
-  if (!index) k_reciprocal_running_sums(indptr, rows, static_cast<cudaStream_t>(stream));
+    launch(k_reciprocal_robust_sets_kernel, grid_size(rows), kThreads, 0, static_cast<cudaStream_t>(place.stream),
+           reciprocal, size, width, half, half_size, half_width, rows, indptr, index);
+  if (!index) k_reciprocal_running_sums(indptr, rows, static_cast<cudaStream_t>(place.stream));
 }
 
-void k_reciprocal_listed_distance_cuda(const void* x, const double* x_factor, int64_t x_rows, int64_t x_stride,
-                                       const void* y, const double* y_factor, int64_t y_rows, int64_t y_stride,
-                                       DType dtype, int64_t D, const int32_t* neighbor, const float* neighbor_distance,
-                                       int64_t width, const int64_t* indptr, const int32_t* index, float* out,
-                                       int device, void* stream) {
-  if (x_rows + y_rows == 0) return;
-  const DeviceGuard guard(device);
+void k_reciprocal_listed_distance_cuda(const Features& x, const Features& y, DType dtype, int64_t D,
+                                       const int32_t* neighbor, const float* neighbor_distance, int64_t width,
+                                       const int64_t* indptr, const int32_t* index, float* out, const Place& place) {
+  if (x.rows + y.rows == 0) return;
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(k_reciprocal_listed_distance_kernel<T>, warp_grid(x_rows + y_rows), kRowWarps * kWarp, 0,
-           static_cast<cudaStream_t>(stream), device_rows<T>(x, x_factor, x_rows, x_stride, y, y_factor, y_stride),
-           x_rows + y_rows, D, neighbor, neighbor_distance, width, indptr, index, out);
+    launch(k_reciprocal_listed_distance_kernel<T>, warp_grid(x.rows + y.rows), kRowWarps * kWarp, 0,
+           static_cast<cudaStream_t>(place.stream), device_rows<T>(x, y), x.rows + y.rows, D, neighbor,
+           neighbor_distance, width, indptr, index, out);
   });
 }
 
 void k_reciprocal_encode_cuda(const int64_t* indptr, const float* distance, const float* row_max, int64_t rows,
-                              float* value, int device, void* stream) {
+                              float* value, const Place& place) {
   if (rows == 0) return;
-  const DeviceGuard guard(device);
-  launch(k_reciprocal_encode_kernel, warp_grid(rows), kRowWarps * kWarp, 0, static_cast<cudaStream_t>(stream), indptr,
-         distance, row_max, rows, value);
+  const DeviceGuard guard(place.device);
+  launch(k_reciprocal_encode_kernel, warp_grid(rows), kRowWarps * kWarp, 0, static_cast<cudaStream_t>(place.stream),
+         indptr, distance, row_max, rows, value);
 }
 
-void k_reciprocal_expand_cuda(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k2, const int64_t* indptr,
-                              const int32_t* index, const float* value, int64_t* new_indptr, int32_t* new_index,
-                              float* new_value, int device, void* stream) {
-  const DeviceGuard guard(device);
+void k_reciprocal_query_expansion_cuda(const int32_t* neighbor, int64_t rows, int64_t width, int64_t k2,
+                                       const int64_t* indptr, const int32_t* index, const float* value,
+                                       int64_t* new_indptr, int32_t* new_index, float* new_value, void*,
+                                       const Place& place) {
+  const DeviceGuard guard(place.device);
   if (rows > 0)
-    launch(k_reciprocal_expand_kernel, grid_size(rows), kThreads, 0, static_cast<cudaStream_t>(stream), neighbor, rows,
-           width, static_cast<int>(std::min(k2, width)), indptr, index, value, new_indptr, new_index, new_value);
-  if (!new_index) k_reciprocal_running_sums(new_indptr, rows, static_cast<cudaStream_t>(stream));
+    launch(k_reciprocal_query_expansion_kernel, grid_size(rows), kThreads, 0, static_cast<cudaStream_t>(place.stream),
+           neighbor, rows, width, static_cast<int>(std::min(k2, width)), indptr, index, value, new_indptr, new_index,
+           new_value);
+  if (!new_index) k_reciprocal_running_sums(new_indptr, rows, static_cast<cudaStream_t>(place.stream));
 }
 
 }  // namespace vareid

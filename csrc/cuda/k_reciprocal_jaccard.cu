@@ -284,9 +284,9 @@ unsigned warp_grid(int64_t rows) { return grid_size((rows + kRowWarps - 1) / kRo
 
 void k_reciprocal_invert_cuda(const int64_t* indptr, const int32_t* index, const float* value, int64_t rows,
                               int64_t first, int64_t columns, int64_t entries, int64_t* start, int32_t* owner,
-                              float* weight, void* workspace, int device, void* stream) {
-  const DeviceGuard guard(device);
-  const auto queue = static_cast<cudaStream_t>(stream);
+                              float* weight, void* workspace, const Place& place) {
+  const DeviceGuard guard(place.device);
+  const auto queue = static_cast<cudaStream_t>(place.stream);
   const int64_t tiles = (entries + kTile - 1) / kTile;
   auto* const counts = static_cast<int64_t*>(workspace);
   auto* const spare = reinterpret_cast<int32_t*>(counts + kDigits * tiles + 4);
@@ -322,31 +322,29 @@ void k_reciprocal_invert_cuda(const int64_t* indptr, const int32_t* index, const
 
 void k_reciprocal_blend_cuda(float* distance, int64_t ld, int64_t queries, int64_t gallery, const float* row_max,
                              const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
-                             const int32_t* owner, const float* weight, double lambda_value, int device, void* stream) {
+                             const int32_t* owner, const float* weight, double lambda_value, void*,
+                             const Place& place) {
   if (queries == 0 || gallery == 0) return;
-  const DeviceGuard guard(device);
-  launch(k_reciprocal_blend_kernel, grid_size(queries), kThreads, 0, static_cast<cudaStream_t>(stream), distance, ld,
-         gallery, row_max, Encodings{indptr, index, value, start, owner, weight}, static_cast<float>(lambda_value),
+  const DeviceGuard guard(place.device);
+  launch(k_reciprocal_blend_kernel, grid_size(queries), kThreads, 0, static_cast<cudaStream_t>(place.stream), distance,
+         ld, gallery, row_max, Encodings{indptr, index, value, start, owner, weight}, static_cast<float>(lambda_value),
          lambda_value);
 }
 
-void k_reciprocal_topk_cuda(const void* query, const double* query_factor, int64_t queries, int64_t query_stride,
-                            const void* gallery, const double* gallery_factor, int64_t gallery_rows,
-                            int64_t gallery_stride, DType dtype, int64_t D, const int32_t* nearest,
-                            const float* original, int64_t listed, const float* row_max, const int64_t* indptr,
-                            const int32_t* index, const float* value, const int64_t* start, const int32_t* owner,
-                            const float* weight, double lambda_value, int64_t k, float* distance,
-                            int64_t* gallery_index, int device, void* stream) {
+void k_reciprocal_topk_cuda(const Features& query, const Features& gallery, DType dtype, int64_t D,
+                            const int32_t* nearest, const float* original, int64_t listed, const float* row_max,
+                            const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,
+                            const int32_t* owner, const float* weight, double lambda_value, int64_t k, float* distance,
+                            int64_t* gallery_index, void*, const Place& place) {
   if (k < 1 || k > kCudaMaxTopk) throw std::invalid_argument("topk: 1 to 128 on a GPU");
-  if (queries == 0) return;
-  const DeviceGuard guard(device);
+  if (query.rows == 0) return;
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(k_reciprocal_topk_kernel<T>, grid_size(queries), kThreads, 0, static_cast<cudaStream_t>(stream),
-           device_rows<T>(query, query_factor, queries, query_stride),
-           device_rows<T>(gallery, gallery_factor, gallery_rows, gallery_stride), gallery_rows, D, nearest, original,
-           listed, row_max, Encodings{indptr, index, value, start, owner, weight}, lambda_value, static_cast<int>(k),
-           distance, gallery_index);
+    launch(k_reciprocal_topk_kernel<T>, grid_size(query.rows), kThreads, 0, static_cast<cudaStream_t>(place.stream),
+           device_rows<T>(query), device_rows<T>(gallery), gallery.rows, D, nearest, original, listed, row_max,
+           Encodings{indptr, index, value, start, owner, weight}, lambda_value, static_cast<int>(k), distance,
+           gallery_index);
   });
 }
 

@@ -61,11 +61,11 @@ __global__ void k_reciprocal_matrix_neighbors_kernel(const T* __restrict__ first
 }  // namespace
 
 void k_reciprocal_matrix_neighbors_cuda(const void* q_g, const void* q_q, const void* g_g, DType dtype, int64_t Q,
-                                        int64_t G, int64_t k, int32_t* neighbor, double* row_max, int device,
-                                        void* stream) {
+                                        int64_t G, int64_t k, int32_t* neighbor, double* row_max, void*,
+                                        const Place& place) {
   if (k < 1 || k >= kListPlaces - kWarp) throw std::invalid_argument("k: 1 to 159 on a GPU");
-  const DeviceGuard guard(device);
-  const auto queue = static_cast<cudaStream_t>(stream);
+  const DeviceGuard guard(place.device);
+  const auto queue = static_cast<cudaStream_t>(place.stream);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (Q > 0)

@@ -150,32 +150,32 @@ int64_t linear_viewpoint_aware_cross_entropy_parts_cuda(int64_t N, int64_t colum
 
 void linear_viewpoint_aware_cross_entropy_summarise_cuda(const LogitsTile& tile, OthersSummary* summaries,
                                                          int64_t total_parts, int64_t first_part, double* own_logits,
-                                                         DType dtype, int device, void* stream) {
+                                                         DType dtype, const Place& place) {
   check_samples(tile.N);
   if (tile.N == 0) return;
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int kWidth = 16 / sizeof(T);
     const DeviceRows<T> rows = rows_of<T>(tile);
     launch(linear_viewpoint_aware_cross_entropy_summarise_kernel<T, kWidth>, dim3(grid_size(tile.N * rows.parts)),
-           dim3(row_threads(rows.columns, kWidth)), 0, static_cast<cudaStream_t>(stream), rows, tile.identity, tile.N,
-           tile.K, summaries + first_part, total_parts, own_logits);
+           dim3(row_threads(rows.columns, kWidth)), 0, static_cast<cudaStream_t>(place.stream), rows, tile.identity,
+           tile.N, tile.K, summaries + first_part, total_parts, own_logits);
   });
 }
 
 void linear_viewpoint_aware_cross_entropy_finish_cuda(const LogitsTile& tile, const OthersSummary* summaries,
                                                       int64_t total_parts, const double* own_logits,
                                                       const Smoothing& smoothing, double* statistics, void* loss,
-                                                      int64_t* label_error, DType dtype, int device, void* stream) {
-  const DeviceGuard guard(device);
+                                                      int64_t* label_error, DType dtype, const Place& place) {
+  const DeviceGuard guard(place.device);
   const auto run = [&](auto type) {
     using Acc = decltype(type);
     const DeviceFinish<Acc> head = {
         summaries, total_parts, own_logits, labels_of(tile), smoothing, statistics, static_cast<Acc*>(loss),
         true,      1.0,         label_error};
     launch(linear_viewpoint_aware_cross_entropy_finish_kernel<Acc>, dim3(1), dim3(kRowThreads), 0,
-           static_cast<cudaStream_t>(stream), head, tile.N);
+           static_cast<cudaStream_t>(place.stream), head, tile.N);
   };
   if (dtype == DType::kFloat64)
     run(double{});
@@ -185,10 +185,10 @@ void linear_viewpoint_aware_cross_entropy_finish_cuda(const LogitsTile& tile, co
 
 void linear_viewpoint_aware_cross_entropy_gradient_cuda(const LogitsTile& tile, const double* statistics,
                                                         const void* upstream, int64_t upstream_stride, double share,
-                                                        DType dtype, int device, void* stream) {
+                                                        DType dtype, const Place& place) {
   check_samples(tile.N);
   if (tile.N == 0) return;
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int kWidth = 16 / sizeof(T);
@@ -198,33 +198,33 @@ void linear_viewpoint_aware_cross_entropy_gradient_cuda(const LogitsTile& tile, 
     rows.upstream_stride = upstream_stride;
     rows.share = share;
     launch(linear_viewpoint_aware_cross_entropy_gradient_kernel<T, kWidth>, dim3(grid_size(tile.N * rows.parts)),
-           dim3(row_threads(rows.columns, kWidth)), 0, static_cast<cudaStream_t>(stream), rows, labels_of(tile),
+           dim3(row_threads(rows.columns, kWidth)), 0, static_cast<cudaStream_t>(place.stream), rows, labels_of(tile),
            tile.N);
   });
 }
 
 void linear_viewpoint_aware_cross_entropy_inverse_norms_cuda(const void* x, void* inverse, int64_t rows, int64_t D,
-                                                             DType dtype, int device, void* stream) {
+                                                             DType dtype, const Place& place) {
   check_rows(rows);
   if (rows == 0) return;
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(place.device);
   with_width(dtype, D, {x}, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     launch(linear_viewpoint_aware_cross_entropy_inverse_norms_kernel<T, width.value>, dim3(grid_size(rows)),
-           dim3(row_threads(D, width.value)), 0, static_cast<cudaStream_t>(stream), static_cast<const T*>(x),
+           dim3(row_threads(D, width.value)), 0, static_cast<cudaStream_t>(place.stream), static_cast<const T*>(x),
            static_cast<typename DeviceAccumulator<T>::type*>(inverse), D);
   });
 }
 
 void linear_viewpoint_aware_cross_entropy_project_cuda(const void* x, const void* inverse, void* grad, int64_t rows,
-                                                       int64_t D, DType dtype, int device, void* stream) {
+                                                       int64_t D, DType dtype, const Place& place) {
   check_rows(rows);
   if (rows == 0) return;
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(place.device);
   with_width(dtype, D, {x, grad}, [&](auto type, auto width) {
     using T = typename decltype(type)::type;
     launch(linear_viewpoint_aware_cross_entropy_project_kernel<T, width.value>, dim3(grid_size(rows)),
-           dim3(row_threads(D, width.value)), 0, static_cast<cudaStream_t>(stream), static_cast<const T*>(x),
+           dim3(row_threads(D, width.value)), 0, static_cast<cudaStream_t>(place.stream), static_cast<const T*>(x),
            static_cast<const typename DeviceAccumulator<T>::type*>(inverse), static_cast<T*>(grad), D);
   });
 }

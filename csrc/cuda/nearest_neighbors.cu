@@ -358,67 +358,62 @@ void check_limits(int64_t k, int64_t capacity) {
 }  // namespace
 
 void nearest_neighbors_scan_cuda(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
-                                 int64_t column_begin, const float* left_norm, const float* left_window,
-                                 const float* right_norm, const float* right_window, float* lower, int32_t* index,
-                                 int32_t* count, float* threshold, float* cut, float* row_max, int64_t capacity,
-                                 int64_t k, bool both, bool write, int device, void* stream) {
-  check_limits(k, capacity);
+                                 int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                                 const Candidates& candidates, bool both, bool write, const Place& place) {
+  check_limits(candidates.k, candidates.capacity);
   if (rows == 0 || columns == 0) return;
-  const DeviceGuard guard(device);
-  const State state{lower, index, count, threshold, cut, row_max, capacity, static_cast<int>(k)};
+  const DeviceGuard guard(place.device);
+  const auto queue = static_cast<cudaStream_t>(place.stream);
+  const State state{candidates.lower, candidates.index,   candidates.count,    candidates.threshold,
+                    candidates.cut,   candidates.row_max, candidates.capacity, static_cast<int>(candidates.k)};
+  const auto& [left_norm, left_window] = left_bounds;
+  const auto& [right_norm, right_window] = right_bounds;
   if (both)  // before the rows, which may overwrite the products
-    capacity <= kCapacity / 2
+    candidates.capacity <= kCapacity / 2
         ? scan_columns<32, kCapacity / 2>(block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
-                                          right_norm, right_window, state, static_cast<cudaStream_t>(stream))
+                                          right_norm, right_window, state, queue)
         : scan_columns<16, kCapacity>(block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
-                                      right_norm, right_window, state, static_cast<cudaStream_t>(stream));
-  launch(nearest_neighbors_scan_rows_kernel, grid_size((rows + kRowWarps - 1) / kRowWarps), kRowThreads, 0,
-         static_cast<cudaStream_t>(stream), block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
-         right_norm, right_window, state, write);
+                                      right_norm, right_window, state, queue);
+  launch(nearest_neighbors_scan_rows_kernel, grid_size((rows + kRowWarps - 1) / kRowWarps), kRowThreads, 0, queue,
+         block, ld, rows, columns, row_begin, column_begin, left_norm, left_window, right_norm, right_window, state,
+         write);
 }
 
-void nearest_neighbors_select_cuda(const void* x, const double* x_factor, int64_t x_rows, int64_t x_stride,
-                                   const void* x2, const double* x2_factor, int64_t x2_rows, int64_t x2_stride,
-                                   const void* y, const double* y_factor, int64_t y_rows, int64_t y_stride,
-                                   const void* y2, const double* y2_factor, int64_t y2_rows, int64_t y2_stride,
-                                   DType dtype, int64_t D, Metric metric, double unscale, const float* left_window,
-                                   const float* right_window, const float* lower, const int32_t* candidate,
-                                   const int32_t* count, const float* cut, int64_t capacity, int64_t k, int32_t* index,
-                                   void* distance, DType distance_dtype, uint8_t* unsure, float* reach, int device,
-                                   void* stream) {
-  check_limits(k, capacity);
-  const int64_t rows = x_rows + x2_rows;
-  if (rows == 0 || y_rows + y2_rows == 0) return;
-  const DeviceGuard guard(device);
+void nearest_neighbors_select_cuda(const Features& x, const Features& x2, const Features& y, const Features& y2,
+                                   DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
+                                   const Bounds& right_bounds, const Candidates& candidates, int32_t* index,
+                                   void* distance, DType distance_dtype, uint8_t* unsure, float* reach,
+                                   const Place& place) {
+  const auto k = static_cast<int>(candidates.k);
+  check_limits(k, candidates.capacity);
+  const int64_t rows = x.rows + x2.rows;
+  if (rows == 0 || y.rows + y2.rows == 0) return;
+  const DeviceGuard guard(place.device);
   const Result result{index, distance, distance_dtype, k, metric, unscale};
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     launch(nearest_neighbors_select_kernel<T>, list_grid(rows), kListWarps * kWarp, 0,
-           static_cast<cudaStream_t>(stream), device_rows<T>(x, x_factor, x_rows, x_stride, x2, x2_factor, x2_stride),
-           device_rows<T>(y, y_factor, y_rows, y_stride, y2, y2_factor, y2_stride), rows, D, left_window, right_window,
-           lower, candidate, count, cut, capacity, static_cast<int>(k), result, unsure, reach);
+           static_cast<cudaStream_t>(place.stream), device_rows<T>(x, x2), device_rows<T>(y, y2), rows, D,
+           left_bounds.window, right_bounds.window, candidates.lower, candidates.index, candidates.count,
+           candidates.cut, candidates.capacity, k, result, unsure, reach);
   });
 }
 
-void nearest_neighbors_rescan_cuda(const float* block, int64_t ld, const int64_t* rows, int64_t count, const void* x,
-                                   const double* x_factor, int64_t x_rows, int64_t x_stride, const void* x2,
-                                   const double* x2_factor, int64_t x2_rows, int64_t x2_stride, const void* y,
-                                   const double* y_factor, int64_t y_rows, int64_t y_stride, const void* y2,
-                                   const double* y2_factor, int64_t y2_rows, int64_t y2_stride, DType dtype, int64_t D,
-                                   Metric metric, double unscale, const float* left_norm, const float* left_window,
-                                   const float* right_norm, const float* right_window, const float* reach, int64_t k,
-                                   int32_t* index, void* distance, DType distance_dtype, int device, void* stream) {
-  (void)x2_rows;
+void nearest_neighbors_rescan_cuda(const float* block, int64_t ld, const int64_t* rows, int64_t count,
+                                   const Features& x, const Features& x2, const Features& y, const Features& y2,
+                                   DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
+                                   const Bounds& right_bounds, const float* reach, const int32_t*, int64_t k,
+                                   int32_t* index, void* distance, DType distance_dtype, void*, const Place& place) {
   if (k < 1 || k > kCudaMaxNeighbors) throw std::invalid_argument("k: 1 to 128 on a GPU");
   if (count == 0) return;
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(place.device);
   const Result result{index, distance, distance_dtype, k, metric, unscale};
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(nearest_neighbors_rescan_kernel<T>, grid_size(count), kRescanThreads, 0, static_cast<cudaStream_t>(stream),
-           block, ld, rows, y_rows + y2_rows, device_rows<T>(x, x_factor, x_rows, x_stride, x2, x2_factor, x2_stride),
-           device_rows<T>(y, y_factor, y_rows, y_stride, y2, y2_factor, y2_stride), D, left_norm, left_window,
-           right_norm, right_window, reach, result);
+    launch(nearest_neighbors_rescan_kernel<T>, grid_size(count), kRescanThreads, 0,
+           static_cast<cudaStream_t>(place.stream), block, ld, rows, y.rows + y2.rows, device_rows<T>(x, x2),
+           device_rows<T>(y, y2), D, left_bounds.norm, left_bounds.window, right_bounds.norm, right_bounds.window,
+           reach, result);
   });
 }
 

@@ -187,69 +187,62 @@ dim3 tile_grid(int64_t rows, int64_t columns, int64_t tile) {
 
 }  // namespace
 
-void pairwise_distance_max_abs_cuda(const void* x, DType dtype, int64_t rows, int64_t D, int64_t stride,
-                                    double* max_abs, int device, void* stream) {
-  if (rows == 0) return;
-  const DeviceGuard guard(device);
+void pairwise_distance_max_abs_cuda(const Features& x, DType dtype, int64_t D, double* max_abs, const Place& place) {
+  if (x.rows == 0) return;
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(pairwise_distance_max_abs_kernel<T>, row_grid(rows), kRowThreads, 0, static_cast<cudaStream_t>(stream),
-           static_cast<const T*>(x), max_abs, rows, D, stride);
+    launch(pairwise_distance_max_abs_kernel<T>, row_grid(x.rows), kRowThreads, 0,
+           static_cast<cudaStream_t>(place.stream), static_cast<const T*>(x.data), max_abs, x.rows, D, x.stride);
   });
 }
 
-void pairwise_distance_norm_cuda(const void* x, const double* factor, DType dtype, int64_t rows, int64_t D,
-                                 int64_t stride, double* norm, int device, void* stream) {
-  if (rows == 0) return;
-  const DeviceGuard guard(device);
+void pairwise_distance_norm_cuda(const Features& x, DType dtype, int64_t D, double* norm, const Place& place) {
+  if (x.rows == 0) return;
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(pairwise_distance_norm_kernel<T>, row_grid(rows), kRowThreads, 0, static_cast<cudaStream_t>(stream),
-           static_cast<const T*>(x), factor, norm, rows, D, stride);
+    launch(pairwise_distance_norm_kernel<T>, row_grid(x.rows), kRowThreads, 0, static_cast<cudaStream_t>(place.stream),
+           static_cast<const T*>(x.data), x.factor, norm, x.rows, D, x.stride);
   });
 }
 
-void pairwise_distance_prepare_cuda(const void* x, const double* factor, DType dtype, int64_t rows, int64_t D,
-                                    int64_t stride, const double* center, float* out, float* norm, int device,
-                                    void* stream) {
-  if (rows == 0) return;
-  const DeviceGuard guard(device);
+void pairwise_distance_prepare_cuda(const Features& x, DType dtype, int64_t D, const double* center, float* out,
+                                    float* norm, const Place& place) {
+  if (x.rows == 0) return;
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(pairwise_distance_prepare_kernel<T>, row_grid(rows), kRowThreads, 0, static_cast<cudaStream_t>(stream),
-           static_cast<const T*>(x), factor, center, out, norm, rows, D, stride);
+    launch(pairwise_distance_prepare_kernel<T>, row_grid(x.rows), kRowThreads, 0,
+           static_cast<cudaStream_t>(place.stream), static_cast<const T*>(x.data), x.factor, center, out, norm, x.rows,
+           D, x.stride);
   });
 }
 
-void pairwise_distance_block_cuda(float* block, int64_t ld, const void* x, const double* x_factor, int64_t rows,
-                                  int64_t x_stride, const void* y, const double* y_factor, int64_t columns,
-                                  int64_t y_stride, DType dtype, int64_t D, const float* x_norm, const float* y_norm,
-                                  Metric metric, double unscale, float* mirror, int64_t mirror_ld, int device,
-                                  void* stream) {
-  if (rows == 0 || columns == 0) return;
-  const DeviceGuard guard(device);
+void pairwise_distance_block_cuda(float* block, int64_t ld, const Features& x, const Features& y, DType dtype,
+                                  int64_t D, const float* x_norm, const float* y_norm, Metric metric, double unscale,
+                                  float* mirror, int64_t mirror_ld, const Place& place) {
+  if (x.rows == 0 || y.rows == 0) return;
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(pairwise_distance_block_kernel<T>, tile_grid(rows, columns, kTile), kTileWarps * kWarp, 0,
-           static_cast<cudaStream_t>(stream), block, ld, device_rows<T>(x, x_factor, rows, x_stride),
-           device_rows<T>(y, y_factor, columns, y_stride), rows, columns, D, x_norm, y_norm,
-           metric == Metric::kEuclidean, metric_scale(metric, unscale), mirror, mirror_ld);
+    launch(pairwise_distance_block_kernel<T>, tile_grid(x.rows, y.rows, kTile), kTileWarps * kWarp, 0,
+           static_cast<cudaStream_t>(place.stream), block, ld, device_rows<T>(x), device_rows<T>(y), x.rows, y.rows, D,
+           x_norm, y_norm, metric == Metric::kEuclidean, metric_scale(metric, unscale), mirror, mirror_ld);
   });
 }
 
 void pairwise_distance_tiled_cuda(const float* x_prepared, const float* y_prepared, float* block, int64_t ld,
-                                  const void* x, const double* x_factor, int64_t rows, int64_t x_stride, const void* y,
-                                  const double* y_factor, int64_t columns, int64_t y_stride, DType dtype, int64_t D,
-                                  const float* x_norm, const float* y_norm, Metric metric, double unscale, int device,
-                                  void* stream) {
-  if (rows == 0 || columns == 0) return;
-  const DeviceGuard guard(device);
+                                  const Features& x, const Features& y, DType dtype, int64_t D, const float* x_norm,
+                                  const float* y_norm, Metric metric, double unscale, const Place& place) {
+  if (x.rows == 0 || y.rows == 0) return;
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(pairwise_distance_tiled_kernel<T>, tile_grid(rows, columns, kProductTile), 256, 0,
-           static_cast<cudaStream_t>(stream), x_prepared, y_prepared, block, ld,
-           device_rows<T>(x, x_factor, rows, x_stride), device_rows<T>(y, y_factor, columns, y_stride), rows, columns,
-           D, x_norm, y_norm, metric == Metric::kEuclidean, metric_scale(metric, unscale));
+    launch(pairwise_distance_tiled_kernel<T>, tile_grid(x.rows, y.rows, kProductTile), 256, 0,
+           static_cast<cudaStream_t>(place.stream), x_prepared, y_prepared, block, ld, device_rows<T>(x),
+           device_rows<T>(y), x.rows, y.rows, D, x_norm, y_norm, metric == Metric::kEuclidean,
+           metric_scale(metric, unscale));
   });
 }
 

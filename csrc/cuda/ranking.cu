@@ -216,19 +216,18 @@ __global__ void ranking_forward_kernel(
 
 }  // namespace
 
-void ranking_forward_cuda(const void* distances, int64_t row_stride, const int64_t* gallery_order,
-                          const int64_t* group_begin, const int64_t* group_end, const uint8_t* junk,
-                          const int64_t* query_camera, const int64_t* gallery_camera, double* average_precision,
-                          double* inverse_negative_penalty, int64_t* first_match_rank, int64_t* num_matches,
-                          DType dtype, int64_t Q, int64_t G, int device, void* stream) {
+void ranking_forward_cuda(const void* distances, int64_t row_stride, const RankingLabels& labels,
+                          const RankingResults& results, void*, DType dtype, int64_t Q, int64_t G, int64_t,
+                          const Place& place) {
   if (Q > kMostBlocks) throw std::invalid_argument("distances: at most 2^31 - 1 rows on a GPU");
   if (Q == 0) return;
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(ranking_forward_kernel<T>, dim3(grid_size(Q)), dim3(kThreads), 0, static_cast<cudaStream_t>(stream),
-           static_cast<const T*>(distances), row_stride, gallery_order, group_begin, group_end, junk, query_camera,
-           gallery_camera, average_precision, inverse_negative_penalty, first_match_rank, num_matches, G);
+    launch(ranking_forward_kernel<T>, dim3(grid_size(Q)), dim3(kThreads), 0, static_cast<cudaStream_t>(place.stream),
+           static_cast<const T*>(distances), row_stride, labels.gallery_order, labels.group_begin, labels.group_end,
+           labels.junk, labels.query_camera, labels.gallery_camera, results.average_precision,
+           results.inverse_negative_penalty, results.first_match_rank, results.num_matches, G);
   });
 }
 

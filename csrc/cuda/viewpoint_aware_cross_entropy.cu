@@ -137,21 +137,21 @@ int64_t viewpoint_aware_cross_entropy_workspace_bytes_cuda(int64_t N, int64_t K,
 
 void viewpoint_aware_cross_entropy_forward_cuda(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
                                                 int64_t N, int64_t K, Reduction reduction, int64_t* label_error,
-                                                void* workspace, int device, void* stream) {
+                                                void* workspace, const Place& place) {
   check_samples(N);
-  const DeviceGuard guard(device);
+  const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     forward<typename decltype(type)::type>(heads, identity, N, K, reduction, label_error, workspace,
-                                           static_cast<cudaStream_t>(stream));
+                                           static_cast<cudaStream_t>(place.stream));
   });
 }
 
 void viewpoint_aware_cross_entropy_backward_cuda(const CrossEntropyHead heads[2], const int64_t* identity, DType dtype,
-                                                 int64_t N, int64_t K, Reduction reduction, int device, void* stream) {
+                                                 int64_t N, int64_t K, Reduction reduction, const Place& place) {
   check_samples(N);
   if (N == 0) return;
-  const DeviceGuard guard(device);
-  const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+  const DeviceGuard guard(place.device);
+  const cudaStream_t queue = static_cast<cudaStream_t>(place.stream);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const DeviceRows<T> rows[2] = {rows_of<T>(heads[0], N, K, reduction), rows_of<T>(heads[1], N, K, reduction)};

@@ -45,14 +45,14 @@ def _sets(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
     return {"k_reciprocal_sets_kernel": 4 * (rows * n + _size_of(looked_at) + _size_of(size) + rows)}
 
 
-def _expanded(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
+def _robust_sets(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
     """A row's set, the half set of each member, and the size or the members."""
-    sets, size, width, _, half_size, _, rows, indptr, index = after
+    sets, size, width, _, half_size, _, rows, indptr, index, _ = after
     members = sets[torch.arange(width)[None] < size[:, None]].long()
     read = 4 * (rows + 2 * members.numel() + _size_of(half_size[members]))
     if index is None:
-        return {"k_reciprocal_expanded_kernel": read + 8 * rows, "k_reciprocal_prefix_kernel": _running_sums(rows)}
-    return {"k_reciprocal_expanded_kernel": read + 8 * rows + 4 * int(indptr[-1])}
+        return {"k_reciprocal_robust_sets_kernel": read + 8 * rows, "k_reciprocal_prefix_kernel": _running_sums(rows)}
+    return {"k_reciprocal_robust_sets_kernel": read + 8 * rows + 4 * int(indptr[-1])}
 
 
 def _listed_distance(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
@@ -73,15 +73,15 @@ def _encode(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
     return {"k_reciprocal_encode_kernel": 20 * rows + 8 * distance.numel()}
 
 
-def _expand(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
+def _query_expansion(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
     """The sparse rows that are averaged (columns to count, columns and values to sum), and the size or the new row."""
-    neighbor, rows, width, k2, indptr, _, _, new_indptr, new_index, _ = after
+    neighbor, rows, width, k2, indptr, _, _, new_indptr, new_index, *_ = after
     near = neighbor[:, : min(k2, width)].long()
     entries, lists = _size_of(indptr.diff()[near]), near.numel() * (4 + 16)
     if new_index is None:
         moved = lists + 4 * entries + 8 * rows
-        return {"k_reciprocal_expand_kernel": moved, "k_reciprocal_prefix_kernel": _running_sums(rows)}
-    return {"k_reciprocal_expand_kernel": lists + 8 * entries + 8 * rows + 8 * int(new_indptr[-1])}
+        return {"k_reciprocal_query_expansion_kernel": moved, "k_reciprocal_prefix_kernel": _running_sums(rows)}
+    return {"k_reciprocal_query_expansion_kernel": lists + 8 * entries + 8 * rows + 8 * int(new_indptr[-1])}
 
 
 def _invert(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
@@ -169,9 +169,8 @@ def _scan(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
 def _select(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
     """The candidates with their windows, the row's features and those of each candidate that can be among the nearest,
     and the results."""
-    x, factor, D, k = after[0], after[1], after[17], after[27]
-    left, right, lower, candidate, count, cut = after[20:26]
-    distance = after[29]
+    x, factor, D, k = after[0], after[1], after[17], after[31]
+    left, right, lower, candidate, count, cut, distance = (after[i] for i in (21, 23, 24, 25, 26, 28, 33))
     features, moved = D * x.element_size() + (8 if factor is not None else 0), 0
     for i, n in enumerate(count.tolist()):
         upper = lower[i, :n] + 2 * (left[i] + right[candidate[i, :n].long()])
@@ -186,7 +185,7 @@ def _rescan(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
     """A row's products and the others' bounds, the row's features and those of each that may be near, the results."""
     block, _, rows, count, x, factor = after[:6]
     D, left_norm, left_window, right_norm, right_window, reach, k, _, distance = (
-        after[21], *after[24:29], *after[29:32],
+        after[21], *after[24:29], *after[30:33],
     )  # fmt: skip
     shrunk = (left_norm - left_window)[rows][:, None]
     near = -2 * block + (right_norm - right_window) + shrunk <= reach[rows][:, None]
@@ -196,18 +195,18 @@ def _rescan(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
 
 
 def _prepare(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
-    x, factor, _, rows, D, _, center = after[:7]
+    x, factor, rows, _, _, D, center = after[:7]
     least = D * (x.element_size() + 4 + (0 if center is None else 8)) + 4 + (0 if factor is None else 8)
     return {"pairwise_distance_prepare_kernel": rows * least}
 
 
 def _max_abs(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
-    x, _, rows, D, *_ = after
+    x, _, rows, _, _, D, _ = after
     return {"pairwise_distance_max_abs_kernel": rows * (D * x.element_size() + 8)}
 
 
 def _norm(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
-    x, factor, _, rows, D, *_ = after
+    x, factor, rows, _, _, D, _ = after
     return {"pairwise_distance_norm_kernel": rows * (D * x.element_size() + 8 + (8 if factor is not None else 0))}
 
 
@@ -235,10 +234,10 @@ def _pairwise_tiled(before: Sequence[Any], after: Sequence[Any]) -> dict[str, in
 
 _LEAST: dict[str, Callable[[Sequence[Any], Sequence[Any]], dict[str, int]]] = {
     "k_reciprocal_sets_cuda": _sets,
-    "k_reciprocal_expanded_cuda": _expanded,
+    "k_reciprocal_robust_sets_cuda": _robust_sets,
     "k_reciprocal_listed_distance_cuda": _listed_distance,
     "k_reciprocal_encode_cuda": _encode,
-    "k_reciprocal_expand_cuda": _expand,
+    "k_reciprocal_query_expansion_cuda": _query_expansion,
     "k_reciprocal_invert_cuda": _invert,
     "k_reciprocal_blend_cuda": _blend,
     "k_reciprocal_topk_cuda": _topk,

@@ -175,10 +175,10 @@ _NEIGHBORS = {
 }
 _ENCODED = {
     "k_reciprocal_sets_kernel": _SPARSE,
-    "k_reciprocal_expanded_kernel": _SPARSE,
+    "k_reciprocal_robust_sets_kernel": _SPARSE,
     "k_reciprocal_prefix_kernel": _SPARSE,
     "k_reciprocal_encode_kernel": _SPARSE,
-    "k_reciprocal_expand_kernel": _SPARSE,
+    "k_reciprocal_query_expansion_kernel": _SPARSE,
     "k_reciprocal_owner_kernel": _SPARSE,
     "k_reciprocal_digits_kernel": _SPARSE,
     "k_reciprocal_sort_kernel": Limit(1.2, 0.8, 1.5),  # entries go to their places in shared memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,21 +55,6 @@ def smoothing_arguments(smoothing: str, alpha: float, epsilon: float) -> tuple[b
     return smoothing == "adaptive", alpha, epsilon if smoothing == "uniform" else 0.0
 
 
-def warn_of_alpha(alpha: float, views: int) -> None:
-    """Warn once where alpha is so large that a wrong view's target can exceed the true one's."""
-    if torch.compiler.is_compiling() or views < 2 or alpha <= (views - 1) / (2 * views - 1):
-        return
-    if (alpha, views) not in _warned_alpha:
-        _warned_alpha.add((alpha, views))
-        limit = (views - 1) / (2 * views - 1)
-        warnings.warn(
-            f"alpha: {alpha} is above {limit:.3g}; with {views} viewpoints the target of a wrong view can exceed that "
-            "of the true one",
-            RuntimeWarning,
-            stacklevel=3,  # the line that called the loss
-        )
-
-
 def check_identity(identity: Tensor, samples: int, anchor_name: str, anchor: Tensor) -> None:
     """TypeError or ValueError unless ``identity`` holds one integer for each sample, on the anchor's device."""
     check_tensor("identity", identity)
@@ -102,14 +88,6 @@ def plain_viewpoint(viewpoint: Tensor) -> Tensor:
     return viewpoint.detach().double() if viewpoint.is_floating_point() else plain_identity(viewpoint)
 
 
-def check_mask(mask: Tensor | None, identities: int, views: int, anchor_name: str, anchor: Tensor) -> None:
-    """TypeError or ValueError unless ``mask`` is None or a bool [K, V] on the anchor's device."""
-    if mask is not None:
-        check_shape("mask", mask, (identities, views))
-        check_dtype("mask", mask, torch.bool)
-        check_same_device("mask", mask, anchor_name, anchor)
-
-
 def check_batch(samples: int, classes: int, reduction: str, name: str) -> None:
     """ValueError where there is no class, or a mean over no samples is asked for."""
     if classes == 0:
@@ -124,6 +102,46 @@ def reduce_rows(loss: Tensor, reduction: str) -> Tensor:
         return loss
     total = loss.to(torch.float64).sum()
     return (total / loss.shape[0] if reduction == "mean" else total).to(loss.dtype)
+
+
+def warn_of_alpha(alpha: float, views: int, nested: int = 0) -> None:
+    """Warn once where alpha is so large that a wrong view's target can exceed the true one's.
+
+    ``nested``: how many functions of the package lie between the loss and this one.
+    """
+    if torch.compiler.is_compiling() or views < 2 or alpha <= (views - 1) / (2 * views - 1):
+        return
+    if (alpha, views) not in _warned_alpha:
+        _warned_alpha.add((alpha, views))
+        limit = (views - 1) / (2 * views - 1)
+        warnings.warn(
+            f"alpha: {alpha} is above {limit:.3g}; with {views} viewpoints the target of a wrong view can exceed that "
+            "of the true one",
+            RuntimeWarning,
+            stacklevel=3 + nested,  # the line that called the loss
+        )
+
+
+def check_labels(
+    name: str,
+    anchor: Tensor,
+    shape: Sequence[int],
+    identity: Tensor,
+    viewpoint: Tensor,
+    mask: Tensor | None,
+    reduction: str,
+    alpha: float,
+) -> None:
+    """The checks of what all losses of both labels take; shape is (N, K, V), name is what errors call the anchor."""
+    N, K, V = shape
+    check_identity(identity, N, name, anchor)
+    check_viewpoint(viewpoint, N, V, name, anchor)
+    if mask is not None:
+        check_shape("mask", mask, (K, V))
+        check_dtype("mask", mask, torch.bool)
+        check_same_device("mask", mask, name, anchor)
+    check_batch(N, K * V, reduction, name)
+    warn_of_alpha(alpha, V, nested=1)
 
 
 def check_label_values(

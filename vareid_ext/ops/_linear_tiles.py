@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops._labels import label_error_slot
-from vareid_ext.reference.angular_center import accumulator_dtype
+from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference.viewpoint_aware_cross_entropy import STATISTICS
 
 _FEW_ROWS = 64  # below this, products over a chunk of rows are slower than computing the logits twice

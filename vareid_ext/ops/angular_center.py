@@ -16,8 +16,8 @@ from vareid_ext.ops._checks import (
     check_shape,
 )
 from vareid_ext.ops._operator import add_gradient, contiguous, define
+from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import angular_center as reference
-from vareid_ext.reference.angular_center import accumulator_dtype
 
 
 def _empty_forward(W: Tensor, U: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -44,13 +44,13 @@ def _check_entries(entries: int, most: int | None) -> None:
         )
 
 
-def _reference_sets(neighbor: Tensor, k1: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+def _reference_robust_sets(neighbor: Tensor, k1: int, most: int | None = None) -> tuple[Tensor, Tensor]:
     indptr, index = reference.reciprocal_sets(neighbor, k1)
     _check_entries(index.numel(), most)
     return indptr, index
 
 
-def _native_sets(neighbor: Tensor, k1: int, most: int | None = None) -> Any:
+def _native_robust_sets(neighbor: Tensor, k1: int, most: int | None = None) -> Any:
     neighbor = neighbor.contiguous()
     M, width = neighbor.shape
     if neighbor.is_cuda and min(k1 + 1, width) > _CUDA_MOST_MEMBERS:
@@ -63,24 +63,24 @@ def _native_sets(neighbor: Tensor, k1: int, most: int | None = None) -> Any:
         sets += [members, size]
     indptr = neighbor.new_empty((M + 1,), dtype=torch.int64)
     workspace = _workspace(neighbor, 8 * M)
-    _native.launch("k_reciprocal_expanded", *sets, indptr, None, workspace, on=neighbor)
+    _native.launch("k_reciprocal_robust_sets", *sets, indptr, None, workspace, on=neighbor)
     entries = int(indptr[-1])
     _check_entries(entries, most)
     index = neighbor.new_empty((entries,))
-    _native.launch("k_reciprocal_expanded", *sets, indptr, index, workspace, on=neighbor)
+    _native.launch("k_reciprocal_robust_sets", *sets, indptr, index, workspace, on=neighbor)
     return indptr, index
 
 
-def _fake_sets(neighbor: Tensor, k1: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+def _fake_robust_sets(neighbor: Tensor, k1: int, most: int | None = None) -> tuple[Tensor, Tensor]:
     indptr, entries = _pattern_sizes(neighbor, neighbor.shape[0])
     return indptr, neighbor.new_empty((entries,), dtype=torch.int32)
 
 
-k_reciprocal_sets = define(
-    "k_reciprocal_sets(Tensor neighbor, SymInt k1, SymInt? most=None) -> (Tensor, Tensor)",
-    fake=_fake_sets,
-    reference=_reference_sets,
-    native=_native_sets,
+k_reciprocal_robust_sets = define(
+    "k_reciprocal_robust_sets(Tensor neighbor, SymInt k1, SymInt? most=None) -> (Tensor, Tensor)",
+    fake=_fake_robust_sets,
+    reference=_reference_robust_sets,
+    native=_native_robust_sets,
 )
 """R* of every row; see :func:`vareid_ext.reference.k_reciprocal.reciprocal_sets`.
 
@@ -131,7 +131,7 @@ k_reciprocal_encode = define(
 """V before query expansion; see :func:`vareid_ext.reference.k_reciprocal.encode`."""
 
 
-def _reference_expand(
+def _reference_query_expansion(
     neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, most: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     expanded = reference.expand_query(neighbor, k2, indptr, index, value)
@@ -139,7 +139,7 @@ def _reference_expand(
     return expanded
 
 
-def _native_expand(
+def _native_query_expansion(
     neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, most: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if k2 == 1:
@@ -148,27 +148,27 @@ def _native_expand(
     new_indptr = torch.empty_like(indptr)
     workspace = _workspace(neighbor, 16 * neighbor.shape[0])
     given = neighbor, k2, indptr, index, value, new_indptr
-    _native.launch("k_reciprocal_expand", *given, None, None, workspace, on=neighbor)
+    _native.launch("k_reciprocal_query_expansion", *given, None, None, workspace, on=neighbor)
     entries = int(new_indptr[-1])
     _check_entries(entries, most)
     new_index, new_value = index.new_empty((entries,)), value.new_empty((entries,))
-    _native.launch("k_reciprocal_expand", *given, new_index, new_value, workspace, on=neighbor)
+    _native.launch("k_reciprocal_query_expansion", *given, new_index, new_value, workspace, on=neighbor)
     return new_indptr, new_index, new_value
 
 
-def _fake_expand(
+def _fake_query_expansion(
     neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, most: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     new_indptr, entries = _pattern_sizes(neighbor, neighbor.shape[0])
     return new_indptr, index.new_empty((entries,)), value.new_empty((entries,))
 
 
-k_reciprocal_expand = define(
-    "k_reciprocal_expand(Tensor neighbor, SymInt k2, Tensor indptr, Tensor index, Tensor value, SymInt? most=None) "
-    "-> (Tensor, Tensor, Tensor)",
-    fake=_fake_expand,
-    reference=_reference_expand,
-    native=_native_expand,
+k_reciprocal_query_expansion = define(
+    "k_reciprocal_query_expansion(Tensor neighbor, SymInt k2, Tensor indptr, Tensor index, Tensor value, "
+    "SymInt? most=None) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_query_expansion,
+    reference=_reference_query_expansion,
+    native=_native_query_expansion,
 )
 """Query expansion; see :func:`vareid_ext.reference.k_reciprocal.expand_query`.
 

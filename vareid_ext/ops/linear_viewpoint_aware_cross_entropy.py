@@ -25,21 +25,17 @@ from vareid_ext.ops._checks import (
     has_memory,
 )
 from vareid_ext.ops._labels import (
-    check_batch,
-    check_identity,
     check_label_values,
-    check_mask,
+    check_labels,
     check_scalars,
-    check_viewpoint,
     plain_identity,
     plain_viewpoint,
     reduce_rows,
     smoothing_arguments,
-    warn_of_alpha,
 )
 from vareid_ext.ops._operator import add_gradient, contiguous, define
+from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import linear_viewpoint_aware_cross_entropy as reference
-from vareid_ext.reference.angular_center import accumulator_dtype
 
 MEMORY_BUDGET = 256 * 2**20
 """Bytes for the logits that exist at one time."""
@@ -320,11 +316,8 @@ def linear_viewpoint_aware_cross_entropy(
     V = viewpoint_centers.shape[1]
     for name, centers in (("identity_centers", identity_centers), ("viewpoint_centers", viewpoint_centers)):
         check_dtype(name, centers, feature.dtype)
-    check_identity(identity, N, "feature", feature)
-    check_viewpoint(viewpoint, N, V, "feature", feature)
-    check_mask(mask, K, V, "feature", feature)
     check_scalars(smoothing, alpha, epsilon, reduction)
-    check_batch(N, K * V, reduction, "feature")
+    check_labels("feature", feature, (N, K, V), identity, viewpoint, mask, reduction, alpha)
     check_flag("normalize", normalize)
     check_number("scale", scale)
     if not 0 < scale < float("inf"):
@@ -333,7 +326,6 @@ def linear_viewpoint_aware_cross_entropy(
         raise ValueError(f"scale: {scale} was given, but it has an effect only with normalize=True")
     if chunk_rows is not None:
         chunk_rows = check_count("chunk_rows", chunk_rows, 1)
-    warn_of_alpha(alpha, V)
     in_forward = torch.is_grad_enabled() and reduction != "none"
     identity_loss, viewpoint_loss, *_ = _forward(
         feature, identity_centers, viewpoint_centers, plain_identity(identity), plain_viewpoint(viewpoint), mask,

@@ -22,8 +22,9 @@ from vareid_ext.ops._features import check_features, check_same_features, row_ma
 from vareid_ext.ops._filter import Filter, block_side, row_blocks
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.ops._operator import define
+from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import nearest_neighbors as reference
-from vareid_ext.reference.pairwise_distance import METRICS, result_dtype
+from vareid_ext.reference.pairwise_distance import METRICS
 
 MOST_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
 LEAST_ROWS = 64  # done again at once, where memory allows it
@@ -71,7 +72,7 @@ class _Scan:
         """Takes the candidates of a block of products; ``both``: for its columns too."""
         _native.launch(
             "nearest_neighbors_scan", block, row, column, self.left_bounds, self.right_bounds, self.candidates,
-            self.candidates if both else None, self.k, write, on=block,
+            self.k, both, write, on=block,
         )  # fmt: skip
 
     def select(self, distance_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -227,13 +228,13 @@ def _native_nearest_neighbors(
         filtered = Filter([x, y], ["x", "y"], metric)
         scan = _Scan(filtered, [0], [1], k, metric, block_rows)
         _one_sided_scan(filtered, scan, block_rows)
-    index, distance = scan.select(result_dtype(x.dtype))
+    index, distance = scan.select(accumulator_dtype(x.dtype))
     return distance, index.to(torch.int64)
 
 
 def _fake_nearest_neighbors(x: Tensor, y: Tensor | None, k: int, *_arguments: Any) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], k)
-    return x.new_empty(shape, dtype=result_dtype(x.dtype)), x.new_empty(shape, dtype=torch.int64)
+    return x.new_empty(shape, dtype=accumulator_dtype(x.dtype)), x.new_empty(shape, dtype=torch.int64)
 
 
 _nearest_neighbors = define(

@@ -13,6 +13,7 @@ from vareid_ext.ops._features import check_features, check_same_features, row_ma
 from vareid_ext.ops._filter import Filter, block_side, row_blocks
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.ops._operator import add_gradient, define
+from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import pairwise_distance as reference
 
 # On a GPU, blocks of up to so many pairs are computed by the package's own kernel, which needs one launch; larger ones
@@ -109,7 +110,7 @@ def _backward_impl(
 
 
 def _fake_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
-    return x.new_empty((x.shape[0], (x if y is None else y).shape[0]), dtype=reference.result_dtype(x.dtype))
+    return x.new_empty((x.shape[0], (x if y is None else y).shape[0]), dtype=accumulator_dtype(x.dtype))
 
 
 _forward = define(

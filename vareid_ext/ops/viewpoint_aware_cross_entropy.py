@@ -14,19 +14,17 @@ from vareid_ext.ops._labels import (
     check_batch,
     check_identity,
     check_label_values,
-    check_mask,
+    check_labels,
     check_scalars,
-    check_viewpoint,
     label_error_slot,
     plain_identity,
     plain_viewpoint,
     reduce_rows,
     smoothing_arguments,
-    warn_of_alpha,
 )
 from vareid_ext.ops._operator import add_gradient, contiguous, define
+from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import viewpoint_aware_cross_entropy as reference
-from vareid_ext.reference.angular_center import accumulator_dtype
 
 _IDENTITY, _VIEWPOINT = 0, 1
 _DENSE = torch.contiguous_format
@@ -312,13 +310,8 @@ def viewpoint_cross_entropy(
     """
     check_floating("logits", logits)
     check_shape("logits", logits, ("N", "K", "V"))
-    N, K, V = logits.shape
-    check_identity(identity, N, "logits", logits)
-    check_viewpoint(viewpoint, N, V, "logits", logits)
-    check_mask(mask, K, V, "logits", logits)
     check_scalars("adaptive", alpha, 0.0, reduction)
-    check_batch(N, K * V, reduction, "logits")
-    warn_of_alpha(alpha, V)
+    check_labels("logits", logits, logits.shape, identity, viewpoint, mask, reduction, alpha)
     labels = plain_identity(identity), plain_viewpoint(viewpoint), mask
     loss: Tensor = _forward(None, logits, *labels, True, alpha, 0.0, reduction)[1]
     return loss
@@ -365,13 +358,10 @@ def viewpoint_aware_cross_entropy(
     check_shape("viewpoint_logits", viewpoint_logits, (N, K, "V"))
     check_dtype("viewpoint_logits", viewpoint_logits, identity_logits.dtype)
     check_same_device("viewpoint_logits", viewpoint_logits, "identity_logits", identity_logits)
-    V = viewpoint_logits.shape[2]
-    check_identity(identity, N, "identity_logits", identity_logits)
-    check_viewpoint(viewpoint, N, V, "identity_logits", identity_logits)
-    check_mask(mask, K, V, "identity_logits", identity_logits)
     check_scalars(smoothing, alpha, epsilon, reduction)
-    check_batch(N, K * V, reduction, "identity_logits")
-    warn_of_alpha(alpha, V)
+    check_labels(
+        "identity_logits", identity_logits, viewpoint_logits.shape, identity, viewpoint, mask, reduction, alpha
+    )
     labels = plain_identity(identity), plain_viewpoint(viewpoint), mask
     smoothed = smoothing_arguments(smoothing, alpha, epsilon)
     identity_loss, viewpoint_loss, _ = _forward(identity_logits, viewpoint_logits, *labels, *smoothed, reduction)

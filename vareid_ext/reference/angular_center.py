@@ -17,10 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from vareid_ext.reference import accumulator_dtype
 
 
 def _inverse(norm: Tensor) -> Tensor:

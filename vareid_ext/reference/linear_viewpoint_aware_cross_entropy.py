@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import viewpoint_aware_cross_entropy as rows
-from vareid_ext.reference.angular_center import accumulator_dtype, unit_vectors
+from vareid_ext.reference.angular_center import unit_vectors
 
 
 def linear_logits(feature: Tensor, centers: Tensor, normalize: bool, scale: float) -> Tensor:

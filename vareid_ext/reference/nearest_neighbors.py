@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vareid_ext.reference.pairwise_distance import exact_distance, result_dtype, rows_per_block
+from vareid_ext.reference import accumulator_dtype
+from vareid_ext.reference.pairwise_distance import exact_distance, rows_per_block
 
 
 def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,7 @@ def nearest_neighbors(x: Tensor, y: Tensor | None, k: int, metric: str) -> tuple
         distance [M, k], ascending, float64 for float64 features, else float32; index int64 [M, k].
     """
     other = x if y is None else y
-    distance = x.new_empty((x.shape[0], k), dtype=result_dtype(x.dtype))
+    distance = x.new_empty((x.shape[0], k), dtype=accumulator_dtype(x.dtype))
     index = x.new_empty((x.shape[0], k), dtype=torch.int64)
     step = rows_per_block(other.shape[0])
     for begin in range(0, x.shape[0], step):

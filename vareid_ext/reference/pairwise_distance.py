@@ -20,13 +20,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vareid_ext.reference import accumulator_dtype
+
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 _BLOCK_ELEMENTS = 1 << 23  # float64 distances held at once by the functions that go over blocks of rows
-
-
-def result_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of distances: float64 for float64 features, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rows_per_block(columns: int) -> int:
@@ -71,7 +68,7 @@ def pairwise_distance_forward(x: Tensor, y: Tensor | None, metric: str) -> Tenso
         [M, N], float64 for float64 features, else float32.
     """
     other = x if y is None else y
-    out = x.new_empty((x.shape[0], other.shape[0]), dtype=result_dtype(x.dtype))
+    out = x.new_empty((x.shape[0], other.shape[0]), dtype=accumulator_dtype(x.dtype))
     step = rows_per_block(other.shape[0])
     for begin in range(0, x.shape[0], step):
         out[begin : begin + step] = exact_distance(x[begin : begin + step], other, metric)

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vareid_ext.reference.angular_center import accumulator_dtype
+from vareid_ext.reference import accumulator_dtype
 
 STATISTICS = 5
 

@@ -13,14 +13,14 @@ def k_reciprocal_sets(launch: Any, neighbor: Any, k: int, out: Any, size: Any, p
     launch("k_reciprocal_sets_cuda", neighbor, rows, width, k, Partial(out), size)
 
 
-def k_reciprocal_expanded(
+def k_reciprocal_robust_sets(
     launch: Any, sets: Any, size: Any, half: Any, half_size: Any, indptr: Any, index: Any, workspace: Any,
     place: Any,
 ) -> None:  # fmt: skip
     (rows, width), half_width = sets.shape, half.shape[1]
     launch(
-        "k_reciprocal_expanded_cuda", sets, size, width, half, half_size, half_width, rows,
-        indptr if index is None else InOut(indptr), index,
+        "k_reciprocal_robust_sets_cuda", sets, size, width, half, half_size, half_width, rows,
+        indptr if index is None else InOut(indptr), index, None,
     )  # fmt: skip
 
 
@@ -39,14 +39,14 @@ def k_reciprocal_encode(launch: Any, indptr: Any, distance: Any, row_max: Any, v
     launch("k_reciprocal_encode_cuda", indptr, distance, row_max, indptr.numel() - 1, value)
 
 
-def k_reciprocal_expand(
+def k_reciprocal_query_expansion(
     launch: Any, neighbor: Any, k2: int, indptr: Any, index: Any, value: Any, new_indptr: Any, new_index: Any,
     new_value: Any, workspace: Any, place: Any,
 ) -> None:  # fmt: skip
     rows, width = neighbor.shape
     launch(
-        "k_reciprocal_expand_cuda", neighbor, rows, width, k2, indptr, index, value,
-        new_indptr if new_index is None else InOut(new_indptr), new_index, new_value,
+        "k_reciprocal_query_expansion_cuda", neighbor, rows, width, k2, indptr, index, value,
+        new_indptr if new_index is None else InOut(new_indptr), new_index, new_value, None,
     )  # fmt: skip
 
 
@@ -69,7 +69,7 @@ def k_reciprocal_blend(
     dense = distance.contiguous()
     launch(
         "k_reciprocal_blend_cuda", InOut(dense), gallery, queries, gallery, row_max, indptr, index, value, start, owner,
-        weight, lambda_value,
+        weight, lambda_value, None,
     )  # fmt: skip
     distance.copy_(dense)
 
@@ -84,7 +84,7 @@ def k_reciprocal_topk(
     launch(
         "k_reciprocal_topk_cuda", query_memory, query_factor, Q, query_stride, gallery_memory, gallery_factor, G,
         gallery_stride, dtype_code(query), D, nearest, original, nearest.shape[1], row_max, indptr, index, value, start,
-        owner, weight, lambda_value, distance.shape[1], distance, gallery_index,
+        owner, weight, lambda_value, distance.shape[1], distance, gallery_index, None,
     )  # fmt: skip
 
 
@@ -92,4 +92,4 @@ def k_reciprocal_matrix_neighbors(
     launch: Any, q_g: Any, q_q: Any, g_g: Any, k: int, neighbor: Any, row_max: Any, workspace: Any, place: Any,
 ) -> None:  # fmt: skip
     Q, G = q_g.shape
-    launch("k_reciprocal_matrix_neighbors_cuda", q_g, q_q, g_g, dtype_code(q_g), Q, G, k, neighbor, row_max)
+    launch("k_reciprocal_matrix_neighbors_cuda", q_g, q_q, g_g, dtype_code(q_g), Q, G, k, neighbor, row_max, None)

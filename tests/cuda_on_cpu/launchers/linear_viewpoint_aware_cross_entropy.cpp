@@ -16,32 +16,31 @@ LogitsTile tile_of(void* logits, int64_t row_stride, const void* scale, int64_t 
 void linear_summarise_flat(const void* logits, int64_t row_stride, const void* scale, int64_t N, int64_t K,
                            int64_t views, int64_t first, int64_t identities, const int64_t* identity,
                            const uint8_t* mask, double* summaries, int64_t total_parts, int64_t first_part,
-                           double* own_logits, DType dtype, int device, void* stream) {
+                           double* own_logits, DType dtype, const Place& place) {
   const LogitsTile tile = tile_of(const_cast<void*>(logits), row_stride, scale, N, K, views, first, identities,
                                   identity, nullptr, nullptr, mask);
   linear_viewpoint_aware_cross_entropy_summarise_cuda(tile, reinterpret_cast<OthersSummary*>(summaries), total_parts,
-                                                      first_part, own_logits, dtype, device, stream);
+                                                      first_part, own_logits, dtype, place);
 }
 
 void linear_finish_flat(const double* summaries, int64_t total_parts, const double* own_logits, int64_t N, int64_t K,
                         int64_t views, const int64_t* identity, const int64_t* viewpoint, const double* distribution,
                         const uint8_t* mask, bool adaptive, double alpha, double epsilon, double* statistics,
-                        void* loss, int64_t* label_error, DType dtype, int device, void* stream) {
+                        void* loss, int64_t* label_error, DType dtype, const Place& place) {
   const LogitsTile tile = tile_of(nullptr, 0, nullptr, N, K, views, 0, 0, identity, viewpoint, distribution, mask);
   linear_viewpoint_aware_cross_entropy_finish_cuda(tile, reinterpret_cast<const OthersSummary*>(summaries), total_parts,
                                                    own_logits, {adaptive, alpha, epsilon}, statistics, loss,
-                                                   label_error, dtype, device, stream);
+                                                   label_error, dtype, place);
 }
 
 void linear_gradient_flat(void* logits, int64_t row_stride, const void* scale, int64_t N, int64_t K, int64_t views,
                           int64_t first, int64_t identities, const int64_t* identity, const int64_t* viewpoint,
                           const double* distribution, const uint8_t* mask, const double* statistics,
-                          const void* upstream, int64_t upstream_stride, double share, DType dtype, int device,
-                          void* stream) {
+                          const void* upstream, int64_t upstream_stride, double share, DType dtype,
+                          const Place& place) {
   const LogitsTile tile =
       tile_of(logits, row_stride, scale, N, K, views, first, identities, identity, viewpoint, distribution, mask);
-  linear_viewpoint_aware_cross_entropy_gradient_cuda(tile, statistics, upstream, upstream_stride, share, dtype, device,
-                                                     stream);
+  linear_viewpoint_aware_cross_entropy_gradient_cuda(tile, statistics, upstream, upstream_stride, share, dtype, place);
 }
 
 }  // namespace vareid

@@ -19,16 +19,14 @@ def _sets(parts: Any) -> list[Any]:
 
 
 def nearest_neighbors_scan(
-    launch: Any, block: Any, row: int, column: int, left_bounds: Any, right_bounds: Any, left: Any, right: Any, k: int,
-    write: bool, place: Any,
+    launch: Any, block: Any, row: int, column: int, left_bounds: Any, right_bounds: Any, candidates: Any, k: int,
+    both: bool, write: bool, place: Any,
 ) -> None:  # fmt: skip
     rows, columns = block.shape
     dense = block.contiguous()
-    lower, index, count, threshold, cut, row_max = left
     launch(
         "nearest_neighbors_scan_cuda", InOut(dense), columns, rows, columns, row, column, *left_bounds, *right_bounds,
-        InOut(lower), InOut(index), InOut(count), InOut(threshold), InOut(cut), InOut(row_max), lower.shape[1], k,
-        right is not None, write,
+        *map(InOut, candidates), candidates[0].shape[1], k, both, write,
     )  # fmt: skip
     block.copy_(dense)
 
@@ -37,10 +35,9 @@ def nearest_neighbors_select(
     launch: Any, x: Any, y: Any, metric: int, unscale: float, left_bounds: Any, right_bounds: Any, candidates: Any,
     k: int, index: Any, distance: Any, unsure: Any, reach: Any, place: Any,
 ) -> None:  # fmt: skip
-    lower, candidate, count, _, cut, _ = candidates
     launch(
         "nearest_neighbors_select_cuda", *_sets(x), *_sets(y), dtype_code(x[0][0]), x[0][0].shape[1], metric, unscale,
-        left_bounds[1], right_bounds[1], lower, candidate, count, cut, lower.shape[1], k, Partial(index),
+        *left_bounds, *right_bounds, *map(InOut, candidates), candidates[0].shape[1], k, Partial(index),
         Partial(distance), dtype_code(distance), unsure, reach,
     )  # fmt: skip
 
@@ -52,6 +49,6 @@ def nearest_neighbors_rescan(
     count, columns = block.shape
     launch(
         "nearest_neighbors_rescan_cuda", block.contiguous(), columns, rows.contiguous(), count, *_sets(x), *_sets(y),
-        dtype_code(x[0][0]), x[0][0].shape[1], metric, unscale, *left_bounds, *right_bounds, reach, k, InOut(index),
-        InOut(distance), dtype_code(distance),
+        dtype_code(x[0][0]), x[0][0].shape[1], metric, unscale, *left_bounds, *right_bounds, reach, None, k,
+        InOut(index), InOut(distance), dtype_code(distance), None,
     )  # fmt: skip

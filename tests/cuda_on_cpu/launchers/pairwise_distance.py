@@ -9,17 +9,17 @@ from tests.cuda_on_cpu.harness import InOut, dtype_code, spanned
 
 def pairwise_distance_max_abs(launch: Any, x: Any, out: Any, place: Any) -> None:
     (rows, D), (memory, stride) = x.shape, spanned(x)
-    launch("pairwise_distance_max_abs_cuda", memory, dtype_code(x), rows, D, stride, out)
+    launch("pairwise_distance_max_abs_cuda", memory, None, rows, stride, dtype_code(x), D, out)
 
 
 def pairwise_distance_norm(launch: Any, x: Any, factor: Any, out: Any, place: Any) -> None:
     (rows, D), (memory, stride) = x.shape, spanned(x)
-    launch("pairwise_distance_norm_cuda", memory, factor, dtype_code(x), rows, D, stride, out)
+    launch("pairwise_distance_norm_cuda", memory, factor, rows, stride, dtype_code(x), D, out)
 
 
 def pairwise_distance_prepare(launch: Any, x: Any, factor: Any, center: Any, out: Any, norm: Any, place: Any) -> None:
     (rows, D), (memory, stride) = x.shape, spanned(x)
-    launch("pairwise_distance_prepare_cuda", memory, factor, dtype_code(x), rows, D, stride, center, out, norm)
+    launch("pairwise_distance_prepare_cuda", memory, factor, rows, stride, dtype_code(x), D, center, out, norm)
 
 
 def pairwise_distance_block(

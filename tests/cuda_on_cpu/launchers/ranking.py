@@ -16,4 +16,4 @@ def ranking_forward(
 ) -> None:
     Q, G = distances.shape
     memory, row_stride = spanned(distances)
-    launch("ranking_forward_cuda", memory, row_stride, *labels, *results, dtype_code(distances), Q, G)
+    launch("ranking_forward_cuda", memory, row_stride, *labels, *results, None, dtype_code(distances), Q, G, max_group)

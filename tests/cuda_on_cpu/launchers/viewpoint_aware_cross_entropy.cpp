@@ -35,8 +35,7 @@ void cross_entropy_forward_flat(bool has0, const void* logits0, int64_t row_stri
                                 int64_t row_stride1, int64_t views, const int64_t* identity, const int64_t* viewpoint,
                                 const double* distribution, const uint8_t* mask, void* loss0, void* loss1,
                                 double* statistics, bool adaptive, double alpha, double epsilon, DType dtype, int64_t N,
-                                int64_t K, int reduction, int64_t* label_error, void* workspace, int device,
-                                void* stream) {
+                                int64_t K, int reduction, int64_t* label_error, void* workspace, const Place& place) {
   CrossEntropyHead heads[2] = {
       identity_head(has0, logits0, row_stride0),
       viewpoint_head(has1, logits1, row_stride1, views, viewpoint, distribution, mask),
@@ -50,14 +49,14 @@ void cross_entropy_forward_flat(bool has0, const void* logits0, int64_t row_stri
     heads[h].statistics = statistics + h * 5 * N;
   }
   viewpoint_aware_cross_entropy_forward_cuda(heads, identity, dtype, N, K, static_cast<Reduction>(reduction),
-                                             label_error, workspace, device, stream);
+                                             label_error, workspace, place);
 }
 
 void cross_entropy_backward_flat(bool has0, const void* logits0, int64_t row_stride0, bool has1, const void* logits1,
                                  int64_t row_stride1, int64_t views, const int64_t* identity, const int64_t* viewpoint,
                                  const double* distribution, const uint8_t* mask, const double* statistics,
                                  const void* upstream0, const void* upstream1, void* grad0, void* grad1, DType dtype,
-                                 int64_t N, int64_t K, int reduction, int device, void* stream) {
+                                 int64_t N, int64_t K, int reduction, const Place& place) {
   CrossEntropyHead heads[2] = {
       identity_head(has0, logits0, row_stride0),
       viewpoint_head(has1, logits1, row_stride1, views, viewpoint, distribution, mask),
@@ -67,8 +66,7 @@ void cross_entropy_backward_flat(bool has0, const void* logits0, int64_t row_str
   heads[0].grad = grad0;
   heads[1].grad = grad1;
   for (int h = 0; h < 2; ++h) heads[h].statistics = const_cast<double*>(statistics) + h * 5 * N;
-  viewpoint_aware_cross_entropy_backward_cuda(heads, identity, dtype, N, K, static_cast<Reduction>(reduction), device,
-                                              stream);
+  viewpoint_aware_cross_entropy_backward_cuda(heads, identity, dtype, N, K, static_cast<Reduction>(reduction), place);
 }
 
 }  // namespace vareid

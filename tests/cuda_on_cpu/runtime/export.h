@@ -5,10 +5,13 @@
 #include <cstdint>
 #include <exception>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
 #include "dtype.h"
+#include "pairwise_distance.h"
+#include "place.h"
 
 namespace cuda_on_cpu {
 
@@ -24,6 +27,25 @@ struct Export {
   void (*call)(const Value* values, int64_t* result);
 };
 void add_export(Export entry);
+
+// What a parameter is made of: itself, or the fields of a structure, which are arguments of their own.
+template <typename T>
+struct Fields {
+  using types = std::tuple<T>;
+  static T make(T value) { return value; }
+};
+template <>
+struct Fields<vareid::Features> {
+  using types = std::tuple<const void*, const double*, int64_t, int64_t>;
+  static vareid::Features make(const void* data, const double* factor, int64_t rows, int64_t stride) {
+    return {data, factor, rows, stride};
+  }
+};
+template <>
+struct Fields<vareid::Place> {
+  using types = std::tuple<int, void*>;
+  static vareid::Place make(int device, void* stream) { return {1, device, stream}; }
+};
 
 template <typename T>
 std::string type_text() {
@@ -59,26 +81,42 @@ T unpack(const Value& value) {
     return static_cast<T>(value.integer);
 }
 
+template <typename... T>
+std::string types_text(std::tuple<T...>*) {
+  std::string text;
+  ((text += (text.empty() ? "" : ",") + type_text<std::remove_cv_t<T>>()), ...);
+  return text;
+}
+
+inline const Value& next(const Value*& values) { return *values++; }
+
+// Makes a parameter of the next values.
+template <typename T, typename... Parts>
+T take(const Value*& values, std::tuple<Parts...>*) {
+  std::tuple<Parts...> parts{unpack<Parts>(next(values))...};  // in order: they stand in braces
+  return std::apply([](Parts... part) { return Fields<T>::make(part...); }, parts);
+}
+
 template <auto kFunction, typename Signature>
 struct Adapter;
 template <auto kFunction, typename Result, typename... Params>
 struct Adapter<kFunction, Result (*)(Params...)> {
+  template <typename T>
+  using Plain = std::remove_cv_t<std::remove_reference_t<T>>;
+
   static std::string signature() {
-    std::string text;
-    ((text += (text.empty() ? "" : ",") + type_text<std::remove_cv_t<Params>>()), ...);
-    return text + "->" + type_text<Result>();
-  }
-  template <size_t... I>
-  static void apply(const Value* values, int64_t* result, std::index_sequence<I...>) {
-    if constexpr (std::is_void_v<Result>) {
-      kFunction(unpack<Params>(values[I])...);
-      *result = 0;
-    } else {
-      *result = static_cast<int64_t>(kFunction(unpack<Params>(values[I])...));
-    }
+    using All = decltype(std::tuple_cat(std::declval<typename Fields<Plain<Params>>::types>()...));
+    return types_text(static_cast<All*>(nullptr)) + "->" + type_text<Result>();
   }
   static void call(const Value* values, int64_t* result) {
-    apply(values, result, std::index_sequence_for<Params...>{});
+    const std::tuple<Plain<Params>...> arguments{
+        take<Plain<Params>>(values, static_cast<typename Fields<Plain<Params>>::types*>(nullptr))...};
+    if constexpr (std::is_void_v<Result>) {
+      std::apply(kFunction, arguments);
+      *result = 0;
+    } else {
+      *result = static_cast<int64_t>(std::apply(kFunction, arguments));
+    }
   }
 };
 

@@ -51,9 +51,9 @@ def encode(
     Returns:
         CSR rows: indptr [M+1], index, value.
     """
-    indptr, index = stages.k_reciprocal_sets(neighbor, k1, limit)
+    indptr, index = stages.k_reciprocal_robust_sets(neighbor, k1, limit)
     value = stages.k_reciprocal_encode(indptr, distance_of(indptr, index), row_max)
-    return stages.k_reciprocal_expand(neighbor, k2, indptr, index, value, limit)
+    return stages.k_reciprocal_query_expansion(neighbor, k2, indptr, index, value, limit)
 
 
 class KReciprocal(Reranker):
