@@ -1,7 +1,7 @@
 #include "angular_center.h"
 
+#include "array.h"
 #include "bindings.h"
-#include "tensor_view.h"
 
 namespace vareid {
 namespace {
@@ -10,8 +10,8 @@ struct Sizes {
   int64_t K, V, D;
 };
 
-Sizes check(const TensorView& W, const TensorView& U, const OptionalView& mask, const TensorView& cosine,
-            const TensorView& identity_norm, const TensorView& viewpoint_norm) {
+Sizes check(const Array& W, const Array& U, const OptionalArray& mask, const Array& cosine, const Array& identity_norm,
+            const Array& viewpoint_norm) {
   if (W.ndim != 2) refuse("identity_centers", "shape " + shape_text(W) + ", expected [K, D]");
   if (U.ndim != 3) refuse("viewpoint_centers", "shape " + shape_text(U) + ", expected [K, V, D]");
   const Sizes sizes{W.shape[0], U.shape[1], W.shape[1]};
@@ -26,19 +26,18 @@ Sizes check(const TensorView& W, const TensorView& U, const OptionalView& mask, 
     if (!mask->is_bool()) refuse("mask", "must be bool");
     check_contiguous(*mask, "mask");
   }
-  const TensorView* const views[] = {&W, &U, &cosine, &identity_norm, &viewpoint_norm};
+  const Array* const arrays[] = {&W, &U, &cosine, &identity_norm, &viewpoint_norm};
   const char* const names[] = {"identity_centers", "viewpoint_centers", "cosine", "identity_norm", "viewpoint_norm"};
   for (int i = 0; i < 5; ++i) {
-    check_contiguous(*views[i], names[i]);
-    check_device(*views[i], names[i], W.device_type, W.device_id);
-    if (i >= 2) check_accumulator(*views[i], names[i], W);
+    check_contiguous(*arrays[i], names[i]);
+    check_device(*arrays[i], names[i], W.device_type, W.device_id);
+    if (i >= 2) check_accumulator(*arrays[i], names[i], W);
   }
   return sizes;
 }
 
-void forward(const TensorView& W, const TensorView& U, const OptionalView& mask, const TensorView& loss,
-             const TensorView& cosine, const TensorView& identity_norm, const TensorView& viewpoint_norm,
-             const Place& place) {
+void forward(const Array& W, const Array& U, const OptionalArray& mask, const Array& loss, const Array& cosine,
+             const Array& identity_norm, const Array& viewpoint_norm, const Place& place) {
   const Sizes s = check(W, U, mask, cosine, identity_norm, viewpoint_norm);
   check_accumulator(loss, "loss", W);
   const uint8_t* const exists = mask ? mask->as<uint8_t>() : nullptr;
@@ -46,9 +45,9 @@ void forward(const TensorView& W, const TensorView& U, const OptionalView& mask,
        viewpoint_norm.data, W.dtype(), s.K, s.V, s.D, place);
 }
 
-void backward(const TensorView& upstream, const TensorView& W, const TensorView& U, const OptionalView& mask,
-              const TensorView& cosine, const TensorView& identity_norm, const TensorView& viewpoint_norm,
-              const OptionalView& grad_W, const OptionalView& grad_U, const Place& place) {
+void backward(const Array& upstream, const Array& W, const Array& U, const OptionalArray& mask, const Array& cosine,
+              const Array& identity_norm, const Array& viewpoint_norm, const OptionalArray& grad_W,
+              const OptionalArray& grad_U, const Place& place) {
   const Sizes s = check(W, U, mask, cosine, identity_norm, viewpoint_norm);
   check_accumulator(upstream, "upstream", W);
   if (grad_W) {

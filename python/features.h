@@ -2,12 +2,12 @@
 // row.
 #pragma once
 
+#include "array.h"
 #include "pairwise_distance.h"
-#include "tensor_view.h"
 
 namespace vareid {
 
-inline Features make_features(const TensorView& x, const OptionalView& factor, const char* name) {
+inline Features make_features(const Array& x, const OptionalArray& factor, const char* name) {
   if (x.ndim != 2) refuse(name, "shape " + shape_text(x) + ", expected [rows, D]");
   check_float(x, name);
   if (x.shape[0] > 1 && x.shape[1] > 1 && x.strides[1] != 1) refuse(name, "must have contiguous rows");
@@ -21,7 +21,7 @@ inline Features make_features(const TensorView& x, const OptionalView& factor, c
 }
 
 // The leading dimension of a float32 matrix whose rows are contiguous.
-inline int64_t leading_dimension(const TensorView& block, const char* name) {
+inline int64_t leading_dimension(const Array& block, const char* name) {
   if (block.ndim != 2) refuse(name, "shape " + shape_text(block) + ", expected two dimensions");
   check_float32(block, name);
   if (block.shape[1] > 1 && block.strides[1] != 1) refuse(name, "must have contiguous rows");

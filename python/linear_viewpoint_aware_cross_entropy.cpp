@@ -1,7 +1,7 @@
 #include "linear_viewpoint_aware_cross_entropy.h"
 
+#include "array.h"
 #include "bindings.h"
-#include "tensor_view.h"
 
 namespace vareid {
 namespace {
@@ -9,31 +9,31 @@ namespace {
 // Checks what lies beside a tile: its device, its element type and that it is dense.
 class Beside {
  public:
-  explicit Beside(const TensorView& some) : some_(some) {}
-  void here(const TensorView& view, const char* name) const {
-    check_contiguous(view, name);
-    check_device(view, name, some_.device_type, some_.device_id);
+  explicit Beside(const Array& some) : some_(some) {}
+  void here(const Array& array, const char* name) const {
+    check_contiguous(array, name);
+    check_device(array, name, some_.device_type, some_.device_id);
   }
-  void accumulator(const TensorView& view, const char* name) const {
-    check_accumulator(view, name, some_);
-    here(view, name);
+  void accumulator(const Array& array, const char* name) const {
+    check_accumulator(array, name, some_);
+    here(array, name);
   }
-  void doubles(const TensorView& view, const char* name) const {
-    check_double(view, name);
-    here(view, name);
+  void doubles(const Array& array, const char* name) const {
+    check_double(array, name);
+    here(array, name);
   }
-  void labels(const TensorView& view, const char* name, int64_t N) const {
-    check_shape(view, name, {N});
-    check_int64(view, name);
-    here(view, name);
+  void labels(const Array& array, const char* name, int64_t N) const {
+    check_shape(array, name, {N});
+    check_int64(array, name);
+    here(array, name);
   }
 
  private:
-  const TensorView& some_;
+  const Array& some_;
 };
 
-void set_labels(LogitsTile& tile, const Beside& beside, const TensorView& identity, const OptionalView& viewpoint,
-                const OptionalView& mask) {
+void set_labels(LogitsTile& tile, const Beside& beside, const Array& identity, const OptionalArray& viewpoint,
+                const OptionalArray& mask) {
   beside.labels(identity, "identity", tile.N);
   tile.identity = identity.as<int64_t>();
   if (viewpoint && viewpoint->ndim == 2) {
@@ -52,8 +52,8 @@ void set_labels(LogitsTile& tile, const Beside& beside, const TensorView& identi
   }
 }
 
-LogitsTile tile_of(const TensorView& logits, const OptionalView& scale, const TensorView& identity,
-                   const OptionalView& viewpoint, const OptionalView& mask, int64_t K, int64_t V, int64_t first) {
+LogitsTile tile_of(const Array& logits, const OptionalArray& scale, const Array& identity,
+                   const OptionalArray& viewpoint, const OptionalArray& mask, int64_t K, int64_t V, int64_t first) {
   if (logits.ndim != 2 || V < 1 || logits.shape[1] % V != 0)
     refuse("logits", "shape " + shape_text(logits) + " does not fit");
   if (logits.shape[1] > 1 && logits.strides[1] != 1) refuse("logits", "must have dense rows");
@@ -85,7 +85,7 @@ int64_t parts(int64_t N, int64_t columns, bool cuda) {
   return linear_viewpoint_aware_cross_entropy_parts_cpu(N, columns);
 }
 
-OthersSummary* check_summaries(const TensorView& summaries, const TensorView& own_logits, int64_t N, int64_t V,
+OthersSummary* check_summaries(const Array& summaries, const Array& own_logits, int64_t N, int64_t V,
                                const Beside& beside) {
   if (summaries.ndim != 3) refuse("summaries", "shape " + shape_text(summaries) + ", expected [N, parts, 4]");
   check_shape(summaries, "summaries", {N, summaries.shape[1], 4});
@@ -95,9 +95,9 @@ OthersSummary* check_summaries(const TensorView& summaries, const TensorView& ow
   return summaries.as<OthersSummary>();
 }
 
-void summarise_tile(const TensorView& logits, const OptionalView& scale, const TensorView& identity,
-                    const OptionalView& mask, const TensorView& summaries, const TensorView& own_logits, int64_t K,
-                    int64_t V, int64_t first, int64_t first_part, const Place& place) {
+void summarise_tile(const Array& logits, const OptionalArray& scale, const Array& identity, const OptionalArray& mask,
+                    const Array& summaries, const Array& own_logits, int64_t K, int64_t V, int64_t first,
+                    int64_t first_part, const Place& place) {
   const LogitsTile tile = tile_of(logits, scale, identity, std::nullopt, mask, K, V, first);
   const bool cuda = logits.device_type == kDeviceCuda;
   OthersSummary* const out = check_summaries(summaries, own_logits, tile.N, V, Beside(logits));
@@ -107,10 +107,9 @@ void summarise_tile(const TensorView& logits, const OptionalView& scale, const T
        own_logits.as<double>(), logits.dtype(), place);
 }
 
-void finish(const TensorView& summaries, const TensorView& own_logits, const TensorView& identity,
-            const OptionalView& viewpoint, const OptionalView& mask, const TensorView& loss,
-            const TensorView& statistics, bool adaptive, double alpha, double epsilon, int64_t K,
-            const OptionalView& label_error, const Place& place) {
+void finish(const Array& summaries, const Array& own_logits, const Array& identity, const OptionalArray& viewpoint,
+            const OptionalArray& mask, const Array& loss, const Array& statistics, bool adaptive, double alpha,
+            double epsilon, int64_t K, const OptionalArray& label_error, const Place& place) {
   LogitsTile tile = {};
   tile.N = identity.shape[0];
   tile.K = K;
@@ -125,12 +124,12 @@ void finish(const TensorView& summaries, const TensorView& own_logits, const Ten
   const Smoothing smoothing{adaptive, alpha, epsilon};
   call(loss, KERNELS(linear_viewpoint_aware_cross_entropy_finish), tile, in, summaries.shape[1],
        own_logits.as<double>(), smoothing, statistics.as<double>(), loss.data,
-       array<int64_t>(label_error, "label_error", 2), loss.dtype(), place);
+       pointer<int64_t>(label_error, "label_error", 2), loss.dtype(), place);
 }
 
-void gradient(const TensorView& logits, const OptionalView& scale, const TensorView& identity,
-              const OptionalView& viewpoint, const OptionalView& mask, const TensorView& statistics,
-              const TensorView& upstream, double share, int64_t K, int64_t V, int64_t first, const Place& place) {
+void gradient(const Array& logits, const OptionalArray& scale, const Array& identity, const OptionalArray& viewpoint,
+              const OptionalArray& mask, const Array& statistics, const Array& upstream, double share, int64_t K,
+              int64_t V, int64_t first, const Place& place) {
   const LogitsTile tile = tile_of(logits, scale, identity, viewpoint, mask, K, V, first);
   const Beside beside(logits);
   check_shape(statistics, "statistics", {kStatistics, tile.N});
@@ -142,7 +141,7 @@ void gradient(const TensorView& logits, const OptionalView& scale, const TensorV
        int64_t{upstream.ndim}, share, logits.dtype(), place);
 }
 
-void inverse_norms(const TensorView& x, const TensorView& inverse, const Place& place) {
+void inverse_norms(const Array& x, const Array& inverse, const Place& place) {
   if (x.ndim != 2) refuse("x", "shape " + shape_text(x) + ", expected [rows, D]");
   check_float(x, "x");
   check_contiguous(x, "x");
@@ -152,7 +151,7 @@ void inverse_norms(const TensorView& x, const TensorView& inverse, const Place& 
        x.dtype(), place);
 }
 
-void project(const TensorView& x, const TensorView& inverse, const TensorView& grad, const Place& place) {
+void project(const Array& x, const Array& inverse, const Array& grad, const Place& place) {
   if (x.ndim != 2) refuse("x", "shape " + shape_text(x) + ", expected [rows, D]");
   check_float(x, "x");
   check_contiguous(x, "x");

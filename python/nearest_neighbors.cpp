@@ -8,25 +8,25 @@
 namespace vareid {
 namespace {
 
-using Views = std::vector<TensorView>;
+using Arrays = std::vector<Array>;
 
 // norm [rows], window [rows].
-Bounds make_bounds(const Views& views, int64_t rows) {
-  if (views.size() != 2) refuse("bounds", "must be norm and window");
-  return {array<float>(views[0], "norm", rows), array<float>(views[1], "window", rows)};
+Bounds make_bounds(const Arrays& arrays, int64_t rows) {
+  if (arrays.size() != 2) refuse("bounds", "must be norm and window");
+  return {pointer<float>(arrays[0], "norm", rows), pointer<float>(arrays[1], "window", rows)};
 }
 
 // lower [rows, capacity], index [rows, capacity], count, threshold, cut, row_max.
-Candidates make_candidates(const Views& views, int64_t k) {
-  if (views.size() != 6 || views[0].ndim != 2) refuse("candidates", "must be six arrays, the first [rows, capacity]");
-  const int64_t rows = views[0].shape[0], capacity = views[0].shape[1];
+Candidates make_candidates(const Arrays& arrays, int64_t k) {
+  if (arrays.size() != 6 || arrays[0].ndim != 2) refuse("candidates", "must be six arrays, the first [rows, capacity]");
+  const int64_t rows = arrays[0].shape[0], capacity = arrays[0].shape[1];
   if (capacity <= k || k < 1) refuse("candidates", "must hold more than k");
-  return {array<float>(views[0], "lower", rows * capacity),
-          array<int32_t>(views[1], "index", rows * capacity),
-          array<int32_t>(views[2], "count", rows),
-          array<float>(views[3], "threshold", rows),
-          array<float>(views[4], "cut", rows),
-          array<float>(views[5], "row_max", rows),
+  return {pointer<float>(arrays[0], "lower", rows * capacity),
+          pointer<int32_t>(arrays[1], "index", rows * capacity),
+          pointer<int32_t>(arrays[2], "count", rows),
+          pointer<float>(arrays[3], "threshold", rows),
+          pointer<float>(arrays[4], "cut", rows),
+          pointer<float>(arrays[5], "row_max", rows),
           capacity,
           k};
 }
@@ -37,7 +37,7 @@ struct Sets {
   DType dtype;
   int64_t D, rows;
 };
-Sets make_sets(const std::vector<std::pair<TensorView, OptionalView>>& parts, const char* name) {
+Sets make_sets(const std::vector<std::pair<Array, OptionalArray>>& parts, const char* name) {
   if (parts.empty() || parts.size() > 2) refuse(name, "must be one or two sets of features");
   Sets sets{};
   sets.first = make_features(parts[0].first, parts[0].second, name);
@@ -53,10 +53,10 @@ Sets make_sets(const std::vector<std::pair<TensorView, OptionalView>>& parts, co
   sets.rows = sets.first.rows + sets.second.rows;
   return sets;
 }
-using Parts = std::vector<std::pair<TensorView, OptionalView>>;
+using Parts = std::vector<std::pair<Array, OptionalArray>>;
 
-void scan(const TensorView& block, int64_t row_begin, int64_t column_begin, const Views& left_bounds,
-          const Views& right_bounds, const Views& candidates, int64_t k, bool both, bool write, const Place& place) {
+void scan(const Array& block, int64_t row_begin, int64_t column_begin, const Arrays& left_bounds,
+          const Arrays& right_bounds, const Arrays& candidates, int64_t k, bool both, bool write, const Place& place) {
   const int64_t ld = leading_dimension(block, "block"), rows = block.shape[0], columns = block.shape[1];
   const Candidates state = make_candidates(candidates, k);
   const int64_t known = candidates[0].shape[0];
@@ -68,9 +68,9 @@ void scan(const TensorView& block, int64_t row_begin, int64_t column_begin, cons
        write, place);
 }
 
-void select(const Parts& x, const Parts& y, int metric, double unscale, const Views& left_bounds,
-            const Views& right_bounds, const Views& candidates, int64_t k, const TensorView& index,
-            const OptionalView& distance, const TensorView& unsure, const TensorView& reach, const Place& place) {
+void select(const Parts& x, const Parts& y, int metric, double unscale, const Arrays& left_bounds,
+            const Arrays& right_bounds, const Arrays& candidates, int64_t k, const Array& index,
+            const OptionalArray& distance, const Array& unsure, const Array& reach, const Place& place) {
   const Sets left = make_sets(x, "x"), right = make_sets(y, "y");
   const Candidates state = make_candidates(candidates, k);
   if (candidates[0].shape[0] < left.rows) refuse("candidates", "too few rows");
@@ -79,25 +79,24 @@ void select(const Parts& x, const Parts& y, int metric, double unscale, const Vi
   check_device(index, "index", x[0].first.device_type, x[0].first.device_id);
   call(index, KERNELS(nearest_neighbors_select), left.first, left.second, right.first, right.second, left.dtype, left.D,
        static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows), make_bounds(right_bounds, right.rows),
-       state, array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
-       distance ? distance->dtype() : DType::kFloat32, unsure.as<uint8_t>(), array<float>(reach, "reach", left.rows),
+       state, pointer<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
+       distance ? distance->dtype() : DType::kFloat32, unsure.as<uint8_t>(), pointer<float>(reach, "reach", left.rows),
        place);
 }
 
-void rescan(const TensorView& block, const TensorView& rows, const Parts& x, const Parts& y, int metric, double unscale,
-            const Views& left_bounds, const Views& right_bounds, const TensorView& reach, const OptionalView& same,
-            int64_t k, const TensorView& index, const OptionalView& distance, const TensorView& workspace,
-            const Place& place) {
+void rescan(const Array& block, const Array& rows, const Parts& x, const Parts& y, int metric, double unscale,
+            const Arrays& left_bounds, const Arrays& right_bounds, const Array& reach, const OptionalArray& same,
+            int64_t k, const Array& index, const OptionalArray& distance, const Array& workspace, const Place& place) {
   const Sets left = make_sets(x, "x"), right = make_sets(y, "y");
   const int64_t ld = leading_dimension(block, "block");
   check_shape(block, "block", {rows.numel(), right.rows});
   if (distance) check_shape(*distance, "distance", {left.rows, k});
   check_device(index, "index", x[0].first.device_type, x[0].first.device_id);
-  call(index, KERNELS(nearest_neighbors_rescan), block.as<float>(), ld, array<int64_t>(rows, "rows", 0), rows.numel(),
+  call(index, KERNELS(nearest_neighbors_rescan), block.as<float>(), ld, pointer<int64_t>(rows, "rows", 0), rows.numel(),
        left.first, left.second, right.first, right.second, left.dtype, left.D, static_cast<Metric>(metric), unscale,
        make_bounds(left_bounds, left.rows), make_bounds(right_bounds, right.rows),
-       array<float>(reach, "reach", left.rows), array<int32_t>(same, "same", right.rows), k,
-       array<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
+       pointer<float>(reach, "reach", left.rows), pointer<int32_t>(same, "same", right.rows), k,
+       pointer<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
        distance ? distance->dtype() : DType::kFloat32,
        scratch(workspace, place.threads * (right.rows + (right.rows + 1) / 2) * 16, index), place);
 }

@@ -6,31 +6,31 @@
 namespace vareid {
 namespace {
 
-void max_abs(const TensorView& x, const TensorView& out, const Place& place) {
+void max_abs(const Array& x, const Array& out, const Place& place) {
   const Features f = make_features(x, std::nullopt, "x");
   check_device(out, "max_abs", x.device_type, x.device_id);
-  call(x, KERNELS(pairwise_distance_max_abs), f, x.dtype(), x.shape[1], array<double>(out, "max_abs", f.rows), place);
+  call(x, KERNELS(pairwise_distance_max_abs), f, x.dtype(), x.shape[1], pointer<double>(out, "max_abs", f.rows), place);
 }
 
-void norm(const TensorView& x, const OptionalView& factor, const TensorView& out, const Place& place) {
+void norm(const Array& x, const OptionalArray& factor, const Array& out, const Place& place) {
   const Features f = make_features(x, factor, "x");
   check_device(out, "norm", x.device_type, x.device_id);
-  call(x, KERNELS(pairwise_distance_norm), f, x.dtype(), x.shape[1], array<double>(out, "norm", f.rows), place);
+  call(x, KERNELS(pairwise_distance_norm), f, x.dtype(), x.shape[1], pointer<double>(out, "norm", f.rows), place);
 }
 
-void prepare(const TensorView& x, const OptionalView& factor, const OptionalView& center, const TensorView& out,
-             const TensorView& out_norm, const Place& place) {
+void prepare(const Array& x, const OptionalArray& factor, const OptionalArray& center, const Array& out,
+             const Array& out_norm, const Place& place) {
   const Features f = make_features(x, factor, "x");
   const int64_t D = x.shape[1];
   check_device(out, "out", x.device_type, x.device_id);
   check_device(out_norm, "norm", x.device_type, x.device_id);
-  call(x, KERNELS(pairwise_distance_prepare), f, x.dtype(), D, array<double>(center, "center", D),
-       array<float>(out, "out", f.rows * D), array<float>(out_norm, "norm", f.rows), place);
+  call(x, KERNELS(pairwise_distance_prepare), f, x.dtype(), D, pointer<double>(center, "center", D),
+       pointer<float>(out, "out", f.rows * D), pointer<float>(out_norm, "norm", f.rows), place);
 }
 
-void block(const TensorView& products, const TensorView& x, const OptionalView& x_factor, const TensorView& y,
-           const OptionalView& y_factor, const TensorView& x_norm, const TensorView& y_norm, int metric, double unscale,
-           const OptionalView& mirror, const Place& place) {
+void block(const Array& products, const Array& x, const OptionalArray& x_factor, const Array& y,
+           const OptionalArray& y_factor, const Array& x_norm, const Array& y_norm, int metric, double unscale,
+           const OptionalArray& mirror, const Place& place) {
   const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
   const int64_t D = x.shape[1], ld = leading_dimension(products, "products");
   check_shape(products, "products", {left.rows, right.rows});
@@ -40,14 +40,14 @@ void block(const TensorView& products, const TensorView& x, const OptionalView& 
   check_device(y, "y", x.device_type, x.device_id);
   check_device(products, "products", x.device_type, x.device_id);
   call(x, KERNELS(pairwise_distance_block), products.as<float>(), ld, left, right, x.dtype(), D,
-       array<float>(x_norm, "x_norm", left.rows), array<float>(y_norm, "y_norm", right.rows),
+       pointer<float>(x_norm, "x_norm", left.rows), pointer<float>(y_norm, "y_norm", right.rows),
        static_cast<Metric>(metric), unscale, mirror ? mirror->as<float>() : nullptr, mirror_ld, place);
 }
 
 #ifdef VAREID_WITH_CUDA
-void tiled(const TensorView& x_prepared, const TensorView& y_prepared, const TensorView& out, const TensorView& x,
-           const OptionalView& x_factor, const TensorView& y, const OptionalView& y_factor, const TensorView& x_norm,
-           const TensorView& y_norm, int metric, double unscale, const Place& place) {
+void tiled(const Array& x_prepared, const Array& y_prepared, const Array& out, const Array& x,
+           const OptionalArray& x_factor, const Array& y, const OptionalArray& y_factor, const Array& x_norm,
+           const Array& y_norm, int metric, double unscale, const Place& place) {
   const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
   const int64_t D = x.shape[1];
   check_shape(y, "y", {right.rows, D});
@@ -55,11 +55,11 @@ void tiled(const TensorView& x_prepared, const TensorView& y_prepared, const Ten
   if (x.device_type != kDeviceCuda) refuse("x", "must be on a GPU");
   check_device(y, "y", x.device_type, x.device_id);
   check_device(out, "block", x.device_type, x.device_id);
-  pairwise_distance_tiled_cuda(array<float>(x_prepared, "x_prepared", left.rows * D),
-                               array<float>(y_prepared, "y_prepared", right.rows * D), out.as<float>(),
-                               leading_dimension(out, "block"), left, right, x.dtype(), D,
-                               array<float>(x_norm, "x_norm", left.rows), array<float>(y_norm, "y_norm", right.rows),
-                               static_cast<Metric>(metric), unscale, place);
+  pairwise_distance_tiled_cuda(
+      pointer<float>(x_prepared, "x_prepared", left.rows * D), pointer<float>(y_prepared, "y_prepared", right.rows * D),
+      out.as<float>(), leading_dimension(out, "block"), left, right, x.dtype(), D,
+      pointer<float>(x_norm, "x_norm", left.rows), pointer<float>(y_norm, "y_norm", right.rows),
+      static_cast<Metric>(metric), unscale, place);
 }
 #endif
 

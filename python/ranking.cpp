@@ -9,22 +9,22 @@
 namespace vareid {
 namespace {
 
-void check_labels(const TensorView& view, const char* name, int64_t size, const TensorView& distances) {
-  check_shape(view, name, {size});
-  check_int64(view, name);
-  check_contiguous(view, name);
-  check_device(view, name, distances.device_type, distances.device_id);
+void check_labels(const Array& array, const char* name, int64_t size, const Array& distances) {
+  check_shape(array, name, {size});
+  check_int64(array, name);
+  check_contiguous(array, name);
+  check_device(array, name, distances.device_type, distances.device_id);
 }
 
 // order, begin, end, junk, query_camera, gallery_camera: the labels of Q queries and G gallery images.
-using Labels = std::vector<OptionalView>;
-RankingLabels make_labels(const Labels& views, int64_t Q, int64_t G, const TensorView& distances) {
-  if (views.size() != 6 || !views[0] || !views[1] || !views[2])
+using Labels = std::vector<OptionalArray>;
+RankingLabels make_labels(const Labels& arrays, int64_t Q, int64_t G, const Array& distances) {
+  if (arrays.size() != 6 || !arrays[0] || !arrays[1] || !arrays[2])
     refuse("labels", "must be six arrays, three of them given");
-  const OptionalView &junk = views[3], &query_camera = views[4], &gallery_camera = views[5];
-  check_labels(*views[0], "gallery_order", G, distances);
-  check_labels(*views[1], "group_begin", Q, distances);
-  check_labels(*views[2], "group_end", Q, distances);
+  const OptionalArray &junk = arrays[3], &query_camera = arrays[4], &gallery_camera = arrays[5];
+  check_labels(*arrays[0], "gallery_order", G, distances);
+  check_labels(*arrays[1], "group_begin", Q, distances);
+  check_labels(*arrays[2], "group_end", Q, distances);
   if (junk) {
     check_shape(*junk, "junk", {G});
     if (!junk->is_bool()) refuse("junk", "must be bool");
@@ -34,30 +34,30 @@ RankingLabels make_labels(const Labels& views, int64_t Q, int64_t G, const Tenso
   if (query_camera.has_value() != gallery_camera.has_value()) refuse("query_camera", "both or neither camera array");
   if (query_camera) check_labels(*query_camera, "query_camera", Q, distances);
   if (gallery_camera) check_labels(*gallery_camera, "gallery_camera", G, distances);
-  return {views[0]->as<int64_t>(),
-          views[1]->as<int64_t>(),
-          views[2]->as<int64_t>(),
+  return {arrays[0]->as<int64_t>(),
+          arrays[1]->as<int64_t>(),
+          arrays[2]->as<int64_t>(),
           junk ? junk->as<uint8_t>() : nullptr,
           query_camera ? query_camera->as<int64_t>() : nullptr,
           gallery_camera ? gallery_camera->as<int64_t>() : nullptr};
 }
 
 // average_precision, inverse_negative_penalty, first_match_rank, num_matches.
-using Results = std::vector<TensorView>;
-RankingResults make_results(const Results& views, int64_t Q, const TensorView& distances) {
-  if (views.size() != 4) refuse("results", "must be four arrays");
+using Results = std::vector<Array>;
+RankingResults make_results(const Results& arrays, int64_t Q, const Array& distances) {
+  if (arrays.size() != 4) refuse("results", "must be four arrays");
   for (int i = 0; i < 2; ++i) {
-    check_shape(views[i], "average_precision", {Q});
-    check_contiguous(views[i], "average_precision");
-    check_device(views[i], "average_precision", distances.device_type, distances.device_id);
-    if (views[i].type_code != 2 || views[i].type_bits != 64) refuse("average_precision", "must be float64");
+    check_shape(arrays[i], "average_precision", {Q});
+    check_contiguous(arrays[i], "average_precision");
+    check_device(arrays[i], "average_precision", distances.device_type, distances.device_id);
+    if (arrays[i].type_code != 2 || arrays[i].type_bits != 64) refuse("average_precision", "must be float64");
   }
-  check_labels(views[2], "first_match_rank", Q, distances);
-  check_labels(views[3], "num_matches", Q, distances);
-  return {views[0].as<double>(), views[1].as<double>(), views[2].as<int64_t>(), views[3].as<int64_t>()};
+  check_labels(arrays[2], "first_match_rank", Q, distances);
+  check_labels(arrays[3], "num_matches", Q, distances);
+  return {arrays[0].as<double>(), arrays[1].as<double>(), arrays[2].as<int64_t>(), arrays[3].as<int64_t>()};
 }
 
-void forward(const TensorView& distances, const Labels& labels, const Results& results, const OptionalView& workspace,
+void forward(const Array& distances, const Labels& labels, const Results& results, const OptionalArray& workspace,
              int64_t max_group, const Place& place) {
   if (distances.ndim != 2) refuse("distances", "shape " + shape_text(distances) + ", expected [Q, G]");
   check_float(distances, "distances");
@@ -72,9 +72,9 @@ void forward(const TensorView& distances, const Labels& labels, const Results& r
 }
 
 // The CPU's only. Features with their factors, norms and windows: x, factor, norm, window.
-using FeatureViews = std::tuple<TensorView, OptionalView, TensorView, TensorView>;
-void features(const TensorView& products, const FeatureViews& x, const FeatureViews& y, const Labels& labels,
-              const Results& results, const TensorView& workspace, int64_t max_group, const Place& place) {
+using FeatureArrays = std::tuple<Array, OptionalArray, Array, Array>;
+void features(const Array& products, const FeatureArrays& x, const FeatureArrays& y, const Labels& labels,
+              const Results& results, const Array& workspace, int64_t max_group, const Place& place) {
   const auto& [x_rows, x_factor, x_norm, x_window] = x;
   const auto& [y_rows, y_factor, y_norm, y_window] = y;
   const Features left = make_features(x_rows, x_factor, "x"), right = make_features(y_rows, y_factor, "y");
@@ -82,10 +82,10 @@ void features(const TensorView& products, const FeatureViews& x, const FeatureVi
   check_shape(products, "products", {left.rows, right.rows});
   check_shape(y_rows, "y", {right.rows, x_rows.shape[1]});
   check_same_dtype(y_rows, "y", x_rows, "x");
-  for (const TensorView* const view : {&products, &x_rows, &y_rows, &x_norm, &x_window, &y_norm, &y_window})
-    check_device(*view, "products", kDeviceCpu, 0);
-  const Bounds x_bounds{array<float>(x_norm, "norm", left.rows), array<float>(x_window, "window", left.rows)};
-  const Bounds y_bounds{array<float>(y_norm, "norm", right.rows), array<float>(y_window, "window", right.rows)};
+  for (const Array* const array : {&products, &x_rows, &y_rows, &x_norm, &x_window, &y_norm, &y_window})
+    check_device(*array, "products", kDeviceCpu, 0);
+  const Bounds x_bounds{pointer<float>(x_norm, "norm", left.rows), pointer<float>(x_window, "window", left.rows)};
+  const Bounds y_bounds{pointer<float>(y_norm, "norm", right.rows), pointer<float>(y_window, "window", right.rows)};
   const int64_t needed = ranking_features_workspace_bytes_cpu(max_group, right.rows, place.threads);
   ranking_features_cpu(products.as<float>(), ld, left, right, x_rows.dtype(), x_rows.shape[1], x_bounds, y_bounds,
                        make_labels(labels, left.rows, right.rows, products), make_results(results, left.rows, products),

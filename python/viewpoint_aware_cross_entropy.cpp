@@ -4,9 +4,9 @@
 #include <cmath>
 #include <utility>
 
+#include "array.h"
 #include "bindings.h"
 #include "soft_target.h"
-#include "tensor_view.h"
 
 namespace vareid {
 namespace {
@@ -18,29 +18,29 @@ struct Batch {
   CrossEntropyHead heads[2];
 };
 
-bool rows_are_dense(const TensorView& view) {
-  if (view.contiguous) return true;
+bool rows_are_dense(const Array& array) {
+  if (array.contiguous) return true;
   int64_t expected = 1;
-  for (int d = view.ndim - 1; d >= 1; --d) {
-    if (view.shape[d] != 1 && view.strides[d] != expected) return false;
-    expected *= view.shape[d];
+  for (int d = array.ndim - 1; d >= 1; --d) {
+    if (array.shape[d] != 1 && array.strides[d] != expected) return false;
+    expected *= array.shape[d];
   }
   return true;
 }
 
 // Sizes, logits, labels and statistics: what both passes need.
-Batch check(const OptionalView& identity_logits, const OptionalView& viewpoint_logits, const TensorView& identity,
-            const OptionalView& viewpoint, const OptionalView& mask, const TensorView& statistics) {
+Batch check(const OptionalArray& identity_logits, const OptionalArray& viewpoint_logits, const Array& identity,
+            const OptionalArray& viewpoint, const OptionalArray& mask, const Array& statistics) {
   if (!identity_logits && !viewpoint_logits) refuse("identity_logits", "no logits were given");
-  const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
+  const Array& some = identity_logits ? *identity_logits : *viewpoint_logits;
   Batch batch;
   batch.N = some.shape[0];
   batch.K = some.shape[1];
   batch.dtype = some.dtype();
   batch.device_type = some.device_type;
   batch.device_id = some.device_id;
-  const auto check_here = [&](const TensorView& view, const char* name) {
-    check_device(view, name, some.device_type, some.device_id);
+  const auto check_here = [&](const Array& array, const char* name) {
+    check_device(array, name, some.device_type, some.device_id);
   };
   check_shape(identity, "identity", {batch.N});
   check_int64(identity, "identity");
@@ -50,24 +50,24 @@ Batch check(const OptionalView& identity_logits, const OptionalView& viewpoint_l
   check_double(statistics, "statistics");
   check_contiguous(statistics, "statistics");
   check_here(statistics, "statistics");
-  const OptionalView* const logits[2] = {&identity_logits, &viewpoint_logits};
+  const OptionalArray* const logits[2] = {&identity_logits, &viewpoint_logits};
   const char* const names[2] = {"identity_logits", "viewpoint_logits"};
   for (int h = 0; h < 2; ++h) {
     if (!*logits[h]) continue;
-    const TensorView& view = **logits[h];
+    const Array& array = **logits[h];
     CrossEntropyHead& head = batch.heads[h];
-    if (view.ndim != 2 + h)
-      refuse(names[h], "shape " + shape_text(view) + (h ? ", expected [N, K, V]" : ", expected [N, K]"));
-    head.views = h ? view.shape[2] : 1;
-    if (view.shape[0] != batch.N || view.shape[1] != batch.K)
-      refuse(names[h], "shape " + shape_text(view) + " does not fit");
-    check_float(view, names[h]);
-    check_same_dtype(view, names[h], some, names[0]);
-    check_here(view, names[h]);
-    if (!rows_are_dense(view)) refuse(names[h], "must have dense rows");
+    if (array.ndim != 2 + h)
+      refuse(names[h], "shape " + shape_text(array) + (h ? ", expected [N, K, V]" : ", expected [N, K]"));
+    head.views = h ? array.shape[2] : 1;
+    if (array.shape[0] != batch.N || array.shape[1] != batch.K)
+      refuse(names[h], "shape " + shape_text(array) + " does not fit");
+    check_float(array, names[h]);
+    check_same_dtype(array, names[h], some, names[0]);
+    check_here(array, names[h]);
+    if (!rows_are_dense(array)) refuse(names[h], "must have dense rows");
     head.present = true;
-    head.logits = view.data;
-    head.row_stride = batch.N > 1 ? view.strides[0] : batch.K * head.views;
+    head.logits = array.data;
+    head.row_stride = batch.N > 1 ? array.strides[0] : batch.K * head.views;
     head.statistics = statistics.as<double>() + h * batch.N * kStatistics;
   }
   CrossEntropyHead& head = batch.heads[1];
@@ -97,7 +97,7 @@ Batch check(const OptionalView& identity_logits, const OptionalView& viewpoint_l
 }
 
 // The code of what is wrong with the view of a sample, as in label_error of the reference; 0 for nothing.
-int view_error(const TensorView& viewpoint, const uint8_t* exists, int64_t V, int64_t i) {
+int view_error(const Array& viewpoint, const uint8_t* exists, int64_t V, int64_t i) {
   if (viewpoint.ndim == 1) {
     const int64_t v = viewpoint.as<int64_t>()[i];
     if (v < -1 || v >= V) return 2;
@@ -115,7 +115,7 @@ int view_error(const TensorView& viewpoint, const uint8_t* exists, int64_t V, in
 }
 
 // label_error of the reference, for arrays on the CPU: (code, row), (0, 0) where nothing is wrong.
-std::pair<int, int64_t> label_error(const TensorView& identity, const OptionalView& viewpoint, const OptionalView& mask,
+std::pair<int, int64_t> label_error(const Array& identity, const OptionalArray& viewpoint, const OptionalArray& mask,
                                     int64_t K, int64_t V) {
   const int64_t N = identity.shape[0];
   check_int64(identity, "identity");
@@ -155,16 +155,15 @@ Reduction check_reduction(int reduction) {
 }
 
 // A loss or an upstream gradient: a scalar, or one for each sample.
-void* check_losses(const TensorView& view, const char* name, const Batch& batch, const TensorView& some,
-                   Reduction reduction) {
+void* check_losses(const Array& array, const char* name, const Batch& batch, const Array& some, Reduction reduction) {
   if (reduction == Reduction::kNone)
-    check_shape(view, name, {batch.N});
+    check_shape(array, name, {batch.N});
   else
-    check_shape(view, name, {});
-  check_accumulator(view, name, some);
-  check_contiguous(view, name);
-  check_device(view, name, batch.device_type, batch.device_id);
-  return view.data;
+    check_shape(array, name, {});
+  check_accumulator(array, name, some);
+  check_contiguous(array, name);
+  check_device(array, name, batch.device_type, batch.device_id);
+  return array.data;
 }
 
 int64_t workspace_bytes(int64_t N, int64_t K, int64_t V, bool has_identity, bool has_viewpoint, bool cuda) {
@@ -177,13 +176,12 @@ int64_t workspace_bytes(int64_t N, int64_t K, int64_t V, bool has_identity, bool
 #endif
 }
 
-void forward(const OptionalView& identity_logits, const OptionalView& viewpoint_logits, const TensorView& identity,
-             const OptionalView& viewpoint, const OptionalView& mask, const TensorView& identity_loss,
-             const TensorView& viewpoint_loss, const TensorView& statistics, bool adaptive, double alpha,
-             double epsilon, int reduction_code, const OptionalView& label_error, const TensorView& workspace,
-             const Place& place) {
+void forward(const OptionalArray& identity_logits, const OptionalArray& viewpoint_logits, const Array& identity,
+             const OptionalArray& viewpoint, const OptionalArray& mask, const Array& identity_loss,
+             const Array& viewpoint_loss, const Array& statistics, bool adaptive, double alpha, double epsilon,
+             int reduction_code, const OptionalArray& label_error, const Array& workspace, const Place& place) {
   Batch batch = check(identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics);
-  const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
+  const Array& some = identity_logits ? *identity_logits : *viewpoint_logits;
   const Reduction reduction = check_reduction(reduction_code);
   if (identity_logits) batch.heads[0].loss = check_losses(identity_loss, "identity_loss", batch, some, reduction);
   if (viewpoint_logits) batch.heads[1].loss = check_losses(viewpoint_loss, "viewpoint_loss", batch, some, reduction);
@@ -196,24 +194,24 @@ void forward(const OptionalView& identity_logits, const OptionalView& viewpoint_
   check_contiguous(workspace, "workspace");
   check_device(workspace, "workspace", batch.device_type, batch.device_id);
   call(some, KERNELS(viewpoint_aware_cross_entropy_forward), batch.heads, identity.as<int64_t>(), batch.dtype, batch.N,
-       batch.K, reduction, array<int64_t>(label_error, "label_error", 2), workspace.data, place);
+       batch.K, reduction, pointer<int64_t>(label_error, "label_error", 2), workspace.data, place);
 }
 
-void backward(const OptionalView& identity_upstream, const OptionalView& viewpoint_upstream,
-              const OptionalView& identity_logits, const OptionalView& viewpoint_logits, const TensorView& identity,
-              const OptionalView& viewpoint, const OptionalView& mask, const TensorView& statistics,
-              const OptionalView& identity_grad, const OptionalView& viewpoint_grad, int reduction_code,
+void backward(const OptionalArray& identity_upstream, const OptionalArray& viewpoint_upstream,
+              const OptionalArray& identity_logits, const OptionalArray& viewpoint_logits, const Array& identity,
+              const OptionalArray& viewpoint, const OptionalArray& mask, const Array& statistics,
+              const OptionalArray& identity_grad, const OptionalArray& viewpoint_grad, int reduction_code,
               const Place& place) {
   Batch batch = check(identity_logits, viewpoint_logits, identity, viewpoint, mask, statistics);
-  const TensorView& some = identity_logits ? *identity_logits : *viewpoint_logits;
+  const Array& some = identity_logits ? *identity_logits : *viewpoint_logits;
   const Reduction reduction = check_reduction(reduction_code);
-  const OptionalView* const upstreams[2] = {&identity_upstream, &viewpoint_upstream};
-  const OptionalView* const grads[2] = {&identity_grad, &viewpoint_grad};
+  const OptionalArray* const upstreams[2] = {&identity_upstream, &viewpoint_upstream};
+  const OptionalArray* const grads[2] = {&identity_grad, &viewpoint_grad};
   for (int h = 0; h < 2; ++h) {
     CrossEntropyHead& head = batch.heads[h];
     if (!head.present) continue;
     if (!*upstreams[h] || !*grads[h]) refuse("upstream", "is needed for each head with logits, and its gradient too");
-    const TensorView& grad = **grads[h];
+    const Array& grad = **grads[h];
     head.upstream = check_losses(**upstreams[h], "upstream", batch, some, reduction);
     check_same_dtype(grad, "grad", some, "logits");
     check_contiguous(grad, "grad");

@@ -1,4 +1,4 @@
-// A small non-owning view of an array that arrived as a DLPack capsule, and the checks that name the argument.
+// An array that arrived as a DLPack capsule, which stays the owner, and the checks that name the argument.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -33,7 +33,7 @@ constexpr int32_t kDeviceCpu = 1;
 constexpr int32_t kDeviceCuda = 2;
 constexpr int kMaxDims = 4;
 
-struct TensorView {
+struct Array {
   void* data = nullptr;
   int32_t device_type = kDeviceCpu;
   int32_t device_id = 0;
@@ -67,11 +67,11 @@ struct TensorView {
   }
 };
 
-using OptionalView = std::optional<TensorView>;
+using OptionalArray = std::optional<Array>;
 
-inline std::string shape_text(const TensorView& view) {
+inline std::string shape_text(const Array& array) {
   std::string text = "[";
-  for (int d = 0; d < view.ndim; ++d) text += (d ? ", " : "") + std::to_string(view.shape[d]);
+  for (int d = 0; d < array.ndim; ++d) text += (d ? ", " : "") + std::to_string(array.shape[d]);
   return text + "]";
 }
 
@@ -79,70 +79,69 @@ inline std::string shape_text(const TensorView& view) {
   throw std::invalid_argument(std::string(name) + ": " + why);
 }
 
-inline void check_shape(const TensorView& view, const char* name, std::initializer_list<int64_t> expected) {
-  bool same = static_cast<size_t>(view.ndim) == expected.size();
+inline void check_shape(const Array& array, const char* name, std::initializer_list<int64_t> expected) {
+  bool same = static_cast<size_t>(array.ndim) == expected.size();
   int d = 0;
-  for (const int64_t size : expected) same = same && view.shape[d++] == size;
+  for (const int64_t size : expected) same = same && array.shape[d++] == size;
   if (same) return;
   std::string text = "[";
   for (const int64_t size : expected) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
-  refuse(name, "shape " + shape_text(view) + ", expected " + text + "]");
+  refuse(name, "shape " + shape_text(array) + ", expected " + text + "]");
 }
 
-inline void check_contiguous(const TensorView& view, const char* name) {
-  if (!view.contiguous) refuse(name, "must be contiguous");
+inline void check_contiguous(const Array& array, const char* name) {
+  if (!array.contiguous) refuse(name, "must be contiguous");
 }
 
-inline void check_double(const TensorView& view, const char* name) {
-  if (!(view.type_code == 2 && view.type_bits == 64)) refuse(name, "must be float64");
+inline void check_double(const Array& array, const char* name) {
+  if (!(array.type_code == 2 && array.type_bits == 64)) refuse(name, "must be float64");
 }
 
-inline void check_float(const TensorView& view, const char* name) {
-  if (!view.is_float()) refuse(name, "must be float32, float64, float16 or bfloat16");
+inline void check_float(const Array& array, const char* name) {
+  if (!array.is_float()) refuse(name, "must be float32, float64, float16 or bfloat16");
 }
 
-inline void check_float32(const TensorView& view, const char* name) {
-  if (!(view.type_code == 2 && view.type_bits == 32)) refuse(name, "must be float32");
+inline void check_float32(const Array& array, const char* name) {
+  if (!(array.type_code == 2 && array.type_bits == 32)) refuse(name, "must be float32");
 }
 
-inline void check_int64(const TensorView& view, const char* name) {
-  if (!view.is_int64()) refuse(name, "must be int64");
+inline void check_int64(const Array& array, const char* name) {
+  if (!array.is_int64()) refuse(name, "must be int64");
 }
 
-inline void check_same_dtype(const TensorView& view, const char* name, const TensorView& other,
-                             const char* other_name) {
-  if (view.type_code != other.type_code || view.type_bits != other.type_bits)
+inline void check_same_dtype(const Array& array, const char* name, const Array& other, const char* other_name) {
+  if (array.type_code != other.type_code || array.type_bits != other.type_bits)
     refuse(name, std::string("must have the dtype of ") + other_name);
 }
 
 // Results of a reduction are float64 for float64 inputs, else float32.
-inline void check_accumulator(const TensorView& view, const char* name, const TensorView& input) {
+inline void check_accumulator(const Array& array, const char* name, const Array& input) {
   const bool wide = input.type_code == 2 && input.type_bits == 64;
-  if (view.type_code != 2 || view.type_bits != (wide ? 64 : 32))
+  if (array.type_code != 2 || array.type_bits != (wide ? 64 : 32))
     refuse(name, wide ? "must be float64" : "must be float32");
 }
 
-inline void check_device(const TensorView& view, const char* name, int32_t device_type, int32_t device_id) {
-  if (view.device_type != device_type || (device_type != kDeviceCpu && view.device_id != device_id))
+inline void check_device(const Array& array, const char* name, int32_t device_type, int32_t device_id) {
+  if (array.device_type != device_type || (device_type != kDeviceCpu && array.device_id != device_id))
     refuse(name, "is on another device");
 }
 
 // A contiguous array of one type and at least `size` elements; a null pointer for None.
 template <typename T>
-T* array(const TensorView& view, const char* name, int64_t size) {
-  const bool fits = sizeof(T) == view.type_bits / 8 && (std::is_floating_point<T>::value == (view.type_code == 2));
+T* pointer(const Array& array, const char* name, int64_t size) {
+  const bool fits = sizeof(T) == array.type_bits / 8 && (std::is_floating_point<T>::value == (array.type_code == 2));
   if (!fits) refuse(name, "has another element type");
-  if (view.numel() < size) refuse(name, "shape " + shape_text(view) + ", too few elements");
-  check_contiguous(view, name);
-  return view.as<T>();
+  if (array.numel() < size) refuse(name, "shape " + shape_text(array) + ", too few elements");
+  check_contiguous(array, name);
+  return array.as<T>();
 }
 template <typename T>
-T* array(const OptionalView& view, const char* name, int64_t size) {
-  return view ? array<T>(*view, name, size) : nullptr;
+T* pointer(const OptionalArray& array, const char* name, int64_t size) {
+  return array ? pointer<T>(*array, name, size) : nullptr;
 }
 
 // A workspace of so many bytes; a GPU needs none.
-inline void* scratch(const OptionalView& workspace, int64_t bytes, const TensorView& leader) {
+inline void* scratch(const OptionalArray& workspace, int64_t bytes, const Array& leader) {
   if (leader.device_type == kDeviceCpu && (!workspace || !workspace->is_byte() || workspace->numel() < bytes))
     refuse("workspace", "is too small");
   return workspace ? workspace->data : nullptr;
@@ -151,7 +150,7 @@ inline void* scratch(const OptionalView& workspace, int64_t bytes, const TensorV
 // Calls the one of two functions that runs where the leader lies: call(W, KERNELS(op), arguments of op_cpu and
 // op_cuda).
 template <typename... Params, typename... Args>
-void call(const TensorView& leader, void (*cpu)(Params...), void (*cuda)(Params...), Args&&... arguments) {
+void call(const Array& leader, void (*cpu)(Params...), void (*cuda)(Params...), Args&&... arguments) {
   const auto function = leader.device_type == kDeviceCpu ? cpu : leader.device_type == kDeviceCuda ? cuda : nullptr;
   if (!function) refuse("device", "the arrays lie where this build has no kernels");
   function(std::forward<Args>(arguments)...);
@@ -167,8 +166,8 @@ void call(const TensorView& leader, void (*cpu)(Params...), void (*cuda)(Params.
 namespace pybind11::detail {
 
 template <>
-struct type_caster<vareid::TensorView> {
-  PYBIND11_TYPE_CASTER(vareid::TensorView, const_name("DLPackCapsule"));
+struct type_caster<vareid::Array> {
+  PYBIND11_TYPE_CASTER(vareid::Array, const_name("DLPackCapsule"));
 
   bool load(handle source, bool) {
     if (!PyCapsule_IsValid(source.ptr(), "dltensor")) return false;
