@@ -200,7 +200,7 @@ def _pictures(images: Any, colour: str) -> list[str | Image.Image]:
         return [_picture(images, colour, "images")]
     if isinstance(images, tuple) and len(images) == 2 and not _is_one(images[1]):
         frame, boxes = images
-        return _crops(_picture(frame, colour, "frame"), boxes)
+        return [_picture(crop, colour, "frame") for crop in _crops(frame, boxes)]
     if not isinstance(images, Sequence | np.ndarray | Tensor):
         raise TypeError(f"images: {type(images).__name__} was given; allowed are images and sequences of them")
     return [_picture(image, colour, f"images[{i}]") for i, image in enumerate(images)]
@@ -216,33 +216,45 @@ def _picture(image: Any, colour: str, name: str) -> str | Image.Image:
         return os.fspath(image)
     if isinstance(image, Image.Image):
         return image.convert("RGB")
+    array = _array(image, name)
+    return Image.fromarray(np.ascontiguousarray(array[:, :, ::-1] if colour == "bgr" else array))
+
+
+def _array(image: Any, name: str) -> np.ndarray:
     array = image.cpu().numpy() if isinstance(image, Tensor) else image
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name}: {type(image).__name__} was given; allowed are paths, PIL images and arrays")
     if array.ndim != 3 or array.shape[2] != 3 or not array.size or array.dtype != np.uint8:
         raise ValueError(f"{name}: {array.dtype} {list(array.shape)} was given; allowed is uint8 [H, W, 3]")
-    return Image.fromarray(np.ascontiguousarray(array[:, :, ::-1] if colour == "bgr" else array))
+    return array
 
 
-def _crops(frame: str | Image.Image, boxes: Any) -> list[str | Image.Image]:
-    """The boxes cut out of a frame, at whole pixels that hold all of each."""
-    boxes = np.asarray(boxes.cpu() if isinstance(boxes, Tensor) else boxes, dtype=np.float64)
+def _crops(frame: Any, boxes: Any) -> list[Image.Image] | list[np.ndarray]:
+    """The boxes cut out of a frame, at whole pixels that hold all of each; of the kind of the frame."""
+    try:
+        boxes = np.asarray(boxes.cpu() if isinstance(boxes, Tensor) else boxes, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"boxes: {error}; allowed are numbers [N, 4]") from error
     if boxes.size == 0:
         return []
     if boxes.ndim != 2 or boxes.shape[1] != 4 or not np.isfinite(boxes).all():
         raise ValueError(f"boxes: {list(boxes.shape)} was given; allowed are finite numbers [N, 4]")
-    image = open_image(frame) if isinstance(frame, str) else frame
-    size = np.array([image.width, image.height])
-    begin = np.floor(boxes[:, :2]).clip(0, size).astype(int)
-    end = np.ceil(boxes[:, 2:]).clip(0, size).astype(int)
+    image = open_image(os.fspath(frame)) if isinstance(frame, str | os.PathLike) else frame
+    array = None if isinstance(image, Image.Image) else _array(image, "frame")
+    width, height = image.size if array is None else (array.shape[1], array.shape[0])
+    begin = np.floor(boxes[:, :2]).clip(0, (width, height)).astype(int)
+    end = np.ceil(boxes[:, 2:]).clip(0, (width, height)).astype(int)
     empty = np.flatnonzero((begin >= end).any(axis=1))
     if len(empty):
         row = empty[0]
         raise ValueError(
-            f"boxes: row {row} is {boxes[row].tolist()}, of which nothing lies in the frame of {image.width} x "
-            f"{image.height} pixels; left, top, right, bottom are needed"
+            f"boxes: row {row} is {boxes[row].tolist()}, of which nothing lies in the frame of {width} x {height} "
+            "pixels; left, top, right, bottom are needed"
         )
-    return [image.crop((*first, *last)) for first, last in zip(begin.tolist(), end.tolist(), strict=True)]
+    corners = np.concatenate([begin, end], axis=1).tolist()
+    if array is None:
+        return [image.crop((left, top, right, bottom)) for left, top, right, bottom in corners]
+    return [array[top:bottom, left:right] for left, top, right, bottom in corners]
 
 
 def _image_list(pictures: Sequence[str | Image.Image]) -> ImageList:
