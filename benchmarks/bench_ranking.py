@@ -1,17 +1,33 @@
 """Ranking metrics: ``evaluate_ranking`` against reading the distances once (``tensor.sum()``), ``evaluate_features``
 against one float32 product of queries and gallery and against the metrics of float32 distances. Where fastreid is
-installed, its evaluation in Python is measured too."""
+installed and its evaluation compiled (``make all`` in ``fastreid/evaluation/rank_cylib``), that is measured too."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import Suite
-from benchmarks.retrieval import features, peer_functions
+from benchmarks.retrieval import features
 from vareid_ext import evaluate_features, evaluate_ranking, pairwise_distance, reference_backend
+
+
+def _compiled_peers() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """evaluate_cy of fastreid, whose package is not imported: it needs much else."""
+    installed = importlib.util.find_spec("fastreid")
+    for folder in (installed and installed.submodule_search_locations) or ():
+        for file in Path(folder).glob("evaluation/rank_cylib/rank_cy*.so"):
+            spec = importlib.util.spec_from_file_location("rank_cy", file)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            yield "fastreid", module.evaluate_cy
 
 
 def run_case(
@@ -53,10 +69,7 @@ def run_case(
     )
     if reference:
         arrays = [distances.cpu().numpy(), *(label.cpu().numpy() for label in labels)]
-        peers = {
-            tool: functools.partial(evaluate, *arrays, max_rank=50)
-            for tool, evaluate in peer_functions({"fastreid": "evaluation/rank.py"}, "evaluate_rank")
-        }
+        peers = {tool: functools.partial(evaluate, *arrays, 50) for tool, evaluate in _compiled_peers()}
         suite.case(f"Q={Q} G={G} against other tools", {"ours": ours, "reference": plain, **peers}, rounds=1)
 
 

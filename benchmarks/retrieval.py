@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -130,19 +130,19 @@ def dense_numpy(query: np.ndarray, gallery: np.ndarray, k1: int = 20, k2: int = 
     return final[:, Q:]
 
 
-_RERANKERS = {"fastreid": "evaluation/rerank.py", "torchreid": "reid/utils/rerank.py"}
+_PEERS = {"fastreid": "evaluation/rerank.py", "torchreid": "reid/utils/rerank.py"}
 
 
-def peer_functions(paths: Mapping[str, str], name: str) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The function of that name of each of the packages that are installed, by a module's path within the package.
+def peer_tools() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """re_ranking functions of installed packages that take three rooted distance matrices.
 
-    The packages themselves are not imported: they need much that these functions do not.
+    The packages themselves are not imported: they need much that re-ranking does not.
     """
-    for package, path in paths.items():
+    for package, path in _PEERS.items():
         installed = importlib.util.find_spec(package)
         for folder in (installed and installed.submodule_search_locations) or ():
             if (file := Path(folder) / path).exists():
-                yield package, runpy.run_path(str(file))[name]
+                yield package, runpy.run_path(str(file))["re_ranking"]
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -246,8 +246,7 @@ def run_case(name: str, source: Sequence[str], rounds: int, peers: bool) -> dict
         others["dense NumPy"] = lambda: dense_numpy(query.numpy(), gallery.numpy())
         others["plain PyTorch"] = lambda: _by_reference(query, gallery)
     if peers or M <= 4000:
-        tools = peer_functions(_RERANKERS, "re_ranking")
-        others |= {tool: functools.partial(_by_peer, function, query, gallery) for tool, function in tools}
+        others |= {tool: functools.partial(_by_peer, function, query, gallery) for tool, function in peer_tools()}
     peaks = {}
     for contender, run in others.items():
         peaks[contender], elapsed, theirs = _peak_of(run)
