@@ -13,7 +13,11 @@ import torch
 from PIL import Image
 
 import vareid_ext
+from _vareid_cli import run
+from tests.test_train import SMALL
+from vareid_ext.data import build_transform
 from vareid_ext.files.checkpoint import load_checkpoint, save_checkpoint
+from vareid_ext.methods import METHODS
 from vareid_ext.training.program import load_run_data
 
 
@@ -191,6 +195,24 @@ def test_a_damaged_checkpoint_is_refused(trained_run, tmp_path, how):
 def test_a_device_that_is_not_there_is_named(trained_run, device):
     with pytest.raises(ValueError, match=f"device: '{device}' was given"):
         vareid_ext.load(trained_run, device)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_loaded_and_exported(name, tmp_path, capsys):
+    output = tmp_path / "run"
+    options = ["--method", name, "--epochs=1", "--baselines=false", "--save-features", "--workers=0"]
+    assert run(["train", *SMALL, *options, "--output", str(output), "--quiet"]) == 0
+    model = vareid_ext.load(output, "cpu")
+    with np.load(output / "query.npz") as file:
+        expected = file["feature"]
+    images = load_run_data(model.config).query
+    np.testing.assert_array_equal(model.features(images).feature, expected)
+    assert run(["export", str(output), "--torch-export", str(tmp_path / "m.pt2"), "--quiet"]) == 0
+    program = torch.export.load(tmp_path / "m.pt2").module()
+    transform = build_transform(32, 16, train=False)
+    with torch.no_grad():
+        found = program(torch.stack([transform(images.load(i)) for i in range(3)]))
+    np.testing.assert_allclose(found, expected[:3], atol=1e-5)
 
 
 def blocks_of_your_model():
