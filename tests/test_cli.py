@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import vareid_ext.cli
 from _vareid_cli import COMMANDS, run, run_program
@@ -173,6 +174,7 @@ def test_what_a_command_prints_on_its_way_is_not_in_the_json(tmp_path, capsys, m
     [
         (ValueError("k1: 0 was given"), 2, "vareid rerank: error: k1: 0 was given"),
         (MemoryError("too much"), 2, "vareid rerank: error: too much"),
+        (torch.OutOfMemoryError("no memory\nand much more"), 2, "vareid rerank: error: no memory"),
         (KeyError("x"), 1, "vareid rerank: defect: KeyError: 'x' at "),
     ],
 )

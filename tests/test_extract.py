@@ -124,6 +124,26 @@ class Stopped:
         monkeypatch.setattr(TrainedModel, "batches", some)
 
 
+@pytest.mark.parametrize("setting", [("_PART", 3), ("_SECONDS", 0.0)])
+def test_a_command_that_was_killed_has_written_what_it_had(trained_run, photos, tmp_path, monkeypatch, setting):
+    monkeypatch.setattr(extract, *setting)
+    add, sizes = extract.Parts.add, []
+
+    def killed(parts, feature):
+        if parts.done == 9:
+            raise SystemExit  # without a chance to write more
+        sizes.append(len(feature))
+        add(parts, feature)
+
+    monkeypatch.setattr(extract.Parts, "add", killed)
+    with pytest.raises(SystemExit):
+        call(trained_run, photos, "--batch-size", 3, "--output", tmp_path / "f.npz")
+    assert sizes == [3, 3, 3]
+    monkeypatch.setattr(extract.Parts, "add", add)
+    assert call(trained_run, photos, "--batch-size", 3, "--output", tmp_path / "f.npz") == 0
+    assert len(content(tmp_path / "f.npz")["feature"]) == 20
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".npy"])
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError("the disk is gone"), 2)])
 def test_a_command_that_was_stopped_goes_on_where_it_was(

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
+import torch
+
 from _vareid_cli import nearest
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -169,6 +171,8 @@ def _what_it_means(error: Exception) -> tuple[int, str]:
         return error.status, str(error)
     if isinstance(error, ValueError | TypeError | OSError | MemoryError):
         return 2, f"error: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return 2, f"error: {str(error).partition(chr(10))[0]}"
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{place.filename}:{place.lineno} (--debug shows the way there)"
     return 1, f"defect: {type(error).__name__}: {error} at {where}"

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ _EXAMPLES = """\
   vareid extract runs/mine list.txt --output part-1.npz --shard 1/2
   vareid extract --merge part-1.npz part-2.npz --output all.npz
 """
-_PART = 4096  # images after which features are written
+_PART, _SECONDS = 4096, 60.0  # images and time after which features are written
 
 
 def _parser() -> Parser:
@@ -239,14 +240,15 @@ def _extract(model: TrainedModel, images: ImageList, parts: Parts, how: dict[str
     """The features of the images that are left, into the parts."""
     rest = images.select(np.arange(parts.done, len(images)))
     held: list[torch.Tensor] = []
+    written = time.monotonic()
     try:
         with tqdm(total=len(images), initial=parts.done, desc="features", unit="image", disable=not progress) as bar:
             for feature in model.batches(rest, **how) if len(rest) else ():
                 held.append(feature.cpu())
                 bar.update(len(feature))
-                if sum(map(len, held)) >= _PART:
+                if sum(map(len, held)) >= _PART or time.monotonic() - written >= _SECONDS:
                     parts.add(torch.cat(held).numpy())
-                    held = []
+                    held, written = [], time.monotonic()
     except (KeyboardInterrupt, TerminatedError):
         print(
             f"{parts.done + sum(map(len, held))} of {len(images)} images are done; the same command goes on there",
