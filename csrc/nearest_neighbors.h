@@ -46,12 +46,12 @@ NearestNeighborsScan nearest_neighbors_scan_cpu, nearest_neighbors_scan_cuda;
 
 // The k nearest of each row in exact order, from its candidates. The left set's rows are x's and then x2's, the right
 // set's y's and then y2's; x2 and y2 may be empty. Writes index [rows, k], distance [rows, k] (float32 or float64, null
-// for none), and for rows that need nearest_neighbors_rescan unsure[row] = 1 and reach[row] = the k-th smallest upper
-// bound (else unsure[row] = 0).
+// for none), and for rows that need nearest_neighbors_rescan unsure[row] = 1 and kth_upper[row] = the k-th smallest
+// upper bound (else unsure[row] = 0).
 using NearestNeighborsSelect = void(const Features& x, const Features& x2, const Features& y, const Features& y2,
                                     DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
                                     const Bounds& right_bounds, const Candidates& candidates, int32_t* index,
-                                    void* distance, DType distance_dtype, uint8_t* unsure, float* reach,
+                                    void* distance, DType distance_dtype, uint8_t* unsure, float* kth_upper,
                                     const Place& place);
 NearestNeighborsSelect nearest_neighbors_select_cpu, nearest_neighbors_select_cuda;
 
@@ -61,7 +61,7 @@ NearestNeighborsSelect nearest_neighbors_select_cpu, nearest_neighbors_select_cu
 using NearestNeighborsRescan = void(const float* block, int64_t ld, const int64_t* rows, int64_t count,
                                     const Features& x, const Features& x2, const Features& y, const Features& y2,
                                     DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
-                                    const Bounds& right_bounds, const float* reach, const int32_t* same, int64_t k,
+                                    const Bounds& right_bounds, const float* kth_upper, const int32_t* same, int64_t k,
                                     int32_t* index, void* distance, DType distance_dtype, void* workspace,
                                     const Place& place);
 NearestNeighborsRescan nearest_neighbors_rescan_cpu, nearest_neighbors_rescan_cuda;

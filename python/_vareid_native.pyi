@@ -195,7 +195,7 @@ def nearest_neighbors_select(
     index: Any,
     distance: Any | None,
     unsure: Any,
-    reach: Any,
+    kth_upper: Any,
     place: _Place,
     /,
 ) -> None: ...
@@ -208,7 +208,7 @@ def nearest_neighbors_rescan(
     unscale: float,
     left_bounds: Any,
     right_bounds: Any,
-    reach: Any,
+    kth_upper: Any,
     same: Any | None,
     k: int,
     index: Any,

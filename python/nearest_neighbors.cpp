@@ -70,7 +70,7 @@ void scan(const Array& block, int64_t row_begin, int64_t column_begin, const Arr
 
 void select(const Parts& x, const Parts& y, int metric, double unscale, const Arrays& left_bounds,
             const Arrays& right_bounds, const Arrays& candidates, int64_t k, const Array& index,
-            const OptionalArray& distance, const Array& unsure, const Array& reach, const Place& place) {
+            const OptionalArray& distance, const Array& unsure, const Array& kth_upper, const Place& place) {
   const Sets left = make_sets(x, "x"), right = make_sets(y, "y");
   const Candidates state = make_candidates(candidates, k);
   if (candidates[0].shape[0] < left.rows) refuse("candidates", "too few rows");
@@ -80,12 +80,12 @@ void select(const Parts& x, const Parts& y, int metric, double unscale, const Ar
   call(index, KERNELS(nearest_neighbors_select), left.first, left.second, right.first, right.second, left.dtype, left.D,
        static_cast<Metric>(metric), unscale, make_bounds(left_bounds, left.rows), make_bounds(right_bounds, right.rows),
        state, pointer<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
-       distance ? distance->dtype() : DType::kFloat32, unsure.as<uint8_t>(), pointer<float>(reach, "reach", left.rows),
-       place);
+       distance ? distance->dtype() : DType::kFloat32, unsure.as<uint8_t>(),
+       pointer<float>(kth_upper, "kth_upper", left.rows), place);
 }
 
 void rescan(const Array& block, const Array& rows, const Parts& x, const Parts& y, int metric, double unscale,
-            const Arrays& left_bounds, const Arrays& right_bounds, const Array& reach, const OptionalArray& same,
+            const Arrays& left_bounds, const Arrays& right_bounds, const Array& kth_upper, const OptionalArray& same,
             int64_t k, const Array& index, const OptionalArray& distance, const Array& workspace, const Place& place) {
   const Sets left = make_sets(x, "x"), right = make_sets(y, "y");
   const int64_t ld = leading_dimension(block, "block");
@@ -95,7 +95,7 @@ void rescan(const Array& block, const Array& rows, const Parts& x, const Parts& 
   call(index, KERNELS(nearest_neighbors_rescan), block.as<float>(), ld, pointer<int64_t>(rows, "rows", 0), rows.numel(),
        left.first, left.second, right.first, right.second, left.dtype, left.D, static_cast<Metric>(metric), unscale,
        make_bounds(left_bounds, left.rows), make_bounds(right_bounds, right.rows),
-       pointer<float>(reach, "reach", left.rows), pointer<int32_t>(same, "same", right.rows), k,
+       pointer<float>(kth_upper, "kth_upper", left.rows), pointer<int32_t>(same, "same", right.rows), k,
        pointer<int32_t>(index, "index", left.rows * k), distance ? distance->data : nullptr,
        distance ? distance->dtype() : DType::kFloat32,
        scratch(workspace, place.threads * (right.rows + (right.rows + 1) / 2) * 16, index), place);

@@ -209,7 +209,7 @@ void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t 
 void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2,
                                   DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
                                   const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
-                                  DType distance_dtype, uint8_t* unsure, float* reach, const Place& place) {
+                                  DType distance_dtype, uint8_t* unsure, float* kth_upper, const Place& place) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
   const Rows rows{x, x2}, columns{y, y2};
   const Output output{index, distance, distance_dtype, left.k, metric, unscale};
@@ -223,12 +223,12 @@ void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const F
       for (int64_t c = 0; c < count; ++c)
         upper[c] = lower[c] + 2 * (left_bounds.window[i] + right_bounds.window[candidate[c]]);
       std::nth_element(upper, upper + left.k - 1, upper + count);
-      reach[i] = upper[left.k - 1];
-      unsure[i] = reach[i] >= left.cut[i];
+      kth_upper[i] = upper[left.k - 1];
+      unsure[i] = kth_upper[i] >= left.cut[i];
       if (unsure[i]) continue;
       int64_t kept = 0;
       for (int64_t c = 0; c < count; ++c) {
-        if (!(lower[c] <= reach[i])) continue;
+        if (!(lower[c] <= kth_upper[i])) continue;
         const int64_t j = candidate[c];
         pairs[kept].distance = exact(rows.of(i), rows.local(i), columns.of(j), columns.local(j), D);
         pairs[kept++].index = candidate[c];
@@ -241,8 +241,8 @@ void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const F
 void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t* rows, int64_t count, const Features& x,
                                   const Features& x2, const Features& y, const Features& y2, DType dtype, int64_t D,
                                   Metric metric, double unscale, const Bounds& left_bounds, const Bounds& right_bounds,
-                                  const float* reach, const int32_t* same, int64_t k, int32_t* index, void* distance,
-                                  DType distance_dtype, void* workspace, const Place& place) {
+                                  const float* kth_upper, const int32_t* same, int64_t k, int32_t* index,
+                                  void* distance, DType distance_dtype, void* workspace, const Place& place) {
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
   const Rows left{x, x2}, right{y, y2};
   const int64_t columns = y.rows + y2.rows;
@@ -257,7 +257,7 @@ void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t*
       int64_t kept = 0;
       for (int64_t j = 0; j < columns; ++j) {
         const float lower = -2 * block[r * ld + j] + (right_bounds.norm[j] - right_bounds.window[j]) + shrunk;
-        if (!(lower <= reach[i])) continue;
+        if (!(lower <= kth_upper[i])) continue;
         const int64_t first = same ? same[j] : j;
         if (known[first] < 0) known[first] = exact(left.of(i), left.local(i), right.of(j), right.local(j), D);
         pairs[kept].distance = known[first];

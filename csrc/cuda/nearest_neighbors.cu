@@ -261,7 +261,7 @@ __global__ void nearest_neighbors_select_kernel(DeviceRows<T> x, DeviceRows<T> y
                                                 const int32_t* __restrict__ candidate,
                                                 const int32_t* __restrict__ counts, const float* __restrict__ cut,
                                                 int64_t capacity, int k, Result result, uint8_t* __restrict__ unsure,
-                                                float* __restrict__ reach) {
+                                                float* __restrict__ kth_upper) {
   __shared__ float bounds[kListWarps][kCapacity], upper[kListWarps][kCapacity];
   __shared__ double distance[kListWarps][kCapacity];
   __shared__ int32_t index[kListWarps][kCapacity];
@@ -279,7 +279,7 @@ __global__ void nearest_neighbors_select_kernel(DeviceRows<T> x, DeviceRows<T> y
   const float limit = value_of_rank(upper[warp], count, k - 1);
   const bool again = limit >= cut[i];
   if (lane == 0) {
-    reach[i] = limit;
+    kth_upper[i] = limit;
     unsure[i] = again;
   }
   if (again) return;
@@ -318,15 +318,15 @@ __global__ void nearest_neighbors_rescan_kernel(const float* __restrict__ block,
                                                 DeviceRows<T> y, int64_t D, const float* __restrict__ left_norm,
                                                 const float* __restrict__ left_window,
                                                 const float* __restrict__ right_norm,
-                                                const float* __restrict__ right_window, const float* __restrict__ reach,
-                                                Result result) {
+                                                const float* __restrict__ right_window,
+                                                const float* __restrict__ kth_upper, Result result) {
   constexpr int kWarps = kRescanThreads / kWarp;
   __shared__ double values[kWarps][kRescanPlaces];
   __shared__ int32_t indices[kWarps][kRescanPlaces];
   __shared__ int counts[kWarps];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t r = blockIdx.x, i = rows[r];
-  const float shrunk = left_norm[i] - left_window[i], limit = reach[i];
+  const float shrunk = left_norm[i] - left_window[i], limit = kth_upper[i];
   Smallest<kRescanPlaces> best{values[warp], indices[warp], static_cast<int>(result.k)};
   for (int64_t base = static_cast<int64_t>(warp) * kWarp; base < columns; base += kRescanThreads) {
     const int64_t j = base + lane;
@@ -382,7 +382,7 @@ void nearest_neighbors_scan_cuda(float* block, int64_t ld, int64_t rows, int64_t
 void nearest_neighbors_select_cuda(const Features& x, const Features& x2, const Features& y, const Features& y2,
                                    DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
                                    const Bounds& right_bounds, const Candidates& candidates, int32_t* index,
-                                   void* distance, DType distance_dtype, uint8_t* unsure, float* reach,
+                                   void* distance, DType distance_dtype, uint8_t* unsure, float* kth_upper,
                                    const Place& place) {
   const auto k = static_cast<int>(candidates.k);
   check_limits(k, candidates.capacity);
@@ -395,14 +395,14 @@ void nearest_neighbors_select_cuda(const Features& x, const Features& x2, const 
     launch(nearest_neighbors_select_kernel<T>, list_grid(rows), kListWarps * kWarp, 0,
            static_cast<cudaStream_t>(place.stream), device_rows<T>(x, x2), device_rows<T>(y, y2), rows, D,
            left_bounds.window, right_bounds.window, candidates.lower, candidates.index, candidates.count,
-           candidates.cut, candidates.capacity, k, result, unsure, reach);
+           candidates.cut, candidates.capacity, k, result, unsure, kth_upper);
   });
 }
 
 void nearest_neighbors_rescan_cuda(const float* block, int64_t ld, const int64_t* rows, int64_t count,
                                    const Features& x, const Features& x2, const Features& y, const Features& y2,
                                    DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
-                                   const Bounds& right_bounds, const float* reach, const int32_t*, int64_t k,
+                                   const Bounds& right_bounds, const float* kth_upper, const int32_t*, int64_t k,
                                    int32_t* index, void* distance, DType distance_dtype, void*, const Place& place) {
   if (k < 1 || k > kCudaMaxNeighbors) throw std::invalid_argument("k: 1 to 128 on a GPU");
   if (count == 0) return;
@@ -413,7 +413,7 @@ void nearest_neighbors_rescan_cuda(const float* block, int64_t ld, const int64_t
     launch(nearest_neighbors_rescan_kernel<T>, grid_size(count), kRescanThreads, 0,
            static_cast<cudaStream_t>(place.stream), block, ld, rows, y.rows + y2.rows, device_rows<T>(x, x2),
            device_rows<T>(y, y2), D, left_bounds.norm, left_bounds.window, right_bounds.norm, right_bounds.window,
-           reach, result);
+           kth_upper, result);
   });
 }
 

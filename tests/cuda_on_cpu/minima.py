@@ -184,11 +184,11 @@ def _select(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
 def _rescan(before: Sequence[Any], after: Sequence[Any]) -> dict[str, int]:
     """A row's products and the others' bounds, the row's features and those of each that may be near, the results."""
     block, _, rows, count, x, factor = after[:6]
-    D, left_norm, left_window, right_norm, right_window, reach, k, _, distance = (
+    D, left_norm, left_window, right_norm, right_window, kth_upper, k, _, distance = (
         after[21], *after[24:29], *after[30:33],
     )  # fmt: skip
     shrunk = (left_norm - left_window)[rows][:, None]
-    near = -2 * block + (right_norm - right_window) + shrunk <= reach[rows][:, None]
+    near = -2 * block + (right_norm - right_window) + shrunk <= kth_upper[rows][:, None]
     features = D * x.element_size() + (8 if factor is not None else 0)
     moved = count * (20 + k * (4 + distance.element_size())) + 12 * block.numel()
     return {"nearest_neighbors_rescan_kernel": moved + features * (int(near.sum()) + count)}

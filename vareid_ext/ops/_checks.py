@@ -77,12 +77,12 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name}: {value!r} was given; allowed are {', '.join(map(repr, allowed))}")
 
 
-def check_count(name: str, value: object, least: int, most: int = (1 << 31) - 1) -> int:
+def check_count(name: str, value: object, minimum: int, maximum: int = (1 << 31) - 1) -> int:
     """``value`` as an int; TypeError unless it is a whole number, ValueError unless it is in range."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: {type(value).__name__} was given; an int is needed")
-    if not least <= value <= most:
-        raise ValueError(f"{name}: {value} was given; allowed are {least} to {most}")
+    if not minimum <= value <= maximum:
+        raise ValueError(f"{name}: {value} was given; allowed are {minimum} to {maximum}")
     return int(value)
 
 

@@ -59,10 +59,10 @@ def common_scale(parts: Sequence[Tensor], largest: float) -> float:
     if largest == 0:
         return 1.0
     spread = _spread(parts, _NARROW * largest)
-    size, most = (largest, 1022) if spread == 0 or spread >= _NARROW * largest else (spread, 1000)
+    size, exponent = (largest, 1022) if spread == 0 or spread >= _NARROW * largest else (spread, 1000)
     if 2.0**-20 <= size <= 2.0**20:
         return 1.0
-    return 2.0 ** max(-1022, min(1023, 1 - math.frexp(size)[1], most - math.frexp(largest)[1]))
+    return 2.0 ** max(-1022, min(1023, 1 - math.frexp(size)[1], exponent - math.frexp(largest)[1]))
 
 
 def _spread(parts: Sequence[Tensor], enough: float) -> float:
@@ -164,9 +164,9 @@ class Filter:
         whole = torch.ones_like(squares, dtype=torch.bool)
         for part, factor in zip(self.parts, self.factors, strict=True):
             step = max(1, -(-part.shape[0] * len(self.parts) // _SAMPLE))
-            reach = rows_at_once(part) * step
-            for begin in range(0, part.shape[0], reach):
-                some = slice(begin, begin + reach, step)
+            span = rows_at_once(part) * step
+            for begin in range(0, part.shape[0], span):
+                some = slice(begin, begin + span, step)
                 rows = part[some].double()
                 if factor is not None:
                     rows = rows * factor[some, None]

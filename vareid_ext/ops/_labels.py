@@ -199,8 +199,7 @@ def raise_label_errors(device: torch.device | str | int | None = None) -> None:
 
     The losses do not wait for the GPU to look at labels: there, a label out of range makes its row's loss and gradient
     NaN, and the error is raised by the next loss call that finds it noted, or here. Call it where the loop waits for
-    the device anyway (when it reads the loss, say). On the CPU bad labels are refused at once. Inside the transforms of
-    ``torch.func`` nothing looks at labels on a GPU.
+    the device anyway (when it reads the loss, say). On the CPU bad labels are refused at once.
 
     Args:
         device: the GPU; None for all that were used. It is waited for.

@@ -103,7 +103,7 @@ def angular_center_regularizer(
     Raises:
         TypeError: a dtype that is not floating, or two that differ.
         ValueError: shapes, devices or the reduction do not fit.
-        RuntimeError: double backward, forward-mode differentiation or a transform of ``torch.func``.
+        RuntimeError: double backward, forward-mode differentiation or ``torch.func.grad``.
     """
     check_floating("identity_centers", identity_centers)
     check_shape("identity_centers", identity_centers, ("K", "D"))

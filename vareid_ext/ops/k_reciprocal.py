@@ -20,9 +20,9 @@ from vareid_ext.reference import nearest_neighbors as neighbor_reference
 from vareid_ext.reference.pairwise_distance import exact_distance, rows_per_block
 
 # Limits of the CUDA kernels and the sizes of their sort, as in csrc/k_reciprocal.h.
-_CUDA_MOST_MEMBERS = 1024
-_CUDA_MOST_LISTED = 159
-_CUDA_MOST_TOPK = 128
+_CUDA_MAX_MEMBERS = 1024
+_CUDA_MAX_LISTED = 159
+_CUDA_MAX_TOPK = 128
 _CUDA_SORT_TILE, _CUDA_SORT_DIGITS = 8192, 256
 
 
@@ -35,25 +35,25 @@ def _workspace(like: Tensor, bytes_per_thread: int) -> Tensor:
     return like.new_empty(0 if like.is_cuda else bytes_per_thread * torch.get_num_threads(), dtype=torch.uint8)
 
 
-def _check_entries(entries: int, most: int | None) -> None:
+def _check_entries(entries: int, limit: int | None) -> None:
     """ValueError if the encodings have more entries than memory was granted for."""
-    if most is not None and entries > most:
+    if limit is not None and entries > limit:
         raise ValueError(
             f"max_memory: the encodings of these features have {entries} entries, but what was given suffices for "
-            f"{max(most, 0)}"
+            f"{max(limit, 0)}"
         )
 
 
-def _reference_robust_sets(neighbor: Tensor, k1: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+def _reference_robust_sets(neighbor: Tensor, k1: int, limit: int | None = None) -> tuple[Tensor, Tensor]:
     indptr, index = reference.reciprocal_sets(neighbor, k1)
-    _check_entries(index.numel(), most)
+    _check_entries(index.numel(), limit)
     return indptr, index
 
 
-def _native_robust_sets(neighbor: Tensor, k1: int, most: int | None = None) -> Any:
+def _native_robust_sets(neighbor: Tensor, k1: int, limit: int | None = None) -> Any:
     neighbor = neighbor.contiguous()
     M, width = neighbor.shape
-    if neighbor.is_cuda and min(k1 + 1, width) > _CUDA_MOST_MEMBERS:
+    if neighbor.is_cuda and min(k1 + 1, width) > _CUDA_MAX_MEMBERS:
         return NotImplemented
     sets = []
     for k in (k1, reference.half_k(k1)):
@@ -65,26 +65,26 @@ def _native_robust_sets(neighbor: Tensor, k1: int, most: int | None = None) -> A
     workspace = _workspace(neighbor, 8 * M)
     _native.launch("k_reciprocal_robust_sets", *sets, indptr, None, workspace, on=neighbor)
     entries = int(indptr[-1])
-    _check_entries(entries, most)
+    _check_entries(entries, limit)
     index = neighbor.new_empty((entries,))
     _native.launch("k_reciprocal_robust_sets", *sets, indptr, index, workspace, on=neighbor)
     return indptr, index
 
 
-def _fake_robust_sets(neighbor: Tensor, k1: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+def _fake_robust_sets(neighbor: Tensor, k1: int, limit: int | None = None) -> tuple[Tensor, Tensor]:
     indptr, entries = _pattern_sizes(neighbor, neighbor.shape[0])
     return indptr, neighbor.new_empty((entries,), dtype=torch.int32)
 
 
 k_reciprocal_robust_sets = define(
-    "k_reciprocal_robust_sets(Tensor neighbor, SymInt k1, SymInt? most=None) -> (Tensor, Tensor)",
+    "k_reciprocal_robust_sets(Tensor neighbor, SymInt k1, SymInt? limit=None) -> (Tensor, Tensor)",
     fake=_fake_robust_sets,
     reference=_reference_robust_sets,
     native=_native_robust_sets,
 )
 """R* of every row; see :func:`vareid_ext.reference.k_reciprocal.reciprocal_sets`.
 
-ValueError if it has more than ``most`` entries.
+ValueError if it has more than ``limit`` entries.
 """
 
 
@@ -132,15 +132,15 @@ k_reciprocal_encode = define(
 
 
 def _reference_query_expansion(
-    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, most: int | None = None
+    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, limit: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     expanded = reference.expand_query(neighbor, k2, indptr, index, value)
-    _check_entries(expanded[1].numel(), most)
+    _check_entries(expanded[1].numel(), limit)
     return expanded
 
 
 def _native_query_expansion(
-    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, most: int | None = None
+    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, limit: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if k2 == 1:
         return indptr.clone(), index.clone(), value.clone()
@@ -150,14 +150,14 @@ def _native_query_expansion(
     given = neighbor, k2, indptr, index, value, new_indptr
     _native.launch("k_reciprocal_query_expansion", *given, None, None, workspace, on=neighbor)
     entries = int(new_indptr[-1])
-    _check_entries(entries, most)
+    _check_entries(entries, limit)
     new_index, new_value = index.new_empty((entries,)), value.new_empty((entries,))
     _native.launch("k_reciprocal_query_expansion", *given, new_index, new_value, workspace, on=neighbor)
     return new_indptr, new_index, new_value
 
 
 def _fake_query_expansion(
-    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, most: int | None = None
+    neighbor: Tensor, k2: int, indptr: Tensor, index: Tensor, value: Tensor, limit: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     new_indptr, entries = _pattern_sizes(neighbor, neighbor.shape[0])
     return new_indptr, index.new_empty((entries,)), value.new_empty((entries,))
@@ -165,14 +165,14 @@ def _fake_query_expansion(
 
 k_reciprocal_query_expansion = define(
     "k_reciprocal_query_expansion(Tensor neighbor, SymInt k2, Tensor indptr, Tensor index, Tensor value, "
-    "SymInt? most=None) -> (Tensor, Tensor, Tensor)",
+    "SymInt? limit=None) -> (Tensor, Tensor, Tensor)",
     fake=_fake_query_expansion,
     reference=_reference_query_expansion,
     native=_native_query_expansion,
 )
 """Query expansion; see :func:`vareid_ext.reference.k_reciprocal.expand_query`.
 
-ValueError if the result has more than ``most`` entries.
+ValueError if the result has more than ``limit`` entries.
 """
 
 
@@ -242,7 +242,7 @@ k_reciprocal_blend = define(
 
 
 def _native_matrix_neighbors(q_g: Tensor, q_q: Tensor, g_g: Tensor, k: int) -> Any:
-    if q_g.is_cuda and k > _CUDA_MOST_LISTED:
+    if q_g.is_cuda and k > _CUDA_MAX_LISTED:
         return NotImplemented
     lists = _empty_lists(q_g, q_q, g_g, k)
     workspace = _workspace(q_g, 128 * q_g.shape[0] + 32 * k + 1024)
@@ -292,7 +292,7 @@ def _reference_topk(
 def _native_topk(
     query: Tensor, gallery: Tensor, scale: float, nearest: Tensor, original: Tensor, *arguments: Any
 ) -> Any:
-    if query.is_cuda and nearest.shape[1] > _CUDA_MOST_TOPK:
+    if query.is_cuda and nearest.shape[1] > _CUDA_MAX_TOPK:
         return NotImplemented
     *encodings, lambda_value = arguments
     outputs = _empty_topk(query, gallery, scale, nearest, original)

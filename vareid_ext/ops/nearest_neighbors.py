@@ -26,8 +26,8 @@ from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import nearest_neighbors as reference
 from vareid_ext.reference.pairwise_distance import METRICS
 
-MOST_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
-LEAST_ROWS = 64  # done again at once, where memory allows it
+MAX_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
+MIN_ROWS = 64  # done again at once, where memory allows it
 _EQUAL_CHUNK = 1 << 16  # elements compared at once
 _BITS = {
     torch.float64: torch.int64,
@@ -42,7 +42,7 @@ def capacity(k: int) -> int:
     return (k + max(k // 2, 40) + 15) // 16 * 16
 
 
-def again_bytes(columns: int, threads: int) -> int:
+def rescan_bytes(columns: int, threads: int) -> int:
     """What it takes, beside the products, to do rows again that have more near ties than places (on a CPU)."""
     return columns * (24 * threads + 80) + 64 * _EQUAL_CHUNK
 
@@ -54,7 +54,7 @@ class _Scan:
         self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str, block_rows: int
     ) -> None:
         self.filtered, self.k, self.metric = filtered, k, METRICS.index(metric)
-        self.block_rows = max(LEAST_ROWS, block_rows)
+        self.block_rows = max(MIN_ROWS, block_rows)
         self.left, self.right = filtered.sets(*left), filtered.sets(*right)
         self.left_parts, self.right_parts = list(left), list(right)
         self.left_bounds, self.right_bounds = filtered.bounds(left), filtered.bounds(right)
@@ -68,7 +68,7 @@ class _Scan:
             new(self.rows).fill_(torch.inf), self.row_max,
         ]  # fmt: skip
 
-    def look(self, block: Tensor, row: int, column: int, *, both: bool, write: bool) -> None:
+    def scan(self, block: Tensor, row: int, column: int, *, both: bool, write: bool) -> None:
         """Takes the candidates of a block of products; ``both``: for its columns too."""
         _native.launch(
             "nearest_neighbors_scan", block, row, column, self.left_bounds, self.right_bounds, self.candidates,
@@ -81,18 +81,18 @@ class _Scan:
         index = filtered.norm.new_empty((self.rows, self.k), dtype=torch.int32)
         distance = filtered.norm.new_empty((self.rows, self.k), dtype=distance_dtype)
         unsure = filtered.norm.new_empty(self.rows, dtype=torch.bool)
-        reach = filtered.norm.new_empty(self.rows)
+        kth_upper = filtered.norm.new_empty(self.rows)
         _native.launch(
             "nearest_neighbors_select", self.left, self.right, self.metric, filtered.unscale, self.left_bounds,
-            self.right_bounds, self.candidates, self.k, index, distance, unsure, reach, on=index,
+            self.right_bounds, self.candidates, self.k, index, distance, unsure, kth_upper, on=index,
         )  # fmt: skip
-        again = unsure.nonzero()[:, 0]
-        if again.numel():
+        rows = unsure.nonzero()[:, 0]
+        if rows.numel():
             del self.candidates
-            self._rescan(again, reach, index, distance)
+            self._rescan(rows, kth_upper, index, distance)
         return index, distance
 
-    def _rescan(self, again: Tensor, reach: Tensor, index: Tensor, distance: Tensor) -> None:
+    def _rescan(self, unsure: Tensor, kth_upper: Tensor, index: Tensor, distance: Tensor) -> None:
         """Computes some rows' products whole and takes every entry that may be among the nearest."""
         filtered = self.filtered
         # As many rows at once as fit in the memory of a block of products and its features.
@@ -100,15 +100,15 @@ class _Scan:
         D = part.shape[1]
         taken = self.block_rows * 4 * (self.block_rows + D)
         fitting = taken // (4 * self.columns + (4 + part.element_size()) * D)
-        step = max(1, min(self.block_rows, fitting, again.numel()))
+        step = max(1, min(self.block_rows, fitting, unsure.numel()))
         block, prepared = filtered.norm.new_empty((step, self.columns)), filtered.norm.new_empty((step, D))
         same, places = None, 0  # a GPU needs neither
         if not block.is_cuda:
             same = self._equal_rows()
             places = torch.get_num_threads() * (self.columns + (self.columns + 1) // 2) * 16
         workspace = filtered.norm.new_empty(places, dtype=torch.uint8)
-        for begin in range(0, again.numel(), step):
-            rows = again[begin : begin + step]
+        for begin in range(0, unsure.numel(), step):
+            rows = unsure[begin : begin + step]
             products = block[: rows.numel()]
             with full_float32(block.device.type):
                 chosen = self._gather(rows, prepared)
@@ -117,7 +117,7 @@ class _Scan:
                     torch.mm(chosen, columns.T, out=products[:, offset : offset + last - first])
             _native.launch(
                 "nearest_neighbors_rescan", products, rows, self.left, self.right, self.metric, filtered.unscale,
-                self.left_bounds, self.right_bounds, reach, same, self.k, index, distance, workspace, on=index,
+                self.left_bounds, self.right_bounds, kth_upper, same, self.k, index, distance, workspace, on=index,
             )  # fmt: skip
 
     def _gather(self, rows: Tensor, out: Tensor) -> Tensor:
@@ -185,8 +185,8 @@ def _symmetric_scan(filtered: Filter, scans: Sequence[_Scan], block_rows: int, o
                 torch.mm(rows, columns.T, out=target)
                 if crossed:
                     for scan in scans[1:]:
-                        scan.look(target, first, other_first, both=False, write=False)
-                scans[0].look(target, offset, other_offset, both=not same, write=crossed and out is not None)
+                        scan.scan(target, first, other_first, both=False, write=False)
+                scans[0].scan(target, offset, other_offset, both=not same, write=crossed and out is not None)
                 size = last - first
                 _progress.advance(size * (size + 1) // 2 if same else size * (other_last - other_first))
 
@@ -202,7 +202,7 @@ def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
                 columns = filtered.block(1, other_first, other_last, 1)
                 target = buffer[: rows.shape[0] * columns.shape[0]].view(rows.shape[0], columns.shape[0])
                 torch.mm(rows, columns.T, out=target)
-                scan.look(target, first, other_first, both=False, write=False)
+                scan.scan(target, first, other_first, both=False, write=False)
 
 
 def _reference_nearest_neighbors(
@@ -217,7 +217,7 @@ def _reference_nearest_neighbors(
 def _native_nearest_neighbors(
     x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int
 ) -> tuple[Tensor, Tensor]:
-    if k > MOST_NEIGHBORS[x.device.type]:
+    if k > MAX_NEIGHBORS[x.device.type]:
         return NotImplemented
     block_rows = block_rows or block_side(x.device)
     if y is None:
@@ -248,7 +248,7 @@ _nearest_neighbors = define(
 def _native_joint_neighbors(
     query: Tensor, gallery: Tensor, scale: float, k: int, nearest: int, out: Tensor | None, block_rows: int
 ) -> Any:
-    if max(k, nearest) > MOST_NEIGHBORS[query.device.type]:
+    if max(k, nearest) > MAX_NEIGHBORS[query.device.type]:
         return NotImplemented
     filtered = Filter([query, gallery], ["query", "gallery"], "sqeuclidean", scale=scale)
     scans = [_Scan(filtered, [0, 1], [0, 1], k, "sqeuclidean", block_rows)]

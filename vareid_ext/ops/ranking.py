@@ -61,9 +61,9 @@ class _Labels:
     def most_matches(self) -> int:
         return int((self.end - self.begin).max()) if len(self.begin) else 0
 
-    def matches(self, rows: slice, most: int) -> tuple[Tensor, Tensor]:
-        """Of some queries: the gallery images of their identity [rows, most], and which of these places are taken."""
-        place = self.begin[rows, None] + torch.arange(most, device=self.begin.device)
+    def matches(self, rows: slice, places: int) -> tuple[Tensor, Tensor]:
+        """Of some queries: the gallery images of their identity [rows, places], and which of these places are taken."""
+        place = self.begin[rows, None] + torch.arange(places, device=self.begin.device)
         taken = place < self.end[rows, None]
         return self.order[place.clamp(max=len(self.order) - 1)], taken
 
@@ -137,8 +137,8 @@ def _products(filtered: Filter, block_rows: int) -> Iterator[tuple[slice, Tensor
     side = block_side(filtered.norm.device)
     of_queries = row_blocks(filtered, [0], min(block_rows, side))
     of_gallery = row_blocks(filtered, [1], side)
-    most, G = max((last - first for _, first, last, _ in of_queries), default=0), filtered.parts[1].shape[0]
-    buffer = filtered.norm.new_empty((most, G))
+    height, G = max((last - first for _, first, last, _ in of_queries), default=0), filtered.parts[1].shape[0]
+    buffer = filtered.norm.new_empty((height, G))
     for _, first, last, _ in of_queries:
         products = buffer[: last - first]
         with full_float32(buffer.device.type):

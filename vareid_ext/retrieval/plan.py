@@ -77,15 +77,15 @@ def rerank_plan(
     M, threads = Q + G, torch.get_num_threads()
     k = min(M, max(k1 + 1, k2))
     lists = M * (8 * k + 16)
-    native = max(k, topk or 0) <= _nearest.MOST_NEIGHBORS["cpu"]
+    native = max(k, topk or 0) <= _nearest.MAX_NEIGHBORS["cpu"]
     candidates = M * (8 * _nearest.capacity(k) + 40) + (Q * (8 * _nearest.capacity(topk) + 24) if topk else 0)
-    rescan = _nearest.again_bytes(M, threads)
+    rescan = _nearest.rescan_bytes(M, threads)
     if not native:  # whole rows in float64, of features in float64
         candidates, rescan = 16 * M * D + 56 * M * min(M, rows_per_block(M)), 0
     entries = M * min(M, math.ceil(2 * (k1 + 1) * math.sqrt(k2)))
     sparse = _ENTRY * entries + M * (40 + 24 * threads)
     for side in [block_rows] if block_rows else [side for side in _SIDES if side <= max(64, M)]:
-        rows = min(max(_nearest.LEAST_ROWS, side), M)
+        rows = min(max(_nearest.MIN_ROWS, side), M)
         block = 4 * rows * (rows + 2 * D) + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
         plan = RerankPlan(side, copies, candidates, block, lists, rescan, entries, sparse)
         if max_memory is None or plan.peak <= max_memory:

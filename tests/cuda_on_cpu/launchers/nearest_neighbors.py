@@ -33,22 +33,22 @@ def nearest_neighbors_scan(
 
 def nearest_neighbors_select(
     launch: Any, x: Any, y: Any, metric: int, unscale: float, left_bounds: Any, right_bounds: Any, candidates: Any,
-    k: int, index: Any, distance: Any, unsure: Any, reach: Any, place: Any,
+    k: int, index: Any, distance: Any, unsure: Any, kth_upper: Any, place: Any,
 ) -> None:  # fmt: skip
     launch(
         "nearest_neighbors_select_cuda", *_sets(x), *_sets(y), dtype_code(x[0][0]), x[0][0].shape[1], metric, unscale,
         *left_bounds, *right_bounds, *map(InOut, candidates), candidates[0].shape[1], k, Partial(index),
-        Partial(distance), dtype_code(distance), unsure, reach,
+        Partial(distance), dtype_code(distance), unsure, kth_upper,
     )  # fmt: skip
 
 
 def nearest_neighbors_rescan(
     launch: Any, block: Any, rows: Any, x: Any, y: Any, metric: int, unscale: float, left_bounds: Any,
-    right_bounds: Any, reach: Any, same: Any, k: int, index: Any, distance: Any, workspace: Any, place: Any,
+    right_bounds: Any, kth_upper: Any, same: Any, k: int, index: Any, distance: Any, workspace: Any, place: Any,
 ) -> None:  # fmt: skip
     count, columns = block.shape
     launch(
         "nearest_neighbors_rescan_cuda", block.contiguous(), columns, rows.contiguous(), count, *_sets(x), *_sets(y),
-        dtype_code(x[0][0]), x[0][0].shape[1], metric, unscale, *left_bounds, *right_bounds, reach, None, k,
+        dtype_code(x[0][0]), x[0][0].shape[1], metric, unscale, *left_bounds, *right_bounds, kth_upper, None, k,
         InOut(index), InOut(distance), dtype_code(distance), None,
     )  # fmt: skip
