@@ -161,7 +161,8 @@ def _inputs(model: TrainedModel, pictures: Sequence[Image.Image], image_input: s
 
 def _program(feature: FeatureGraph, images: Tensor) -> torch.export.ExportedProgram:
     with torch.no_grad():
-        shapes = {"images": {0: torch.export.Dim("N", min=1)}}
+        # PyTorch 2.6 takes no dimension without an upper limit.
+        shapes = {"images": {0: torch.export.Dim("N", min=1, max=2**31 - 1)}}
         return torch.export.export(feature, (images,), dynamic_shapes=shapes, strict=False)
 
 
