@@ -196,6 +196,18 @@ def test_short_names_dashes_and_truth_values():
         (["--stages", "[{epochs: 2, optimizer: {rate: 1}}]"], ["stages[0].optimizer", "rate"]),
         (["--stages", "[{epochs: 2, optimizer: {lr: -1}}]"], ["stages[0]", "optimizer.lr", "-1"]),
         (["--stages", "[{train: [neck]}]"], ["stages", "epochs"]),
+        (["--stages", "[{epochs: 2, train: null}]"], ["stages[0].train", "None"]),
+        (["--stages", "[{epochs: 2, optimizer: null}]"], ["stages[0].optimizer", "None"]),
+        (["--stages", "[{epochs: 2, optimizer: {name: lion}}]"], ["stages[0]", "optimizer.name", "lion"]),
+        (["--stages", "[{epochs: 2, optimizer: {lr: null}}]"], ["stages[0]", "optimizer.lr", "None"]),
+        (["--stages", "[{epochs: 2, optimizer: {lr: fast}}]"], ["stages[0]", "optimizer.lr", "fast"]),
+        (["--stages", "[{epochs: 2, optimizer: {lr_factors: 3}}]"], ["stages[0]", "optimizer.lr_factors", "3"]),
+        (["--stages", "[{epochs: 2, sampler: {kind: random}}]"], ["stages[0]", "sampler.kind", "random"]),
+        (["--stages", "[{epochs: 2, optimizer: {epochs: 5}}]"], ["stages[0].optimizer", "epochs", "stage's own"]),
+        (
+            ["--stages", "[{epochs: 2, optimizer: {ema_decay: 0.9}}]"],
+            ["stages[0].optimizer", "ema_decay", "all stages"],
+        ),
         (["--lr-factors", "{backbone: -1}"], ["optimizer.lr_factors", "backbone", "-1"]),
     ],
 )

@@ -384,10 +384,30 @@ def _config(defaults: dict[str, Any], texts: dict[str, str], show_help: bool = F
     try:
         options = [f"--{name}={text}" for name, text in texts.items()]
         sections = parser.instantiate(parser.parse_args(options + ["--help"] * show_help))
+        for number, stage in enumerate(sections.stages):
+            _check_stage(parser, number, stage)
         return Config(**{f.name: getattr(sections, f.name) for f in dataclasses.fields(Config)})
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         message = textwrap.shorten(str(error), 600)
         raise CommandLineError(message if message.isprintable() else ascii(message)) from error
+
+
+def _check_stage(parser: jsonargparse.ArgumentParser, number: int, stage: StageConfig) -> None:
+    """CommandLineError where a field of a stage has a value of another type than that of its section."""
+    if stage.train is None:
+        raise CommandLineError(f"stages[{number}].train: None was given; allowed are lists of parts")
+    for section in ("optimizer", "sampler"):
+        changes = getattr(stage, section)
+        if not isinstance(changes, dict):
+            raise CommandLineError(f"stages[{number}].{section}: {changes!r} was given; allowed are fields and values")
+        known = [f.name for f in dataclasses.fields(getattr(Config(), section))]
+        for name, value in changes.items():
+            if name not in known:
+                raise CommandLineError(f"stages[{number}].{section}: there is no field {name!r}{nearest(name, known)}")
+            try:
+                parser.parse_args([f"--{section}.{name}={_as_text(value)}"])
+            except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
+                raise CommandLineError(f"stages[{number}]: {textwrap.shorten(str(error), 600)}") from error
 
 
 def _as_texts(values: Mapping[str, Any]) -> dict[str, str]:

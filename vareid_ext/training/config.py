@@ -7,7 +7,7 @@ stand in the docstrings; fractions are in [0, 1].
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -287,14 +287,14 @@ class Config:
         stages = []
         for number, stage in enumerate(self.stages):
             sections = {}
+            for key, owner in (("epochs", "the stage's own field"), ("ema_decay", "the same in all stages")):
+                if key in stage.optimizer:
+                    raise ValueError(f"stages[{number}].optimizer: {key!r} was given, which is {owner}")
             for name, changes in (
                 ("optimizer", {"epochs": stage.epochs, **stage.optimizer}),
                 ("sampler", stage.sampler),
             ):
                 section = getattr(self, name)
-                unknown = sorted(changes.keys() - {f.name for f in fields(section)})
-                if unknown:
-                    raise ValueError(f"stages[{number}].{name}: there is no field {unknown[0]!r}")
                 changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
                 try:
                     sections[name] = replace(section, **changes)
