@@ -219,6 +219,17 @@ def test_stages_train_what_they_say_and_resume_bit_identical(tmp_path, monkeypat
     assert rates[4] == pytest.approx(0.002 * 0.1)
 
 
+def test_the_optimizer_of_a_stage_cannot_change_when_it_is_resumed(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, 15)
+        assert start(tmp_path, "--stages=[{epochs: 1, optimizer: {name: sgd}}, {epochs: 1}]") == 128 + 15
+    resume = ["--resume", str(tmp_path)]
+    for stages in ("[{epochs: 1}, {epochs: 1, optimizer: {name: sgd}}]", "[]"):
+        assert train.main([*resume, "--stages", stages]) == 2
+        assert "optimizer.name: 'adamw' was given; the run was trained by 'sgd'" in capsys.readouterr().err
+    assert train.main([*resume, "--optimizer.name=adam"]) == 0  # of the second stage, which has not begun
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

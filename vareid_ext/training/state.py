@@ -107,17 +107,22 @@ class TrainingState:
         if (state["average"] is None) != (self.average is None):
             raise ValueError("optimizer.ema_decay: cannot be switched on or off when a run is resumed")
         try:
-            trained_by = OptimizerConfig(**state["config"]["optimizer"]).name
             progress = Progress(**state["progress"])
-        except (TypeError, KeyError, ValueError) as error:
+            before = state["config"]
+            changes = before["stages"][progress.stage]["optimizer"] if before["stages"] else {}
+            trained_by = OptimizerConfig(**before["optimizer"] | changes).name
+        except (TypeError, LookupError, ValueError) as error:
             raise ValueError(f"resume: {str(path)!r} is not a run's checkpoint: {error}") from error
-        if trained_by != self.config.optimizer.name:
-            raise ValueError(
-                f"optimizer.name: {self.config.optimizer.name!r} was given; the run was trained by {trained_by!r} and "
-                "cannot change it when it is resumed"
-            )
-        if progress.stage >= len(self.config.resolved_stages):
+        stages = self.config.resolved_stages
+        if progress.stage >= len(stages):
             raise ValueError(f"stages: the run has reached stage {progress.stage + 1}, which the configuration lacks")
+        name = stages[progress.stage].optimizer.name
+        if trained_by != name:
+            field = f"stages[{progress.stage}].optimizer.name" if self.config.stages else "optimizer.name"
+            raise ValueError(
+                f"{field}: {name!r} was given; the run was trained by {trained_by!r} and cannot change it when it is "
+                "resumed"
+            )
         self.begin_stage(progress.stage)
         # The optimizer's settings are the configuration's, which may differ from those it was saved with; the learning
         # rate is set at every step, and stays that of the last one where none follows.
