@@ -79,6 +79,12 @@ def test_images_of_every_kind_give_the_same_features(model, pictures, expected, 
     assert same(model.embed(pictures, batch_size=2, workers=1), expected)
 
 
+def test_a_file_called_as_the_number_of_an_image_is_itself(model, pictures, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures[1].save("0", format="PNG")
+    assert same(model.embed([pictures[0], "0"]), expected[:2])
+
+
 def test_boxes_of_a_frame_are_cut_out_of_it(model, pictures, expected, tmp_path):
     width, height = pictures[0].size
     frame = Image.new("RGB", (5 * width, height + 7))

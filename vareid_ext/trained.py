@@ -258,14 +258,14 @@ def _crops(frame: Any, boxes: Any) -> list[Image.Image] | list[np.ndarray]:
 
 
 def _image_list(pictures: Sequence[str | Image.Image]) -> ImageList:
-    """Unlabelled images; the paths of those that are PIL images are their numbers."""
-    held = {str(i): picture for i, picture in enumerate(pictures) if not isinstance(picture, str)}
+    """Unlabelled images; the path of one that is a PIL image is images[i]."""
+    held = {f"images[{i}]": picture for i, picture in enumerate(pictures) if not isinstance(picture, str)}
 
     def load(path: str) -> Image.Image:
         picture = held.get(path)
         return open_image(path) if picture is None else picture
 
-    paths = tuple(picture if isinstance(picture, str) else str(i) for i, picture in enumerate(pictures))
+    paths = tuple(picture if isinstance(picture, str) else f"images[{i}]" for i, picture in enumerate(pictures))
     return unlabelled(paths, load)
 
 
