@@ -234,6 +234,10 @@ def test_the_optimizer_of_a_stage_cannot_change_when_it_is_resumed(tmp_path, mon
     ("arguments", "words"),
     [
         (["--stages=[{epochs: 1, train: [nick]}]"], "stages[0].train: 'nick' was given; the method has the parts"),
+        (
+            ["--stages=[{epochs: 1, train: [pool]}]"],
+            "stages[0].train: pool was given; at least one part with parameters",
+        ),
         (["--lr-factors={nick: 0.1}"], "optimizer.lr_factors: 'nick'"),
     ],
 )

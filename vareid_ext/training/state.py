@@ -21,7 +21,7 @@ from vareid_ext.files.weights import load_method_weights
 from vareid_ext.methods import METHODS, Method, TrainingClasses
 from vareid_ext.models import Backbone
 from vareid_ext.training.config import Config, OptimizerConfig
-from vareid_ext.training.optimizers import build_optimizer, check_parts, train_only
+from vareid_ext.training.optimizers import belongs, build_optimizer, check_parts, train_only
 
 
 @dataclass
@@ -172,6 +172,10 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
     method = build_method(wanted, classes)
     for number, stage in enumerate(config.resolved_stages):
         check_parts(method, f"stages[{number}].train", stage.train)
+        if stage.train and not any(belongs(n, stage.train) for n, p in method.named_parameters() if p.requires_grad):
+            raise ValueError(
+                f"stages[{number}].train: {', '.join(stage.train)} was given; a part with parameters is needed"
+            )
         check_parts(method, "optimizer.lr_factors", stage.optimizer.lr_factors)
     if wanted.model.weights is not None:
         settings = config.plain()["model"]
