@@ -236,7 +236,7 @@ def test_the_optimizer_of_a_stage_cannot_change_when_it_is_resumed(tmp_path, mon
         (["--stages=[{epochs: 1, train: [nick]}]"], "stages[0].train: 'nick' was given; the method has the parts"),
         (
             ["--stages=[{epochs: 1, train: [pool]}]"],
-            "stages[0].train: pool was given; at least one part with parameters",
+            "stages[0].train: pool was given; a part with parameters is",
         ),
         (["--lr-factors={nick: 0.1}"], "optimizer.lr_factors: 'nick'"),
     ],
