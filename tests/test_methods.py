@@ -247,6 +247,13 @@ def test_parts_that_the_method_does_not_have_are_named(tmp_path, capsys, argumen
     assert not (tmp_path / "run").exists()
 
 
+def test_an_input_that_the_images_do_not_come_with_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(METHODS["va-reid"], "inputs", ("viewpoint", "keypoints"))
+    assert start(tmp_path / "run") == 2
+    assert "method.name: 'va-reid' reads 'keypoints', which the images do not come with" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 class Seen(nn.Module):
     """A loss with a state: the mean feature so far."""
 

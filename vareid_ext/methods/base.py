@@ -49,7 +49,7 @@ class Method(nn.Module):
     heads: ClassVar[tuple[str, ...]] = ()
     """names of the parts that belong to the training identities, which the test feature does not need"""
     inputs: ClassVar[tuple[str, ...]] = ()
-    """what it reads of a batch beside the images and identities"""
+    """what it reads of a batch beside the images and identities: "viewpoint", and names of extras"""
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         """The losses of a batch, by name. Float32: see :func:`full_precision`."""

@@ -170,6 +170,9 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
     if not load_weights_file:
         wanted = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=None))
     method = build_method(wanted, classes)
+    missing = [name for name in method.inputs if name != "viewpoint" and name not in data.train.extras]
+    if missing:
+        raise ValueError(f"method.name: {config.method.name!r} reads {missing[0]!r}, which the images do not come with")
     for number, stage in enumerate(config.resolved_stages):
         check_parts(method, f"stages[{number}].train", stage.train)
         if stage.train and not any(belongs(n, stage.train) for n, p in method.named_parameters() if p.requires_grad):
