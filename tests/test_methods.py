@@ -247,6 +247,18 @@ def test_parts_that_the_method_does_not_have_are_named(tmp_path, capsys, argumen
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stage_that_is_over_cannot_be_changed(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6, 15)
+        assert start(tmp_path, "--stages=[{epochs: 1}, {epochs: 2}]") == 128 + 15
+    resume = ["--resume", str(tmp_path)]
+    for stages in ("[{epochs: 0}, {epochs: 4}]", "[{epochs: 1, sampler: {batches_per_epoch: 3}}, {epochs: 2}]"):
+        assert train.main([*resume, "--stages", stages]) == 2
+        assert "stages[0]: other epochs or batches were given" in capsys.readouterr().err
+    assert train.main([*resume, "--stages=[{epochs: 1}, {epochs: 3}]"]) == 0
+    assert load_checkpoint(tmp_path / "last.pt")["progress"]["step"] == 16
+
+
 def test_an_input_that_the_images_do_not_come_with_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(METHODS["va-reid"], "inputs", ("viewpoint", "keypoints"))
     assert start(tmp_path / "run") == 2

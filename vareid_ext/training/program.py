@@ -17,7 +17,7 @@ from vareid_ext.files.features import Features
 from vareid_ext.retrieval import KReciprocal
 from vareid_ext.retrieval.rerank import Reranker
 from vareid_ext.training import evaluation
-from vareid_ext.training.command_line import Request, pairs, to_yaml
+from vareid_ext.training.command_line import Request, pairs, to_config, to_yaml
 from vareid_ext.training.config import Config, OptimizerConfig
 from vareid_ext.training.console import one_line, tell
 from vareid_ext.training.device import device_named
@@ -98,6 +98,13 @@ def load_run_data(config: Config, *, progress: bool = True) -> ReidData:
 def check_steps(state: TrainingState, plans: tuple[StagePlan, ...], folder: RunFolder) -> None:
     """ValueError where a run has gone further in its stage than that now goes, or began it elsewhere."""
     plan = plans[state.progress.stage]
+    before = to_config(state.restored or {}).resolved_stages
+    for over in plans[: plan.number]:
+        was = before[over.number]
+        if (over.stage.optimizer.epochs, over.stage.sampler) != (was.optimizer.epochs, was.sampler):
+            raise ValueError(
+                f"stages[{over.number}]: other epochs or batches were given; {folder.path} has trained this stage"
+            )
     done, steps = state.progress.step - plan.first_step, plan.step_at(plan.end_epoch) - plan.first_step
     if not 0 <= done <= steps:
         field = "optimizer.epochs" if len(plans) == 1 else f"stages[{plan.number}].epochs"
