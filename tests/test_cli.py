@@ -341,6 +341,24 @@ def test_ctrl_c_while_a_command_imports_is_quiet(tmp_path, name, imported, spell
     assert "Traceback" not in rest
 
 
+def test_a_bar_that_a_signal_ends_within_does_not_keep_the_process():
+    """What a signal handler raises may leave tqdm's lock held; nobody may wait for it at the end."""
+    code = """
+import time
+from tqdm import tqdm
+tqdm.monitor_interval = 0.1
+import vareid_ext.cli.common
+with tqdm(total=1):
+    tqdm.get_lock().acquire()
+    time.sleep(1)
+raise SystemExit(7)
+"""
+    path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=60, check=False)
+    assert done.returncode == 7
+
+
 def test_ctrl_c_where_a_command_does_not_expect_it_is_one_line(monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt

@@ -4,6 +4,7 @@ import threading
 import numpy as np
 import pytest
 from PIL import Image
+from tqdm import tqdm
 
 from vareid_ext.data import SyntheticSettings, load_data, read_manifest, synthetic_data, write_manifest
 
@@ -128,6 +129,7 @@ def test_backslashes_separate_folders_unless_a_file_is_named_so(tmp_path):
 
 def within_ten_seconds(function):
     """Run `function` in a thread that may hang; its result."""
+    tqdm.set_lock(threading.RLock())  # a signal in another test may have left this thread's bars locked out
     results = []
     thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
     thread.start()

@@ -10,7 +10,7 @@ from _vareid_cli import run
 from vareid_ext import evaluate_features
 from vareid_ext.data import write_manifest
 from vareid_ext.files.checkpoint import load_checkpoint, save_checkpoint
-from vareid_ext.trained import load_trained
+from vareid_ext.trained import TrainedModel, load_trained
 from vareid_ext.training.program import load_run_data
 
 
@@ -103,6 +103,7 @@ def test_mirrored_images_and_lower_precision_change_the_numbers_a_little(trained
         ([], "RUN, --features: none was given; one of the two is needed"),
         (["{run}", "--features", "q.npz"], "RUN, --features: both were given"),
         (["{run}", "{run}"], "small was given twice"),
+        (["q.npz", "g.npz"], "q.npz was given; files of features go behind --features"),
         (["{run}", "--query-key", "x"], "--query-key: is for feature files, but runs were given"),
         (["--features", "q.npz", "--data", "market1501"], "--data: is for runs, but feature files were given"),
         (["--features", "q.npz", "--precision", "bf16"], "--precision: is for runs"),
@@ -119,3 +120,9 @@ def test_a_request_that_cannot_be_met_says_why(trained_run, tmp_path, capsys, ar
     places = {"run": trained_run, "tmp": tmp_path}
     assert run(["evaluate", *(argument.format(**places) for argument in arguments), "--quiet"]) == 2
     assert message.format(**places) in capsys.readouterr().err
+
+
+def test_a_missing_run_stops_all_before_any_is_measured(trained_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(TrainedModel, "features", lambda *arguments, **options: pytest.fail("it was measured"))
+    assert run(["evaluate", str(trained_run), str(tmp_path / "none"), "--quiet"]) == 2
+    assert "none" in capsys.readouterr().err

@@ -586,6 +586,12 @@ def test_the_figures_of_a_finished_run_are_drawn_again(finished, tmp_path, capsy
     assert f"{100 * json.loads(before['metrics.json'])['trained']['mAP']:.1f}" in out
     assert {name: (run / name).read_bytes() for name in before} == before
     assert (run / "curves.png").stat().st_size > 10_000
+    for name in ("rankings.json", "metrics.json", "log.jsonl"):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(whole[:-3])
+        assert figures.main([str(run)]) == 2
+        assert f"{name}: is damaged" in capsys.readouterr().err
+        (run / name).write_bytes(whole)
     (run / "rankings.json").unlink()
     assert figures.main([str(run)]) == 2
     assert "rankings.json" in capsys.readouterr().err

@@ -15,10 +15,14 @@ from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from tqdm import tqdm
 
 from _vareid_cli import nearest
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+
+# A signal may end a bar that holds tqdm's lock; tqdm's thread would wait for it, and the process for the thread.
+tqdm.monitor_interval = 0
 
 
 class Result(NamedTuple):

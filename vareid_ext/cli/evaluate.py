@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -248,6 +249,9 @@ def _check(options: argparse.Namespace) -> None:
         if getattr(options, name) != defaults[name]:
             what = "feature files, but runs were" if options.runs else "runs, but feature files were"
             raise ValueError(f"--{name.replace('_', '-')}: is for {what} given")
+    features = [run for run in options.runs if Path(run).suffix.lower() in (".npy", ".npz", ".mat", ".txt")]
+    if features:
+        raise ValueError(f"RUN: {features[0]} was given; files of features go behind --features")
     twice = [run for run in options.runs if options.runs.count(run) > 1]
     if twice:
         raise ValueError(f"RUN: {twice[0]} was given twice")
@@ -279,9 +283,9 @@ def _evaluate_runs(options: argparse.Namespace) -> tuple[dict[str, RankingMetric
     results: dict[str, RankingMetrics | RepeatedMetrics] = {}
     notes: list[str] = []
     sets: dict[str, Any] = {}
-    for run in options.runs:
-        model = load_trained(run, options.device)
-        rerank = _reranking(options, model.config.evaluation)
+    models = [load_trained(run, options.device) for run in options.runs]  # a missing one stops all before any work
+    reranking = [_reranking(options, model.config.evaluation) for model in models]
+    for run, model, rerank in zip(options.runs, models, reranking, strict=True):
         data = _data(options, model.config, sets)
         sides = [data.query, data.gallery]
         if options.no_cameras:

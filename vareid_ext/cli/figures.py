@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from vareid_ext.cli.common import Result, command_parser, run_command
-from vareid_ext.report import draw_figures
-from vareid_ext.report.tables import closing_tables
+from vareid_ext.report import closing_tables, draw_figures, read_json
 from vareid_ext.training.command_line import parse
 from vareid_ext.training.program import load_run_data
 
@@ -22,8 +20,7 @@ def _run(options: argparse.Namespace) -> Result:
         if not (path / name).is_file():
             raise ValueError(f"RUN: {options.run!r} is not the folder of a finished run (there is no {name})")
     draw_figures(path, load_run_data(parse(["--resume", options.run]).config, progress=not options.quiet))
-    metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
-    return Result(closing_tables(path), {"run": str(path), **metrics})
+    return Result(closing_tables(path), {"run": str(path), **read_json(path / "metrics.json")})
 
 
 def main(arguments: Sequence[str]) -> int:

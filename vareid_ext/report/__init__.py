@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import yaml
 
 from vareid_ext.data import ReidData
 from vareid_ext.report.figures import TOP, draw_curves, draw_ranking
-from vareid_ext.report.tables import LABELS, closing_tables
+from vareid_ext.report.tables import LABELS, closing_tables, parse_json, read_json
 
-__all__ = ["LABELS", "closing_tables", "draw_figures"]
+__all__ = ["LABELS", "closing_tables", "draw_figures", "read_json"]
 
 
 def draw_figures(path: Path, data: ReidData) -> None:
@@ -22,10 +21,9 @@ def draw_figures(path: Path, data: ReidData) -> None:
         data: the run's data set.
     """
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    metrics, rankings = (
-        json.loads((path / f"{name}.json").read_text(encoding="utf-8")) for name in ("metrics", "rankings")
-    )
-    log = [json.loads(line) for line in (path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics, rankings = (read_json(path / f"{name}.json") for name in ("metrics", "rankings"))
+    log_file = path / "log.jsonl"
+    log = [parse_json(line, log_file) for line in log_file.read_text(encoding="utf-8").splitlines()]
     references = {LABELS[name]: metrics[name]["mAP"] for name in LABELS if name in metrics and name != "trained"}
     steps = [entry for entry in log if "loss" in entry]
     evaluations = [entry for entry in log if "mAP" in entry]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from vareid_ext._text import table
 
@@ -19,9 +20,22 @@ LABELS = {
 _COLUMNS = {"mAP": "mAP", "mINP": "mINP", "rank1": "rank-1", "rank5": "rank-5", "rank10": "rank-10"}
 
 
+def read_json(path: Path) -> Any:
+    """What a file of a run folder holds; ValueError, naming the file, if it is not JSON."""
+    return parse_json(path.read_text(encoding="utf-8"), path)
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """The value of JSON text; ValueError, naming the file it is from, if it is none."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: is damaged: {error}") from error
+
+
 def closing_tables(path: Path) -> str:
     """The results in a run folder's metrics.json as text, in percent, overall and per query viewpoint."""
-    metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+    metrics = read_json(path / "metrics.json")
     rows = [
         (label, *(f"{100 * metrics[name][key]:.1f}" for key in _COLUMNS))
         for name, label in LABELS.items()
