@@ -137,6 +137,8 @@ def test_lower_precision_is_close_and_float32(model, pictures, expected):
         ([], {"precision": "int8"}, ValueError, "precision: 'int8' was given"),
         ([], {"precision": "fp16"}, ValueError, "precision: 'fp16' was given"),
         ([], {"batch_size": 0}, ValueError, "batch_size: 0 was given"),
+        ([], {"batch_size": 1.5}, TypeError, "batch_size: float was given"),
+        ([], {"workers": -1}, ValueError, "workers: -1 was given"),
     ],
 )
 def test_what_is_no_image_is_named(model, images, options, error, message):
@@ -157,6 +159,8 @@ def test_the_moving_average_is_what_is_loaded(trained_run, model):
 
 
 def test_a_run_without_a_checkpoint_is_named(tmp_path):
+    with pytest.raises(TypeError, match="run: int was given"):
+        vareid_ext.load(5)
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint \(there is no last.pt\)"):
         vareid_ext.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no file"):

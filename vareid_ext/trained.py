@@ -20,6 +20,7 @@ from vareid_ext.data.types import open_image
 from vareid_ext.files.checkpoint import load_checkpoint
 from vareid_ext.files.features import Features
 from vareid_ext.methods import Method, TrainingClasses
+from vareid_ext.ops._checks import check_count
 from vareid_ext.training.command_line import to_config
 from vareid_ext.training.config import Config
 from vareid_ext.training.device import AUTOCAST, device_named
@@ -134,8 +135,7 @@ class TrainedModel:
             raise ValueError(f"precision: {precision!r} was given; allowed are {', '.join(AUTOCAST)}")
         if precision == "fp16" and self.device.type != "cuda":
             raise ValueError(f"precision: 'fp16' was given, which needs a CUDA device, not {self.device}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size: {batch_size} was given; allowed are values from 1 on")
+        batch_size, workers = check_count("batch_size", batch_size, 1), check_count("workers", workers, 0, 256)
         how = self.preprocessing if flip is None else replace(self.preprocessing, flip=flip)
         return feature_batches(
             self.method,
@@ -161,6 +161,8 @@ class TrainedModel:
 
 def load_trained(run: str | os.PathLike[str], device: str | torch.device = "auto") -> TrainedModel:
     """See :func:`vareid_ext.load`."""
+    if not isinstance(run, str | os.PathLike):
+        raise TypeError(f"run: {type(run).__name__} was given; a run's folder or its checkpoint is needed")
     path = Path(run)
     if path.is_dir():
         path = path / "last.pt"
