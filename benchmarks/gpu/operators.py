@@ -243,7 +243,7 @@ def least_bytes(job: Callable[[], Any]) -> Counter[str]:
     def watch(name: str, call: Callable[[], Any], arguments: tuple[Any, ...]) -> Any:
         result = call()
         if name == "nearest_neighbors_scan":  # the block; the rows' lists are small beside it
-            both, write = arguments[6] is not None, arguments[8]
+            both, write = arguments[7:9]
             least[name] += 4 * arguments[0].numel() * (1 + both + write)
         elif name in adapters() and name != "k_reciprocal_topk":  # its formula walks over sets in Python
             counting = Counting(lambda *_: None)
