@@ -595,3 +595,20 @@ def test_the_figures_of_a_finished_run_are_drawn_again(finished, tmp_path, capsy
     (run / "rankings.json").unlink()
     assert figures.main([str(run)]) == 2
     assert "rankings.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--stages=[{epochs: 1, train: [nope]}]"],
+        ["--lr-factors={nope: 0.1}"],
+        ["--weights=no/such/file.pth"],
+        ["--backbone=resnet10x"],
+        ["--method=two-branch", "--method.stage=layer9"],
+    ],
+)
+def test_a_request_of_the_method_is_checked_before_the_data_set_is_read(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.setattr(program, "load_run_data", lambda *arguments: pytest.fail("the data set was read"))
+    assert status(start, tmp_path / "run", *arguments) == 2
+    error = capsys.readouterr().err
+    assert any(word in error for word in ("nope", "no/such/file", "resnet10x", "layer9"))

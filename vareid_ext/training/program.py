@@ -27,7 +27,7 @@ from vareid_ext.training.run import Run, StagePlan, plan_stages
 from vareid_ext.training.run_folder import RunFolder, default_folder, environment
 from vareid_ext.training.schedule import learning_rate
 from vareid_ext.training.signals import Signals
-from vareid_ext.training.state import TrainingState, build
+from vareid_ext.training.state import TrainingState, build, check_method
 
 SHOWN = 10
 """Images of a ranking that rankings.json keeps of each chosen query."""
@@ -62,7 +62,8 @@ def prepare(request: Request, signals: Signals, started: float) -> Run:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     text = to_yaml(config)
-    # A folder that was asked for is looked at before the data set is read, which takes its time.
+    # The method, and a folder that was asked for, are looked at before the data set is read, which takes its time.
+    check_method(config, load_weights_file=not request.resume)
     folder = None
     if request.output is not None:
         folder = RunFolder(request.output, resume=request.resume, config_text=text, command=request.command)

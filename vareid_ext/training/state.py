@@ -149,6 +149,36 @@ def build_method(config: Config, classes: TrainingClasses) -> Method:
     return METHODS[config.method.name](config.method, config.model, classes)
 
 
+def begin_method(config: Config, classes: TrainingClasses, *, load_weights_file: bool = True) -> Method:
+    """The method of a configuration as training begins with it.
+
+    Raises:
+        ValueError, OSError: as the method's constructor and :func:`vareid_ext.files.weights.load_method_weights`; a
+            part that the configuration names and the method does not have.
+    """
+    if not load_weights_file:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=None))
+    method = build_method(config, classes)
+    for number, stage in enumerate(config.resolved_stages):
+        check_parts(method, f"stages[{number}].train", stage.train)
+        if stage.train and not any(belongs(n, stage.train) for n, p in method.named_parameters() if p.requires_grad):
+            raise ValueError(
+                f"stages[{number}].train: {', '.join(stage.train)} was given; a part with parameters is needed"
+            )
+        check_parts(method, "optimizer.lr_factors", stage.optimizer.lr_factors)
+    if config.model.weights is not None:
+        settings = config.plain()["model"]
+        load_method_weights(method, config.model.weights, heads=method.heads, settings=settings)
+    return method
+
+
+def check_method(config: Config, *, load_weights_file: bool = True) -> None:
+    """Errors of :func:`begin_method` that are the same for every data set, which takes its time to read."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
+    any_classes = TrainingClasses(2, 3, torch.ones(2, 3, dtype=torch.bool))
+    begin_method(config, any_classes, load_weights_file=load_weights_file)
+
+
 def build(config: Config, data: ReidData, device: torch.device, *, load_weights_file: bool = True) -> TrainingState:
     """The state at the start of a run, the generators' too: a pure function of the configuration and the data set.
 
@@ -160,29 +190,16 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
             to be restored brings its own.
 
     Raises:
-        ValueError, OSError: as the method's constructor and :func:`vareid_ext.files.weights.load_method_weights`.
+        ValueError, OSError: as :func:`begin_method`; the images do not come with what the method reads.
     """
     torch.manual_seed(config.run.seed)
     random.seed(config.run.seed)
     np.random.seed(config.run.seed % (1 << 32))
     classes = TrainingClasses(data.num_identities, data.num_viewpoints, torch.from_numpy(data.subclass_mask()))
-    wanted = config
-    if not load_weights_file:
-        wanted = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=None))
-    method = build_method(wanted, classes)
+    method = begin_method(config, classes, load_weights_file=load_weights_file)
     missing = [name for name in method.inputs if name != "viewpoint" and name not in data.train.extras]
     if missing:
         raise ValueError(f"method.name: {config.method.name!r} reads {missing[0]!r}, which the images do not come with")
-    for number, stage in enumerate(config.resolved_stages):
-        check_parts(method, f"stages[{number}].train", stage.train)
-        if stage.train and not any(belongs(n, stage.train) for n, p in method.named_parameters() if p.requires_grad):
-            raise ValueError(
-                f"stages[{number}].train: {', '.join(stage.train)} was given; a part with parameters is needed"
-            )
-        check_parts(method, "optimizer.lr_factors", stage.optimizer.lr_factors)
-    if wanted.model.weights is not None:
-        settings = config.plain()["model"]
-        load_method_weights(method, wanted.model.weights, heads=method.heads, settings=settings)
     method.to(device)
     if config.run.channels_last:
         method.to(memory_format=torch.channels_last)
