@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from vareid_ext import _arrays
+from vareid_ext._labels import UNKNOWN
 from vareid_ext._text import viewpoint_name
+from vareid_ext.files.features import Features
 from vareid_ext.metrics.features import evaluate_features
 from vareid_ext.metrics.ranking import RankingMetrics, label_vector, results_table
 from vareid_ext.ops._checks import check_count
@@ -68,41 +67,36 @@ class ByViewpoint(dict[int, _Result]):
         return results_table({viewpoint_name(view): result for view, result in self.items()})
 
 
-@dataclass(frozen=True)
-class _Images:
-    feature: Tensor
-    identity: Tensor
-    viewpoint: Tensor
-    camera: Tensor | None
-    back: Callable[[Tensor], Any]
-
-    def evaluate(self, query: Tensor, gallery: Tensor, **options: Any) -> RankingMetrics:
-        cameras = (None, None) if self.camera is None else (self.camera[query], self.camera[gallery])
-        device = self.feature.device
-        features = self.feature[query.to(device)], self.feature[gallery.to(device)]
-        metrics = evaluate_features(*features, self.identity[query], self.identity[gallery], *cameras, **options)
-        return replace(metrics, cmc=self.back(metrics.cmc))
-
-
-def _images(feature: Any, identity: Any, viewpoint: Any, camera: Any, junk_identity: int | None) -> _Images:
+def _images(feature: Any, identity: Any, viewpoint: Any, camera: Any, junk_identity: int | None) -> Features:
+    """The images, those that take no part with viewpoint -1."""
+    if identity is None or viewpoint is None:
+        raise TypeError("identity, viewpoint: None was given; both are needed")
     tensor = _arrays.to_tensor(feature, "feature")
     if tensor.dim() != 2:
         raise ValueError(f"feature: shape {list(tensor.shape)} was given; [images, D] is needed")
     labels = {"identity": identity, "viewpoint": viewpoint, "camera": camera}
-    vectors = {name: None if value is None else label_vector(value, name).cpu() for name, value in labels.items()}
+    vectors = {
+        name: np.full(len(tensor), UNKNOWN) if value is None else label_vector(value, name).cpu().numpy()
+        for name, value in labels.items()
+    }
     for name, vector in vectors.items():
-        if vector is not None and len(vector) != len(tensor):
+        if len(vector) != len(tensor):
             raise ValueError(f"{name}: length {len(vector)} was given, expected {len(tensor)} (as feature)")
-    if vectors["identity"] is None or vectors["viewpoint"] is None:
-        raise TypeError("identity, viewpoint: None was given; both are needed")
     taking_part = vectors["viewpoint"] >= 0
     if junk_identity is not None:
         taking_part &= vectors["identity"] != junk_identity
-    if not bool(taking_part.any()):
+    if not taking_part.any():
         raise ValueError("viewpoint: no image has a known viewpoint (>= 0)")
-    identities = vectors["identity"]
-    viewpoints = torch.where(taking_part, vectors["viewpoint"], -1)
-    return _Images(tensor, identities, viewpoints, vectors["camera"], _arrays.returner(feature))
+    viewpoints = np.where(taking_part, vectors["viewpoint"], UNKNOWN)
+    return Features(feature=tensor, identity=vectors["identity"], camera=vectors["camera"], viewpoint=viewpoints)
+
+
+def _evaluate(images: Features, query: np.ndarray, gallery: np.ndarray, like: Any, **options: Any) -> RankingMetrics:
+    """Some images against others, the curve in the kind of array of `like`."""
+    sides = [images.select(chosen) for chosen in (query, gallery)]
+    labels = [getattr(side, name) for name in ("feature", "identity", "camera") for side in sides]
+    metrics = evaluate_features(*labels, **options)
+    return replace(metrics, cmc=_arrays.returner(like)(metrics.cmc))
 
 
 def evaluate_single_viewpoint(
@@ -151,18 +145,18 @@ def evaluate_single_viewpoint(
     images = _images(feature, identity, viewpoint, camera, junk_identity)
     generator = np.random.default_rng(seed)
     results: ByViewpoint[RepeatedMetrics] = ByViewpoint()
-    for view in images.viewpoint[images.viewpoint >= 0].unique().tolist():
-        members = torch.nonzero(images.viewpoint == view)[:, 0].numpy()
+    for view in np.unique(images.viewpoint[images.viewpoint >= 0]).tolist():
+        members = np.flatnonzero(images.viewpoint == view)
         runs = []
         for _ in range(repeats):
             shuffled = members[generator.permutation(len(members))]
-            _, first = np.unique(images.identity.numpy()[shuffled], return_index=True)
+            _, first = np.unique(images.identity[shuffled], return_index=True)
             is_query = np.zeros(len(members), dtype=bool)
             is_query[first] = True
-            query, gallery = (torch.from_numpy(np.sort(shuffled[chosen])) for chosen in (is_query, ~is_query))
+            query, gallery = (np.sort(shuffled[chosen]) for chosen in (is_query, ~is_query))
             if len(gallery) == 0:
                 raise ValueError(f"viewpoint: {view} has one image of each identity, so that no gallery is left")
-            runs.append(images.evaluate(query, gallery, metric=metric, rerank=rerank, max_rank=max_rank))
+            runs.append(_evaluate(images, query, gallery, feature, metric=metric, rerank=rerank, max_rank=max_rank))
         results[view] = RepeatedMetrics(tuple(runs))
     return results
 
@@ -201,12 +195,12 @@ def evaluate_cross_viewpoint(
     Re-Identification", AAAI 2020.
     """
     images = _images(feature, identity, viewpoint, camera, junk_identity)
-    views = images.viewpoint[images.viewpoint >= 0].unique().tolist()
+    views = np.unique(images.viewpoint[images.viewpoint >= 0]).tolist()
     if len(views) < 2:
         raise ValueError(f"viewpoint: only {views[0]} occurs; two are needed")
     results: ByViewpoint[RankingMetrics] = ByViewpoint()
     for view in views:
-        query = torch.nonzero(images.viewpoint == view)[:, 0]
-        gallery = torch.nonzero((images.viewpoint >= 0) & (images.viewpoint != view))[:, 0]
-        results[view] = images.evaluate(query, gallery, metric=metric, rerank=rerank, max_rank=max_rank)
+        query = images.viewpoint == view
+        gallery = (images.viewpoint >= 0) & ~query
+        results[view] = _evaluate(images, query, gallery, feature, metric=metric, rerank=rerank, max_rank=max_rank)
     return results
