@@ -38,6 +38,7 @@ from vareid_ext.files.atomic import atomic_file
 from vareid_ext.methods import Method
 from vareid_ext.training.command_line import parse
 from vareid_ext.training.config import Config, DataConfig
+from vareid_ext.training.device import AUTOCAST
 from vareid_ext.training.optimizers import set_learning_rate
 from vareid_ext.training.schedule import learning_rate
 from vareid_ext.training.state import build
@@ -55,7 +56,6 @@ SETTINGS = ("--model.backbone=resnet18", "--model.pretrained=false", "--data.hei
             "--optimizer.epochs=60", "--optimizer.schedule=cosine", "--optimizer.warmup_epochs=3",
             "--optimizer.lr=7e-4", "--method.view_weight_drop=40")  # fmt: skip
 _SPLITS = ("train", "query", "gallery")
-_AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _TEST_BATCH = 512
 _ERASED, _RATIO = (0.02, 0.4), (0.3, 3.3)  # share of the image and height to width, as in vareid_ext.data.transforms
 
@@ -166,7 +166,7 @@ def augmented(x: Tensor, config: DataConfig, generator: torch.Generator) -> Tens
 @torch.inference_mode()
 def features(method: Method, images: Tensor, config: Config) -> Tensor:
     """float32 [N, D], rows of length 1."""
-    dtype, was_training = _AUTOCAST[config.run.precision], method.training
+    dtype, was_training = AUTOCAST[config.run.precision], method.training
     method.eval()
     parts = []
     for some in images.split(_TEST_BATCH):
@@ -182,7 +182,7 @@ def train_row(
     config: Config, data: ReidData, pixels: dict[str, Tensor], checkpoint: Path, stop: float
 ) -> dict[str, float] | None:
     """Train from the checkpoint on, if there is one; the metrics, or None if ``stop`` of time.monotonic came first."""
-    device, dtype = pixels["train"].device, _AUTOCAST[config.run.precision]
+    device, dtype = pixels["train"].device, AUTOCAST[config.run.precision]
     started = time.monotonic()
     state = build(config, data, device)
     if checkpoint.exists():

@@ -12,6 +12,7 @@ from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import batch_hard_triplet, smoothed_viewpoint_cross_entropy
 from vareid_ext.methods.base import Method, Term, TrainingClasses, full_precision
+from vareid_ext.methods.va_reid import view_weight_at
 from vareid_ext.models import POOLING, Backbone, ModelConfig, batch_norm_neck
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
 
@@ -73,9 +74,7 @@ class TwoBranch(Method):
 
     def at_epoch(self, epoch: int) -> None:
         """The weight of the viewpoint loss falls once."""
-        drop = self.config.view_weight_drop
-        late = drop is not None and epoch >= drop
-        self.view_weight = self.config.view_weight_late if late else self.config.view_weight
+        self.view_weight = view_weight_at(self.config, epoch)
 
     def _pooled(self, batch: Batch) -> list[Tensor]:
         shared = self.backbone(batch.image)

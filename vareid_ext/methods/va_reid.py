@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -63,6 +63,12 @@ class VaReidConfig:
         )
 
 
+def view_weight_at(config: Any, epoch: int) -> float:
+    """The weight of the viewpoint loss in an epoch, of settings with ``view_weight``, ``_late`` and ``_drop``."""
+    dropped = config.view_weight_drop is not None and epoch >= config.view_weight_drop
+    return config.view_weight_late if dropped else config.view_weight
+
+
 class VaReid(Method):
     """Backbone, pooling and neck; the centres of identities and viewpoints are the classifiers of the feature."""
 
@@ -95,9 +101,7 @@ class VaReid(Method):
 
     def at_epoch(self, epoch: int) -> None:
         """The weight of L_v falls once."""
-        drop = self.config.view_weight_drop
-        late = drop is not None and epoch >= drop
-        self.loss.view_weight = self.config.view_weight_late if late else self.config.view_weight
+        self.loss.view_weight = view_weight_at(self.config, epoch)
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         """L_y, L_v and L_R of the feature behind the neck, and the terms of the stripes."""
