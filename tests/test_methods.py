@@ -16,8 +16,9 @@ from tests.tiny import BACKBONE, batch_of, tiny
 from vareid_ext.cli import train
 from vareid_ext.files.checkpoint import load_checkpoint
 from vareid_ext.losses import smoothed_viewpoint_cross_entropy
-from vareid_ext.methods import METHODS, Method, Term, TrainingClasses, TwoBranch
+from vareid_ext.methods import METHODS, About, Method, Term, TrainingClasses, TwoBranch
 from vareid_ext.models import Backbone, ModelConfig
+from vareid_ext.training.command_line import parse, recipe_names
 from vareid_ext.training.config import OptimizerConfig
 from vareid_ext.training.optimizers import build_optimizer, set_learning_rate, set_training_mode, train_only
 
@@ -29,6 +30,25 @@ def no_figures(monkeypatch):
 
 def log_of(output):
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_what_it_is(name):
+    about = METHODS[name].about
+    assert about.title
+    assert about.paper
+    for scores in (about.published, about.measured):
+        for recipe, (mean_ap, rank1) in scores.items():
+            assert recipe in recipe_names()
+            assert parse([f"--recipe={recipe}", "--root=."]).config.method.name == name
+            assert 1 < mean_ap <= rank1 < 100, "percent"
+    if "viewpoint" in METHODS[name].inputs:
+        assert "viewpoint" in about.needs
+
+
+def test_a_claim_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match="claim: 'reproduced' was given; allowed are 'reproduces', "):
+        About(title="A", paper="B", claim="reproduced")
 
 
 def two_branch(mask=None, **settings):

@@ -2,7 +2,7 @@
 
 import importlib
 
-from vareid_ext.methods.base import NORMALIZATIONS, Method, Term, TrainingClasses, full_precision
+from vareid_ext.methods.base import CLAIMS, NORMALIZATIONS, About, Method, Term, TrainingClasses, full_precision
 from vareid_ext.methods.two_branch import TwoBranch
 from vareid_ext.methods.va_reid import VaReid
 
@@ -15,4 +15,15 @@ METHODS: dict[str, type[Method]] = {
 }
 """The methods by the names of the configuration; the class stands in the file of that name, with _ for -."""
 
-__all__ = ["METHODS", "NORMALIZATIONS", "Method", "Term", "TrainingClasses", "TwoBranch", "VaReid", "full_precision"]
+__all__ = [
+    "CLAIMS",
+    "METHODS",
+    "NORMALIZATIONS",
+    "About",
+    "Method",
+    "Term",
+    "TrainingClasses",
+    "TwoBranch",
+    "VaReid",
+    "full_precision",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +14,10 @@ from vareid_ext.data import Batch
 
 NORMALIZATIONS = ("whole", "parts", "none")
 """How the parts of a test feature are brought to length 1: together, each by itself, or not."""
+
+CLAIMS = ("reproduces", "network as published, schedule assumed", "in the manner of")
+"""What a method may claim: network and schedule of the paper or its official code; the network alone; or a reading of
+sources that leave parts of the network open."""
 
 
 class Term(NamedTuple):
@@ -35,6 +40,28 @@ class TrainingClasses:
     """bool [K, V], the (identity, viewpoint) pairs that occur"""
 
 
+@dataclass(frozen=True)
+class About:
+    """What a method is, and what it reaches: (mAP, rank-1) in percent, not re-ranked."""
+
+    title: str
+    """what tables call it, such as "PCB + RPP\""""
+    paper: str
+    """authors, place and year, such as "Sun et al., ECCV 2018\""""
+    claim: str
+    """out of ``CLAIMS``"""
+    needs: str = ""
+    """what it needs beside images and identities, and when, such as "viewpoint labels in training"; empty: nothing"""
+    published: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """recipe -> the published scores that a run of it is compared with"""
+    measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """recipe -> the scores that a run of it reached, seed 0"""
+
+    def __post_init__(self) -> None:
+        if self.claim not in CLAIMS:
+            raise ValueError(f"claim: {self.claim!r} was given; allowed are {', '.join(map(repr, CLAIMS))}")
+
+
 class Method(nn.Module):
     """A way to train and use a re-identification network: the network, its heads and centres, and its losses.
 
@@ -44,6 +71,8 @@ class Method(nn.Module):
     default generator.
     """
 
+    about: ClassVar[About]
+    """what it is"""
     Config: ClassVar[type]
     """its settings, section `method` of the configuration"""
     heads: ClassVar[tuple[str, ...]] = ()

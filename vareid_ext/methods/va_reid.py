@@ -10,7 +10,7 @@ from torch import Tensor
 from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import ViewpointAwareLoss, batch_hard_triplet
-from vareid_ext.methods.base import Method, Term, TrainingClasses, full_precision
+from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
 from vareid_ext.models import POOLING, Backbone, ModelConfig, StripeBranch, batch_norm_neck
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
 
@@ -72,6 +72,24 @@ def view_weight_at(config: Any, epoch: int) -> float:
 class VaReid(Method):
     """Backbone, pooling and neck; the centres of identities and viewpoints are the classifiers of the feature."""
 
+    about = About(
+        title="VA-reID",
+        paper="Zhu et al., AAAI 2020",
+        claim="network as published, schedule assumed",
+        needs="viewpoint labels in training",
+        published={
+            "market1501-xent": (86.30, 94.31),
+            "market1501-lsr": (86.72, 94.35),
+            "market1501-adaptive": (86.97, 94.7),
+            "market1501-adaptive-viewpoint": (88.67, 95.37),
+            "market1501-adaptive-regularizer": (88.25, 95.25),
+            "market1501-va-reid": (89.97, 95.87),
+            "market1501-va-reid-local": (91.70, 96.23),
+            "dukemtmc-va-reid": (81.48, 91.11),
+            "dukemtmc-va-reid-local": (84.51, 91.61),
+        },
+        measured={"synthetic": (64.1, 77.5)},
+    )
     Config = VaReidConfig
     heads = ("loss", "stripes.head")
     inputs = ("viewpoint",)
