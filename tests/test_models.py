@@ -8,13 +8,13 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from tests.tiny import batch_of, tiny
 from vareid_ext.files.checkpoint import save_checkpoint
 from vareid_ext.files.weights import load_backbone_weights, load_method_weights
 from vareid_ext.losses import batch_hard_triplet
-from vareid_ext.models import STRIPES, Backbone, GeneralizedMeanPooling, StripeBranch, backbone
+from vareid_ext.methods.va_reid import STRIPES
+from vareid_ext.models import Backbone, GeneralizedMeanPooling, backbone
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet10t", "efficientnet_b0", "legacy_seresnext26_32x4d"])
@@ -81,26 +81,6 @@ def test_features_can_be_of_length_1_by_part_or_left_and_of_mirrored_images_too(
     torch.testing.assert_close(both, added / added.norm(dim=1, keepdim=True))
     with pytest.raises(ValueError, match=r"flip: .*joints"):
         model.embed(dataclasses.replace(batch_of(images), extras={"joints": torch.zeros(3, 14, 3)}), flip=True)
-
-
-def test_stripes_see_their_part_of_the_image_only():
-    torch.manual_seed(0)
-    branch = StripeBranch(4, 3, 7).eval()
-    feature_map = torch.rand(2, 4, 12, 5, requires_grad=True)
-    parts = branch(feature_map)
-    logits = branch.logits(parts)
-    features = torch.stack(parts, 1)
-    assert features.shape == (2, 6, 3)
-    assert logits.shape == (2, 6, 7)
-    bounds = [(0, 12), (0, 6), (6, 12), (0, 4), (4, 8), (8, 12)]
-    for stripe, (top, bottom) in enumerate(bounds):
-        pooled = feature_map[:, :, top:bottom].mean((2, 3))
-        expected = branch.norm[stripe](F.linear(pooled, branch.reduce[stripe].weight))
-        torch.testing.assert_close(features[:, stripe], expected)
-        torch.testing.assert_close(logits[:, stripe], F.linear(expected, branch.head[stripe].weight))
-        (gradient,) = torch.autograd.grad(features[:, stripe].sum(), feature_map, retain_graph=True)
-        rows = gradient.abs().sum((0, 1, 3)).nonzero().flatten().tolist()
-        assert rows == list(range(top, bottom))
 
 
 def test_generalised_mean_pooling():

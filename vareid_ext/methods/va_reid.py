@@ -9,10 +9,12 @@ from torch import Tensor
 
 from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
-from vareid_ext.losses import ViewpointAwareLoss, batch_hard_triplet
+from vareid_ext.losses import ViewpointAwareLoss, batch_hard_triplet, part_cross_entropy
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
-from vareid_ext.models import POOLING, Backbone, ModelConfig, StripeBranch, batch_norm_neck
-from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
+from vareid_ext.models import POOLING, Backbone, ModelConfig, PartHeads, batch_norm_neck, equal_rows, pool_rows
+
+STRIPES = (1, 2, 3)
+"""The stripe branch cuts the feature map into this many rows, one cut after the other: 6 in all."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ class VaReid(Method):
         self.pool = POOLING[model.pooling]()
         self.neck = batch_norm_neck(self.backbone.channels)
         self.stripes = (
-            StripeBranch(self.backbone.channels, config.stripe_dim, classes.identities) if config.local else None
+            PartHeads(sum(STRIPES), self.backbone.channels, config.stripe_dim, classes.identities, relu=False)
+            if config.local
+            else None
         )
         self.loss = ViewpointAwareLoss(
             classes.identities,
@@ -121,6 +125,11 @@ class VaReid(Method):
         """The weight of L_v falls once."""
         self.loss.view_weight = view_weight_at(self.config, epoch)
 
+    def _stripe_features(self, feature_map: Tensor) -> list[Tensor]:
+        if self.stripes is None:
+            return []
+        return self.stripes(pool_rows(feature_map, equal_rows(feature_map.shape[2], *STRIPES, overlap=True)))
+
     def forward(self, batch: Batch) -> dict[str, Term]:
         """L_y, L_v and L_R of the feature behind the neck, and the terms of the stripes."""
         config = self.config
@@ -128,20 +137,16 @@ class VaReid(Method):
         pooled = self.pool(feature_map)
         with full_precision(pooled):
             feature = self.neck(pooled)
-            logits = None if self.stripes is None else self.stripes.logits(self.stripes(feature_map))
             losses = self.loss(feature, batch.identity, batch.viewpoint)
             terms = {"identity": Term(losses.identity)}
             if config.use_viewpoint:
                 terms["viewpoint"] = Term(losses.viewpoint, self.loss.view_weight)
             if config.use_regularizer:
                 terms["regularizer"] = Term(losses.regularizer, config.beta)
-            if logits is not None:
-                stripes = identity_cross_entropy(
-                    logits.flatten(0, 1),
-                    batch.identity.repeat_interleave(logits.shape[1]),
-                    smoothing=config.smoothing,
-                    alpha=config.alpha,
-                    epsilon=config.epsilon,
+            if self.stripes is not None:
+                logits = self.stripes.logits(self._stripe_features(feature_map))
+                stripes = part_cross_entropy(
+                    logits, batch.identity, smoothing=config.smoothing, alpha=config.alpha, epsilon=config.epsilon
                 )
                 triplet = batch_hard_triplet(pooled, batch.identity, margin=config.triplet_margin)
                 terms["stripes"] = Term(stripes, config.stripe_weight)
@@ -153,5 +158,4 @@ class VaReid(Method):
         feature_map = self.backbone(batch.image)
         pooled = self.pool(feature_map)
         with full_precision(pooled):
-            stripes = [] if self.stripes is None else self.stripes(feature_map)
-            return [self.neck(pooled), *stripes]
+            return [self.neck(pooled), *self._stripe_features(feature_map)]
