@@ -17,6 +17,7 @@ from typing import NoReturn
 
 COMMANDS = {
     "train": "train and evaluate a model",
+    "ablate": "the losses of the paper's Table 2, or methods, trained and compared",
     "evaluate": "CMC, mAP and mINP of trained models, or of features in files",
     "extract": "features of images by a trained model",
     "export": "the feature of a trained model as an ONNX file or a torch.export program",

@@ -183,6 +183,17 @@ def _what_it_means(error: Exception) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
+def silent(quiet: bool) -> Iterator[None]:
+    """A block that, if `quiet`, writes nothing to standard output and standard error."""
+    with contextlib.ExitStack() as stack:
+        if quiet:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+
+
+@contextlib.contextmanager
 def raised_signals() -> Iterator[None]:
     """Inside, Ctrl-C raises KeyboardInterrupt and SIGTERM TerminatedError, unless the caller has them ignored."""
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 from collections.abc import Sequence
 
-from vareid_ext.cli.common import EndedError, Result, finish
+from vareid_ext.cli.common import EndedError, Result, finish, silent
 from vareid_ext.report import draw_figures
 from vareid_ext.report.tables import closing_tables
 from vareid_ext.training import program
@@ -20,16 +18,11 @@ from vareid_ext.training.signals import RunInterruptedError, Signals
 def _run(options: argparse.Namespace) -> Result:
     request = parse(options.arguments)
     try:
-        with contextlib.ExitStack() as stack:
-            if options.quiet:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-                stack.enter_context(contextlib.redirect_stderr(nowhere))
+        with silent(options.quiet):
             folder, data = program.run(request)
             path = folder.path
-            signals = stack.enter_context(Signals())
-            stack.enter_context(signals.immediate(f"everything was saved; draw again with --resume {path}"))
-            draw_figures(path, data)
+            with Signals() as signals, signals.immediate(f"everything was saved; draw again with --resume {path}"):
+                draw_figures(path, data)
     except NonFiniteLossError as error:
         raise EndedError(3, f"stopped: {error}") from error
     except RunInterruptedError as error:

@@ -7,10 +7,10 @@ from pathlib import Path
 import yaml
 
 from vareid_ext.data import ReidData
-from vareid_ext.report.figures import TOP, draw_curves, draw_ranking
-from vareid_ext.report.tables import LABELS, closing_tables, parse_json, read_json
+from vareid_ext.report.figures import TOP, draw_comparison, draw_curves, draw_ranking
+from vareid_ext.report.tables import LABELS, closing_tables, comparison_table, parse_json, read_json
 
-__all__ = ["LABELS", "closing_tables", "draw_figures", "read_json"]
+__all__ = ["LABELS", "closing_tables", "comparison_table", "draw_comparison", "draw_figures", "read_json"]
 
 
 def draw_figures(path: Path, data: ReidData) -> None:

@@ -1,4 +1,4 @@
-"""The two pictures of a run: curves.png and ranking.png."""
+"""The pictures of a run, curves.png and ranking.png, and the one of several runs beside each other."""
 
 from __future__ import annotations
 
@@ -99,6 +99,33 @@ def draw_curves(
         accuracy_axes.axhline(100 * value, color=_GREY, linewidth=1.1, linestyle=style, label=shown)
     accuracy_axes.set_ylim(0, 100)
     _legend(accuracy_axes)
+    _save(figure, path)
+
+
+def draw_comparison(path: Path, rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Draw the mAP and rank-1 of rows beside each other, each run a dot and their mean a bar, and write them as PNG.
+
+    Args:
+        path: the file.
+        rows: as :func:`vareid_ext.training.ablation.results` gives them; published scores are drawn as rings.
+        title: of the whole figure.
+    """
+    figure = Figure(figsize=(11, 1.2 + 0.42 * len(rows)), dpi=110, facecolor="white", layout="constrained")
+    figure.suptitle(title, x=0.008, ha="left", fontsize=10, color=_GREY)
+    for axes, (name, label) in zip(
+        figure.subplots(1, 2, sharey=True), (("mAP", "mAP, %"), ("rank1", "rank-1, %")), strict=True
+    ):
+        _style(axes, label, "")
+        for place, row in enumerate(rows):
+            values = [100 * run[name] for run in row["runs"].values()]
+            if values:
+                axes.barh(place, 100 * row["mean"][name], height=0.55, color=_COLOURS[0], alpha=0.35)
+                axes.plot(values, [place] * len(values), "o", color=_COLOURS[0], markersize=4)
+            if row["published"]:
+                score = 100 * row["published"][name]
+                axes.plot(score, place, "o", color=_COLOURS[1], markerfacecolor="none", markersize=7)
+        axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
     _save(figure, path)
 
 

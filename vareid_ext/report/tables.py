@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,24 @@ def closing_tables(path: Path) -> str:
     counted = metrics["queries"]
     parts.append(f"{counted['counted']} queries counted of {counted['all']}; {metrics['seconds']:.0f} s in all")
     return "\n\n".join(parts)
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of :func:`vareid_ext.training.ablation.results` as text: mean and standard deviation in percent."""
+    names = {"mAP": "mAP", "rank1": "rank-1"}
+    with_published = any(row["published"] for row in rows)
+    lines = []
+    for row in rows:
+        cells = [row["title"], str(len(row["runs"])), *(_mean_and_std(row, name) for name in names)]
+        if with_published:
+            cells += [f"{100 * row['published'][name]:.2f}" if row["published"] else "" for name in names]
+        lines.append(cells)
+    header = ["%", "runs", *names.values(), *(("paper's mAP", "rank-1") if with_published else ())]
+    return table(header, lines)
+
+
+def _mean_and_std(row: Mapping[str, Any], name: str) -> str:
+    if name not in row["mean"]:
+        return ""
+    std = row["std"][name]
+    return f"{100 * row['mean'][name]:.2f}" + ("" if std is None else f" \u00b1 {100 * std:.2f}")
