@@ -11,6 +11,7 @@ METHODS: dict[str, type[Method]] = {
     for name, class_name in {
         "va-reid": "VaReid",
         "two-branch": "TwoBranch",
+        "srb": "Srb",
     }.items()
 }
 """The methods by the names of the configuration; the class stands in the file of that name, with _ for -."""
