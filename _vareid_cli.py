@@ -23,6 +23,7 @@ COMMANDS = {
     "export": "the feature of a trained model as an ONNX file or a torch.export program",
     "rerank": "k-reciprocal re-ranking of features in files",
     "figures": "the pictures and tables of a finished run again",
+    "methods": "every method: paper, claim, published and measured scores, what it needs",
     "doctor": "what is installed, and whether training can run here",
 }
 """Every command, which is the module of that name in ``vareid_ext.cli``, and what it does."""

@@ -20,6 +20,7 @@ from tests.test_feature_files import images
 from tests.test_train import SMALL
 from vareid_ext.cli import evaluate, rerank, train
 from vareid_ext.cli.common import raised_signals
+from vareid_ext.methods import METHODS
 from vareid_ext.training import console
 from vareid_ext.training.console import TrainingBar
 
@@ -378,3 +379,38 @@ def test_a_program_that_imports_the_package_keeps_its_ctrl_c(tmp_path):
         "import signal\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     )
     subprocess.run([sys.executable, "-m", "other"], cwd=tmp_path, check=True, preexec_fn=interruptible)
+
+
+# ---- methods -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_methods_is_what_the_methods_say(tmp_path, capsys):
+    page = tmp_path / "methods.md"
+    for content in page_text(), re.sub(r"\| \[.*\n", "", page_text()):
+        page.write_text(content)
+        assert run(["methods", "--page", str(page)]) == 0
+        assert page.read_text() == page_text(), "vareid methods --page docs/methods.md"
+    capsys.readouterr()
+    assert run(["methods", "--json", "--quiet"]) == 0
+    lines = json.loads(capsys.readouterr().out)["methods"]
+    assert {line["method"] for line in lines} == set(METHODS)
+    for line in lines:
+        assert f'"{line["method"]}"' in (ROOT / line["file"]).read_text()
+        for scores in (line["published"], line["measured"]):
+            for dataset in scores:
+                recipe = (
+                    dataset if line["name"] == "va-reid" and dataset == "synthetic" else f"{dataset}-{line['name']}"
+                )
+                assert (ROOT / "vareid_ext" / "recipes" / f"{recipe}.yaml").is_file()
+
+
+def page_text():
+    return (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_a_page_without_a_place_for_the_table_is_left_alone(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- methods: end -->\n")
+    assert run(["methods", "--page", str(page)]) == 2
+    assert "has no lines <!-- methods: begin" in capsys.readouterr().err
+    assert page.read_text() == "<!-- methods: end -->\n"

@@ -79,6 +79,7 @@ ADDED = {
     "vareid rerank": ["--quiet", "--topk=10"],
     "vareid evaluate": ["--quiet"],
     "vareid doctor": [],
+    "vareid methods": [],
     "python -m benchmarks.bench_ranking --quick": ["--rounds=1"],
     "python -m benchmarks.retrieval --size": ["--rounds=1", "--size", "40", "160", "32"],
 }

@@ -80,11 +80,6 @@ class VaReid(Method):
         claim="network as published, schedule assumed",
         needs="viewpoint labels in training",
         published={
-            "market1501-xent": (86.30, 94.31),
-            "market1501-lsr": (86.72, 94.35),
-            "market1501-adaptive": (86.97, 94.7),
-            "market1501-adaptive-viewpoint": (88.67, 95.37),
-            "market1501-adaptive-regularizer": (88.25, 95.25),
             "market1501-va-reid": (89.97, 95.87),
             "market1501-va-reid-local": (91.70, 96.23),
             "dukemtmc-va-reid": (81.48, 91.11),
