@@ -174,7 +174,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(undistur
         (output / "two-branch-0" / name).unlink()
     log = output / "two-branch-0" / "log.jsonl"
     log.write_text(log.read_text()[:20])
+    shutil.copytree(output / "two-branch-0", output / "two-branch-0.abandoned")  # and once more, while it removed that
     assert start(output, "--methods=va-reid,two-branch", "--seeds=1") == 0
+    assert not (output / "two-branch-0.abandoned").exists()
     found, expected = (metrics_of(place / "two-branch-0") for place in (output, undisturbed))
     assert without_seconds(found) == without_seconds(expected)
 

@@ -170,7 +170,10 @@ def finish_run(config: Config, folder: Path, command: str) -> None:
         return
     resume = (folder / "last.pt").is_file()
     if not resume and (folder / "config.yaml").is_file():
-        shutil.rmtree(folder)
+        # Renamed first: half of a folder could not begin again.
+        abandoned = folder.with_name(f"{folder.name}.abandoned")
+        shutil.rmtree(abandoned, ignore_errors=True)
+        shutil.rmtree(folder.rename(abandoned))
     program.run(Request(config, folder.name, folder, resume, command))
 
 
