@@ -58,7 +58,9 @@ def _run(options: argparse.Namespace) -> Result:
         raise EndedError(3, f"{folder}: stopped: {error}") from error
     except RunInterruptedError as error:
         raise EndedError(128 + error.number, f"{folder}: interrupted; the same command goes on") from error
-    draw_comparison(output / "ablation.png", found, title=f"{request.name}, {options.seeds} seeds")
+    draw_comparison(
+        output / "ablation.png", found, title=f"{request.name}: runs (dots), their mean (bars), the paper (rings)"
+    )
     text = f"\n{comparison_table(found)}\n\nablation.json, ablation.png and the runs are in {output}"
     return Result(text, {"output": str(output), "rows": found})
 
