@@ -12,8 +12,10 @@ from torchvision.transforms import InterpolationMode, v2
 
 from vareid_ext.data import (
     BODY_PAIRS,
+    EXTRAS,
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Batch,
     Extra,
     ImageList,
     PKSampler,
@@ -24,6 +26,7 @@ from vareid_ext.data import (
     synthetic_data,
     with_extra,
 )
+from vareid_ext.methods import Method
 
 RAW = {"mean": (0, 0, 0), "std": (1, 1, 1)}
 
@@ -313,3 +316,60 @@ def test_extras_that_cannot_be_used_are_named(tmp_path):
     dataset = ReidDataset(images, build_transform(8, 4, train=False))
     with pytest.raises(ValueError, match=r"extras: mask of shapes \(1, 8, 4\) and \(2, 8, 4\)"):
         collate([dataset[0], dataset[1]])
+
+
+def batch_with_extras():
+    """Random extras of every kind that methods read, beside random images; U and V are 0 where there is no part."""
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, 8, 6, generator=rng)
+    index = torch.arange(3)
+    iuv = torch.randint(0, 25, (3, 3, 8, 6), generator=rng, dtype=torch.uint8)
+    iuv[:, 1:] *= iuv[:, :1] > 0
+    extras = {
+        "keypoints": torch.rand(3, 14, 3, generator=rng) * 5,
+        "parsing": torch.rand(3, 5, 8, 6, generator=rng),
+        "iuv": iuv,
+        "views": torch.rand(3, 8, 3, 8, 6, generator=rng),
+    }
+    return Batch(images, index, index, index, index, extras)
+
+
+def test_mirrored_twice_is_the_same_batch():
+    batch = batch_with_extras()
+    once = batch.mirrored()
+    again = once.mirrored()
+    assert torch.equal(again.image, batch.image)
+    for name, value in batch.extras.items():
+        torch.testing.assert_close(again.extras[name], value, atol=1e-6, rtol=0)
+        assert not torch.equal(once.extras[name], value)
+
+
+def test_a_mirrored_batch_is_what_loading_mirrored_images_gives():
+    """Whatever the photograph is, its extras, loaded with a flip, are the batch's mirrored."""
+    data = synthetic_data(SyntheticSettings(2, 1, 3, 0, 2, 48, 24), extras=tuple(EXTRAS))
+    plain, flipped = (
+        collate(
+            [ReidDataset(data.train, build_transform(32, 16, train, flip=1, pad=0, erasing=0))[i] for i in range(6)]
+        )
+        for train in (False, True)
+    )
+    found = plain.mirrored()
+    torch.testing.assert_close(found.image, flipped.image, atol=2e-2, rtol=0)
+    for name, value in flipped.extras.items():
+        tolerance = 2e-2 if name == "views" else 1e-5
+        torch.testing.assert_close(found.extras[name].float(), value.float(), atol=tolerance, rtol=0)
+
+
+def test_flipped_features_see_mirrored_extras():
+    class Reads(Method):
+        def features(self, batch):
+            return [batch.extras["keypoints"].flatten(1), batch.extras["parsing"].mean(2).flatten(1)]
+
+    batch = batch_with_extras()
+    found = Reads().embed(batch, flip=True, normalize="none")
+    x = batch.extras["keypoints"].clone()
+    x[:, :, 0] = 5 - x[:, :, 0]
+    x = x[:, [0, 1, 5, 6, 7, 2, 3, 4, 11, 12, 13, 8, 9, 10]]
+    torch.testing.assert_close(found[:, :42], (batch.extras["keypoints"] + x).flatten(1))
+    columns = batch.extras["parsing"].mean(2)
+    torch.testing.assert_close(found[:, 42:], (columns + columns.flip(2)).flatten(1))

@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 
-from vareid_ext.data import SyntheticSettings, synthetic_data
+from vareid_ext.data import BODY_PAIRS, EXTRAS, SURFACE_PAIRS, SyntheticSettings, synthetic_data
+from vareid_ext.data.extras import mirrored
 from vareid_ext.data.random_stream import Stream
 from vareid_ext.data.synthetic.drawing import TURN, sine, tube
 from vareid_ext.data.synthetic.figure import Pose, paint_person
@@ -250,3 +251,92 @@ def test_nothing_untrained_solves_the_default_set():
     # A feature that knows the answer finds it: the measure itself is not what keeps the others low.
     known = np.eye(100, dtype=np.float32)[np.concatenate([query.identity, gallery.identity])]
     assert mean_average_precision(known, query, gallery) == 1
+
+
+def labels_of(person, facing, stride=300, centre=64):
+    """LIP's classes [256, 128], DensePose's I, U, V [3, 256, 128] and the joints [14, 2] in pixels."""
+    canvas, labels = np.full((256, 128, 3), 90, dtype=np.int16), np.zeros((256, 128, 4), np.uint8)
+    joints = paint_person(canvas, person, Pose(facing, centre, 250, 240, stride, 0), labels)
+    return labels[:, :, 0], labels[:, :, 1:].transpose(2, 0, 1), np.array(joints) / 256 - 0.5
+
+
+@pytest.mark.parametrize("facing", [0, 300, 1024, 1500, TURN // 2, 3000])
+def test_labels_cover_the_person_and_nothing_else(plain, facing):
+    """A pixel that is the same on every background is the person's."""
+    backgrounds = [np.full((256, 128, 3), value, dtype=np.int16) for value in (0, 200)]
+    for canvas in backgrounds:
+        paint_person(canvas, plain, Pose(facing, 64, 250, 240, 300, 0))
+    seen = (backgrounds[0] == backgrounds[1]).all(axis=2)
+    classes, iuv, _ = labels_of(plain, facing)
+    assert np.array_equal(classes > 0, seen)
+    assert set(np.unique(classes)) <= {0, 5, 9, 12, 13, 14, 15, 16, 17, 18, 19}  # no hat, hair, bag or scarf
+    assert (iuv[0][classes == 0] == 0).all()
+    assert (iuv[1:, iuv[0] == 0] == 0).all()
+    # What the surface leaves out of a bald person without a skirt: the neck.
+    assert ((classes > 0) & (iuv[0] == 0)).mean() < 0.01
+
+
+@pytest.mark.parametrize(("facing", "stride"), [(200, 700), (900, -400), (1400, 0), (2500, 1000)])
+def test_the_mirrored_picture_has_the_mirrored_extras(plain, facing, stride):
+    """A person who is the same on both sides, drawn in a mirrored pose, against the rule for mirrored pictures."""
+    _, iuv, joints = labels_of(plain, facing, stride)
+    _, other, other_joints = labels_of(plain, -facing, -stride)
+    flipped = mirrored(torch.from_numpy(iuv.copy()), "iuv", SURFACE_PAIRS, 128).numpy()
+    body = (flipped[0] > 0) | (other[0] > 0)
+    assert (flipped[0] == other[0])[body].mean() > 0.95  # but for pixels that the edges of tubes just touch
+    both = body & (flipped[0] == other[0])
+    difference = np.abs(flipped[1:].astype(int) - other[1:])[:, both]
+    assert np.median(difference) <= 2
+    assert (difference < 30).mean() > 0.95
+    points = torch.from_numpy(np.column_stack([joints, np.ones(14)]))
+    np.testing.assert_allclose(mirrored(points, "keypoints", BODY_PAIRS, 128)[:, :2], other_joints, atol=1)
+
+
+def test_joints_lie_on_the_parts_they_join(plain):
+    _, iuv, joints = labels_of(plain, 0, stride=0)
+    at = iuv[0][joints[:, 1].round().astype(int), joints[:, 0].round().astype(int)]
+    allowed = [{23, 24}, {0, 2}, {16, 18, 2}, {16, 18, 20, 22}, {3, 20, 22}, {15, 17, 2}, {15, 17, 19, 21}, {4, 19, 21},
+               {9, 2}, {9, 13}, {13, 6}, {10, 2}, {10, 14}, {14, 5}]  # fmt: skip
+    assert all(part in parts for part, parts in zip(at, allowed, strict=True)), at
+    assert 1 not in iuv[0]  # the back
+    assert joints[2, 0] < joints[5, 0]  # who looks at the camera has the right hand on the left
+    assert labels_of(plain, TURN // 2)[2][2, 0] > labels_of(plain, TURN // 2)[2][5, 0]
+
+
+def test_extras_of_pictures_are_exact_and_hidden_where_something_stands_in_front():
+    data = synthetic_data(SMALL, extras=("keypoints", "parsing", "iuv", "views"))
+    assert list(data.train.extras) == list(data.query.extras) == list(EXTRAS)
+    renderer = data.train.loader
+    hidden = 0
+    for index, path in enumerate(data.train.paths):
+        extras = {name: np.asarray(value) for name, value in data.train.load_extras(index, 64, 32).items()}
+        assert {name: value.shape for name, value in extras.items()} == {
+            "keypoints": (14, 3), "parsing": (5, 64, 32), "iuv": (3, 64, 32), "views": (8, 3, 64, 32),
+        }  # fmt: skip
+        assert np.array_equal(extras["parsing"][0], extras["parsing"][1:].sum(axis=0))
+        assert (extras["parsing"][0] >= (extras["iuv"][0] > 0)).all()
+        x, y, seen = extras["keypoints"].T
+        inside = (x > -0.5) & (x < 31.5) & (y > -0.5) & (y < 63.5)
+        assert not seen[~inside].any()
+        if (inside & (seen == 0)).any():
+            hidden += 1
+            columns, rows = (
+                np.rint(v[inside & (seen == 0)]).astype(int).clip(0, high) for v, high in ((x, 31), (y, 63))
+            )
+            assert extras["parsing"][0][rows, columns].mean() < 0.5
+        assert np.array_equal(renderer.extra("views", path), extras["views"])
+    assert 1 <= hidden <= 10  # of 28
+
+
+def test_views_are_the_same_person_from_eight_sides(small):
+    renderer, path = small.train.loader, small.train.paths[0]
+    views = renderer.extra("views", path).astype(int)
+    background = np.abs(views[:, :, :6] - views[:1, :, :6]).mean(axis=(1, 2, 3))
+    person = np.abs(views - views[:1]).mean(axis=(1, 2, 3))
+    assert (background < 1).all()
+    assert (person[1:] > 1).all()
+
+
+def test_extras_cost_nothing_where_they_are_not_asked_for(small):
+    assert all(images.extras == {} for images in small.splits.values())
+    assert small.train.loader._extras == {}

@@ -280,10 +280,31 @@ def test_a_stage_that_is_over_cannot_be_changed(tmp_path, monkeypatch, capsys):
 
 
 def test_an_input_that_the_images_do_not_come_with_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(METHODS["va-reid"], "inputs", ("viewpoint", "keypoints"))
+    monkeypatch.setattr(METHODS["va-reid"], "inputs", ("viewpoint", "depth"))
     assert start(tmp_path / "run") == 2
-    assert "method.name: 'va-reid' reads 'keypoints', which the images do not come with" in capsys.readouterr().err
+    assert "method.name: 'va-reid' reads 'depth', which the images do not come with" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_extras_are_rendered_for_methods_that_read_them_and_named_where_they_are_not_given(
+    tmp_path, monkeypatch, capsys
+):
+    seen = []
+    forward, embed = METHODS["va-reid"].forward, METHODS["va-reid"].embed
+
+    def spy(call):
+        return lambda method, batch, **options: seen.append({*batch.extras}) or call(method, batch, **options)
+
+    monkeypatch.setattr(METHODS["va-reid"], "inputs", ("viewpoint", "keypoints", "iuv"))
+    monkeypatch.setattr(METHODS["va-reid"], "test_inputs", ("keypoints",))
+    monkeypatch.setattr(METHODS["va-reid"], "forward", spy(forward))
+    monkeypatch.setattr(METHODS["va-reid"], "embed", spy(embed))
+    assert start(tmp_path / "run", "--evaluation.flip=true", "--baselines=false", "--epochs=1") == 0
+    assert {frozenset(names) for names in seen} == {frozenset({"keypoints", "iuv"}), frozenset({"keypoints"})}
+    assert start(tmp_path / "other", "--data.kind=market1501", f"--root={tmp_path}") == 2
+    told = capsys.readouterr().err
+    assert "data.extras.keypoints: nothing was given; the method needs --data.extras.keypoints, which is a JSON" in told
+    assert not (tmp_path / "other").exists()
 
 
 class Seen(nn.Module):

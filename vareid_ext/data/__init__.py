@@ -2,7 +2,8 @@
 
 from vareid_ext.data.dataset import Batch, ReidDataset, collate, worker_init
 from vareid_ext.data.export import write_manifest
-from vareid_ext.data.extras import BODY_PAIRS, Extra, with_extra
+from vareid_ext.data.extra_files import FORMATS, ExtraFiles, join_extras
+from vareid_ext.data.extras import BODY_PAIRS, EXTRAS, SURFACE_PAIRS, Extra, with_extra
 from vareid_ext.data.load import check_readable, load_data
 from vareid_ext.data.readers import READERS, check_kind
 from vareid_ext.data.readers.manifest import read_manifest
@@ -15,15 +16,19 @@ from vareid_ext.data.viewpoints import ViewpointLabels, label_images, read_viewp
 
 __all__ = [
     "BODY_PAIRS",
+    "EXTRAS",
+    "FORMATS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "READERS",
+    "SURFACE_PAIRS",
     "UNKNOWN",
     "VIEWPOINTS",
     "Batch",
     "BatchSampler",
     "Draw",
     "Extra",
+    "ExtraFiles",
     "ImageList",
     "PKSampler",
     "ReidData",
@@ -36,6 +41,7 @@ __all__ = [
     "check_normalisation",
     "check_readable",
     "collate",
+    "join_extras",
     "label_images",
     "load_data",
     "read_manifest",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vareid_ext.data.extras import EXTRAS, mirrored
 from vareid_ext.data.sampler import Draw
 from vareid_ext.data.types import ImageList
 
@@ -48,6 +49,19 @@ class Batch:
         """The same batch in page-locked memory (called by DataLoader with pin_memory=True)."""
         return self._map(Tensor.pin_memory)
 
+    def mirrored(self) -> Batch:
+        """The batch of the mirrored images. Raises ValueError where an extra is not one of `EXTRAS`."""
+        unknown = [name for name in self.extras if name not in EXTRAS]
+        if unknown:
+            raise ValueError(
+                f"flip: {', '.join(unknown)} cannot be mirrored; allowed beside images: {', '.join(EXTRAS)}"
+            )
+        extras = {
+            name: mirrored(value, EXTRAS[name].kind, EXTRAS[name].pairs, self.image.shape[3])
+            for name, value in self.extras.items()
+        }
+        return replace(self, image=self.image.flip(3), extras=extras)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         extras = {name: function(value) for name, value in values.pop("extras").items()}
@@ -74,10 +88,9 @@ class ReidDataset(Dataset[Batch]):
         """The image at an index or of a draw. Raises IndexError outside 0..N-1, OSError if it cannot be read."""
         index, key = (item.index, item.key) if isinstance(item, Draw) else (int(item), None)
         picture = self.images.load(index)
-        sources = self.images.extras.items()
         inputs: tuple[Any, ...] = (picture,)
-        if sources:
-            inputs = (picture, {name: extra.load(index, picture.height, picture.width) for name, extra in sources})
+        if self.images.extras:
+            inputs = (picture, self.images.load_extras(index, picture.height, picture.width))
         if key is None:
             result = self.transform(*inputs)
         else:
@@ -87,7 +100,7 @@ class ReidDataset(Dataset[Batch]):
                 result = self.transform(*inputs)
             finally:
                 torch.default_generator.set_state(state)
-        image, extras = result if sources else (result, {})
+        image, extras = result if self.images.extras else (result, {})
         weight = self.images.viewpoint_weight
         return Batch(
             image[None],

@@ -8,10 +8,10 @@ pad, crop and erase. An operation without a kernel leaves them as they are, so a
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -28,15 +28,45 @@ BODY_PAIRS = ((2, 5), (3, 6), (4, 7), (8, 11), (9, 12), (10, 13))
 """Right and left of the 14 joints head, neck, shoulder, elbow, wrist (right, then left), hip, knee, ankle (likewise),
 the order of convolutional pose machines."""
 
-Kind = Literal["keypoints", "mask", "labels", "map", "view"]
+SURFACE_PAIRS = tuple((part, part + 1) for part in range(3, 25, 2))
+"""Right and left, or left and right, of DensePose's 24 parts; 1 and 2, the back and the front, are their own."""
+
+Kind = Literal["keypoints", "mask", "labels", "map", "iuv", "view"]
 _SHAPES = {
     "keypoints": "[P, 3] (x, y, confidence)",
     "mask": "[H, W] or [C, H, W]",
     "labels": "whole numbers [H, W] or [C, H, W]",
     "map": "[H, W] or [C, H, W]",
+    "iuv": "whole numbers [3, H, W]",
     "view": "unsigned [3, H, W] or [V, 3, H, W]",
 }
+_PARTS = 24
 _SUFFIXES = (".npy", ".npz", ".png")
+
+
+class Form(NamedTuple):
+    """What an extra input of a known name is."""
+
+    kind: Kind
+    neutral: np.ndarray
+    """the entry of an image of which nothing is known"""
+    pairs: tuple[tuple[int, int], ...] = ()
+
+
+EXTRAS: dict[str, Form] = {
+    "keypoints": Form("keypoints", np.zeros((14, 3), np.float32), BODY_PAIRS),
+    "parsing": Form("map", np.array([1, 0, 0, 0, 0], np.float32).reshape(5, 1, 1)),
+    "iuv": Form("iuv", np.zeros((3, 1, 1), np.uint8), SURFACE_PAIRS),
+    "views": Form("view", np.zeros((8, 3, 1, 1), np.uint8)),
+}
+"""The extra inputs that methods read, by name, each always in the same form:
+
+- keypoints: [14, 3], the joints of `BODY_PAIRS`; neutral: none is seen.
+- parsing: float32 [5, H, W], the shares of foreground, head, upper body, lower body and shoes in [0, 1]; neutral: all
+  is foreground.
+- iuv: uint8 [3, H, W], DensePose's part, U and V; neutral: no part.
+- views: uint8 [8, 3, H, W], generated pictures of the same person from eight sides; neutral: black.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +82,10 @@ class Extra:
               confidence, 0 where missing
     mask      [H, W] or [C, H, W]              to the nearest         mirrored, and paired channels exchanged
     labels    [H, W] or [C, H, W], whole       to the nearest         mirrored, and paired values of the first
-              numbers from 0 to 255 (classes;                         channel exchanged
-              DensePose's I, U, V)
+              numbers from 0 to 255                                   channel exchanged
     map       [H, W] or [C, H, W]              bilinear, antialiased  mirrored, and paired channels exchanged
+    iuv       [3, H, W], DensePose's part I    to the nearest         mirrored, paired parts exchanged, and U
+              from 0 to 24, U and V to 255                            counted from the other side
     view      uint8 [3, H, W] or               as the image           mirrored
               [V, 3, H, W], RGB pictures
     ========= ================================ ====================== ==========================================
@@ -65,13 +96,15 @@ class Extra:
     Attributes:
         kind: as above.
         entries: N arrays, or paths of .npy and .npz files of one array and of .png files (palettes keep their indices,
-            colours come as channels), in any mixture.
+            colours come as channels), in any mixture; or what `loader` takes.
         pairs: rows, channels or values that a mirror exchanges, such as left and right.
+        loader: makes an array of an entry; it is given the image's height and width too.
     """
 
     kind: Kind
     entries: Sequence[Any]
     pairs: tuple[tuple[int, int], ...] = ()
+    loader: Callable[[Any, int, int], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -91,35 +124,42 @@ class Extra:
         """
         entry = self.entries[index]
         is_path = isinstance(entry, str | os.PathLike)
-        value = np.array(_read(Path(entry)) if is_path else entry)  # a copy: files may be read-only memory maps
+        if self.loader is not None:
+            value = self.loader(entry, height, width)
+        else:
+            value = np.array(read_array(Path(entry)) if is_path else entry)  # a copy: files may be read-only maps
         if self.kind != "keypoints" and value.ndim == 2:
             value = value[None]
         fits = value.ndim == 3
         if self.kind == "keypoints":
             fits = value.ndim == 2 and value.shape[1] == 3
+        elif self.kind == "iuv":
+            fits = value.ndim == 3 and len(value) == 3
         elif self.kind == "view":
             fits = value.ndim in (3, 4) and value.shape[-3] == 3
-        kinds = "u" if self.kind == "view" else "bui" if self.kind == "labels" else "bufi"
+        kinds = {"view": "u", "labels": "bui", "iuv": "ui"}.get(self.kind, "bufi")
         where = f"{self.kind} of {entry if is_path else f'image {index}'}"
         if value.dtype.kind not in kinds or not value.size or not fits:
             raise ValueError(f"{where}: {value.dtype} {list(value.shape)} was given; {_SHAPES[self.kind]} is needed")
-        if self.kind in ("labels", "view") and not 0 <= value.min() <= value.max() <= 255:
+        if self.kind in ("labels", "iuv", "view") and not 0 <= value.min() <= value.max() <= 255:
             raise ValueError(f"{where}: values from {value.min()} to {value.max()} were given; allowed are 0 to 255")
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise ValueError(f"{where}: infinite or undefined values were given; allowed are finite ones")
-        rows = {"labels": 256, "view": 0}.get(self.kind, len(value))
+        if self.kind == "iuv" and value[0].max() > _PARTS:
+            raise ValueError(f"{where}: part {value[0].max()} was given; allowed are parts from 0 to {_PARTS}")
+        rows = {"labels": 256, "iuv": _PARTS + 1, "view": 0}.get(self.kind, len(value))
         if any(not 0 <= row < rows for pair in self.pairs for row in pair):
             raise ValueError(f"{where}: pairs {self.pairs} were given; allowed are integers from 0 to {rows - 1}")
         if self.kind == "view":
             return tv_tensors.Image(torch.from_numpy(value.astype(np.uint8)))
         if self.kind == "keypoints":
             return Keypoints.wrap(torch.from_numpy(value.astype(np.float32)), (height, width), self.pairs)
-        kept = np.uint8 if self.kind == "labels" or value.dtype in (np.bool_, np.uint8) else np.float32
+        kept = np.uint8 if self.kind in ("labels", "iuv") or value.dtype in (np.bool_, np.uint8) else np.float32
         return DenseMap.wrap(torch.from_numpy(value.astype(kept)), self.kind, self.pairs)
 
 
-def _read(path: Path) -> np.ndarray:
-    """The array in a file."""
+def read_array(path: Path) -> np.ndarray:
+    """The array in a .npy or .npz file of one array or in a .png file. Raises OSError, naming the file."""
     try:
         if path.suffix.lower() in (".npy", ".npz"):
             (found,) = open_arrays(path).values()
@@ -179,6 +219,21 @@ def _exchanged(length: int, pairs: Sequence[tuple[int, int]]) -> list[int]:
     return order
 
 
+def mirrored(value: Tensor, kind: Kind, pairs: Sequence[tuple[int, int]], width: int) -> Tensor:
+    """What belongs to the mirrored image, `width` pixels wide: of one image, or of any number of them [..., *]."""
+    if kind == "keypoints":
+        x = width - 1 - value[..., :1]
+        return torch.cat([x, value[..., 1:]], dim=-1)[..., _exchanged(value.shape[-2], pairs), :]
+    flat = value.flip(-1)
+    if kind in ("labels", "iuv"):
+        table = torch.tensor(_exchanged(256, pairs), dtype=flat.dtype, device=flat.device)
+        first, *others = flat.split(1, dim=-3)
+        if kind == "iuv":
+            others[0] = torch.where(first > 0, 255 - others[0], others[0])
+        return torch.cat([table[first.long()], *others], dim=-3)
+    return flat[..., _exchanged(flat.shape[-3], pairs), :, :] if pairs else flat
+
+
 class Keypoints(tv_tensors.TVTensor):
     """float32 [P, 3]: x, y, confidence, in an image of `canvas` (height, width) pixels."""
 
@@ -204,7 +259,7 @@ class Keypoints(tv_tensors.TVTensor):
 
 
 class DenseMap(tv_tensors.TVTensor):
-    """uint8 or float32 [C, H, W] of the kind mask, labels or map."""
+    """uint8 or float32 [C, H, W] of the kind mask, labels, map or iuv."""
 
     kind: Kind
     pairs: tuple[tuple[int, int], ...]
@@ -230,9 +285,8 @@ def _resize_keypoints(points: Keypoints, size: Sequence[int], **_: Any) -> Keypo
 
 @F.register_kernel(F.horizontal_flip, Keypoints)
 def _flip_keypoints(points: Keypoints) -> Keypoints:
-    mirrored = points.moved((-1.0, 1.0), (float(points.canvas[1]), 0.0), points.canvas)
-    order = _exchanged(len(points), points.pairs)
-    return Keypoints.wrap(mirrored.as_subclass(Tensor)[order], points.canvas, points.pairs)
+    flipped = mirrored(points.as_subclass(Tensor), "keypoints", points.pairs, points.canvas[1])
+    return Keypoints.wrap(flipped, points.canvas, points.pairs)
 
 
 @F.register_kernel(F.pad, Keypoints)
@@ -266,11 +320,7 @@ def _resize_map(dense: DenseMap, size: Sequence[int], **_: Any) -> DenseMap:
 
 @F.register_kernel(F.horizontal_flip, DenseMap)
 def _flip_map(dense: DenseMap) -> DenseMap:
-    plain = F.horizontal_flip(dense.as_subclass(Tensor))
-    if dense.kind == "labels":
-        plain[0] = torch.tensor(_exchanged(256, dense.pairs), dtype=plain.dtype)[plain[0].long()]
-        return dense.with_values(plain)
-    return dense.with_values(plain[_exchanged(len(plain), dense.pairs)])
+    return dense.with_values(mirrored(dense.as_subclass(Tensor), dense.kind, dense.pairs, dense.shape[-1]))
 
 
 @F.register_kernel(F.pad, DenseMap)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 from tqdm import tqdm
 
-from vareid_ext.data.readers import check_kind, needs_root, read
+from vareid_ext.data.extra_files import ExtraFiles, check_given, join_extras
+from vareid_ext.data.extras import EXTRAS
+from vareid_ext.data.readers import check_kind, needs_root, read, renders_extras
 from vareid_ext.data.synthetic.renderer import SyntheticSettings
 from vareid_ext.data.types import ImageList, ReidData
 from vareid_ext.data.viewpoints import MODES, label_images, read_viewpoint_labels, with_soft_labels
@@ -19,12 +21,13 @@ _NAMED_AT_MOST = 20
 
 
 def unreadable_images(images: ImageList, *, progress: bool = False) -> list[tuple[int, str]]:
-    """(index, why) of every image of the list that cannot be read completely, by reading them all."""
+    """(index, why) of every image of the list that cannot be read completely with its extras, by reading them all."""
 
     def problem(index: int) -> str:
         try:
-            images.load(index)
-        except OSError as error:
+            picture = images.load(index)
+            images.load_extras(index, picture.height, picture.width)
+        except (OSError, ValueError) as error:
             return str(error)
         return ""
 
@@ -83,6 +86,9 @@ def load_data(
     skip_bad_images: bool = False,
     check_images: bool = True,
     synthetic: SyntheticSettings | None = None,
+    extras: ExtraFiles | None = None,
+    train_extras: Sequence[str] = (),
+    test_extras: Sequence[str] = (),
     progress: bool = True,
 ) -> ReidData:
     """Load a data set.
@@ -97,21 +103,40 @@ def load_data(
         skip_bad_images: go on without unreadable images instead of stopping.
         check_images: read every image file once now, so that a bad one stops here and not in the middle of training.
         synthetic: size and seed for "synthetic", the default ones when None.
+        extras: where inputs beside the images lie; "synthetic" renders those that are not given.
+        train_extras, test_extras: which of `EXTRAS` the training images, and query and gallery, come with.
         progress: show bars.
 
     Raises:
-        ValueError: an argument outside what is allowed, unreadable images, a manifest or label file with errors.
+        ValueError: an argument outside what is allowed, unreadable images, a manifest or label file with errors, extras
+            that are not given, are missing, or are not what they should be.
         FileNotFoundError: the data set is not there; the message shows what was expected and what was found.
     """
     check_kind(kind, root)
     root = root if needs_root(kind) else None
     if viewpoint_labels not in MODES:
         raise ValueError(f"viewpoint_labels: {viewpoint_labels!r} was given; allowed are {', '.join(MODES)}")
+    files = ExtraFiles() if extras is None else extras
+    names = tuple(dict.fromkeys((*train_extras, *test_extras)))
+    given = [name for name in EXTRAS if getattr(files, name) is not None]
+    rendered = [name for name in names if name not in given]
+    if not renders_extras(kind):
+        check_given(files, names, prefix="data.extras.")
     labels = None if viewpoint_file is None else read_viewpoint_labels(viewpoint_file)
-    data = read(kind, root=root, settings=synthetic, progress=progress)
+    data = read(kind, root=root, settings=synthetic, extras=rendered, progress=progress)
+    folder = os.path.dirname(root) if root and os.path.isfile(root) else root
     if labels is not None:
         # Before bad images are dropped: a file name must not become unique by that.
-        data = label_images(data, labels, os.path.dirname(root) if root and os.path.isfile(root) else root)
+        data = label_images(data, labels, folder)
+    wanted = {"train": train_extras, "query": test_extras, "gallery": test_extras}
+    lists = {
+        split: replace(images, extras={name: images.extras[name] for name in rendered if name in wanted[split]})
+        for split, images in data.splits.items()
+    }
+    from_files = {split: [name for name in own if name in given] for split, own in wanted.items()}
+    lists, notes = join_extras(lists, files, from_files, folder or "")
+    unread = tuple(f"{name} are given, but the method does not read them" for name in given if name not in names)
+    data = replace(data, **lists, notes=(*data.notes, *notes, *unread))  # type: ignore[arg-type]
     if check_images and root is not None:
         data = check_readable(data, skip_bad_images=skip_bad_images, progress=progress)
     if viewpoint_labels == "soft":

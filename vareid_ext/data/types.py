@@ -111,6 +111,19 @@ class ImageList(Labels):
             raise IndexError(f"index must be in [0, {len(self.paths)}), got {index}")
         return self.loader(self.paths[index])
 
+    def load_extras(self, index: int, height: int, width: int) -> dict[str, Any]:
+        """The extras of the image at `index`, which is `height` x `width` pixels, by name (see `Extra.load`).
+
+        Raises OSError where a file cannot be read, and ValueError, which names image and extra, for what is none.
+        """
+        loaded = {}
+        for name, extra in self.extras.items():
+            try:
+                loaded[name] = extra.load(index, height, width)
+            except ValueError as error:
+                raise ValueError(f"{name} of {self.paths[index]}: {error}") from error
+        return loaded
+
     def rows(self, chosen: np.ndarray) -> dict[str, Any]:
         """As for `Labels`."""
         return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -78,7 +78,9 @@ class Method(nn.Module):
     heads: ClassVar[tuple[str, ...]] = ()
     """names of the parts that belong to the training identities, which the test feature does not need"""
     inputs: ClassVar[tuple[str, ...]] = ()
-    """what it reads of a batch beside the images and identities: "viewpoint", and names of extras"""
+    """what training reads of a batch beside the images and identities: "viewpoint", and names of extras"""
+    test_inputs: ClassVar[tuple[str, ...]] = ()
+    """those of the extras in `inputs` that the test feature needs too"""
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         """The losses of a batch, by name. Float32: see :func:`full_precision`."""
@@ -103,15 +105,11 @@ class Method(nn.Module):
             Float32 [N, D], the parts side by side.
 
         Raises:
-            ValueError: `flip` with inputs beside the images, which would have to be mirrored too.
+            ValueError: `flip` with inputs beside the images that cannot be mirrored (see `Batch.mirrored`).
         """
-        if flip and batch.extras:
-            raise ValueError(
-                f"flip: True was given; inputs beside the image ({', '.join(batch.extras)}) are not mirrored"
-            )
         parts = self.features(batch)
         if flip:
-            mirrored = self.features(replace(batch, image=batch.image.flip(3)))
+            mirrored = self.features(batch.mirrored())
             parts = [a + b for a, b in zip(parts, mirrored, strict=True)]
         parts = [part.float() for part in parts]
         if normalize == "parts":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vareid_ext._limits import check_limits
-from vareid_ext.data import SyntheticSettings, check_kind, check_normalisation
+from vareid_ext.data import EXTRAS, ExtraFiles, SyntheticSettings, check_kind, check_normalisation
 from vareid_ext.methods import VaReid
 from vareid_ext.models import ModelConfig
 
@@ -56,6 +56,8 @@ class DataConfig:
     result does not depend on it"""
     synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
     """the rendered data set, for kind synthetic"""
+    extras: ExtraFiles = field(default_factory=ExtraFiles)
+    """inputs beside the images, which only some methods read; kind synthetic renders those that are not given"""
 
     def __post_init__(self) -> None:
         check_limits("data", self, height=(16, 4096), width=(16, 4096), pad=(0, 1024), flip=(0, 1), erasing=(0, 1))
@@ -318,7 +320,13 @@ class Config:
         def absolute(path: str | None) -> str | None:
             return str(Path(path).absolute()) if path else path
 
-        data = replace(self.data, root=absolute(self.data.root), viewpoint_file=absolute(self.data.viewpoint_file))
+        paths: dict[str, Any] = {name: absolute(getattr(self.data.extras, name)) for name in EXTRAS}
+        data = replace(
+            self.data,
+            root=absolute(self.data.root),
+            viewpoint_file=absolute(self.data.viewpoint_file),
+            extras=replace(self.data.extras, **paths),
+        )
         return replace(self, data=data, model=replace(self.model, weights=absolute(self.model.weights)))
 
 

@@ -12,8 +12,9 @@ import torch
 
 from vareid_ext import _native
 from vareid_ext import data as datasets
-from vareid_ext.data import ReidData
+from vareid_ext.data import EXTRAS, ReidData
 from vareid_ext.files.features import Features
+from vareid_ext.methods import METHODS
 from vareid_ext.retrieval import KReciprocal
 from vareid_ext.retrieval.rerank import Reranker
 from vareid_ext.training import evaluation
@@ -84,7 +85,8 @@ def prepare(request: Request, signals: Signals, started: float) -> Run:
 
 
 def load_run_data(config: Config, *, progress: bool = True) -> ReidData:
-    """The data set of a run."""
+    """The data set of a run, with the extras that its method reads."""
+    method = METHODS[config.method.name]
     return datasets.load_data(
         config.data.kind,
         config.data.root,
@@ -92,6 +94,9 @@ def load_run_data(config: Config, *, progress: bool = True) -> ReidData:
         viewpoint_labels=config.data.viewpoint_labels,
         skip_bad_images=config.data.skip_bad_images,
         synthetic=config.data.synthetic,
+        extras=config.data.extras,
+        train_extras=[name for name in method.inputs if name in EXTRAS],
+        test_extras=method.test_inputs,
         progress=progress,
     )
 

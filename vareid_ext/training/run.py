@@ -323,5 +323,6 @@ def save_batch(folder: RunFolder, data: ReidData, batch: Batch, step: int, value
     path = unused_path(folder.non_finite_batch)
     paths = [data.train.paths[i] for i in batch.index.tolist()]
     tensors = {name: getattr(batch, name).cpu() for name in ("image", "identity", "camera", "viewpoint", "index")}
-    save_checkpoint(path, {"step": step, "loss": dict(values), "paths": paths, **tensors})
+    extras = {name: value.cpu() for name, value in batch.extras.items()}
+    save_checkpoint(path, {"step": step, "loss": dict(values), "paths": paths, **tensors, **extras})
     return path

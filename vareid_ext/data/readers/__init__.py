@@ -21,12 +21,18 @@ READERS: dict[str, Callable[..., ReidData]] = {
     }.items()
 }
 """Kind -> reader. A reader is given those of these arguments that it names: `root`, the path of the data set;
-`settings`, the `SyntheticSettings` or None; `progress`, whether to show a bar."""
+`settings`, the `SyntheticSettings` or None; `extras`, names out of `EXTRAS` of what it is to make beside the images;
+`progress`, whether to show a bar."""
 
 
 def needs_root(kind: str) -> bool:
     """Whether the reader of `kind` reads files, and does not render its images."""
     return "root" in inspect.signature(READERS[kind]).parameters
+
+
+def renders_extras(kind: str) -> bool:
+    """Whether the reader of `kind` makes inputs beside the images."""
+    return "extras" in inspect.signature(READERS[kind]).parameters
 
 
 def check_kind(kind: str, root: object, prefix: str = "") -> None:

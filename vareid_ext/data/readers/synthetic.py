@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
+from vareid_ext.data.extras import EXTRAS, Extra
 from vareid_ext.data.random_stream import Stream
 from vareid_ext.data.synthetic.drawing import TURN
 from vareid_ext.data.synthetic.renderer import Shot, SyntheticRenderer, SyntheticSettings
@@ -23,12 +27,26 @@ def _view(facing: int) -> str:
     return next(name for bound, name in _VIEWS if turned <= bound)
 
 
-def synthetic_data(settings: SyntheticSettings | None = None, *, progress: bool = False) -> ReidData:
+@dataclass(frozen=True)
+class _ExtraLoader:
+    """The loader of an extra, whose entries are names of pictures."""
+
+    renderer: SyntheticRenderer
+    name: str
+
+    def __call__(self, entry: str, *_: int) -> np.ndarray:
+        return self.renderer.extra(self.name, entry)
+
+
+def synthetic_data(
+    settings: SyntheticSettings | None = None, *, extras: Sequence[str] = (), progress: bool = False
+) -> ReidData:
     """The synthetic data set of these settings (the default ones when None), rendered in memory.
 
     As in Market-1501 the test people are not among the training ones, each of them has one query per camera (when there
-    are more pictures than cameras), the rest is gallery, and the gallery holds distractors of identity 0. `progress`
-    shows a bar while rendering.
+    are more pictures than cameras), the rest is gallery, and the gallery holds distractors of identity 0. The images
+    come with the `extras` named, out of `EXTRAS`, which are exact (see `SyntheticRenderer.extra`). `progress` shows a
+    bar while rendering.
     """
     settings = SyntheticSettings() if settings is None else settings
     shots: dict[str, Shot] = {}
@@ -60,17 +78,22 @@ def synthetic_data(settings: SyntheticSettings | None = None, *, progress: bool 
         camera, number = cameras_of(person, 1)[0]
         add("gallery", "test", 0, Shot(person, camera, number))
 
-    renderer.render_all(progress=progress)
+    renderer.render_all(extras, progress=progress)
     splits = {}
     for split, entries in lists.items():
         views = tuple(_view(renderer.facing(shots[path])) for path, _ in entries)
+        paths = tuple(path for path, _ in entries)
         splits[split] = ImageList(
-            paths=tuple(path for path, _ in entries),
+            paths=paths,
             identity=np.array([identity for _, identity in entries], dtype=np.int64),
             camera=np.array([shots[path].camera for path, _ in entries], dtype=np.int64),
             viewpoint=hard_labels(views),
             viewpoint_name=views,
             loader=renderer,
+            extras={
+                name: Extra(EXTRAS[name].kind, paths, EXTRAS[name].pairs, _ExtraLoader(renderer, name))
+                for name in extras
+            },
         )
     names = tuple(f"{identity:04d}" for identity in range(settings.identities_train))
     return ReidData("synthetic", splits["train"], splits["query"], splits["gallery"], names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,29 @@ TURN = 4096
 Colour = tuple[int, int, int]
 Texture = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(int32 angle around the body [n, m], height [n, 1] from 0 top to 1024 bottom) -> index [n, m] into the colours."""
+
+
+class Band(NamedTuple):
+    """Rows of a tube that are one or two of DensePose's parts of the body's surface."""
+
+    end: int
+    """the height at which the band ends, from 0 top to 1024 bottom of the tube"""
+    centre: int
+    """the direction of the first part's middle; a second one has the opposite half"""
+    parts: tuple[int, ...]
+
+
+class Cover(NamedTuple):
+    """What a tube shows."""
+
+    classes: tuple[int, ...]
+    """the class of LIP of each of its colours"""
+    bands: tuple[Band, ...] = ()
+    """from top to bottom; none where it is not the body itself, which it hides then"""
+
+
+NO_COVER = Cover((0,))
+
 
 _SIN = [round(ONE * math.sin(2 * math.pi * step / TURN)) for step in range(TURN)]
 _ASIN = np.array([round(TURN / (2 * math.pi) * math.asin(step / ONE)) for step in range(-ONE, ONE + 1)], dtype=np.int32)
@@ -62,11 +86,14 @@ def tube(
     texture: Texture | None = None,
     light: int = 0,
     rounded: bool = False,
+    labels: np.ndarray | None = None,
+    cover: Cover = NO_COVER,
 ) -> None:
     """Paint an upright tube through (y, centre, half width) points onto `canvas` int16 [H, W, 3], in place.
 
     `texture` picks the colour per pixel (the first one without it), `light` in [-1024, 1024] says from which side it is
-    lit, `rounded` makes an ellipsoid of it (half widths are then those of its bounding box).
+    lit, `rounded` makes an ellipsoid of it (half widths are then those of its bounding box). What `cover` says of the
+    same pixels goes to `labels` uint8 [H, W, 4]: LIP's class and DensePose's I, U and V.
     """
     height, width = canvas.shape[:2]
     top = max(0, points[0][0] // PIXEL)
@@ -88,17 +115,37 @@ def tube(
     u = (columns - centre) * ((ONE << 20) // np.maximum(half, 1)) >> 20
     inside = np.abs(u) < ONE
     u = np.minimum(np.maximum(u, -ONE), ONE).astype(np.int32)
-    palette = np.array(colours, dtype=np.int32)
-    if texture is None:
-        colour = palette[0][None, None, :]
-    else:
+    index = np.zeros((1, 1), dtype=np.int32)
+    if texture is not None or labels is not None:
         angle = _ASIN[u + ONE] - facing
         span = max(points[-1][0] - points[0][0], 1)
         v = (np.arange(top, bottom, dtype=np.int64) * PIXEL + PIXEL // 2 - points[0][0]) * ONE // span
-        colour = palette[texture(angle, v[:, None].astype(np.int32))]
+        v = v[:, None].astype(np.int32)
+        if texture is not None:
+            index = texture(angle, v)
+        if labels is not None:
+            shown = _labels(cover, np.broadcast_to(index, inside.shape), angle, v)
+            np.copyto(labels[top:bottom, left:right], shown, where=inside[:, :, None])
+    colour = np.array(colours, dtype=np.int32)[index]
     shade = 1064 - (u * u >> 12) - (u * light >> 12)
     colour = np.minimum(colour * shade[:, :, None] >> 10, 255)
     np.copyto(canvas[top:bottom, left:right], colour, where=inside[:, :, None], casting="unsafe")
+
+
+def _labels(cover: Cover, index: np.ndarray, angle: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """uint8 [n, m, 4]: class, I, U, V of each pixel of a tube. U runs across a part, V down a band."""
+    shown = np.zeros((*index.shape, 4), dtype=np.uint8)
+    shown[:, :, 0] = np.array(cover.classes, dtype=np.uint8)[index]
+    begin, v = 0, v.clip(0, ONE)
+    for band in cover.bands:
+        rows = ((v >= begin) & (v < band.end))[:, 0]
+        width = TURN // len(band.parts)
+        offset = (angle[rows] - band.centre + width // 2) & (TURN - 1)
+        shown[rows, :, 1] = np.array(band.parts)[offset // width]
+        shown[rows, :, 2] = (offset % width * 255 + width // 2) // width
+        shown[rows, :, 3] = (v[rows] - begin) * 255 // (band.end - begin)
+        begin = band.end
+    return shown
 
 
 def mark(kind: str, angle: np.ndarray, v: np.ndarray, centre: int, middle: int, size: int) -> np.ndarray:

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from vareid_ext.data.synthetic.drawing import (
+    NO_COVER,
     ONE,
     PIXEL,
     TURN,
+    Band,
     Colour,
+    Cover,
     Texture,
     around,
     mark,
@@ -48,15 +51,33 @@ class Pose:
     light: int
 
 
+_END = ONE + 1
+_RIGHT, _LEFT = -1, 1
+_TORSO = (Band(_END, 0, (2, 1)),)
+_HEAD = Cover((13, 2, 13, 1, 13), (Band(_END, TURN // 4, (24, 23)),))
+_NECK, _HAIR, _HAT, _SCARF, _SKIRT = (Cover((label,)) for label in (13, 2, 1, 11, 12))
+_BARE_ARM = {_RIGHT: 15, _LEFT: 14}
+_ARM = {
+    _RIGHT: (Band(518, -TURN // 4, (18, 16)), Band(900, -TURN // 4, (22, 20)), Band(_END, -TURN // 4, (3,))),
+    _LEFT: (Band(518, TURN // 4, (17, 15)), Band(900, TURN // 4, (21, 19)), Band(_END, TURN // 4, (4,))),
+}
+_LEG = {
+    _RIGHT: Cover((9, 9, 17), (Band(507, 0, (9, 7)), Band(_END, 0, (13, 11)))),
+    _LEFT: Cover((9, 9, 16), (Band(507, 0, (10, 8)), Band(_END, 0, (14, 12)))),
+}
+_FOOT = {_RIGHT: Cover((19,), (Band(_END, 0, (6,)),)), _LEFT: Cover((18,), (Band(_END, 0, (5,)),))}
+
+
 class _Figure:
     """A person being painted. Lengths on the body are in 1/1000 of its height, rows from the top of the head."""
 
-    def __init__(self, canvas: np.ndarray, person: Person, pose: Pose) -> None:
-        self.canvas, self.person, self.pose = canvas, person, pose
+    def __init__(self, canvas: np.ndarray, person: Person, pose: Pose, labels: np.ndarray | None = None) -> None:
+        self.canvas, self.person, self.pose, self.labels = canvas, person, pose, labels
         self.size = pose.size * person.height // ONE
         self.facing = pose.facing % TURN
         self.sin, self.cos = sine(self.facing), sine(self.facing + TURN // 4)
         self.shoulder = 104 * person.build // ONE
+        self.top_class = {"dress": 6, "coat": 7, "jacket": 7}.get(person.top, 5)
 
     def row(self, part: int) -> int:
         """Screen y."""
@@ -81,6 +102,7 @@ class _Figure:
         *colours: Colour,
         texture: Texture | None = None,
         rounded: bool = False,
+        cover: Cover = NO_COVER,
     ) -> None:
         """Paint a tube through (row, screen x, screen half width) points."""
         placed = [(self.row(part), x, width) for part, x, width in points]
@@ -92,12 +114,35 @@ class _Figure:
             texture=texture,
             light=self.pose.light,
             rounded=rounded,
+            labels=self.labels,
+            cover=cover,
         )
+
+    def leg_points(self, side: int) -> tuple[int, int, int]:
+        """Screen x of hip, knee and ankle."""
+        swing = self.pose.stride * side * 70 // ONE
+        return self.across(side * 44, 0), self.across(side * 46, swing // 2), self.across(side * 46, swing)
+
+    def arm_points(self, side: int) -> tuple[int, int, int]:
+        """Screen x of shoulder, elbow and hand."""
+        swing = -self.pose.stride * side * 75 // ONE
+        shoulder = self.across(side * (self.shoulder - 4), 0)
+        elbow = self.across(side * (self.shoulder + 14), swing // 3)
+        return shoulder, elbow, self.across(side * (self.shoulder + 10), swing + 18)
+
+    def joints(self) -> list[tuple[int, int]]:
+        """Screen x and y of the 14 joints of `BODY_PAIRS`."""
+        points = [(self.across(0, 6), self.row(67)), (self.across(0, 0), self.row(148))]
+        for side in (-1, 1):
+            points += zip(self.arm_points(side), map(self.row, (180, 335, 470)), strict=True)
+        for side in (-1, 1):
+            points += zip(self.leg_points(side), map(self.row, (490, 720, 950)), strict=True)
+        return points
 
     def leg(self, side: int) -> None:
         person = self.person
+        hip, knee, ankle = self.leg_points(side)
         swing = self.pose.stride * side * 70 // ONE
-        hip, knee, ankle = self.across(side * 44, 0), self.across(side * 46, swing // 2), self.across(side * 46, swing)
         bare = person.top == "dress" or person.bottom == "skirt"
         widths = (50, 34, 22) if bare or person.bottom in ("slim", "shorts") else (54, 45, 36)
 
@@ -121,17 +166,15 @@ class _Figure:
             person.side_stripe or person.bottom_colour,
             person.skin,
             texture=cloth,
+            cover=_LEG[side],
         )
         foot = self.across(side * 46, swing + 28)
         reach = self.length(30) * abs(self.cos) // ONE + self.length(56) * abs(self.sin) // ONE
-        self.tube([(945, foot, reach * 3 // 4), (1000, foot, reach)], person.shoes)
+        self.tube([(945, foot, reach * 3 // 4), (1000, foot, reach)], person.shoes, cover=_FOOT[side])
 
     def arm(self, side: int) -> None:
         person = self.person
-        swing = -self.pose.stride * side * 75 // ONE
-        top = self.across(side * (self.shoulder - 4), 0)
-        elbow = self.across(side * (self.shoulder + 14), swing // 3)
-        hand = self.across(side * (self.shoulder + 10), swing + 18)
+        top, elbow, hand = self.arm_points(side)
         thick = 31 if person.top in ("jacket", "coat", "hoodie") else 26
         bare_from = 380 if person.top in ("t-shirt", "dress") else 900
 
@@ -153,6 +196,7 @@ class _Figure:
             person.second_colour,
             person.skin,
             texture=sleeve,
+            cover=Cover((self.top_class, self.top_class, _BARE_ARM[side]), _ARM[side]),
         )
         if person.bag == "handbag" and side == person.bag_side:
             bag = [(505, hand, self.length(20)), (530, hand, self.length(48)), (640, hand, self.length(52))]
@@ -201,20 +245,25 @@ class _Figure:
             person.mark_colour,
             person.bag_colour,
             texture=lambda angle, v: self._torso_cloth(angle, v * stretch // ONE),
+            cover=Cover((self.top_class,) * 5, _TORSO),
         )
 
     def skirt(self) -> None:
         if self.person.bottom == "skirt" and self.person.top != "dress":
             x = self.across(0, 0)
-            self.tube([(480, x, self.girth(96, 70)), (690, x, self.girth(124, 100))], self.person.bottom_colour)
+            self.tube(
+                [(480, x, self.girth(96, 70)), (690, x, self.girth(124, 100))],
+                self.person.bottom_colour,
+                cover=_SKIRT,
+            )
 
     def long_hair(self) -> None:
         if self.person.haircut == "long":
             x = self.across(0, -22)
-            self.tube([(60, x, self.girth(50, 40)), (270, x, self.girth(56, 34))], self.person.hair)
+            self.tube([(60, x, self.girth(50, 40)), (270, x, self.girth(56, 34))], self.person.hair, cover=_HAIR)
         elif self.person.haircut == "bob":
             x = self.across(0, -16)
-            self.tube([(40, x, self.girth(54, 44)), (150, x, self.girth(60, 42))], self.person.hair)
+            self.tube([(40, x, self.girth(54, 44)), (150, x, self.girth(60, 42))], self.person.hair, cover=_HAIR)
 
     def _face(self, angle: np.ndarray, v: np.ndarray) -> np.ndarray:
         haircut, ahead = self.person.haircut, around(angle)
@@ -232,10 +281,11 @@ class _Figure:
 
     def head(self) -> None:
         person, skin = self.person, self.person.skin
-        self.tube([(100, self.across(0, 0), self.length(25)), (165, self.across(0, 0), self.length(30))], skin)
+        neck = [(100, self.across(0, 0), self.length(25)), (165, self.across(0, 0), self.length(30))]
+        self.tube(neck, skin, cover=_NECK)
         if person.scarf is not None:
             scarf = [(128, self.across(0, 0), self.length(46)), (176, self.across(0, 4), self.length(50))]
-            self.tube(scarf, person.scarf)
+            self.tube(scarf, person.scarf, cover=_SCARF)
         x, width = self.across(0, 6), self.girth(50, 60)
         eyes = (skin[0] // 3, skin[1] // 3, skin[2] // 3)
         lips = (skin[0] * 7 // 8, skin[1] * 5 // 8, skin[2] * 5 // 8)
@@ -248,13 +298,14 @@ class _Figure:
             lips,
             texture=self._face,
             rounded=True,
+            cover=_HEAD,
         )
         if person.haircut == "cap":
             brim, width = self.across(0, 66), self.length(34) + self.length(14) * abs(self.cos) // ONE
-            self.tube([(36, brim, width), (50, brim, width)], person.bag_colour)
+            self.tube([(36, brim, width), (50, brim, width)], person.bag_colour, cover=_HAT)
         if person.haircut == "bun":
             x = self.across(0, -58)
-            self.tube([(6, x, self.length(30)), (66, x, self.length(30))], person.hair, rounded=True)
+            self.tube([(6, x, self.length(30)), (66, x, self.length(30))], person.hair, rounded=True, cover=_HAIR)
 
     def backpack(self) -> None:
         if self.person.bag == "backpack":
@@ -264,6 +315,7 @@ class _Figure:
                 bag,
                 (bag[0] * 3 // 4, bag[1] * 3 // 4, bag[2] * 3 // 4),
                 texture=lambda angle, v: np.where((v > 560) & (v < 860) & (around(angle, TURN // 2) < 420), 1, 0),
+                cover=Cover((0, 0)),
             )
 
     def shoulder_bag(self) -> None:
@@ -295,6 +347,15 @@ class _Figure:
             self.shoulder_bag()
 
 
-def paint_person(canvas: np.ndarray, person: Person, pose: Pose) -> None:
-    """Draw `person` in `pose` onto `canvas` int16 [H, W, 3], in place; what does not fit is cut off."""
-    _Figure(canvas, person, pose).paint()
+def paint_person(
+    canvas: np.ndarray, person: Person, pose: Pose, labels: np.ndarray | None = None
+) -> list[tuple[int, int]]:
+    """Draw `person` in `pose` onto `canvas` int16 [H, W, 3], in place; what does not fit is cut off.
+
+    What is seen goes to `labels` uint8 [H, W, 4] too: LIP's class and DensePose's I, U and V. Bags are background, and
+    I is 0 where clothing hangs away from the body: scarf, skirt, brim, and hair that hangs down. Returns x and y of the
+    14 joints of `BODY_PAIRS` on the canvas, seen or not.
+    """
+    figure = _Figure(canvas, person, pose, labels)
+    figure.paint()
+    return figure.joints()

@@ -5,15 +5,19 @@ Every pixel is a pure function of `SyntheticSettings` and of the picture's name,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from vareid_ext.data.body_maps import group_classes
 from vareid_ext.data.random_stream import Stream
-from vareid_ext.data.synthetic.drawing import ONE, TURN
+from vareid_ext.data.synthetic.drawing import ONE, PIXEL, TURN
 from vareid_ext.data.synthetic.figure import Pose, paint_person
 from vareid_ext.data.synthetic.person import Person, draw_person
 from vareid_ext.data.synthetic.scene import (
@@ -84,6 +88,17 @@ class Shot:
     number: int
 
 
+class _Drawing(NamedTuple):
+    """A picture before the camera, at `SUPERSAMPLE` times its size."""
+
+    canvas: np.ndarray
+    joints: list[tuple[int, int]]
+    covered: np.ndarray
+    """bool [H, W], where something stands in front of the person"""
+    stream: Stream
+    """goes on in the camera"""
+
+
 class SyntheticRenderer:
     """Turns the names of synthetic pictures into pictures, and keeps those it was asked to render ahead of time."""
 
@@ -91,6 +106,7 @@ class SyntheticRenderer:
         self.settings = settings
         self._shots = shots
         self._rendered: dict[str, np.ndarray] = {}
+        self._extras: dict[tuple[str, str], np.ndarray] = {}
 
     def __call__(self, path: str) -> Image.Image:
         """The RGB picture named `path`. Raises KeyError for a name that is not in the set."""
@@ -101,13 +117,32 @@ class SyntheticRenderer:
         found = self._rendered.get(path)
         return self._render(self._shots[path]) if found is None else found
 
-    def render_all(self, *, progress: bool = False) -> None:
-        """Render every picture now, unless all together take more than 2 GiB: those are rendered as they are used."""
-        if len(self._shots) * self.settings.height * self.settings.width * 3 > _CACHE_BYTES:
+    def render_all(self, extras: Sequence[str] = (), *, progress: bool = False) -> None:
+        """Render every picture now, and the extras named.
+
+        Nothing is rendered now if all together would take more than 2 GiB, but as it is used.
+        """
+        each = 3 + 24 * ("views" in extras) + 8 * bool(set(extras) - {"views"})  # bytes of a pixel
+        if len(self._shots) * self.settings.height * self.settings.width * each > _CACHE_BYTES:
             return
-        for path in tqdm(self._shots, desc="rendering", unit="image", disable=not progress, leave=False):
+        for path, shot in tqdm(self._shots.items(), desc="rendering", unit="image", disable=not progress, leave=False):
             if path not in self._rendered:
-                self._rendered[path] = self._render(self._shots[path])
+                self._rendered[path] = self._render(shot)
+            for name in extras:
+                if (name, path) not in self._extras:
+                    made = self._make(name, shot)
+                    self._extras.update({(key, path): value for key, value in made.items()})
+
+    def extra(self, name: str, path: str) -> np.ndarray:
+        """An extra input of the picture named `path`, exactly, in the form that `EXTRAS` says.
+
+        A joint has confidence 1 unless something stands in front of the person there or it is outside the picture; one
+        that the person's own body hides is as good as any. The views show the person from eight sides, also from those
+        that the picture does not show, before the same background: more than any generator could know.
+        """
+        found = self._extras.get((name, path))
+        value = self._make(name, self._shots[path])[name] if found is None else found
+        return group_classes(value) if name == "parsing" else value
 
     def facing(self, shot: Shot) -> int:
         """The direction, in 1/4096 turn, in which the person of a picture looks."""
@@ -120,7 +155,38 @@ class SyntheticRenderer:
             turn = -turn
         return turn + Stream(self.settings.seed, _SHOT, shot.person, shot.camera, shot.number, 1).integer(-170, 170)
 
+    def _make(self, name: str, shot: Shot) -> dict[str, np.ndarray]:
+        """The extra called `name`, and those that come with it."""
+        if name == "views":
+            camera = _camera(self.settings, shot.camera)
+            turned = [self._draw(shot, facing=TURN * side // 8) for side in range(8)]
+            views = [expose(drawing.canvas, camera, drawing.stream) for drawing in turned]
+            return {"views": np.stack(views).transpose(0, 3, 1, 2)}
+        settings = self.settings
+        labels = np.zeros((settings.height * SUPERSAMPLE, settings.width * SUPERSAMPLE, 4), dtype=np.uint8)
+        drawing = self._draw(shot, labels)
+        labels[drawing.covered] = 0
+        labels = labels[::SUPERSAMPLE, ::SUPERSAMPLE]
+        places = np.array(drawing.joints) // PIXEL
+        height, width = drawing.covered.shape
+        seen = np.all((places >= 0) & (places < (width, height)), axis=1)
+        seen[seen] = ~drawing.covered[places[seen, 1], places[seen, 0]]
+        joints = np.array(drawing.joints) / (PIXEL * SUPERSAMPLE) - 0.5
+        return {
+            "keypoints": np.column_stack([joints, seen]).astype(np.float32),
+            "parsing": labels[:, :, 0].copy(),
+            "iuv": labels[:, :, 1:].transpose(2, 0, 1).copy(),
+        }
+
     def _render(self, shot: Shot) -> np.ndarray:
+        drawing = self._draw(shot)
+        return expose(drawing.canvas, _camera(self.settings, shot.camera), drawing.stream)
+
+    def _draw(self, shot: Shot, labels: np.ndarray | None = None, *, facing: int | None = None) -> _Drawing:
+        """The picture of a shot; or of the person alone, standing and looking into the direction `facing`.
+
+        `labels` are as for `paint_person`.
+        """
         settings, camera = self.settings, _camera(self.settings, shot.camera)
         stream = Stream(settings.seed, _SHOT, shot.person, shot.camera, shot.number, 2)
         height, width = settings.height * SUPERSAMPLE, settings.width * SUPERSAMPLE
@@ -129,7 +195,8 @@ class SyntheticRenderer:
             passer = Stream(stream.bits())
             side = passer.choice((width // 10, width * 9 // 10))
             pose = Pose(passer.integer(0, TURN - 1), side, height * 88 // 100, height * 70 // 100, 0, camera.light)
-            paint_person(canvas, draw_person(passer), pose)
+            if facing is None:
+                paint_person(canvas, draw_person(passer), pose)
         size = height * camera.size // ONE * stream.integer(960, 1070) // ONE
         pose = Pose(
             facing=self.facing(shot),
@@ -139,11 +206,17 @@ class SyntheticRenderer:
             stride=stream.integer(-ONE, ONE),
             light=camera.light,
         )
+        if facing is not None:
+            pose = replace(pose, facing=facing, stride=0)
         shade_ground(canvas, pose.centre_x, pose.foot_y, width * 3 // 8)
-        paint_person(canvas, _person(settings.seed, shot.person), pose)
-        if stream.chance(14):
+        joints = paint_person(canvas, _person(settings.seed, shot.person), pose, labels)
+        covered = np.zeros((height, width), dtype=bool)
+        if stream.chance(14) and facing is None:
+            untouched = np.full_like(canvas, -1)
+            occlude(untouched, copy.copy(stream))
+            covered = untouched[:, :, 0] >= 0
             occlude(canvas, stream)
-        return expose(canvas, camera, stream)
+        return _Drawing(canvas, joints, covered, stream)
 
 
 @lru_cache(maxsize=4096)
