@@ -28,6 +28,7 @@ from vareid_ext.training.config import (
     OptimizerConfig,
     RunConfig,
     SamplerConfig,
+    StageConfig,
 )
 from vareid_ext.training.schedule import learning_rate
 
@@ -42,6 +43,8 @@ def flat(config):
 def test_a_recipe_holds_exactly_what_differs_from_its_base_in_a_few_lines(name):
     text = (RECIPES / f"{name}.yaml").read_text()
     own = dict(command_line.pairs(yaml.safe_load(text)))
+    if "stages" in own:
+        own["stages"] = [StageConfig(**{**stage, "train": tuple(stage.get("train", ()))}) for stage in own["stages"]]
     config = parse(["--recipe", name, "--root", "x"]).config
     base = Config()
     if "base" in own:

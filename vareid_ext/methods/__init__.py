@@ -12,6 +12,11 @@ METHODS: dict[str, type[Method]] = {
         "va-reid": "VaReid",
         "two-branch": "TwoBranch",
         "srb": "Srb",
+        "pcb": "Pcb",
+        "pcb-rpp": "PcbRpp",
+        "mgn": "Mgn",
+        "hpm": "Hpm",
+        "pyramid": "Pyramid",
     }.items()
 }
 """The methods by the names of the configuration; the class stands in the file of that name, with _ for -."""

@@ -95,10 +95,10 @@ class Backbone(nn.Module):
         return backbone
 
     def split_off(self, stage: str, copies: int) -> nn.ModuleList:
-        """Cut the network before a stage; it ends there then.
+        """Cut the network before a stage, or before a block of one; it ends there then.
 
         Args:
-            stage: name of a child of the network, such as "layer4".
+            stage: name of a child of the network, such as "layer4", or of a block within, such as "layer3.1".
             copies: how often what follows is wanted.
 
         Returns:
@@ -108,13 +108,18 @@ class Backbone(nn.Module):
             ValueError: there is no such stage, or the stages in their order are not the network.
         """
         children = {name: child for name, child in self.trunk.named_children() if name not in _HEADS}
-        names = list(children)
-        if stage not in names[1:]:
-            raise ValueError(f"stage: {stage!r} was given; allowed are {', '.join(names[1:])}")
-        at, training = names.index(stage), self.trunk.training
-        shared, tail = (
-            nn.Sequential(OrderedDict((name, children[name]) for name in part)) for part in (names[:at], names[at:])
-        )
+        names, training = list(children), self.trunk.training
+        blocks = {name: [*child._modules] for name, child in children.items() if isinstance(child, nn.Sequential)}
+        cuts = [*names[1:], *(f"{name}.{block}" for name in blocks for block in blocks[name][1:])]
+        if stage not in cuts:
+            raise ValueError(f"stage: {stage!r} was given; allowed are {', '.join(cuts)}")
+        name, _, block = stage.partition(".")
+        before, after = names[: names.index(name)], names[names.index(name) :]
+        first, last = ({name: children[name] for name in part} for part in (before, after))
+        if block:
+            at = blocks[name].index(block)
+            first[name], last[name] = children[name][:at], children[name][at:]  # type: ignore[index]
+        shared, tail = nn.Sequential(OrderedDict(first)), nn.Sequential(OrderedDict(last))
         with torch.no_grad():
             image = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
             same = torch.equal(tail.eval()(shared.eval()(image)), self.trunk.eval()(image))

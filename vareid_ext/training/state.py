@@ -15,7 +15,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from vareid_ext.data import ReidData
+from vareid_ext.data import Batch, ReidData
 from vareid_ext.files.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from vareid_ext.files.weights import load_method_weights
 from vareid_ext.methods import METHODS, Method, TrainingClasses
@@ -173,10 +173,21 @@ def begin_method(config: Config, classes: TrainingClasses, *, load_weights_file:
 
 
 def check_method(config: Config, *, load_weights_file: bool = True) -> None:
-    """Errors of :func:`begin_method` that are the same for every data set, which takes its time to read."""
+    """Errors that are the same for every data set, which takes its time to read.
+
+    Raises:
+        ValueError, OSError: as :func:`begin_method`; images of a size that the method does not take.
+    """
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False))
     any_classes = TrainingClasses(2, 3, torch.ones(2, 3, dtype=torch.bool))
-    begin_method(config, any_classes, load_weights_file=load_weights_file)
+    method = begin_method(config, any_classes, load_weights_file=load_weights_file)
+    if set(method.inputs) <= {"viewpoint"}:
+        size, label = (config.data.height, config.data.width), torch.zeros(1, dtype=torch.long)
+        try:
+            with torch.no_grad():
+                method.eval().features(Batch(torch.zeros(1, 3, *size), label, label, label, label))
+        except ValueError as error:
+            raise ValueError(f"data.height, data.width: {size[0]}, {size[1]} were given; {error}") from error
 
 
 def build(config: Config, data: ReidData, device: torch.device, *, load_weights_file: bool = True) -> TrainingState:
