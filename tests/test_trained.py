@@ -207,19 +207,33 @@ def test_a_device_that_is_not_there_is_named(trained_run, device):
         vareid_ext.load(trained_run, device)
 
 
+LARGER = {
+    "pngan-generated": ["--height=56", "--width=56", "--generator-width=4", "--generator-blocks=1"],
+}  # fmt: skip
+"""What a method needs to be tried on small images."""
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_can_be_loaded_and_exported(name, tmp_path, capsys):
     output = tmp_path / "run"
     options = ["--method", name, "--epochs=1", "--baselines=false", "--save-features", "--workers=0"]
+    options += LARGER.get(name, [])
     assert run(["train", *SMALL, *options, "--output", str(output), "--quiet"]) == 0
     model = vareid_ext.load(output, "cpu")
     with np.load(output / "query.npz") as file:
         expected = file["feature"]
     images = load_run_data(model.config).query
     np.testing.assert_array_equal(model.features(images).feature, expected)
+    if METHODS[name].test_inputs:
+        assert run(["export", str(output), "--torch-export", str(tmp_path / "m.pt2"), "--quiet"]) == 2
+        assert f"method '{name}' cannot be exported: its feature needs" in capsys.readouterr().err
+        with pytest.raises(ValueError, match=r"are needed for the features of .*, and these images come without"):
+            model.embed(images.load(0))
+        return
     assert run(["export", str(output), "--torch-export", str(tmp_path / "m.pt2"), "--quiet"]) == 0
     program = torch.export.load(tmp_path / "m.pt2").module()
-    transform = build_transform(32, 16, train=False)
+    how = model.preprocessing
+    transform = build_transform(how.height, how.width, train=False)
     with torch.no_grad():
         found = program(torch.stack([transform(images.load(i)) for i in range(3)]))
     np.testing.assert_allclose(found, expected[:3], atol=1e-5)

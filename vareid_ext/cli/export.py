@@ -107,6 +107,11 @@ def _run(options: argparse.Namespace) -> Result:
     if "onnx" in files and missing:
         raise ValueError(f"--onnx: {', '.join(missing)} is not installed; type: pip install 'vareid_ext[export]'")
     model = load_trained(options.run, "cpu")
+    if model.method.test_inputs:
+        raise ValueError(
+            f"method {model.config.method.name!r} cannot be exported: its feature needs "
+            f"{', '.join(model.method.test_inputs)} beside the image"
+        )
     model.method.to(memory_format=torch.contiguous_format)
     if options.size is not None:
         height, width = options.size

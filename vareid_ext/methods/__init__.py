@@ -17,6 +17,11 @@ METHODS: dict[str, type[Method]] = {
         "mgn": "Mgn",
         "hpm": "Hpm",
         "pyramid": "Pyramid",
+        "pie": "Pie",
+        "pdc": "Pdc",
+        "pgr": "Pgr",
+        "pngan": "Pngan",
+        "pngan-generated": "PnganGenerated",
     }.items()
 }
 """The methods by the names of the configuration; the class stands in the file of that name, with _ for -."""

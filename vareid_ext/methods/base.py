@@ -105,8 +105,14 @@ class Method(nn.Module):
             Float32 [N, D], the parts side by side.
 
         Raises:
-            ValueError: `flip` with inputs beside the images that cannot be mirrored (see `Batch.mirrored`).
+            ValueError: the batch lacks one of `test_inputs`; `flip` with extras that cannot be mirrored (see
+                `Batch.mirrored`).
         """
+        missing = [name for name in self.test_inputs if name not in batch.extras]
+        if missing:
+            raise ValueError(
+                f"images: {missing[0]} are needed for the features of {self.about.title}, and these images come without"
+            )
         parts = self.features(batch)
         if flip:
             mirrored = self.features(batch.mirrored())
@@ -121,3 +127,8 @@ class Method(nn.Module):
 def full_precision(tensor: Tensor) -> Any:
     """A block without automatic mixed precision: what compares features and sums over identities needs float32."""
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def is_trained(module: nn.Module) -> bool:
+    """Whether the stage trains any of a module, such as a head; the loss of one that it does not train is left out."""
+    return any(parameter.requires_grad for parameter in module.parameters())

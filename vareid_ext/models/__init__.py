@@ -1,6 +1,7 @@
 """What networks are put together from: backbones of timm, poolings, necks, parts."""
 
 from vareid_ext.models.backbone import Backbone, ModelConfig
+from vareid_ext.models.masks import pool_masks
 from vareid_ext.models.neck import batch_norm_neck
 from vareid_ext.models.parts import PartHeads, embedding, identity_head
 from vareid_ext.models.pooling import POOLING, AveragePooling, GeneralizedMeanPooling
@@ -20,6 +21,7 @@ __all__ = [
     "embedding",
     "equal_rows",
     "identity_head",
+    "pool_masks",
     "pool_rows",
     "row_runs",
     "uv_table",

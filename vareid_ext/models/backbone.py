@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vareid_ext.files.weights import load_backbone_weights
+from vareid_ext.models.inception import PdcInception
 
+NETWORKS: dict[str, type[nn.Module]] = {"pdc-inception": PdcInception}
+"""Trunks beside timm's, by name; they begin with random weights."""
 _HEADS = ("global_pool", "fc", "last_linear", "classifier", "head", "head_drop")  # of timm's networks; identities here
 
 
@@ -25,7 +28,7 @@ class ModelConfig:
     """The trunk, from image to feature map, and what makes one feature of the map."""
 
     backbone: str = "resnet50"
-    """name of a timm model"""
+    """name of a timm model, or pdc-inception"""
     backbone_options: dict = field(default_factory=dict)
     """further arguments of timm.create_model, such as {channels: [32, 64, 128, 256]}"""
     pretrained: bool = True
@@ -41,11 +44,11 @@ class ModelConfig:
 
 
 class Backbone(nn.Module):
-    """A timm network without its head: images [N, 3, H, W] -> feature map [N, C, h, w].
+    """A network without its head: images [N, 3, H, W] -> feature map [N, C, h, w].
 
     Args:
-        name: of a timm model whose feature map is [N, C, h, w].
-        options: further arguments of ``timm.create_model``.
+        name: of a timm model whose feature map is [N, C, h, w], or out of ``NETWORKS``.
+        options: further arguments of ``timm.create_model``, or of the network.
         pretrained: start from timm's weights, downloaded on first use.
         last_stride: 1 sets the strides of the last stage to 1, so that the feature map has twice the resolution; no
             dilation is added. 2 leaves the network alone.
@@ -138,6 +141,13 @@ _WRONG_ARGUMENTS = (TypeError, ValueError, RuntimeError, AttributeError, LookupE
 
 
 def _create(name: str, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    if name in NETWORKS:
+        if pretrained:
+            raise ValueError(f"pretrained: True was given; {name!r} has no pretrained weights")
+        try:
+            return NETWORKS[name](**options)
+        except _WRONG_ARGUMENTS as error:
+            raise ValueError(f"backbone_options: {options!r} was given; {name!r}: {_first_line(error)}") from error
     if not timm.is_model(name):
         close = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         raise ValueError(

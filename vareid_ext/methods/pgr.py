@@ -1,0 +1,159 @@
+"""PGR: joints teach a network that does without them at test, in the manner of Li et al. (TPAMI 2019).
+
+Two teachers see the joints: one the upright parts of a person, one the regions of head, upper and lower body. The
+student learns to give both their features from the photograph alone. What the paper does beyond that was not to be had;
+the networks, the regions and the distillation are our reading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vareid_ext._limits import check_limits
+from vareid_ext.data import Batch
+from vareid_ext.losses import distillation
+from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision, is_trained
+from vareid_ext.models import POOLING, Backbone, ModelConfig, PartHeads, identity_head, pool_masks
+from vareid_ext.models.joints import HEAD_LINES, LOWER_LINES, UPPER_LINES, bones, check_joints, compose, part_images
+from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
+
+REGIONS = (HEAD_LINES, UPPER_LINES, LOWER_LINES)
+
+
+@dataclass(frozen=True)
+class PgrConfig:
+    """Identity losses of teachers and student, and the distances of the student's features to the teachers'."""
+
+    name: Literal["pgr"] = "pgr"
+    """the method"""
+    stage: str = "layer4"
+    """the stage of the student's backbone that its two features have a copy of each, with all that follows"""
+    region_dim: int = 512
+    """length of a region's feature"""
+    region_width: float = 16.0
+    """standard deviation of the regions around the lines between joints, in pixels of an image of 256 x 128"""
+    distance_weight: float = 1.0
+    """weight of each distance of the student to a teacher"""
+
+    def __post_init__(self) -> None:
+        check_limits("method", self, region_dim=(1, 8192), region_width=(0.1, 1000), distance_weight=(0, 10_000))
+
+
+def body_regions(keypoints: Tensor, image_size: tuple[int, int], size: tuple[int, int], width: float) -> Tensor:
+    """Head, upper and lower body as soft regions around their lines: float32 [N, 3, *size] in [0, 1].
+
+    Args:
+        keypoints, image_size, size, width: as of :func:`vareid_ext.models.joints.bones`.
+    """
+    return torch.stack([bones(keypoints, lines, image_size, size, width).amax(1) for lines in REGIONS], 1)
+
+
+class _PartTeacher(nn.Module):
+    """The upright parts as one image -> its feature [N, C]."""
+
+    def __init__(self, model: ModelConfig, identities: int) -> None:
+        super().__init__()
+        self.backbone, self.pool = Backbone.of(model), POOLING[model.pooling]()
+        self.head = identity_head(self.backbone.channels, identities)
+
+    def forward(self, images: Tensor, keypoints: Tensor) -> Tensor:
+        parts = part_images(images, keypoints, (images.shape[2], images.shape[3]))
+        return self.pool(self.backbone(compose(parts)))
+
+
+class _RegionTeacher(nn.Module):
+    """The photograph and regions of it -> their features, 3 of [N, d]."""
+
+    def __init__(self, model: ModelConfig, identities: int, dim: int, width: float) -> None:
+        super().__init__()
+        self.backbone, self.width = Backbone.of(model), width
+        self.parts = PartHeads(len(REGIONS), self.backbone.channels, dim, identities)
+
+    def forward(self, images: Tensor, keypoints: Tensor) -> list[Tensor]:
+        x = self.backbone(images)
+        regions = body_regions(keypoints, (images.shape[2], images.shape[3]), (x.shape[2], x.shape[3]), self.width)
+        with full_precision(x):
+            return self.parts(pool_masks(x, regions))
+
+
+class _Student(nn.Module):
+    """The photograph -> a feature [N, C], and those of three regions it finds itself, 3 of [N, d]."""
+
+    def __init__(self, model: ModelConfig, identities: int, stage: str, dim: int) -> None:
+        super().__init__()
+        self.backbone, self.pool = Backbone.of(model), POOLING[model.pooling]()
+        self.tails = self.backbone.split_off(stage, copies=2)
+        self.regions = nn.Conv2d(self.backbone.channels, len(REGIONS), 1)
+        self.head = identity_head(self.backbone.channels, identities)
+        self.parts = PartHeads(len(REGIONS), self.backbone.channels, dim, identities)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        shared = self.backbone(images)
+        invariant, local = (tail(shared) for tail in self.tails)
+        with full_precision(local):
+            regions = self.regions(local.float()).softmax(1)
+            return self.pool(invariant), self.parts(pool_masks(local, regions))
+
+
+class Pgr(Method):
+    """The test feature is the student's, of the whole and of the three regions side by side."""
+
+    about = About(
+        title="PGR",
+        paper="Li et al., TPAMI 2019",
+        claim="in the manner of",
+        needs="keypoints in training",
+        published={"market1501-pgr": (77.21, 93.87), "dukemtmc-pgr": (65.98, 83.63)},
+    )
+    Config = PgrConfig
+    heads = ("part_teacher.head", "region_teacher.parts.head", "student.head", "student.parts.head")
+    inputs = ("keypoints",)
+
+    def __init__(self, config: PgrConfig, model: ModelConfig, classes: TrainingClasses) -> None:
+        super().__init__()
+        self.config = config
+        self.part_teacher = _PartTeacher(model, classes.identities)
+        self.region_teacher = _RegionTeacher(model, classes.identities, config.region_dim, config.region_width)
+        self.student = _Student(model, classes.identities, config.stage, config.region_dim)
+
+    def forward(self, batch: Batch) -> dict[str, Term]:
+        """The identity losses of what the stage trains, and for a student the distances to its teachers."""
+        keypoints, features = batch.extras["keypoints"], []
+        check_joints(keypoints, batch.image)
+        for teacher in (self.part_teacher, self.region_teacher):
+            with torch.set_grad_enabled(is_trained(teacher)):
+                features.append(teacher(batch.image, keypoints))
+        upright, regions = features
+        terms: dict[str, Term] = {}
+        with full_precision(upright):
+            if is_trained(self.part_teacher):
+                terms["part teacher"] = Term(_identity_loss(self.part_teacher.head(upright)[:, None], batch))
+            if is_trained(self.region_teacher):
+                terms["region teacher"] = Term(_identity_loss(self.region_teacher.parts.logits(regions), batch))
+        if is_trained(self.student):
+            invariant, local = self.student(batch.image)
+            with full_precision(invariant):
+                terms["invariant"] = Term(_identity_loss(self.student.head(invariant)[:, None], batch))
+                terms["local"] = Term(_identity_loss(self.student.parts.logits(local), batch))
+                distances = (
+                    distillation(invariant, upright),
+                    distillation(torch.stack(local, 1), torch.stack(regions, 1)),
+                )
+                for name, distance in zip(("invariant distance", "local distance"), distances, strict=True):
+                    terms[name] = Term(distance, self.config.distance_weight)
+        return terms
+
+    def features(self, batch: Batch) -> list[Tensor]:
+        """The whole [N, C], and head, upper and lower body [N, d] each."""
+        invariant, local = self.student(batch.image)
+        return [invariant, *local]
+
+
+def _identity_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits [N, P, K] -> the mean cross-entropy."""
+    identity = batch.identity.repeat_interleave(logits.shape[1])
+    return identity_cross_entropy(logits.flatten(0, 1), identity, smoothing="none")
