@@ -52,6 +52,8 @@ _MISLEADING = {
 _SYNONYMS = {"learning_rate": "optimizer.lr", "dataset": "data.kind", "data_dir": "data.root"}
 """What other programs call a field, where its own name is spelled differently."""
 
+_LONGEST_LIST = 1000  # characters of an error's list of names
+
 _EPILOG = """\
 a field's last name alone will do where only one section has it: --lr 1e-3, --alpha 0.1, --local, --skip-bad-images;
 --synthetic-identities N is --data.synthetic.identities_train N
@@ -126,7 +128,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
     match = [_SYNONYMS[leaf]] if _SYNONYMS.get(leaf) in known else []
     match = match or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     match = match or [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
-    return f"; did you mean {match[0]!r}?" if match else f"; known are {', '.join(known)}"
+    listed = textwrap.shorten(", ".join(known), _LONGEST_LIST, placeholder=" ...")
+    return f"; did you mean {match[0]!r}?" if match else f"; known are {listed}"
 
 
 def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
