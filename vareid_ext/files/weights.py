@@ -49,7 +49,7 @@ def load_backbone_weights(trunk: nn.Module, path: str) -> tuple[str, ...]:
     return _fill(trunk, weights, path, found)
 
 
-def load_method_weights(method: nn.Module, path: str, *, heads: tuple[str, ...], settings: Mapping[str, Any]) -> None:
+def load_method_weights(method: nn.Module, path: str, *, heads: tuple[str, ...], settings: Mapping[str, Any]) -> bool:
     """Load a run's checkpoint, of a run with a moving average that, into a method; other files change nothing.
 
     Args:
@@ -58,19 +58,23 @@ def load_method_weights(method: nn.Module, path: str, *, heads: tuple[str, ...],
         heads: names of the parts that belong to the training identities; they stay as they are.
         settings: section `model` of the configuration, which that of the checkpoint must equal.
 
+    Returns:
+        Whether the file is a checkpoint.
+
     Raises:
         OSError: there is no such file.
         ValueError: the file is damaged, or the checkpoint is of another network.
     """
     found = _read_weights(path)
     if not _is_checkpoint(found):
-        return
+        return False
     _check_settings(settings, found["config"].get("model"), path)
     weights = found.get("average") or found["method"]
     weights = {_WRAPPER.sub("", str(key)): value for key, value in weights.items() if key != "n_averaged"}
     left_out = _fill(method, weights, path, weights, skip=heads)
     if left_out:
         raise ValueError(f"weights: {path!r} is of another network, with {left_out[0]!r}")
+    return True
 
 
 def _is_checkpoint(found: Any) -> bool:

@@ -22,6 +22,9 @@ METHODS: dict[str, type[Method]] = {
         "pgr": "Pgr",
         "pngan": "Pngan",
         "pngan-generated": "PnganGenerated",
+        "hacnn": "HaCnn",
+        "abdnet": "AbdNet",
+        "oscnn": "Oscnn",
     }.items()
 }
 """The methods by the names of the configuration; the class stands in the file of that name, with _ for -."""

@@ -51,13 +51,14 @@ class Srb(Method):
         title="SRB",
         paper="Luo et al., CVPRW 2019",
         claim="reproduces",
-        needs="viewpoint labels in training with viewpoint_aware",
+        needs="viewpoint labels only with viewpoint_aware, in training",
         published={
             "market1501-srb": (85.9, 94.5),
             "dukemtmc-srb": (76.4, 86.4),
             "market1501-srb-seresnext101": (88.0, 95.0),
             "dukemtmc-srb-seresnext101": (79.0, 88.4),
         },
+        measured={"synthetic-srb": (61.5, 73.5)},
     )
     Config = SrbConfig
     heads = ("head", "center")

@@ -44,7 +44,7 @@ class PositionAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same. The products of queries and keys are not scaled."""
         query, key, value = (part(x).flatten(2).mT for part in (self.query, self.key, self.value))
-        found = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        found = (query @ key.mT).softmax(2) @ value
         return x + self.gamma * found.mT.reshape(x.shape)
 
 

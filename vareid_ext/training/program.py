@@ -229,12 +229,13 @@ def introduction(request: Request, run: Run) -> str:
         f"{plan.stage.optimizer.epochs} epochs of {plan.sampler.batches_per_epoch} steps of {plan.sampler.description}"
         for plan in run.plans
     ]
+    network = config.model.backbone if state.has_backbone else "a network of its own"
     losses = "native" if _native.available(run.device) else "PyTorch"
     lines = [
         run.data.summary(),
         "",
         f"recipe   {request.name}",
-        f"method   {config.method.name}, {config.model.backbone}, {size:.2f} M parameters, "
+        f"method   {config.method.name}, {network}, {size:.2f} M parameters, "
         f"{config.data.height} x {config.data.width} images",
         f"training {', then '.join(steps)}; {run.total_steps} steps in all",
         f"device   {run.device}, {torch.get_num_threads()} threads, losses: {losses}",

@@ -64,6 +64,11 @@ class TrainingState:
         return [name for part in self.method.modules() if isinstance(part, Backbone) for name in part.left_out]
 
     @property
+    def has_backbone(self) -> bool:
+        """Whether section `model` has a part in the method."""
+        return _has_backbone(self.method)
+
+    @property
     def evaluated(self) -> Method:
         """The method that is evaluated: the moving average where there is one."""
         return self.method if self.average is None else self.average.module  # type: ignore[return-value]
@@ -168,8 +173,17 @@ def begin_method(config: Config, classes: TrainingClasses, *, load_weights_file:
         check_parts(method, "optimizer.lr_factors", stage.optimizer.lr_factors)
     if config.model.weights is not None:
         settings = config.plain()["model"]
-        load_method_weights(method, config.model.weights, heads=method.heads, settings=settings)
+        loaded = load_method_weights(method, config.model.weights, heads=method.heads, settings=settings)
+        if not loaded and not _has_backbone(method):
+            raise ValueError(
+                f"model.weights: {config.model.weights!r} was given; method {config.method.name!r} has a network of "
+                "its own, for which the checkpoint of another run is allowed"
+            )
     return method
+
+
+def _has_backbone(method: Method) -> bool:
+    return any(isinstance(part, Backbone) for part in method.modules())
 
 
 def check_method(config: Config, *, load_weights_file: bool = True) -> None:
