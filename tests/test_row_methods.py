@@ -86,6 +86,20 @@ def test_every_parameter_is_trained_and_losses_begin_as_guessing_does(name):
     assert still <= {n for n in dict(method.named_parameters()) if "reduce" in n and n.endswith("bias")}
 
 
+@pytest.mark.parametrize(("name", "whole"), [("mgn", 0), ("hpm", 0), ("pyramid", -1)])
+def test_the_viewpoint_aware_loss_of_the_whole_map_can_be_added(name, whole):
+    plain, aware = tiny(name).eval(), tiny(name, viewpoint_aware=True).eval()
+    aware.load_state_dict(plain.state_dict(), strict=False)
+    batch = batch_of(IMAGES)
+    terms, added = plain(batch), aware(batch)
+    assert set(added) - set(terms) == {"global identity", "viewpoint", "regularizer"}
+    for term, value in terms.items():
+        torch.testing.assert_close(added[term].value, value.value)
+    feature = aware.features(batch)[whole]
+    for term, value in aware.aware(feature, batch).items():
+        torch.testing.assert_close(added[term].value, value.value)
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_the_sum_or_mean_of_the_heads_losses(name):
     """PCB, HPM and Pyramid add the losses of their heads, MGN takes their mean."""
@@ -182,9 +196,9 @@ def test_hpm_adds_means_and_maxima_of_a_pyramid_of_rows():
         reduced = F.linear(rows.mean(2) + rows.amax(2), method.parts.reduce[part].weight)
         expected = reduced.relu() / (1 + 1e-5) ** 0.5
         torch.testing.assert_close(method.features(batch_of(IMAGES))[part], expected)
-    for rows in ((), (0,), (2, -1)):
+    for settings in ({"rows": ()}, {"rows": (0,)}, {"rows": (2, -1)}, {"rows": (2, 1), "viewpoint_aware": True}):
         with pytest.raises(ValueError, match=r"method\.rows"):
-            tiny("hpm", rows=rows)
+            tiny("hpm", **settings)
 
 
 def focal(p):
@@ -215,7 +229,7 @@ def test_a_step_without_the_triplet_terms_has_no_gradient_of_them():
     method = tiny("pyramid", dropout=0.0).train()
     batch = batch_of(IMAGES)
     gradients = {}
-    for threshold in (0.0, 1e4):
+    for threshold in (0.0, 1e4):  # the triplet terms always, never
         method.dynamic.threshold = threshold
         method.dynamic.averages.fill_(1e3)  # both losses fall
         method.zero_grad(set_to_none=True)

@@ -11,6 +11,7 @@ from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import part_cross_entropy
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
+from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import Backbone, ModelConfig, PartHeads, equal_rows, pool_rows
 
 
@@ -26,10 +27,14 @@ class HpmConfig:
     """what is taken of a row: mean, maximum (the published model file), or the two added (the paper)"""
     dim: int = 256
     """length of a row's feature"""
+    viewpoint_aware: bool = False
+    """add the viewpoint-aware loss of the first row, which must be the whole map"""
 
     def __post_init__(self) -> None:
         if not self.rows or not all(1 <= count <= 1024 for count in self.rows):
             raise ValueError(f"method.rows: {self.rows!r} was given; allowed are numbers from 1 to 1,024, at least one")
+        if self.viewpoint_aware and self.rows[0] != 1:
+            raise ValueError(f"method.rows: {self.rows!r} was given; with viewpoint_aware the first must be 1")
         check_limits("method", self, dim=(1, 8192))
 
 
@@ -40,16 +45,18 @@ class Hpm(Method):
         title="HPM",
         paper="Fu et al., AAAI 2019",
         claim="network as published, schedule assumed",
+        needs="viewpoint labels in training with viewpoint_aware",
         published={"market1501-hpm": (82.7, 94.2), "dukemtmc-hpm": (74.3, 86.6)},
     )
     Config = HpmConfig
-    heads = ("parts.head",)
+    heads = ("parts.head", "aware")
 
     def __init__(self, config: HpmConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()
         self.config = config
         self.backbone = Backbone.of(model)
         self.parts = PartHeads(sum(config.rows), self.backbone.channels, config.dim, classes.identities, init="fan_out")
+        self.aware = ViewpointAwareTerms(config.dim, classes) if config.viewpoint_aware else None
 
     def features(self, batch: Batch) -> list[Tensor]:
         """The rows' features, P of [N, dim]."""
@@ -62,4 +69,5 @@ class Hpm(Method):
         features = self.features(batch)
         with full_precision(features[0]):
             logits = self.parts.logits(features)
-            return {"identity": Term(part_cross_entropy(logits, batch.identity), len(features))}
+            terms = {"identity": Term(part_cross_entropy(logits, batch.identity), len(features))}
+        return terms if self.aware is None else terms | self.aware(features[0], batch)

@@ -12,6 +12,7 @@ from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import batch_hard_triplet, part_cross_entropy
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
+from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import Backbone, ModelConfig, embedding, equal_rows, identity_head, pool_rows
 
 ROWS = ((1,), (1, 2), (1, 3))
@@ -36,6 +37,8 @@ class MgnConfig:
     """weight of the triplet terms' mean"""
     triplet_margin: float = 1.2
     """margin of the triplet terms, in Euclidean distance of the reduced features"""
+    viewpoint_aware: bool = False
+    """add the viewpoint-aware loss of the reduced feature of the global branch"""
 
     def __post_init__(self) -> None:
         weights = ("identity_weight", "triplet_weight", "triplet_margin")
@@ -52,10 +55,11 @@ class Mgn(Method):
         title="MGN",
         paper="Wang et al., ACM MM 2018",
         claim="network as published, schedule assumed",
+        needs="viewpoint labels in training with viewpoint_aware",
         published={"market1501-mgn": (86.9, 95.7), "dukemtmc-mgn": (78.4, 88.7)},
     )
     Config = MgnConfig
-    heads = ("head",)
+    heads = ("head", "aware")
 
     def __init__(self, config: MgnConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()
@@ -73,6 +77,7 @@ class Mgn(Method):
         of_global = channels if config.global_heads == "pooled" else config.dim
         inputs = [of_global if part < len(ROWS) else config.dim for part in range(parts)]
         self.head = nn.ModuleList(identity_head(n, classes.identities) for n in inputs)
+        self.aware = ViewpointAwareTerms(config.dim, classes) if config.viewpoint_aware else None
 
     def _parts(self, batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
         """The parts' pooled vectors, 8 of [N, C], and their reduced features, 8 of [N, dim]; the global ones first."""
@@ -93,10 +98,11 @@ class Mgn(Method):
             classified = pooled[:count] + reduced[count:] if config.global_heads == "pooled" else reduced
             logits = torch.stack([head(x) for head, x in zip(self.head, classified, strict=True)], dim=1)
             triplets = [batch_hard_triplet(x, batch.identity, margin=config.triplet_margin) for x in reduced[:count]]
-            return {
+            terms = {
                 "identity": Term(part_cross_entropy(logits, batch.identity), config.identity_weight),
                 "triplet": Term(torch.stack(triplets).mean(), config.triplet_weight),
             }
+        return terms if self.aware is None else terms | self.aware(reduced[0], batch)
 
     def features(self, batch: Batch) -> list[Tensor]:
         """The eight reduced features, [N, dim] each."""

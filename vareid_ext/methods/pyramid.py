@@ -12,6 +12,7 @@ from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import batch_hard_triplet, part_cross_entropy
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
+from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import Backbone, ModelConfig, PartHeads, pool_rows, row_runs
 
 
@@ -27,14 +28,19 @@ class PyramidConfig:
     """length of a part's feature"""
     dropout: float = 0.2
     """share of a part's feature that is dropped before its head"""
+    triplet_weight: float = 1.0
+    """weight of the triplet terms; from random weights a large one lets all features collapse into a point"""
     triplet_margin: float = 1.4
     """margin of the triplet terms, in Euclidean distance of the parts' features"""
     threshold: float = 0.16
     """a step leaves the triplet terms out where their progress over the identity loss's is below this; 0: never"""
+    viewpoint_aware: bool = False
+    """add the viewpoint-aware loss of the run that is the whole map"""
 
     def __post_init__(self) -> None:
         check_limits("method", self, rows=(1, 128), dim=(1, 8192), dropout=(0, 0.99))
-        check_limits("method", self, triplet_margin=(0, 10_000), threshold=(0, 10_000))
+        weights = ("triplet_weight", "triplet_margin", "threshold")
+        check_limits("method", self, **dict.fromkeys(weights, (0, 10_000)))
 
 
 class DynamicTraining(nn.Module):
@@ -43,7 +49,7 @@ class DynamicTraining(nn.Module):
     With k the moving average of a loss and p = min(k, k before) / k before, the progress of the loss is
     FL = -(1 - p)^2 ln p: 0 where it does not fall. Without an average from before p is 0.5.
 
-    Source: the authors' first code; the paper's p is the same.
+    Source: the authors' first code.
     """
 
     averages: Tensor
@@ -73,10 +79,11 @@ class Pyramid(Method):
         title="Pyramid",
         paper="Zheng et al., CVPR 2019",
         claim="reproduces",
+        needs="viewpoint labels in training with viewpoint_aware",
         published={"market1501-pyramid": (88.2, 95.7), "dukemtmc-pyramid": (79.0, 89.0)},
     )
     Config = PyramidConfig
-    heads = ("parts.head",)
+    heads = ("parts.head", "aware")
 
     def __init__(self, config: PyramidConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()
@@ -85,6 +92,7 @@ class Pyramid(Method):
         count = config.rows * (config.rows + 1) // 2
         self.parts = PartHeads(count, self.backbone.channels, config.dim, classes.identities, bias=True, head_bias=True)
         self.dropout = nn.Dropout(config.dropout)
+        self.aware = ViewpointAwareTerms(config.dim, classes) if config.viewpoint_aware else None
         self.dynamic = DynamicTraining(config.threshold)
 
     def features(self, batch: Batch) -> list[Tensor]:
@@ -102,7 +110,8 @@ class Pyramid(Method):
             margin = self.config.triplet_margin
             triplet = torch.stack([batch_hard_triplet(f, batch.identity, margin=margin) for f in features]).mean()
             joint = self.dynamic(identity, triplet)
-            return {
+            terms = {
                 "identity": Term(identity, len(features)),
-                "triplet": Term(torch.where(joint, triplet, 0.0), len(features)),
+                "triplet": Term(torch.where(joint, triplet, 0.0), self.config.triplet_weight * len(features)),
             }
+        return terms if self.aware is None else terms | self.aware(features[-1], batch)

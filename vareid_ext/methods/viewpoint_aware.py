@@ -12,8 +12,8 @@ from vareid_ext.methods.base import Term, TrainingClasses, full_precision
 class ViewpointAwareTerms(nn.Module):
     """L_y + L_v + 0.1 L_R of one feature of a method, with the centres of identities and viewpoints.
 
-    It stands in place of that feature's identity loss. The weights are those of Zhu et al. (AAAI 2020), alpha 0.2, all
-    through training.
+    It stands in place of that feature's identity loss, or beside the losses of a method's parts. The weights are those
+    of Zhu et al. (AAAI 2020), alpha 0.2, all through training.
 
     Args:
         dim: D, length of the feature.
