@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import torch
 
 from tests.tiny import batch_of
 from vareid_ext import angular_center_regularizer, viewpoint_aware_cross_entropy
-from vareid_ext.methods import TrainingClasses
+from vareid_ext.methods import METHODS, TrainingClasses
 from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 
 
@@ -49,3 +53,10 @@ def test_the_viewpoint_aware_option_computes_in_float32_under_autocast():
     for name, term in plain.items():
         assert term.value.dtype == torch.float32
         torch.testing.assert_close(cast[name].value, term.value, rtol=0, atol=0)
+
+
+def test_the_page_names_the_methods_with_the_viewpoint_aware_option():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "methods.md").read_text()
+    sentence = re.search(r"`--viewpoint-aware` trains (.*?) with", page)[1]
+    names = [name for name, kind in METHODS.items() if "viewpoint_aware" in {f.name for f in fields(kind.Config)}]
+    assert re.findall(r"`(.*?)`", sentence) == names
