@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.test_train import assert_same, interrupt_at, start
 from tests.tiny import BACKBONE, batch_of
+from vareid_ext.cli import train
 from vareid_ext.data.extras import BODY_PAIRS
+from vareid_ext.files.checkpoint import load_checkpoint
 from vareid_ext.methods import METHODS, TrainingClasses
 from vareid_ext.methods.pdc import with_own_norms
 from vareid_ext.methods.pgr import body_regions
@@ -455,3 +459,21 @@ def test_generated_pictures_are_of_the_photograph_in_eight_poses():
     assert drawn.shape == (8, 3, 128, 64)
     assert drawn.min() == pytest.approx(-1, abs=1e-3)
     assert drawn.max() > 0.9
+
+
+@pytest.mark.parametrize("stop", [2, 6])
+def test_a_run_with_shared_convolutions_resumes_bit_identical(tmp_path, monkeypatch, stop):
+    """Within the stage of the photograph and within that of both streams."""
+    monkeypatch.setattr(train, "draw_figures", lambda *args: None)
+    arguments = ["--method=pdc", "--baselines=false", "--part-height=64", "--part-width=64", "--localizer-pool=1"]
+    arguments += ["--stages=[{epochs: 1, train: [backbone, tails.0, photograph_head]}, {epochs: 1}]"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert start(whole, *arguments) == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, stop, signal.SIGTERM)
+        assert start(parts, *arguments) == 128 + signal.SIGTERM
+    assert train.main(["--resume", str(parts)]) == 0
+    expected, found = (load_checkpoint(folder / "last.pt") for folder in (whole, parts))
+    for state in (expected, found):
+        state["progress"].pop("seconds")
+    assert_same(expected, found)
