@@ -40,7 +40,7 @@ class PartClassifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv = nn.Conv2d(channels // group, parts, 1)
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
-        nn.init.constant_(self.conv.bias, 0)  # type: ignore[arg-type]
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """As the class says; float32."""
