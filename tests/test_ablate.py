@@ -157,6 +157,7 @@ def test_an_interrupted_one_goes_on_and_leaves_what_is_done(undisturbed, tmp_pat
         assert start(output, *arguments) == 143
     assert f"{output / 'two-branch-0'}: interrupted; the same command goes on" in capsys.readouterr().err
     assert list(rows_in(output)["two-branch"]["runs"]) == []
+    assert (output / "ablation.png").is_file()
     begun, run = [], program.run
     monkeypatch.setattr(program, "run", lambda request: begun.append(request) or run(request))
     assert start(output, *arguments) == 0

@@ -46,6 +46,7 @@ def _run(options: argparse.Namespace) -> Result:
     names = options.methods.split(",") if options.methods else []
     rows = rows_of_methods(arguments, names) if names else rows_of_losses(request.config)
     runs = plan(rows, seeds, output)
+    title = f"{request.name}: runs (dots), their mean (bars), the paper (rings)"
     try:
         with silent(options.quiet):
             for number, (folder, config) in enumerate(runs.items(), 1):
@@ -54,13 +55,11 @@ def _run(options: argparse.Namespace) -> Result:
                 found = results(rows, seeds, output)
                 with atomic_file(output / "ablation.json") as file:
                     file.write((json.dumps(found, indent=2) + "\n").encode())
+                draw_comparison(output / "ablation.png", found, title=title)
     except NonFiniteLossError as error:
         raise EndedError(3, f"{folder}: stopped: {error}") from error
     except RunInterruptedError as error:
         raise EndedError(128 + error.number, f"{folder}: interrupted; the same command goes on") from error
-    draw_comparison(
-        output / "ablation.png", found, title=f"{request.name}: runs (dots), their mean (bars), the paper (rings)"
-    )
     text = f"\n{comparison_table(found)}\n\nablation.json, ablation.png and the runs are in {output}"
     return Result(text, {"output": str(output), "rows": found})
 
