@@ -119,7 +119,7 @@ def load_data(
     files = ExtraFiles() if extras is None else extras
     names = tuple(dict.fromkeys((*train_extras, *test_extras)))
     given = [name for name in EXTRAS if getattr(files, name) is not None]
-    rendered = [name for name in names if name not in given]
+    rendered = tuple(name for name in names if name not in given)
     if not renders_extras(kind):
         check_given(files, names, prefix="data.extras.")
     labels = None if viewpoint_file is None else read_viewpoint_labels(viewpoint_file)
