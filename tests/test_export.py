@@ -122,12 +122,14 @@ def test_a_file_that_differs_is_not_written(trained_run, photos, tmp_path, monke
     """Nor is the one that does not."""
     (tmp_path / "m.pt2").write_text("an older file")
 
-    def write(program, path):
+    def write(program, path, names):
         path.write_bytes(b"a graph")
         return lambda images: program.module()(images) + wrong
 
     monkeypatch.setitem(export._WRITERS, "torch_export", write)
-    monkeypatch.setitem(export._WRITERS, "onnx", lambda program, path: path.write_bytes(b"x") and program.module())
+    monkeypatch.setitem(
+        export._WRITERS, "onnx", lambda program, path, names: path.write_bytes(b"x") and program.module()
+    )
     monkeypatch.setattr(export, "_NEEDED", ())
     arguments = ("--onnx", tmp_path / "m.onnx", "--torch-export", tmp_path / "m.pt2", "--images", photos)
     assert call(trained_run, *arguments) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 
 import vareid_ext
 from _vareid_cli import run
+from tests.test_train import SMALL
 from vareid_ext.cli import extract
 from vareid_ext.data import write_manifest
+from vareid_ext.data.body_maps import group_classes
 from vareid_ext.trained import TrainedModel
 from vareid_ext.training.program import load_run_data
 
@@ -61,6 +64,30 @@ def test_a_folder_is_searched_to_its_depth(trained_run, model, photos, paths, tm
     np.testing.assert_allclose(found["feature"], model.embed(paths), atol=1e-6)
     assert f"features [20, {model.feature_dim}]" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["f.npz"]
+
+
+def test_inputs_beside_the_images_lie_as_the_images_do(photos, paths, tmp_path, capsys):
+    arguments = ["--method=spreid", "--epochs=0", "--baselines=false", "--workers=0", "--quiet"]
+    assert run(["train", *SMALL, *arguments, "--output", str(tmp_path / "run")]) == 0
+    masks, rng = {}, np.random.default_rng(0)
+    for path in paths:
+        masks[path] = rng.integers(0, 20, (9, 5))
+        file = tmp_path / "masks" / Path(path).relative_to(photos).with_suffix(".npy")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, masks[path])
+    output = ["--output", tmp_path / "f.npz"]
+    assert call(tmp_path / "run", photos, "--parsing", tmp_path / "masks", *output) == 0
+    model = vareid_ext.load(tmp_path / "run", "cpu")
+    expected = model.embed(paths, extras={"parsing": [group_classes(masks[path]) for path in paths]})
+    np.testing.assert_allclose(content(tmp_path / "f.npz")["feature"], expected, atol=1e-6)
+    file.unlink()
+    capsys.readouterr()
+    assert call(tmp_path / "run", photos, "--parsing", tmp_path / "masks", *output) == 2
+    assert f"parsing: 1 of 20 images have none in {tmp_path / 'masks'}, such as {paths[-1]}" in capsys.readouterr().err
+    assert call(tmp_path / "run", photos, "--parsing", tmp_path / "masks", "--missing=neutral", *output) == 0
+    assert "1 of 20 images have no parsing" in capsys.readouterr().out
+    assert call(tmp_path / "run", photos, *output) == 2
+    assert "parsing: nothing was given; method 'spreid' needs --parsing, which is a folder" in capsys.readouterr().err
 
 
 def test_features_can_be_a_plain_array_with_the_rest_beside_it(trained_run, photos, paths, tmp_path):

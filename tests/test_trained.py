@@ -15,7 +15,7 @@ from PIL import Image
 import vareid_ext
 from _vareid_cli import run
 from tests.test_train import SMALL
-from vareid_ext.data import build_transform
+from vareid_ext.data import EXTRAS, ReidDataset, build_transform, collate
 from vareid_ext.files.checkpoint import load_checkpoint, save_checkpoint
 from vareid_ext.methods import METHODS
 from vareid_ext.training.program import load_run_data
@@ -225,18 +225,43 @@ def test_every_method_can_be_loaded_and_exported(name, tmp_path, capsys):
     images = load_run_data(model.config).query
     np.testing.assert_array_equal(model.features(images).feature, expected)
     if METHODS[name].test_inputs:
-        assert run(["export", str(output), "--torch-export", str(tmp_path / "m.pt2"), "--quiet"]) == 2
-        assert f"method '{name}' cannot be exported: its feature needs" in capsys.readouterr().err
-        with pytest.raises(ValueError, match=r"are needed for the features of .*, and these images come without"):
+        with pytest.raises(ValueError, match=f"extras: .* is missing; method '{name}' needs it of each image"):
             model.embed(images.load(0))
-        return
     assert run(["export", str(output), "--torch-export", str(tmp_path / "m.pt2"), "--quiet"]) == 0
     program = torch.export.load(tmp_path / "m.pt2").module()
     how = model.preprocessing
-    transform = build_transform(how.height, how.width, train=False)
+    dataset = ReidDataset(images, build_transform(how.height, how.width, train=False))
+    batch = collate([dataset[i] for i in range(3)])
     with torch.no_grad():
-        found = program(torch.stack([transform(images.load(i)) for i in range(3)]))
+        found = program(batch.image, *(batch.extras[key] for key in METHODS[name].test_inputs))
     np.testing.assert_allclose(found, expected[:3], atol=1e-5)
+
+
+def test_what_a_method_reads_beside_the_images_is_given_as_arrays(tmp_path):
+    output = tmp_path / "run"
+    options = ["--method=spreid", "--epochs=0", "--baselines=false", "--save-features", "--workers=0"]
+    assert run(["train", *SMALL, *options, "--output", str(output), "--quiet"]) == 0
+    model = vareid_ext.load(output, "cpu")
+    images = load_run_data(model.config).query
+    pictures = [images.load(i) for i in range(3)]
+    parsing = [np.asarray(images.load_extras(i, 32, 16)["parsing"]) for i in range(3)]
+    with np.load(output / "query.npz") as file:
+        expected = torch.from_numpy(file["feature"][:3])
+    assert same(model.embed(pictures, extras={"parsing": parsing}), expected)
+    assert not same(model.embed(pictures, extras={"parsing": [EXTRAS["parsing"].neutral] * 3}), expected)
+    mirrored = {"parsing": [part[:, :, ::-1] for part in parsing]}
+    flipped = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
+    both = model.embed(pictures, extras={"parsing": parsing}, flip=True)
+    assert same(model.embed(flipped, extras=mirrored, flip=True), both)
+    assert model.embed([]).shape == (0, model.feature_dim)
+    with pytest.raises(
+        ValueError, match="extras: 'parsing' is missing; method 'spreid' needs it of each image: a folder"
+    ):
+        model.embed(pictures)
+    with pytest.raises(ValueError, match="extras: 'mask' was given; allowed are keypoints, parsing"):
+        model.embed(pictures, extras={"mask": parsing})
+    with pytest.raises(ValueError, match="parsing: 2 entries were given; 3 are needed"):
+        model.embed(pictures, extras={"parsing": parsing[:2]})
 
 
 def blocks_of_your_model():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from vareid_ext.data import UNKNOWN, Batch, ImageList, build_transform
+from vareid_ext.data import EXTRAS, FORMATS, UNKNOWN, Extra, ImageList, ReidDataset, build_transform
 from vareid_ext.data.types import open_image
 from vareid_ext.files.checkpoint import load_checkpoint
 from vareid_ext.files.features import Features
@@ -76,13 +76,11 @@ class TrainedModel:
     def feature_dim(self) -> int:
         """D, the length of a feature."""
         size = self.preprocessing
-        return self._embed_batch(torch.zeros(1, 3, size.height, size.width, device=self.device)).shape[1]
-
-    @torch.inference_mode()
-    def _embed_batch(self, image: Tensor) -> Tensor:
-        unknown = torch.full((len(image),), UNKNOWN, device=image.device)
-        batch = Batch(image, unknown, unknown, unknown, unknown)
-        return self.method.embed(batch, flip=self.preprocessing.flip, normalize=self.preprocessing.normalize)
+        black = _image_list([Image.new("RGB", (size.width, size.height))])
+        black = _with_arrays(black, {name: [EXTRAS[name].neutral] for name in self.method.test_inputs})
+        batch = ReidDataset(black, build_transform(size.height, size.width, train=False))[0]
+        with torch.inference_mode():
+            return self.method.embed(batch.to(self.device)).shape[1]
 
     def embed(
         self,
@@ -93,6 +91,7 @@ class TrainedModel:
         precision: str = "fp32",
         flip: bool | None = None,
         workers: int = 0,
+        extras: Mapping[str, Sequence[Any]] | None = None,
     ) -> Tensor:
         """The features of images: resized, normalised and compared as in the run's own evaluation.
 
@@ -105,6 +104,8 @@ class TrainedModel:
             precision: "fp32", or "bf16" or "fp16" for automatic mixed precision.
             flip: add the feature of the mirrored image; None as in the run.
             workers: processes that load images.
+            extras: what the method's `test_inputs` name, of each image an array in the form that
+                `vareid_ext.data.EXTRAS` says, in pixels of the image or box.
 
         Returns:
             Float32 [N, D] on `device`; [0, D] for no images.
@@ -115,10 +116,8 @@ class TrainedModel:
         """
         if colour not in COLOURS:
             raise ValueError(f"colour: {colour!r} was given; allowed are {', '.join(COLOURS)}")
-        pictures = _pictures(images, colour)
-        parts = list(
-            self.batches(_image_list(pictures), batch_size=batch_size, precision=precision, flip=flip, workers=workers)
-        )
+        listed = _with_arrays(_image_list(_pictures(images, colour)), extras or {})
+        parts = list(self.batches(listed, batch_size=batch_size, precision=precision, flip=flip, workers=workers))
         return torch.cat(parts) if parts else torch.empty(0, self.feature_dim, device=self.device)
 
     def batches(
@@ -135,6 +134,13 @@ class TrainedModel:
             raise ValueError(f"precision: {precision!r} was given; allowed are {', '.join(AUTOCAST)}")
         if precision == "fp16" and self.device.type != "cuda":
             raise ValueError(f"precision: 'fp16' was given, which needs a CUDA device, not {self.device}")
+        missing = [name for name in self.method.test_inputs if name not in images.extras]
+        if missing and len(images):
+            raise ValueError(
+                f"extras: {missing[0]!r} is missing; method {self.config.method.name!r} needs it of each image: "
+                f"{FORMATS[missing[0]]}, or extras={{{missing[0]!r}: ...}}"
+            )
+        images = replace(images, extras={name: images.extras[name] for name in self.method.test_inputs if len(images)})
         batch_size, workers = check_count("batch_size", batch_size, 1), check_count("workers", workers, 0, 256)
         how = self.preprocessing if flip is None else replace(self.preprocessing, flip=flip)
         return feature_batches(
@@ -269,6 +275,17 @@ def _image_list(pictures: Sequence[str | Image.Image]) -> ImageList:
 
     paths = tuple(picture if isinstance(picture, str) else f"images[{i}]" for i, picture in enumerate(pictures))
     return unlabelled(paths, load)
+
+
+def _with_arrays(images: ImageList, extras: Mapping[str, Sequence[Any]]) -> ImageList:
+    """The images with extras of known names, an array of each image."""
+    unknown = [name for name in extras if name not in EXTRAS]
+    if unknown:
+        raise ValueError(f"extras: {unknown[0]!r} was given; allowed are {', '.join(EXTRAS)}")
+    return replace(
+        images,
+        extras={name: Extra(EXTRAS[name].kind, arrays, EXTRAS[name].pairs) for name, arrays in extras.items()},
+    )
 
 
 def unlabelled(paths: Sequence[str], loader: Any = open_image) -> ImageList:

@@ -302,6 +302,7 @@ def _evaluate_runs(options: argparse.Namespace) -> tuple[dict[str, RankingMetric
 def _data(options: argparse.Namespace, config: Config, sets: dict[str, ReidData]) -> ReidData:
     """The data set that a run is evaluated on; `sets` holds those that have been read."""
     from vareid_ext.data import load_data
+    from vareid_ext.methods import METHODS
     from vareid_ext.training.program import load_run_data
 
     keywords = {"skip_bad_images": options.skip_bad_images, "progress": not options.quiet}
@@ -313,7 +314,8 @@ def _data(options: argparse.Namespace, config: Config, sets: dict[str, ReidData]
     if options.skip_bad_images:
         changes["skip_bad_images"] = True
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
-    key = json.dumps(config.plain()["data"])
+    inputs = METHODS[config.method.name].test_inputs
+    key = json.dumps([config.plain()["data"], inputs])
     if key not in sets:
         sets[key] = load_run_data(config, progress=not options.quiet)
     return sets[key]

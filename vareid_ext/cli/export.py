@@ -8,7 +8,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
@@ -33,6 +33,9 @@ RUN is a run folder or a checkpoint. The graph's input is "images", its output "
 image and the feature's normalisation inside as in the run's evaluation. "images" are, of the run's height and width,
   float32  [N, 3, height, width], red, green, blue in [0, 1], the mean subtracted, divided by the standard deviation
   uint8    [N, height, width, 3], red, green, blue as they come out of a decoder; the graph does the rest
+
+Methods that read an input beside each image, such as a parsing, have it as a further input of that name, in the form
+that vareid_ext.data.EXTRAS says, of the images' height and width.
 
 Each file is compared with PyTorch on images of the run's test set (or of --images) in batches of 1, 2 and 17 before it
 appears. FILE.json says what was found and what the graph takes. A difference above 1e-4 is an error and leaves no file.
@@ -70,7 +73,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 class FeatureGraph(nn.Module):
-    """The test feature as a function of one tensor.
+    """The test feature as a function of the images and of what the method reads beside them.
 
     Args:
         model: whose feature it is.
@@ -86,12 +89,13 @@ class FeatureGraph(nn.Module):
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(self.how, name)).reshape(3, 1, 1))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images -> float32 [N, D]."""
+    def forward(self, images: Tensor, *extras: Tensor) -> Tensor:
+        """Images, and the method's `test_inputs` in their order -> float32 [N, D]."""
         if self.image_input == "uint8":
             images = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         unknown = torch.full((images.shape[0],), UNKNOWN)
-        batch = Batch(images, unknown, unknown, unknown, unknown)
+        beside = dict(zip(self.method.test_inputs, extras, strict=True))
+        batch = Batch(images, unknown, unknown, unknown, unknown, beside)
         return self.method.embed(batch, flip=self.how.flip, normalize=self.how.normalize)
 
 
@@ -107,31 +111,27 @@ def _run(options: argparse.Namespace) -> Result:
     if "onnx" in files and missing:
         raise ValueError(f"--onnx: {', '.join(missing)} is not installed; type: pip install 'vareid_ext[export]'")
     model = load_trained(options.run, "cpu")
-    if model.method.test_inputs:
-        raise ValueError(
-            f"method {model.config.method.name!r} cannot be exported: its feature needs "
-            f"{', '.join(model.method.test_inputs)} beside the image"
-        )
     model.method.to(memory_format=torch.contiguous_format)
     if options.size is not None:
         height, width = options.size
         model.preprocessing = replace(model.preprocessing, height=height, width=width)
-    pictures = _pictures(model, options)
-    images = _inputs(model, pictures, options.image_input)
-    expected = {n: model.embed(pictures[:n], batch_size=n) for n in _BATCHES}
+    samples = _samples(model, options)
+    names = ("images", *model.method.test_inputs)
+    inputs = dict(zip(names, _inputs(model, samples, options.image_input), strict=True))
+    expected = {n: _features(model, samples[:n]) for n in _BATCHES}
     feature = FeatureGraph(model, options.image_input).eval()
     try:
-        program = _program(feature, images[:2])
+        program = _program(feature, inputs)
     except Exception as error:  # the compiler fails on what it does not know with whatever it runs into
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"method {model.config.method.name!r} cannot be exported: {reason}") from error
-    about = _about(model, options.image_input, images, expected[1])
+    about = _about(model, options.image_input, inputs, expected[1])
     contents, values, lines = {}, {}, []
     for name, path in files.items():
         with tempfile.TemporaryDirectory() as folder:
             draft = Path(folder) / path.name
-            call = _WRITERS[name](program, draft)
-            checked = _compare(call, images, expected, path)
+            call = _WRITERS[name](program, draft, names)
+            checked = _compare(call, inputs, expected, path)
             contents[path] = draft.read_bytes()
         values[name] = {"file": str(path), **about, "checked": checked}
         contents[path.with_name(f"{path.name}.json")] = (json.dumps(values[name], indent=2) + "\n").encode()
@@ -143,35 +143,59 @@ def _run(options: argparse.Namespace) -> Result:
     return Result("\n".join(lines), values)
 
 
-def _pictures(model: TrainedModel, options: argparse.Namespace) -> list[Image.Image]:
-    """As many images as the largest batch; the first ones again where there are fewer."""
+_Sample = tuple[Image.Image, dict[str, Any]]
+
+
+def _samples(model: TrainedModel, options: argparse.Namespace) -> list[_Sample]:
+    """As many images, with their extras, as the largest batch has; the first ones again where there are fewer."""
     if options.images is not None:
+        if model.method.test_inputs:
+            raise ValueError(
+                f"--images: method {model.config.method.name!r} reads {', '.join(model.method.test_inputs)} beside the "
+                "images; it is tried on the run's test images"
+            )
         lists = [read_images(options.images, None, None, progress=not options.quiet)]
     else:
         data = load_run_data(model.config, progress=not options.quiet)
         lists = [data.query, data.gallery]
     places = [(images, i) for images in lists for i in range(min(len(images), max(_BATCHES)))]
-    return [images.load(i) for images, i in islice(cycle(places), max(_BATCHES))]
+    samples = []
+    for images, i in islice(cycle(places), max(_BATCHES)):
+        picture = images.load(i)
+        samples.append((picture, images.load_extras(i, picture.height, picture.width)))
+    return samples
 
 
-def _inputs(model: TrainedModel, pictures: Sequence[Image.Image], image_input: str) -> Tensor:
-    """The images as the graph takes them."""
+def _features(model: TrainedModel, samples: Sequence[_Sample]) -> Tensor:
+    """The features of a batch."""
+    beside = {name: [np.asarray(extras[name]) for _, extras in samples] for name in model.method.test_inputs}
+    return model.embed([picture for picture, _ in samples], batch_size=len(samples), extras=beside)
+
+
+def _inputs(model: TrainedModel, samples: Sequence[_Sample], image_input: str) -> list[Tensor]:
+    """The images, and what the method reads beside them, as the graph takes them."""
     how = model.preprocessing
     transform = build_transform(how.height, how.width, train=False, mean=how.mean, std=how.std)
-    if image_input == "float32":
-        return torch.stack([transform(picture) for picture in pictures])
-    resize = transform.transforms[0]
-    return torch.from_numpy(np.stack([np.asarray(resize(picture)) for picture in pictures]))
+    pairs = [transform(*sample) for sample in samples]
+    images = torch.stack([image for image, _ in pairs])
+    if image_input == "uint8":
+        resize = transform.transforms[0]
+        images = torch.from_numpy(np.stack([np.asarray(resize(picture)) for picture, _ in samples]))
+    return [images, *(torch.stack([extras[name] for _, extras in pairs]) for name in model.method.test_inputs)]
 
 
-def _program(feature: FeatureGraph, images: Tensor) -> torch.export.ExportedProgram:
+def _program(feature: FeatureGraph, inputs: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
     with torch.no_grad():
         # PyTorch 2.6 takes no dimension without an upper limit.
-        shapes = {"images": {0: torch.export.Dim("N", min=1, max=2**31 - 1)}}
-        return torch.export.export(feature, (images,), dynamic_shapes=shapes, strict=False)
+        batch = {0: torch.export.Dim("N", min=1, max=2**31 - 1)}
+        beside = (batch,) * (len(inputs) - 1)
+        shapes = (batch, beside) if beside else (batch,)
+        return torch.export.export(
+            feature, tuple(tensor[:2] for tensor in inputs.values()), dynamic_shapes=shapes, strict=False
+        )
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, names: Sequence[str]) -> Callable[..., Tensor]:
     """Write an ONNX file; what it computes, by onnxruntime."""
     import onnxruntime
 
@@ -179,15 +203,20 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path) -> Callable[[
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter, about itself
         onnx = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=["images"], output_names=["feature"],
+            program, dynamo=True, verbose=False, input_names=list(names), output_names=["feature"],
         )  # fmt: skip
         assert onnx is not None
         onnx.save(str(path), external_data=False)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["feature"], {"images": images.numpy()})[0])
+
+    def call(*inputs: Tensor) -> Tensor:
+        given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(["feature"], given)[0])
+
+    return call
 
 
-def _write_program(program: torch.export.ExportedProgram, path: Path) -> Callable[[Tensor], Tensor]:
+def _write_program(program: torch.export.ExportedProgram, path: Path, _: Sequence[str]) -> Callable[..., Tensor]:
     """Write a program of torch.export; what it computes."""
     torch.export.save(program, path)
     return torch.export.load(path).module()
@@ -197,13 +226,13 @@ _WRITERS = {"onnx": _write_onnx, "torch_export": _write_program}
 
 
 def _compare(
-    call: Callable[[Tensor], Tensor], images: Tensor, expected: dict[int, Tensor], path: Path
+    call: Callable[..., Tensor], inputs: Mapping[str, Tensor], expected: Mapping[int, Tensor], path: Path
 ) -> dict[str, Any]:
     """How far what a file computes is from what the model does; ValueError where it is too far."""
     differences, cosines = [], []
     for n, feature in expected.items():
         with torch.no_grad():
-            found = call(images[:n])
+            found = call(*(tensor[:n] for tensor in inputs.values()))
         if found.shape != feature.shape:
             raise ValueError(
                 f"{path}: gives {list(found.shape)} for {n} images, where PyTorch gives {list(feature.shape)}"
@@ -218,9 +247,9 @@ def _compare(
     return {"batches": list(expected), "max_difference": difference, "min_cosine": float(torch.stack(cosines).min())}
 
 
-def _about(model: TrainedModel, image_input: str, images: Tensor, feature: Tensor) -> dict[str, Any]:
+def _about(model: TrainedModel, image_input: str, inputs: Mapping[str, Tensor], feature: Tensor) -> dict[str, Any]:
     """What somebody who has but the file needs to know."""
-    how = model.preprocessing
+    how, (images, *beside) = model.preprocessing, inputs.values()
     return {
         "checkpoint": str(model.checkpoint),
         "step": model.step,
@@ -228,6 +257,10 @@ def _about(model: TrainedModel, image_input: str, images: Tensor, feature: Tenso
         "images": {
             "dtype": image_input, "shape": ["N", *images.shape[1:]], "colours": "RGB", "resize": "bicubic, antialiased",
             "mean": list(how.mean), "std": list(how.std), "normalised_inside": image_input == "uint8",
+        },
+        "extras": {
+            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": ["N", *tensor.shape[1:]]}
+            for name, tensor in zip(model.method.test_inputs, beside, strict=True)
         },
         "feature": {"shape": ["N", feature.shape[1]], "flip": how.flip, "normalised": how.normalize},
         "torch": torch.__version__,

@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from vareid_ext.cli.common import (
     inference_options,
     run_command,
 )
-from vareid_ext.data import READERS, UNKNOWN, ImageList, ReidData, load_data
+from vareid_ext.data import EXTRAS, FORMATS, READERS, UNKNOWN, ExtraFiles, ImageList, ReidData, join_extras, load_data
+from vareid_ext.data.extra_files import check_given
+from vareid_ext.data.keypoints import ORDERS
 from vareid_ext.data.load import unreadable_images
 from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, is_litter, left_out
 from vareid_ext.files.atomic import atomic_file, check_writable
@@ -44,6 +47,8 @@ features alone, which can be memory-mapped; path and labels lie beside it in OUT
 
 A command that was interrupted goes on where it was when it is given again. --shard 2/5 takes the second fifth of the
 images, so that five machines can share them; --merge puts the outputs of all five together.
+
+Some methods read an input beside each image, such as a parsing, which lies as the images do in theirs.
 """
 _EXAMPLES = """\
   vareid extract runs/mine photos/ --output photos.npz
@@ -67,6 +72,14 @@ def _parser() -> Parser:
     parser.add_argument("--shard", metavar="I/N", type=_shard, help="take the I-th of N equal parts of the images")
     parser.add_argument("--merge", nargs="+", metavar="SHARD", help="put the outputs of all shards together")
     add_inference_arguments(parser)
+    group = parser.add_argument_group("inputs beside the images, for methods that need them")
+    for name, formats in FORMATS.items():
+        group.add_argument(f"--{name}", metavar="PATH", help=formats)
+    group.add_argument("--keypoints-order", choices=ORDERS, default="auto", help="of keypoints (default: %(default)s)")
+    group.add_argument(
+        "--missing", choices=("error", "neutral"), default="error",
+        help="what happens to images without one (default: %(default)s)",
+    )  # fmt: skip
     return parser
 
 
@@ -86,8 +99,15 @@ def _run(options: argparse.Namespace) -> Result:
     if options.images is None:
         raise ValueError("RUN, IMAGES: both are needed")
     model = load_trained(options.run, options.device)
+    files = ExtraFiles(**{field.name: getattr(options, field.name) for field in fields(ExtraFiles)})
+    inputs = model.method.test_inputs
+    check_given(files, inputs, f"method {model.config.method.name!r}")
     images = read_images(options.images, options.data, options.split, progress=not options.quiet)
-    images, notes, skipped = _readable(images, options.skip_bad_images, progress=not options.quiet)
+    lists, missing = join_extras({"": images}, files, {"": inputs}, _folder(options.images))
+    images, notes, skipped = _readable(lists[""], options.skip_bad_images, progress=not options.quiet)
+    unread = [f"{name} are given, but the method does not read them" for name in EXTRAS
+              if getattr(files, name) is not None and name not in inputs]  # fmt: skip
+    notes = (*notes, *missing, *unread)
     request = _fingerprint(model, images, options)
     arrays: dict[str, Any] = {}
     if options.shard is not None:
@@ -106,6 +126,11 @@ def _run(options: argparse.Namespace) -> Result:
         notes = (f"{kept} of them by an earlier start", *notes)
     text = "\n".join([f"{output}: features {list(feature.shape)}", *notes])
     return Result(text, {"output": str(output), "images": len(feature), "D": feature.shape[1], "skipped": skipped})
+
+
+def _folder(source: str) -> str:
+    """The folder that relative paths start from."""
+    return source if os.path.isdir(source) else os.path.dirname(source)
 
 
 def read_images(source: str, kind: str | None, split: str | None, *, progress: bool) -> ImageList:
@@ -176,7 +201,8 @@ def _readable(images: ImageList, skip: bool, *, progress: bool) -> tuple[ImageLi
 def _fingerprint(model: TrainedModel, images: ImageList, options: argparse.Namespace) -> str:
     """A text that differs where the features would."""
     digest = hashlib.sha256(model.checkpoint.read_bytes())
-    how = {"flip": options.flip, "precision": options.precision, "paths": images.paths}
+    extras = {name: getattr(options, name) for name in (*EXTRAS, "keypoints_order", "missing")}
+    how = {"flip": options.flip, "precision": options.precision, "paths": images.paths, **extras}
     digest.update(json.dumps(how).encode())
     return digest.hexdigest()
 

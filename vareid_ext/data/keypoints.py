@@ -136,7 +136,7 @@ def read_keypoint_file(path: Path, order: str) -> np.ndarray:
 def market_file(folder: Path, images: Path) -> Path | None:
     """The file in `folder` with the public joints of Market-1501's folder `images`, if there is one."""
     split = _MARKET_FILES.get(images.name)
-    names = [folder / f"market1501_14point_{split}{suffix}" for suffix in (".mat", ".npz")]
+    names = [folder / f"market1501_14point_{split}{suffix}" for suffix in (".npz", ".mat")]
     return next((name for name in names if split and name.is_file()), None)
 
 

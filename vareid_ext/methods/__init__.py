@@ -25,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
         "hacnn": "HaCnn",
         "abdnet": "AbdNet",
         "oscnn": "Oscnn",
+        "spreid": "Spreid",
     }.items()
 }
 """The methods by the names of the configuration; the class stands in the file of that name, with _ for -."""

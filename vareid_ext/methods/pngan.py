@@ -80,7 +80,7 @@ class Pngan(Method):
     def pictures(self, batch: Batch) -> Tensor:
         """The generated pictures [N, V, 3, H, W], normalised as the images are."""
         views = batch.extras["views"]
-        if views.ndim != 5 or len(views) != len(batch):
+        if views.ndim != 5 or views.shape[0] != batch.image.shape[0]:
             raise ValueError(f"views: {[*views.shape]} was given; [{len(batch)}, V, 3, H, W] is needed")
         return views
 

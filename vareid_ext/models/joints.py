@@ -29,7 +29,7 @@ _CANVAS = (256, 128)  # height and width of the pixels that the margins below ar
 
 def check_joints(keypoints: Tensor, images: Tensor) -> None:
     """ValueError unless these are the 14 joints of each of the images [N, 3, H, W]."""
-    if keypoints.shape != (len(images), NUM_JOINTS, 3):
+    if keypoints.shape != (images.shape[0], NUM_JOINTS, 3):
         raise ValueError(f"keypoints: {[*keypoints.shape]} was given; {[len(images), NUM_JOINTS, 3]} is needed")
 
 

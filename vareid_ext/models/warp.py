@@ -42,7 +42,7 @@ def warp_quad(image: Tensor, quad: Tensor, size: Sequence[int]) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
     """
-    if image.ndim != 4 or quad.shape != (len(image), 4, 2):
+    if image.ndim != 4 or quad.shape != (image.shape[0], 4, 2):
         raise ValueError(f"image [N, C, H, W] and quad [N, 4, 2] were expected, got {[*image.shape]}, {[*quad.shape]}")
     height, width = size
     corner = quad.double()

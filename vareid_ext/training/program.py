@@ -68,7 +68,7 @@ def prepare(request: Request, signals: Signals, started: float) -> Run:
     folder = None
     if request.output is not None:
         folder = RunFolder(request.output, resume=request.resume, config_text=text, command=request.command)
-    data = load_run_data(config)
+    data = load_run_data(config, train=True)
     plans = plan_stages(config, data)
     state = build(config, data, device, load_weights_file=not request.resume)
     if folder is None:
@@ -84,8 +84,8 @@ def prepare(request: Request, signals: Signals, started: float) -> Run:
     return Run(config, data, plans, state, folder, device, signals, started)
 
 
-def load_run_data(config: Config, *, progress: bool = True) -> ReidData:
-    """The data set of a run, with the extras that its method reads."""
+def load_run_data(config: Config, *, train: bool = False, progress: bool = True) -> ReidData:
+    """The data set of a run, with the extras that its method reads at test and, with `train`, in training."""
     method = METHODS[config.method.name]
     return datasets.load_data(
         config.data.kind,
@@ -95,7 +95,7 @@ def load_run_data(config: Config, *, progress: bool = True) -> ReidData:
         skip_bad_images=config.data.skip_bad_images,
         synthetic=config.data.synthetic,
         extras=config.data.extras,
-        train_extras=[name for name in method.inputs if name in EXTRAS],
+        train_extras=[name for name in method.inputs if name in EXTRAS and train],
         test_extras=method.test_inputs,
         progress=progress,
     )
