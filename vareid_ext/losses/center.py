@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class CenterLoss(nn.Module):
-    """Mean over the batch of ``|feature - centre of its identity|^2`` (Wen et al., ECCV 2016, equation 2, doubled).
+    """Mean over the batch of ``|feature - centre of its identity|^2`` (Wen et al., ECCV 2016: half the sum of them).
 
     In training mode every call also moves the centres: ``center -= rate * gradient`` of the unweighted loss, which is
     an SGD of their own that the loss's weight does not slow down (Luo et al., CVPRW 2019). So the centres are a buffer
