@@ -26,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
         "abdnet": "AbdNet",
         "oscnn": "Oscnn",
         "spreid": "Spreid",
+        "dsa": "Dsa",
     }.items()
 }
 """The methods by the names of the configuration; the class stands in the file of that name, with _ for -."""
