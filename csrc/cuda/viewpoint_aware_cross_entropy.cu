@@ -34,7 +34,7 @@ template <typename Acc>
 __global__ void viewpoint_aware_cross_entropy_finish_kernel(DeviceFinish<Acc> head0, DeviceFinish<Acc> head1,
                                                             int64_t N) {
   const DeviceFinish<Acc> head = blockIdx.x == 0 ? head0 : head1;
-  if (head.statistics) finish_rows(head, N);
+  if (head.loss) finish_rows(head, N);  // not the statistics: those of an empty batch have no address
 }
 
 template <typename T, int kWidth>

@@ -116,7 +116,7 @@ class Launcher:
 
     def _place(
         self, argument: Any, parameter: str, label: str, owned: list[int], outputs: list[Any], number: int
-    ) -> int:
+    ) -> int | None:
         if isinstance(argument, Workspace):
             if id(argument) not in self._workspaces:
                 self._workspaces[id(argument)] = (argument, self._allocate(argument.nbytes, label))
@@ -133,6 +133,8 @@ class Launcher:
         if element not in ("void", given) and element not in _SAME_BYTES.get(given, ()):
             raise TypeError(f"{label}: a {tensor.dtype} tensor was given")
         nbytes = tensor.numel() * tensor.element_size()
+        if nbytes == 0:
+            return None  # as PyTorch has it for empty tensors
         pointer = self._allocate(nbytes, label)
         owned.append(pointer)
         constant = parameter.startswith("const ")
