@@ -59,4 +59,8 @@ using LinearProject = void(const void* x, const void* inverse, void* grad, int64
                            const Place& place);
 LinearProject linear_viewpoint_aware_cross_entropy_project_cpu, linear_viewpoint_aware_cross_entropy_project_cuda;
 
+// grad [n] times *factor, in place; where that is 1, grad is neither read nor written. The factor lies where grad does.
+using LinearScale = void(void* grad, const void* factor, int64_t n, DType dtype, const Place& place);
+LinearScale linear_viewpoint_aware_cross_entropy_scale_cpu, linear_viewpoint_aware_cross_entropy_scale_cuda;
+
 }  // namespace vareid

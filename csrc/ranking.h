@@ -44,13 +44,14 @@ using RankingForward = void(const void* distances, int64_t row_stride, const Ran
                             int64_t max_group, const Place& place);
 RankingForward ranking_forward_cpu, ranking_forward_cuda;
 
-// The same from features x [Q, D] and y [G, D], in the order of their float64 distances, ties by index, on the CPU
-// only. products [Q, G] (leading dimension ld) are overwritten; what they leave open is measured. The notation and the
-// bounds that decide are those of nearest_neighbors.h.
+// The same from features x [Q, D] and y [G, D], in the order of their float64 distances, ties by index. products [Q, G]
+// (leading dimension ld) may be overwritten; what they leave open is measured. The notation and the bounds that decide
+// are those of nearest_neighbors.h.
 int64_t ranking_features_workspace_bytes_cpu(int64_t max_group, int64_t G, int threads);
 
-void ranking_features_cpu(float* products, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
-                          const Bounds& x_bounds, const Bounds& y_bounds, const RankingLabels& labels,
-                          const RankingResults& results, void* workspace, int64_t max_group, const Place& place);
+using RankingFeatures = void(float* products, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
+                             const Bounds& x_bounds, const Bounds& y_bounds, const RankingLabels& labels,
+                             const RankingResults& results, void* workspace, int64_t max_group, const Place& place);
+RankingFeatures ranking_features_cpu, ranking_features_cuda;
 
 }  // namespace vareid

@@ -165,6 +165,16 @@ void project(const Array& x, const Array& inverse, const Array& grad, const Plac
        x.shape[1], x.dtype(), place);
 }
 
+void scale(const Array& grad, const Array& factor, const Place& place) {
+  check_float(grad, "grad");
+  check_contiguous(grad, "grad");
+  const Beside beside(grad);
+  check_shape(factor, "factor", {});
+  beside.accumulator(factor, "factor");
+  call(grad, KERNELS(linear_viewpoint_aware_cross_entropy_scale), grad.data, factor.data, grad.numel(), grad.dtype(),
+       place);
+}
+
 }  // namespace
 
 void bind_linear_viewpoint_aware_cross_entropy(pybind11::module_& m) {
@@ -175,6 +185,7 @@ void bind_linear_viewpoint_aware_cross_entropy(pybind11::module_& m) {
   m.def("linear_viewpoint_aware_cross_entropy_gradient", &gradient, release());
   m.def("linear_viewpoint_aware_cross_entropy_inverse_norms", &inverse_norms, release());
   m.def("linear_viewpoint_aware_cross_entropy_project", &project, release());
+  m.def("linear_viewpoint_aware_cross_entropy_scale", &scale, release());
 }
 
 }  // namespace vareid

@@ -71,10 +71,10 @@ void forward(const Array& distances, const Labels& labels, const Results& result
        G, max_group, place);
 }
 
-// The CPU's only. Features with their factors, norms and windows: x, factor, norm, window.
+// Features with their factors, norms and windows: x, factor, norm, window.
 using FeatureArrays = std::tuple<Array, OptionalArray, Array, Array>;
 void features(const Array& products, const FeatureArrays& x, const FeatureArrays& y, const Labels& labels,
-              const Results& results, const Array& workspace, int64_t max_group, const Place& place) {
+              const Results& results, const OptionalArray& workspace, int64_t max_group, const Place& place) {
   const auto& [x_rows, x_factor, x_norm, x_window] = x;
   const auto& [y_rows, y_factor, y_norm, y_window] = y;
   const Features left = make_features(x_rows, x_factor, "x"), right = make_features(y_rows, y_factor, "y");
@@ -82,14 +82,14 @@ void features(const Array& products, const FeatureArrays& x, const FeatureArrays
   check_shape(products, "products", {left.rows, right.rows});
   check_shape(y_rows, "y", {right.rows, x_rows.shape[1]});
   check_same_dtype(y_rows, "y", x_rows, "x");
-  for (const Array* const array : {&products, &x_rows, &y_rows, &x_norm, &x_window, &y_norm, &y_window})
-    check_device(*array, "products", kDeviceCpu, 0);
+  for (const Array* const array : {&x_rows, &y_rows, &x_norm, &x_window, &y_norm, &y_window})
+    check_device(*array, "features", products.device_type, products.device_id);
   const Bounds x_bounds{pointer<float>(x_norm, "norm", left.rows), pointer<float>(x_window, "window", left.rows)};
   const Bounds y_bounds{pointer<float>(y_norm, "norm", right.rows), pointer<float>(y_window, "window", right.rows)};
   const int64_t needed = ranking_features_workspace_bytes_cpu(max_group, right.rows, place.threads);
-  ranking_features_cpu(products.as<float>(), ld, left, right, x_rows.dtype(), x_rows.shape[1], x_bounds, y_bounds,
-                       make_labels(labels, left.rows, right.rows, products), make_results(results, left.rows, products),
-                       scratch(workspace, needed, products), max_group, place);
+  call(products, KERNELS(ranking_features), products.as<float>(), ld, left, right, x_rows.dtype(), x_rows.shape[1],
+       x_bounds, y_bounds, make_labels(labels, left.rows, right.rows, products),
+       make_results(results, left.rows, products), scratch(workspace, needed, products), max_group, place);
 }
 
 }  // namespace

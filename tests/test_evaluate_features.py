@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 from pathlib import Path
 
@@ -30,9 +29,8 @@ from vareid_ext import (
     ranked_lists,
 )
 from vareid_ext.metrics import features as features_module
-from vareid_ext.metrics.ranking import QueryRanking
 from vareid_ext.ops import _progress
-from vareid_ext.ops.ranking import _rank_on_gpu, _ranked, ranking_features
+from vareid_ext.ops.ranking import ranking_features
 from vareid_ext.retrieval import RERANKERS, Reranker, fit_reranker
 
 
@@ -51,18 +49,9 @@ def truth(query, gallery, *labels, metric="sqeuclidean", **options):
     return rank_queries(squared_distances(x, y), *labels, **options)
 
 
-@pytest.fixture(params=["as registered", "as on a GPU"])
-def kernel(request, monkeypatch):
-    """Runs a test twice: with this device's kernel, and with that of a GPU, whose parts run anywhere."""
-    if request.param == "as on a GPU":
-        if not _native.available("cpu"):
-            pytest.skip(_native.backends()["cpu"])
-        monkeypatch.setattr(features_module, "ranking_features", functools.partial(_ranked, _rank_on_gpu))
-
-
 @pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_streaming_equals_the_whole_matrix(backend, kernel, metric, dtype):
+def test_streaming_equals_the_whole_matrix(backend, metric, dtype):
     query, gallery, *labels = people(0, 23, 60, dtype=dtype)
     expected = truth(query, gallery, *labels, metric=metric)
     for block_rows in (None, 1, 7):
@@ -71,7 +60,7 @@ def test_streaming_equals_the_whole_matrix(backend, kernel, metric, dtype):
     assert evaluate_features(query, gallery, *labels, metric=metric).mAP == pytest.approx(expected.metrics().mAP)
 
 
-def test_eight_whole_numbers_are_ranked_as_the_definition_ranks_them(backend, kernel):
+def test_eight_whole_numbers_are_ranked_as_the_definition_ranks_them(backend):
     """Their mean is none, so float32 products of centred features tell equal distances apart."""
     query, gallery = torch.tensor([[2.0], [1.0]]), torch.tensor([[2.0], [1], [0], [0], [2], [3], [2], [1]])
     labels = [0, 1], [2, 2, 0, 1, 2, 1, 1, 1]
@@ -81,7 +70,7 @@ def test_eight_whole_numbers_are_ranked_as_the_definition_ranks_them(backend, ke
 
 
 @pytest.mark.parametrize("largest", [3, 127, 1919])
-def test_whole_keypoints_are_ranked_as_in_float64(backend, kernel, largest):
+def test_whole_keypoints_are_ranked_as_in_float64(backend, largest):
     rng = np.random.default_rng(largest)
     sizes = 40, 1500
     query, gallery = (torch.from_numpy(rng.integers(0, largest + 1, (n, 34))).float() for n in sizes)
@@ -98,7 +87,7 @@ def test_whole_keypoints_are_ranked_as_in_float64(backend, kernel, largest):
         assert_equal_results(without, expected, 1e-15)
 
 
-def test_near_ties_are_ranked_as_nearest_neighbors_orders_them(kernel):
+def test_near_ties_are_ranked_as_nearest_neighbors_orders_them():
     """Two narrow clusters: float32 does not tell the distances from one to the other apart."""
     generator = torch.Generator().manual_seed(0)
     query, gallery = (
@@ -127,11 +116,6 @@ def test_any_features_are_ranked_as_in_float64(seed, Q, G, D, identities, kind, 
     labels = [rng.integers(-1, identities, n) for n in (Q, G)] + [rng.integers(-1, 2, n) for n in (Q, G)]
     expected = truth(x[:Q], x[Q:], *labels, junk_identity=junk)
     assert_equal_results(rank_features(x[:Q], x[Q:], *labels, junk_identity=junk), expected)
-    if _native.available("cpu"):
-        vectors = [torch.from_numpy(label) for label in labels]
-        assert_equal_results(
-            QueryRanking(*_ranked(_rank_on_gpu, x[:Q], x[Q:], "sqeuclidean", *vectors, junk, 5)), expected, 1e-15
-        )
 
 
 def test_threads_and_a_second_run_change_nothing():

@@ -104,6 +104,9 @@ VAREID_INLINE void project_row(const T* x, Acc inverse, T* grad, int64_t D) {
   VAREID_MULTIVERSION void project_rows(const T* x, const Acc* inverse, T* grad, int64_t D, int64_t begin,      \
                                         int64_t end) {                                                          \
     for (int64_t i = begin; i < end; ++i) project_row<T, Acc>(x + i * D, inverse[i], grad + i * D, D);          \
+  }                                                                                                             \
+  VAREID_MULTIVERSION void scale_elements(T* grad, Acc factor, int64_t begin, int64_t end) {                    \
+    for (int64_t i = begin; i < end; ++i) store(grad + i, load(grad + i) * factor);                             \
   }
 
 VAREID_NORMS(float, float)
@@ -169,6 +172,18 @@ void linear_viewpoint_aware_cross_entropy_project_cpu(const void* x, const void*
     parallel_for(rows, place.threads, [&](int64_t begin, int64_t end, int) {
       project_rows(static_cast<const T*>(x), static_cast<const Acc*>(inverse), static_cast<T*>(grad), D, begin, end);
     });
+  });
+}
+
+void linear_viewpoint_aware_cross_entropy_scale_cpu(void* grad, const void* factor, int64_t n, DType dtype,
+                                                    const Place& place) {
+  dispatch_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    using Acc = typename Accumulator<T>::type;
+    const Acc by = *static_cast<const Acc*>(factor);
+    if (by == 1) return;
+    parallel_for(n, place.threads,
+                 [&](int64_t begin, int64_t end, int) { scale_elements(static_cast<T*>(grad), by, begin, end); });
   });
 }
 

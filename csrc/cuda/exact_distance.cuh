@@ -38,6 +38,7 @@ template <typename T>
 __device__ __forceinline__ double warp_exact_distance(const T* __restrict__ x, double a, const T* __restrict__ y,
                                                       double b, int64_t D) {
   double sum = 0;
+#pragma unroll 4
   for (int64_t d = threadIdx.x % kWarp; d < D; d += kWarp) {
     const double u = __dmul_rn(a, static_cast<double>(widen(x[d])));
     const double v = __dmul_rn(b, static_cast<double>(widen(y[d])));
@@ -53,47 +54,60 @@ __device__ __forceinline__ double warp_exact_distance(const DeviceRows<T>& x, in
   return warp_exact_distance(x.row(i), x.factor(i), y.row(j), y.factor(j), D);
 }
 
+// Row i against the rows of y that stand in the first kCount lanes of `pending`; their lanes get the distances.
+template <int kCount, typename T>
+__device__ __forceinline__ void warp_exact_some(const T* __restrict__ left, double a, const DeviceRows<T>& y, int64_t j,
+                                                unsigned& pending, int64_t D, double& result) {
+  const int lane = threadIdx.x % kWarp;
+  const T* right[kCount];
+  double b[kCount], sum[kCount];
+  int source[kCount];
+#pragma unroll
+  for (int t = 0; t < kCount; ++t) {
+    source[t] = __ffs(static_cast<int>(pending)) - 1;
+    pending &= pending - 1;
+    const int64_t row = __shfl_sync(kFullWarp, static_cast<long long>(j), source[t]);
+    right[t] = y.row(row);
+    b[t] = y.factor(row);
+    sum[t] = 0;
+  }
+#pragma unroll 2
+  for (int64_t d = lane; d < D; d += kWarp) {
+    T own = left[d], other[kCount];  // all loads under way before the first is used
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) other[t] = right[t][d];
+    const double u = __dmul_rn(a, static_cast<double>(widen(own)));
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) {
+      const double difference = __dsub_rn(u, __dmul_rn(b[t], static_cast<double>(widen(other[t]))));
+      sum[t] = __dadd_rn(sum[t], __dmul_rn(difference, difference));
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kCount; ++t) {
+    const double total = warp_sum(sum[t]);
+    if (lane == source[t]) result = total;
+  }
+}
+
 // Row i against rows of y that stand in lanes: the lanes in `pending` each get the distance to their own row j. Row i
-// is read once for every kTogether of them.
-constexpr int kTogether = 8;
+// is read once for up to eight of them.
 template <typename T>
 __device__ __forceinline__ double warp_exact_distances(const DeviceRows<T>& x, int64_t i, const DeviceRows<T>& y,
                                                        int64_t j, unsigned pending, int64_t D) {
-  const int lane = threadIdx.x % kWarp;
   const T* const left = x.row(i);
   const double a = x.factor(i);
   double result = 0;
   while (pending) {
-    const int count = min(kTogether, __popc(pending));
-    const T* right[kTogether];
-    double b[kTogether], sum[kTogether];
-    int source[kTogether];
-#pragma unroll
-    for (int t = 0; t < kTogether; ++t) {
-      source[t] = t < count ? __ffs(static_cast<int>(pending)) - 1 : lane;
-      if (t < count) pending &= pending - 1;
-      const int64_t row = __shfl_sync(kFullWarp, static_cast<long long>(j), source[t]);
-      right[t] = t < count ? y.row(row) : left;
-      b[t] = t < count ? y.factor(row) : 0.0;
-      sum[t] = 0;
-    }
-    for (int64_t d = lane; d < D; d += kWarp) {
-      const double u = __dmul_rn(a, static_cast<double>(widen(left[d])));
-#pragma unroll
-      for (int t = 0; t < kTogether; ++t) {
-        if (t < count) {
-          const double difference = __dsub_rn(u, __dmul_rn(b[t], static_cast<double>(widen(right[t][d]))));
-          sum[t] = __dadd_rn(sum[t], __dmul_rn(difference, difference));
-        }
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < kTogether; ++t) {
-      if (t < count) {
-        const double total = warp_sum(sum[t]);
-        if (lane == source[t]) result = total;
-      }
-    }
+    const int count = __popc(pending);
+    if (count >= 8)
+      warp_exact_some<8>(left, a, y, j, pending, D, result);
+    else if (count >= 4)
+      warp_exact_some<4>(left, a, y, j, pending, D, result);
+    else if (count >= 2)
+      warp_exact_some<2>(left, a, y, j, pending, D, result);
+    else
+      warp_exact_some<1>(left, a, y, j, pending, D, result);
   }
   return result;
 }

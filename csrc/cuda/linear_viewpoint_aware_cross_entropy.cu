@@ -139,6 +139,20 @@ void with_width(DType dtype, int64_t D, std::initializer_list<const void*> point
   });
 }
 
+template <typename T, int kWidth>
+__global__ void linear_viewpoint_aware_cross_entropy_scale_kernel(
+    T* __restrict__ grad, const typename DeviceAccumulator<T>::type* __restrict__ factor, int64_t n) {
+  const typename DeviceAccumulator<T>::type by = *factor;
+  if (by == 1) return;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kRowThreads * kWidth;
+  for (int64_t i = (blockIdx.x * static_cast<int64_t>(kRowThreads) + threadIdx.x) * kWidth; i < n; i += step) {
+    Pack<T, kWidth> pack = load_pack<T, kWidth>(grad + i);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) pack.value[k] = narrow<T>(widen(pack.value[k]) * by);
+    store_pack<T, kWidth>(grad + i, pack);
+  }
+}
+
 }  // namespace
 
 int64_t linear_viewpoint_aware_cross_entropy_parts_cuda(int64_t N, int64_t columns) {
@@ -226,6 +240,20 @@ void linear_viewpoint_aware_cross_entropy_project_cuda(const void* x, const void
     launch(linear_viewpoint_aware_cross_entropy_project_kernel<T, width.value>, dim3(grid_size(rows)),
            dim3(row_threads(D, width.value)), 0, static_cast<cudaStream_t>(place.stream), static_cast<const T*>(x),
            static_cast<const typename DeviceAccumulator<T>::type*>(inverse), static_cast<T*>(grad), D);
+  });
+}
+
+void linear_viewpoint_aware_cross_entropy_scale_cuda(void* grad, const void* factor, int64_t n, DType dtype,
+                                                     const Place& place) {
+  if (n == 0) return;
+  const DeviceGuard guard(place.device);
+  with_width(dtype, n, {grad}, [&](auto type, auto width) {
+    using T = typename decltype(type)::type;
+    const int64_t blocks = n / (kRowThreads * width.value) + 1;
+    launch(linear_viewpoint_aware_cross_entropy_scale_kernel<T, width.value>,
+           dim3(grid_size(std::min<int64_t>(blocks, 1 << 14))), dim3(kRowThreads), 0,
+           static_cast<cudaStream_t>(place.stream), static_cast<T*>(grad),
+           static_cast<const typename DeviceAccumulator<T>::type*>(factor), n);
   });
 }
 

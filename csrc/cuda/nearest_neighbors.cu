@@ -14,6 +14,13 @@ constexpr int kCapacity = static_cast<int>(kCudaMaxCapacity);
 constexpr int kListWarps = 4;  // rows for each block, in selecting
 constexpr int kRowWarps = 8;   // and in scanning
 constexpr int kRowThreads = kRowWarps * kWarp;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kScanBlocks = 3;  // of a multiprocessor; a fourth would spill registers
+#else
+constexpr int kScanBlocks = 4;
+#endif
+constexpr int kColumns = 16;          // of a block that scans columns
+constexpr int kTileRows = 4 * kWarp;  // at once there
 constexpr int kRescanThreads = 256;
 constexpr int kRescanPlaces = static_cast<int>(kCudaMaxNeighbors) + kWarp;
 
@@ -119,6 +126,28 @@ struct List {
       pending = __ballot_sync(kFullWarp, hit);
     }
   }
+
+  // Takes kCount entries from each lane, a warp apart, of `valid` in all: -2 times their products, with the others'
+  // norms and windows in shared memory. Most batches hold nothing to take, which one vote tells; for the others
+  // product_again(at) fetches the values once more, so that they need not be indexed in registers.
+  template <int kCount, typename Again>
+  __device__ __forceinline__ void offer_some(const float (&product)[kCount], const float* norms, const float* windows,
+                                             float shrunk, int64_t valid, int64_t first, const Again& product_again) {
+    const int lane = threadIdx.x % kWarp;
+    bool any = false;
+#pragma unroll
+    for (int t = 0; t < kCount; ++t) {
+      const int at = t * kWarp + lane;
+      if (at < valid) any |= product[t] + (norms[at] - windows[at]) <= threshold - shrunk;
+    }
+    if (__ballot_sync(kFullWarp, any) == 0) return;
+#pragma unroll 1
+    for (int at = lane; at < kCount * kWarp; at += kWarp) {
+      const bool here = at < valid;
+      const float theirs = here ? windows[at] : 0.0f;
+      offer(here, here ? product_again(at) + (norms[at] - theirs) : 0.0f, shrunk, theirs, first + at);
+    }
+  }
 };
 
 struct State {
@@ -159,12 +188,11 @@ __device__ __forceinline__ float warp_max(float value) {
 }
 
 // One warp for each row of the block; the block's warps share the columns' bounds.
-__global__ void nearest_neighbors_scan_rows_kernel(float* __restrict__ block, int64_t ld, int64_t rows, int64_t columns,
-                                                   int64_t row_begin, int64_t column_begin,
-                                                   const float* __restrict__ left_norm,
-                                                   const float* __restrict__ left_window,
-                                                   const float* __restrict__ right_norm,
-                                                   const float* __restrict__ right_window, State state, bool write) {
+__global__ void __launch_bounds__(kRowThreads, kScanBlocks)
+    nearest_neighbors_scan_rows_kernel(float* __restrict__ block, int64_t ld, int64_t rows, int64_t columns,
+                                       int64_t row_begin, int64_t column_begin, const float* __restrict__ left_norm,
+                                       const float* __restrict__ left_window, const float* __restrict__ right_norm,
+                                       const float* __restrict__ right_window, State state, bool write) {
   __shared__ float bounds[kRowWarps][2 * kCapacity];
   __shared__ int32_t places[kRowWarps][kCapacity];
   __shared__ float norms[kRowThreads], windows[kRowThreads];
@@ -181,31 +209,42 @@ __global__ void nearest_neighbors_scan_rows_kernel(float* __restrict__ block, in
       windows[threadIdx.x] = right_window[column_begin + tile + threadIdx.x];
     }
     __syncthreads();
-    for (int base = 0; active && base < kRowThreads && tile + base < columns; base += kWarp) {
-      const int64_t c = tile + base + lane;
-      const bool valid = c < columns;
-      const float product = valid ? -2 * block[r * ld + c] : 0.0f;
-      const float other = valid ? norms[base + lane] : 0.0f, theirs = valid ? windows[base + lane] : 0.0f;
-      if (valid) largest = fmaxf(largest, product + other);
-      if (valid && write) block[r * ld + c] = fmaxf(product + other + norm, 0.0f);
-      list.offer(valid, product + (other - theirs), shrunk, theirs, column_begin + c);
+    if (active) {
+      float* const from = block + r * ld + tile;
+      float product[kRowWarps];  // all loads under way before the first is used
+#pragma unroll
+      for (int t = 0; t < kRowWarps; ++t) {
+        const int at = t * kWarp + lane;
+        product[t] = tile + at < columns ? -2 * from[at] : 0.0f;
+      }
+      list.offer_some(product, norms, windows, shrunk, columns - tile, column_begin + tile,
+                      [&](int at) { return -2 * from[at]; });
+#pragma unroll
+      for (int t = 0; t < kRowWarps; ++t) {
+        const int at = t * kWarp + lane;
+        if (tile + at >= columns) continue;
+        const float sum = product[t] + norms[at];
+        largest = fmaxf(largest, sum);
+        if (write) from[at] = fmaxf(sum + norm, 0.0f);
+      }
     }
     __syncthreads();
   }
   if (active) state.close(i, list, warp_max(largest) + norm);
 }
 
-// One warp for each column: tiles of the block are turned over in shared memory.
-template <int kColumns, int kPlaces>
+// One warp for each of kColumns columns: tiles of the block are turned over in shared memory.
+template <int kPlaces>
 __global__ void __launch_bounds__(kColumns* kWarp)
     nearest_neighbors_scan_columns_kernel(const float* __restrict__ block, int64_t ld, int64_t rows, int64_t columns,
                                           int64_t row_begin, int64_t column_begin, const float* __restrict__ left_norm,
                                           const float* __restrict__ left_window, const float* __restrict__ right_norm,
                                           const float* __restrict__ right_window, State state) {
+  static_assert(kColumns == kWarp / 2, "a warp fetches two rows of a tile");
   __shared__ float bounds[kColumns][2 * kPlaces];
   __shared__ int32_t places[kColumns][kPlaces];
-  __shared__ float tile[kWarp][kColumns + 1];
-  __shared__ float norms[kWarp], windows[kWarp];
+  __shared__ float tile[kTileRows][kColumns + 1];
+  __shared__ float norms[kTileRows], windows[kTileRows];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t c0 = blockIdx.x * static_cast<int64_t>(kColumns), c = c0 + warp, j = column_begin + c;
   const bool active = c < columns;
@@ -213,20 +252,29 @@ __global__ void __launch_bounds__(kColumns* kWarp)
   List<kPlaces> list = {};
   if (active) list = state.open<kPlaces>(j, bounds[warp], places[warp], window, left_window);
   float largest = -INFINITY;
-  for (int64_t base = 0; base < rows; base += kWarp) {
-    const int row = static_cast<int>(threadIdx.x) / kColumns, column = static_cast<int>(threadIdx.x) % kColumns;
-    if (base + row < rows && c0 + column < columns) tile[row][column] = block[(base + row) * ld + c0 + column];
-    if (warp == 0 && base + lane < rows) {
-      norms[lane] = left_norm[row_begin + base + lane];
-      windows[lane] = left_window[row_begin + base + lane];
+  // Rows 16 apart lie in other banks.
+  const int row = warp + lane / kColumns * kColumns, column = lane % kColumns;
+  for (int64_t base = 0; base < rows; base += kTileRows) {
+    if (c0 + column < columns) {
+#pragma unroll
+      for (int t = 0; t < kTileRows; t += kWarp)
+        if (base + t + row < rows) tile[t + row][column] = block[(base + t + row) * ld + c0 + column];
+    }
+    if (threadIdx.x < kTileRows && base + threadIdx.x < rows) {
+      norms[threadIdx.x] = left_norm[row_begin + base + threadIdx.x];
+      windows[threadIdx.x] = left_window[row_begin + base + threadIdx.x];
     }
     __syncthreads();
     if (active) {
-      const bool valid = base + lane < rows;
-      const float product = valid ? -2 * tile[lane][warp] : 0.0f;
-      const float other = valid ? norms[lane] : 0.0f, theirs = valid ? windows[lane] : 0.0f;
-      if (valid) largest = fmaxf(largest, product + other);
-      list.offer(valid, product + (other - theirs), shrunk, theirs, row_begin + base + lane);
+      float product[kTileRows / kWarp];
+#pragma unroll
+      for (int t = 0; t < kTileRows / kWarp; ++t) {
+        const bool valid = base + t * kWarp + lane < rows;
+        product[t] = valid ? -2 * tile[t * kWarp + lane][warp] : 0.0f;
+        if (valid) largest = fmaxf(largest, product[t] + norms[t * kWarp + lane]);
+      }
+      list.offer_some(product, norms, windows, shrunk, rows - base, row_begin + base,
+                      [&](int at) { return -2 * tile[at][warp]; });
     }
     __syncthreads();
   }
@@ -338,12 +386,11 @@ __global__ void nearest_neighbors_rescan_kernel(const float* __restrict__ block,
                          [&](int rank, double value, int32_t j) { result.write(i, rank, value, j); });
 }
 
-// As many columns for a block as their lists fit into shared memory.
-template <int kColumns, int kPlaces>
+template <int kPlaces>
 void scan_columns(const float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
                   int64_t column_begin, const float* left_norm, const float* left_window, const float* right_norm,
                   const float* right_window, const State& state, cudaStream_t stream) {
-  launch(nearest_neighbors_scan_columns_kernel<kColumns, kPlaces>, grid_size((columns + kColumns - 1) / kColumns),
+  launch(nearest_neighbors_scan_columns_kernel<kPlaces>, grid_size((columns + kColumns - 1) / kColumns),
          kColumns * kWarp, 0, stream, block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
          right_norm, right_window, state);
 }
@@ -370,10 +417,10 @@ void nearest_neighbors_scan_cuda(float* block, int64_t ld, int64_t rows, int64_t
   const auto& [right_norm, right_window] = right_bounds;
   if (both)  // before the rows, which may overwrite the products
     candidates.capacity <= kCapacity / 2
-        ? scan_columns<32, kCapacity / 2>(block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
-                                          right_norm, right_window, state, queue)
-        : scan_columns<16, kCapacity>(block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
-                                      right_norm, right_window, state, queue);
+        ? scan_columns<kCapacity / 2>(block, ld, rows, columns, row_begin, column_begin, left_norm, left_window,
+                                      right_norm, right_window, state, queue)
+        : scan_columns<kCapacity>(block, ld, rows, columns, row_begin, column_begin, left_norm, left_window, right_norm,
+                                  right_window, state, queue);
   launch(nearest_neighbors_scan_rows_kernel, grid_size((rows + kRowWarps - 1) / kRowWarps), kRowThreads, 0, queue,
          block, ld, rows, columns, row_begin, column_begin, left_norm, left_window, right_norm, right_window, state,
          write);

@@ -2,15 +2,14 @@
 
 #include <stdexcept>
 
+#include "cuda/exact_distance.cuh"
 #include "cuda/launch.h"
-#include "cuda/reduce.cuh"
-#include "cuda/vector.cuh"
 
 namespace vareid {
 namespace {
 
 constexpr int kThreads = 256;  // also the images of a query's identity that are ranked in one pass over the row
-constexpr int kLoads = 4;      // distances that a thread has under way at once
+constexpr int kLoads = 4;      // images that a thread has under way at once
 
 // Keys are integers that order as the distances do; -0 has the key of 0.
 template <typename T>
@@ -87,15 +86,82 @@ __device__ __forceinline__ int running_sum(int* count) {
   return count[slot];
 }
 
-// One block for each query.
+// What orders a query's images: given distances.
 template <typename T>
-__global__ void ranking_forward_kernel(
-    const T* __restrict__ distances, int64_t row_stride, const int64_t* __restrict__ gallery_order,
-    const int64_t* __restrict__ group_begin, const int64_t* __restrict__ group_end, const uint8_t* __restrict__ junk,
-    const int64_t* __restrict__ query_camera, const int64_t* __restrict__ gallery_camera,
-    double* __restrict__ average_precision, double* __restrict__ inverse_negative_penalty,
-    int64_t* __restrict__ first_match_rank, int64_t* __restrict__ num_matches, int64_t G) {
-  using K = typename DeviceKey<T>::type;
+struct GivenDistances {
+  using Key = typename DeviceKey<T>::type;
+  using Value = T;
+  static constexpr bool kMeasures = false;
+  const T* distances;
+  int64_t row_stride;
+
+  __device__ __forceinline__ GivenDistances of(int64_t q) const { return {distances + q * row_stride, row_stride}; }
+  __device__ __forceinline__ Value load(int64_t image) const { return distances[image]; }
+  __device__ __forceinline__ bool finite(Value value) const { return is_finite(value); }
+  // The key of an image, where it is valid; the whole warp calls it.
+  __device__ __forceinline__ Key key(int64_t image, bool valid) const {
+    return valid ? key_of(distances[image]) : Key(0);
+  }
+  // How many of the sorted matches do not come after an image; -1 if its distance must be measured.
+  __device__ __forceinline__ int place(Value value, int index, const Key* match_key, const int* match_index,
+                                       int size) const {
+    return position(key_of(value), index, match_key, match_index, size);
+  }
+};
+
+// What orders them: float64 distances of features, measured where the bounds of float32 products do not decide.
+template <typename T>
+struct MeasuredDistances {
+  using Key = int64_t;
+  struct Value {
+    float product, norm, window;
+  };
+  static constexpr bool kMeasures = true;
+  const float* products;
+  int64_t ld;
+  DeviceRows<T> x, y;
+  int64_t D;
+  const float *x_norm, *x_window, *y_norm, *y_window;
+  int64_t q;
+
+  __device__ __forceinline__ MeasuredDistances of(int64_t query) const {
+    MeasuredDistances own = *this;
+    own.products += query * ld;
+    own.q = query;
+    return own;
+  }
+  __device__ __forceinline__ Value load(int64_t image) const {
+    return {products[image], y_norm[image], y_window[image]};
+  }
+  __device__ __forceinline__ bool finite(const Value&) const { return true; }
+  __device__ __forceinline__ Key key(int64_t image, bool valid) const {
+    const int lane = threadIdx.x % kWarp;
+    double own = 0;
+    for (unsigned pending = __ballot_sync(kFullWarp, valid); pending; pending &= pending - 1) {
+      const int source = __ffs(static_cast<int>(pending)) - 1;
+      const int64_t j = __shfl_sync(kFullWarp, static_cast<long long>(image), source);
+      const double exact = warp_exact_distance(x, q, y, j, D);
+      if (lane == source) own = exact;
+    }
+    return key_of(own);
+  }
+  __device__ __forceinline__ int place(const Value& value, int index, const Key* match_key, const int* match_index,
+                                       int size) const {
+    const double middle = static_cast<double>(x_norm[q]) + value.norm - 2.0 * value.product;
+    const double reach = static_cast<double>(x_window[q]) + value.window;
+    const int low = position(key_of(middle - reach), index, match_key, match_index, size);
+    const int high = position(key_of(middle + reach), index, match_key, match_index, size);
+    if (low == high) return low;
+    for (int at = low; at < high; ++at)
+      if (match_index[at] == index) return at + 1;
+    return -1;
+  }
+};
+
+// One block for each query.
+template <typename Source>
+__global__ void ranking_kernel(Source sources, RankingLabels labels, RankingResults results, int64_t G) {
+  using K = typename Source::Key;
   constexpr K kLast = static_cast<K>(~(K(1) << (8 * sizeof(K) - 1)));  // after the key of every number
   __shared__ K match_key[kThreads];
   __shared__ int match_index[kThreads];
@@ -105,10 +171,12 @@ __global__ void ranking_forward_kernel(
   __shared__ int first_rank, last_rank, matches, not_finite;
   const int64_t q = blockIdx.x;
   const int slot = threadIdx.x;
-  const T* const row = distances + q * row_stride;
-  const int64_t begin = group_begin[q];
-  const int64_t size = group_end[q] - begin;
-  const int64_t camera = query_camera ? query_camera[q] : -1;
+  // Which of a pass's images the thread takes: where they are measured, every warp takes some.
+  const int item = Source::kMeasures ? slot % kWarp * (kThreads / kWarp) + slot / kWarp : slot;
+  const Source source = sources.of(q);
+  const int64_t begin = labels.group_begin[q];
+  const int64_t size = labels.group_end[q] - begin;
+  const int64_t camera = labels.query_camera ? labels.query_camera[q] : -1;
   if (slot == 0) {
     first_rank = static_cast<int>(G);
     last_rank = matches = not_finite = 0;
@@ -116,17 +184,14 @@ __global__ void ranking_forward_kernel(
   double precision[1] = {0};
   for (int64_t base = 0; base == 0 || base < size; base += kThreads) {
     // This pass's matches, sorted. Images by the query's own camera are left out.
-    K key = kLast;
-    int index = static_cast<int>(G);
-    if (base + slot < size) {
-      const int64_t image = gallery_order[begin + base + slot];
-      if (camera == -1 || gallery_camera[image] != camera) {
-        key = key_of(row[image]);
-        index = static_cast<int>(image);
-      }
-    }
-    match_key[slot] = key;
-    match_index[slot] = index;
+    const bool here = base + item < size;
+    const int64_t own_image = here ? labels.gallery_order[begin + base + item] : 0;
+    const K own_key = source.key(own_image, here);
+    const bool is_match = here && (camera == -1 || labels.gallery_camera[own_image] != camera);
+    const K key = is_match ? own_key : kLast;
+    const int index = static_cast<int>(is_match ? own_image : G);
+    match_key[item] = key;
+    match_index[item] = index;
     images_before[slot] = matches_before[slot] = 0;
     const int in_pass = __syncthreads_count(index < G);
     if (in_pass > 1) {
@@ -158,37 +223,56 @@ __global__ void ranking_forward_kernel(
     // Where every image of the row falls among them.
     int ahead = 0;
     bool finite = true;
-    for (int64_t start = slot; start < G; start += kLoads * kThreads) {
-      T value[kLoads];
+    const auto count = [&](int at) {
+      if (at == 0)
+        ++ahead;
+      else if (at < in_pass)
+        atomicAdd(&images_before[at], 1);
+    };
+    for (int64_t start = 0; start < G; start += kLoads * kThreads) {
+      typename Source::Value value[kLoads];
       bool counts[kLoads];
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {
-        const int64_t image = start + u * kThreads;
+        const int64_t image = start + u * kThreads + slot;
         counts[u] = image < G;
-        if (counts[u]) value[u] = row[image];
-        if (counts[u] && junk) counts[u] = !junk[image];
+        if (counts[u]) value[u] = source.load(image);
+        if (counts[u] && labels.junk) counts[u] = !labels.junk[image];
       }
+      unsigned open = 0;  // one bit for each of the thread's images
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {
-        const int64_t image = start + u * kThreads;
-        if (image < G) finite = finite && is_finite(value[u]);
+        const int64_t image = start + u * kThreads + slot;
+        if (image < G) finite = finite && source.finite(value[u]);
         if (!counts[u] || in_pass == 0) continue;
-        const int at = position(key_of(value[u]), static_cast<int>(image), match_key, match_index, in_pass);
-        if (at == 0)
-          ++ahead;
-        else if (at < in_pass)
-          atomicAdd(&images_before[at], 1);
+        const int at = source.place(value[u], static_cast<int>(image), match_key, match_index, in_pass);
+        if (Source::kMeasures && at < 0)
+          open |= 1u << u;
+        else
+          count(at);
+      }
+      if constexpr (Source::kMeasures) {
+        if (__ballot_sync(kFullWarp, open != 0) == 0) continue;
+#pragma unroll 1
+        for (int u = 0; u < kLoads; ++u) {
+          const int64_t image = start + u * kThreads + slot;
+          const bool measured = (open >> u) & 1u;
+          const K exact = source.key(image, measured);
+          if (measured) count(position(exact, static_cast<int>(image), match_key, match_index, in_pass));
+        }
       }
     }
     if (ahead > 0) atomicAdd(&images_before[0], ahead);
     if (!finite) atomicOr(&not_finite, 1);
     if (in_pass > 0) {
       // The images of the query's identity: matches are counted once more, the others are taken out again.
-      for (int64_t i = slot; i < size; i += kThreads) {
-        const int64_t image = gallery_order[begin + i];
-        const int at = position(key_of(row[image]), static_cast<int>(image), match_key, match_index, in_pass);
+      for (int64_t from = 0; from < size; from += kThreads) {
+        const bool inside = from + item < size;
+        const int64_t image = inside ? labels.gallery_order[begin + from + item] : 0;
+        const K value = from == base ? own_key : source.key(image, inside);
+        const int at = inside ? position(value, static_cast<int>(image), match_key, match_index, in_pass) : in_pass;
         if (at == in_pass) continue;
-        if (camera == -1 || gallery_camera[image] != camera)
+        if (camera == -1 || labels.gallery_camera[image] != camera)
           atomicAdd(&matches_before[at], 1);
         else
           atomicAdd(&images_before[at], -1);
@@ -207,11 +291,18 @@ __global__ void ranking_forward_kernel(
   const double sum = block_sums<1, kThreads / kWarp>(precision, partial);
   if (slot == 0) {
     const bool found = matches > 0 && !not_finite;
-    average_precision[q] = found ? sum / matches : 0;
-    inverse_negative_penalty[q] = found ? static_cast<double>(matches) / last_rank : 0;
-    first_match_rank[q] = found ? first_rank : 0;
-    num_matches[q] = not_finite ? -1 : matches;
+    results.average_precision[q] = found ? sum / matches : 0;
+    results.inverse_negative_penalty[q] = found ? static_cast<double>(matches) / last_rank : 0;
+    results.first_match_rank[q] = found ? first_rank : 0;
+    results.num_matches[q] = not_finite ? -1 : matches;
   }
+}
+
+template <typename Source>
+void rank(const Source& source, const RankingLabels& labels, const RankingResults& results, int64_t Q, int64_t G,
+          const Place& place) {
+  launch(ranking_kernel<Source>, dim3(grid_size(Q)), dim3(kThreads), 0, static_cast<cudaStream_t>(place.stream), source,
+         labels, results, G);
 }
 
 }  // namespace
@@ -224,10 +315,21 @@ void ranking_forward_cuda(const void* distances, int64_t row_stride, const Ranki
   const DeviceGuard guard(place.device);
   dispatch_device_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch(ranking_forward_kernel<T>, dim3(grid_size(Q)), dim3(kThreads), 0, static_cast<cudaStream_t>(place.stream),
-           static_cast<const T*>(distances), row_stride, labels.gallery_order, labels.group_begin, labels.group_end,
-           labels.junk, labels.query_camera, labels.gallery_camera, results.average_precision,
-           results.inverse_negative_penalty, results.first_match_rank, results.num_matches, G);
+    rank(GivenDistances<T>{static_cast<const T*>(distances), row_stride}, labels, results, Q, G, place);
+  });
+}
+
+void ranking_features_cuda(float* products, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
+                           const Bounds& x_bounds, const Bounds& y_bounds, const RankingLabels& labels,
+                           const RankingResults& results, void*, int64_t, const Place& place) {
+  if (x.rows > kMostBlocks) throw std::invalid_argument("products: at most 2^31 - 1 rows on a GPU");
+  if (x.rows == 0) return;
+  const DeviceGuard guard(place.device);
+  dispatch_device_float(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    rank(MeasuredDistances<T>{products, ld, device_rows<T>(x), device_rows<T>(y), D, x_bounds.norm, x_bounds.window,
+                              y_bounds.norm, y_bounds.window, 0},
+         labels, results, x.rows, y.rows, place);
   });
 }
 

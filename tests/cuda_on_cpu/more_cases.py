@@ -53,6 +53,19 @@ def test_k_reciprocal__columns_of_several_tiles(backend: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_k_reciprocal__blocks_whose_products_are_made_together(backend: str) -> None:
+    """As on a GPU: strips of three blocks, the last one shorter, with and without the distances."""
+    query, gallery = _random(21, 5), _random(140, 5, seed=1)
+    with mock.patch.object(nearest_op, "strip_side", side_effect=lambda device, side: 3 * side):
+        got = vareid_ext.k_reciprocal_rerank(query, gallery, k1=5, k2=2, block_rows=16)
+        distance, index = vareid_ext.k_reciprocal_rerank(query, gallery, k1=5, k2=2, block_rows=16, topk=9)
+    with vareid_ext.reference_backend():
+        expected = vareid_ext.k_reciprocal_rerank(query, gallery, k1=5, k2=2)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(distance, expected.sort(dim=1).values[:, :9], rtol=1e-5, atol=1e-5)
+    assert torch.equal(index, expected.sort(dim=1, stable=True).indices[:, :9])
+
+
 def test_k_reciprocal__lists_of_more_rows_than_are_looked_up_at_once(backend: str) -> None:
     query, gallery = _random(10, 3), _random(50, 3, seed=1)
     got = vareid_ext.k_reciprocal_rerank(query, gallery, k1=3, k2=40)
@@ -122,3 +135,19 @@ def test_nearest_neighbors__lists_that_overflow_in_later_blocks(backend: str) ->
         expected = torch.sort((x.double() - x.double().T).square(), dim=1, stable=True)
         assert torch.equal(index, expected.indices[:, :k])
         torch.testing.assert_close(distance.double(), expected.values[:, :k], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("identities", "step"), [(2, 1.0), (40, 0.0), (7, 1e-6)])
+def test_ranking__features(backend: str, identities: int, step: float, dtype: torch.dtype) -> None:
+    """More matches than a block ranks at once, with ties; few matches; near ties that only float64 tells apart."""
+    Q, G, D, rng = 3, 700 if identities == 2 else 300, 6, torch.Generator().manual_seed(3)
+    x = torch.randint(3, (Q + G, D), generator=rng) * step + (_random(Q + G, D) if step == 0 else _random(1, D))
+    identity, camera = (torch.randint(-1, high, (Q + G,), generator=rng) for high in (identities, 3))
+    x = x.to(dtype)
+    arguments = x[:Q], x[Q:], identity[:Q], identity[Q:], camera[:Q], camera[Q:]
+    got = vareid_ext.rank_features(*arguments, junk_identity=0)
+    with vareid_ext.reference_backend():
+        expected = vareid_ext.rank_features(*arguments, junk_identity=0)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(got, name), value, rtol=1e-13, atol=0)

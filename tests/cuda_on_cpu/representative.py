@@ -82,7 +82,7 @@ def _linear_cross_entropy(normalize: bool) -> Callable[[torch.device], list[Tens
             feature, W, U, identity.to(device), viewpoint.to(device), normalize=normalize,
             scale=10.0 if normalize else 1.0,
         )  # fmt: skip
-        (L_y + L_v).backward()
+        (2 * (L_y + L_v)).backward()  # so that the gradients are multiplied
         assert feature.grad is not None
         assert W.grad is not None
         assert U.grad is not None
@@ -100,6 +100,13 @@ def _ranking(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
         return list(vars(results).values())
 
     return call
+
+
+def _ranked_features(device: torch.device) -> list[Tensor]:
+    Q, G, D, rng = 4, 4096, 64, torch.Generator().manual_seed(0)
+    labels = [torch.randint(high, (size,), generator=rng).to(device) for high in (400, 6) for size in (Q, G)]
+    results = vareid_ext.rank_features(_random(Q, D).to(device), _random(G, D, seed=1).to(device), *labels)
+    return list(vars(results).values())
 
 
 def _pairwise_distance(device: torch.device) -> list[Tensor]:
@@ -154,6 +161,7 @@ _LINEAR = {
     "linear_viewpoint_aware_cross_entropy_summarise_kernel": Limit(),
     "linear_viewpoint_aware_cross_entropy_finish_kernel": Limit(),
     "linear_viewpoint_aware_cross_entropy_gradient_kernel": Limit(),
+    "linear_viewpoint_aware_cross_entropy_scale_kernel": Limit(),
 }
 # Cosines: every row of logits reads the inverse norms of the centres again, from the cache.
 _COSINE = {
@@ -162,6 +170,7 @@ _COSINE = {
     "linear_viewpoint_aware_cross_entropy_gradient_kernel": Limit(moved=1.5),
     "linear_viewpoint_aware_cross_entropy_inverse_norms_kernel": Limit(),
     "linear_viewpoint_aware_cross_entropy_project_kernel": Limit(),
+    "linear_viewpoint_aware_cross_entropy_scale_kernel": Limit(),
 }
 
 # Retrieval: each stage within 1.2 of the bytes that a row working alone must move (minima.py has the formulas), and at
@@ -170,7 +179,8 @@ _SPARSE = Limit(1.2, 0.8)
 _FEATURES = {"pairwise_distance_max_abs_kernel": Limit(), "pairwise_distance_norm_kernel": Limit()}
 _NEIGHBORS = {
     **_FEATURES,
-    "nearest_neighbors_scan_rows_kernel": _SPARSE,
+    # What a warp may take from is read again, from the first-level cache; in blocks as small as these that is all.
+    "nearest_neighbors_scan_rows_kernel": Limit(2.0, 0.8),
     "nearest_neighbors_select_kernel": Limit(1.2, 0.9),
 }
 _ENCODED = {
@@ -191,7 +201,7 @@ _RERANK = {
     "k_reciprocal_listed_distance_kernel": Limit(1.2, 0.8),
     # Whose sums meet in a bank depends on the data.
     "k_reciprocal_blend_kernel": Limit(1.2, 0.8, 3),
-    "k_reciprocal_topk_kernel": Limit(1.2, 0.8, 3),
+    "k_reciprocal_topk_kernel": Limit(1.25, 0.8, 3),
 }
 
 REPRESENTATIVE: dict[str, list[Shape]] = {
@@ -259,12 +269,20 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
         )
         for dtype in (torch.float32, torch.bfloat16)
     ],
+    # Where features are ranked, every query reads the norms and bounds of all images again, from the cache.
     "ranking": [
         Shape(
             f"Q 4, G 8192, {str(dtype).removeprefix('torch.')}",
             _ranking(dtype),
-            {"ranking_forward_kernel": Limit(coalescing=0.88)},
+            {"ranking_kernel": Limit(coalescing=0.88)},
         )
         for dtype in (torch.float32, torch.bfloat16)
+    ]
+    + [
+        Shape(
+            "features: Q 4, G 4096, D 64",
+            _ranked_features,
+            {"ranking_kernel": Limit(moved=3.2, coalescing=0.88, wavefronts=1.1), **_FEATURES},
+        )
     ],
 }

@@ -96,7 +96,7 @@ def rank_features(
     )
     Q, G = len(query), len(gallery)
     if fit is None:
-        step = block_rows or rows_in_block(G, torch.device("cpu"))  # a GPU holds a block several times, in float64
+        step = block_rows or rows_in_block(G, query.device)
         with _bar(progress, Q) as advance, listen(lambda pairs: advance(pairs // G)):
             found = ranking_features(query, gallery, metric, *labels, junk_identity, step)
         return QueryRanking(*map(back, found))

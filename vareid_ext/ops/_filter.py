@@ -40,6 +40,7 @@ _UNIT = 2.0**-24
 _FEW_ROWS = 32  # looked at or converted at once where no block is at hand: at most 2 MiB
 _MANY_ELEMENTS = 1 << 21  # likewise on a GPU, where each launch and each look costs, and there is no cache to stay in
 _TILE, _TILES_EACH = 128, 8  # of the vendor's product on a GPU: rows and columns, and how many fill a multiprocessor
+_STRIP = 4  # blocks side by side in one product there
 _SAMPLE = 1024  # rows that the mean is taken from: any centre is correct, a good one makes the window small
 _CENTERED_SHARE = 0.5  # the mean's share of the mean squared length from which on features are centred
 _NARROW = 2.0**-10  # differences below this share of the largest element decide the scale in its place
@@ -83,6 +84,11 @@ def block_side(device: torch.device) -> int:
         return _SIDE
     tiles = _TILES_EACH * torch.cuda.get_device_properties(device).multi_processor_count
     return _SIDE * max(1, round(_TILE * math.sqrt(tiles) / _SIDE))
+
+
+def strip_side(device: torch.device, side: int) -> int:
+    """Columns of products that are made at once: some blocks' on a GPU, so that few processors idle at the end."""
+    return _STRIP * side if device.type == "cuda" else side
 
 
 def rows_at_once(part: Tensor) -> int:

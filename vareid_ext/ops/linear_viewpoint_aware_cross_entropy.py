@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vareid_ext import _native
 from vareid_ext.ops import _linear_tiles as tiles
 from vareid_ext.ops._checks import (
     autocast_enabled,
@@ -51,10 +52,10 @@ def _mean_share(reduction: str, N: int) -> float:
 def _later_share(feature: Tensor, reduction: str) -> float:
     """The part of the gradients' factor that backward applies.
 
-    Half types get the mean's 1/N only there, where the loss scale is known: the gradient of one of many classes,
-    divided by N, would be below the smallest float16.
+    float16 gets the mean's 1/N only there, where the loss scale is known: the gradient of one of many classes, divided
+    by N, would be below the smallest float16.
     """
-    return _mean_share(reduction, feature.shape[0]) if feature.element_size() == 2 else 1.0
+    return _mean_share(reduction, feature.shape[0]) if feature.dtype == torch.float16 else 1.0
 
 
 class _Call(NamedTuple):
@@ -214,13 +215,15 @@ def _differentiate(
 def _times(gradient: Tensor, upstream: Tensor, share: float) -> Tensor:
     """``gradient * upstream * share``: in place, but out of place while it is traced or batched.
 
-    Where the factor is 1, nothing is done, if that is found out without waiting for a device.
+    The kernel does nothing where the factor is 1, and looks at it where it lies.
     """
+    factor = upstream if share == 1 else upstream * share
     if type(gradient) is not Tensor or not has_memory(upstream):
-        return gradient * (upstream * share).to(gradient.dtype)
-    if upstream.device.type == "cpu" and float(upstream) * share == 1:
-        return gradient
-    return gradient.mul_(upstream * share)
+        return gradient * factor.to(gradient.dtype)
+    if not (gradient.is_contiguous() and _native.available(gradient.device)):
+        return gradient.mul_(factor)
+    _native.launch("linear_viewpoint_aware_cross_entropy_scale", gradient, factor, on=gradient)
+    return gradient
 
 
 def _scaled(

@@ -9,7 +9,8 @@ columns. Rows that had more near ties than places are done again, whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from vareid_ext import _native
 from vareid_ext.ops import _progress
 from vareid_ext.ops._checks import check_choice, check_count
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
-from vareid_ext.ops._filter import Filter, block_side, row_blocks
+from vareid_ext.ops._filter import Filter, block_side, row_blocks, strip_side
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.ops._operator import define
 from vareid_ext.reference import accumulator_dtype
@@ -171,28 +172,39 @@ def _symmetric_scan(filtered: Filter, scans: Sequence[_Scan], block_rows: int, o
     """
     blocks = row_blocks(filtered, range(len(filtered.parts)), block_rows)
     side = max((last - first for _, first, last, _ in blocks), default=0)
-    buffer = filtered.norm.new_empty(side * side)
+    together = strip_side(filtered.norm.device, 1)
+    buffer = filtered.norm.new_empty(side * side * min(together, len(blocks)))
     with full_float32(buffer.device.type):
         for at, (which, first, last, offset) in enumerate(blocks):
-            rows = filtered.block(which, first, last, 0)
-            for other, other_first, other_last, other_offset in blocks[at:]:
-                same, crossed = other_offset == offset, which != other
-                columns = rows if same else filtered.block(other, other_first, other_last, 1)
+            rows, size = filtered.block(which, first, last, 0), last - first
+            for strip in _strips(blocks[at:], together):
+                other, begin, end = strip[0][0], strip[0][1], strip[-1][2]
+                alone, crossed = end - begin == size and strip[0][3] == offset, which != other
+                columns = rows if alone else filtered.block(other, begin, end, 1)
                 if crossed and out is not None:
-                    target = out[first:last, other_first:other_last]
+                    target = out[first:last, begin:end]
                 else:
-                    target = buffer[: rows.shape[0] * columns.shape[0]].view(rows.shape[0], columns.shape[0])
+                    target = buffer[: size * (end - begin)].view(size, end - begin)
                 torch.mm(rows, columns.T, out=target)
-                if crossed:
-                    for scan in scans[1:]:
-                        scan.scan(target, first, other_first, both=False, write=False)
-                scans[0].scan(target, offset, other_offset, both=not same, write=crossed and out is not None)
-                size = last - first
-                _progress.advance(size * (size + 1) // 2 if same else size * (other_last - other_first))
+                for _, other_first, other_last, other_offset in strip:
+                    block, same = target[:, other_first - begin : other_last - begin], other_offset == offset
+                    if crossed:
+                        for scan in scans[1:]:
+                            scan.scan(block, first, other_first, both=False, write=False)
+                    scans[0].scan(block, offset, other_offset, both=not same, write=crossed and out is not None)
+                    _progress.advance(size * (size + 1) // 2 if same else size * (other_last - other_first))
+
+
+def _strips(blocks: list[tuple[int, int, int, int]], together: int) -> Iterator[list[tuple[int, int, int, int]]]:
+    """The blocks in runs of at most ``together`` that lie side by side in one part."""
+    for _, of_part in itertools.groupby(blocks, key=lambda block: block[0]):
+        run = list(of_part)
+        yield from (run[begin : begin + together] for begin in range(0, len(run), together))
 
 
 def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
-    rows_of, columns_of = (row_blocks(filtered, [w], block_rows) for w in (0, 1))
+    rows_of = row_blocks(filtered, [0], block_rows)
+    columns_of = row_blocks(filtered, [1], strip_side(filtered.norm.device, block_rows))
     sides = [max((last - first for _, first, last, _ in blocks), default=0) for blocks in (rows_of, columns_of)]
     buffer = filtered.norm.new_empty(sides[0] * sides[1])
     with full_float32(buffer.device.type):

@@ -10,7 +10,7 @@ from torch import Tensor
 from vareid_ext import _native
 from vareid_ext.ops._checks import check_choice
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
-from vareid_ext.ops._filter import Filter, block_side, row_blocks
+from vareid_ext.ops._filter import Filter, block_side, row_blocks, strip_side
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.ops._operator import add_gradient, define
 from vareid_ext.reference import accumulator_dtype
@@ -36,7 +36,8 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
     other = len(parts) - 1
     out = x.new_empty((x.shape[0], filtered.parts[other].shape[0]), dtype=torch.float32)
     side = block_side(x.device)
-    columns_of = row_blocks(filtered, [other], side)
+    # A set against itself is done in squares, whose mirror images are written too.
+    columns_of = row_blocks(filtered, [other], side if symmetric else strip_side(x.device, side))
     with full_float32(x.device.type):
         for which, first, last, _ in row_blocks(filtered, [0], side):
             rows, at = filtered.block(which, first, last, 0), slice(first, last)
@@ -94,7 +95,7 @@ class RowDistances:
         out = self.x.new_empty((end - begin, self.y.shape[0]), dtype=torch.float32)
         with full_float32(out.device.type):
             rows = filtered.block(0, begin, end, 0)
-            for _, first, last, _ in row_blocks(filtered, [1], block_side(out.device)):
+            for _, first, last, _ in row_blocks(filtered, [1], strip_side(out.device, block_side(out.device))):
                 block = out[:, first:last]
                 torch.mm(rows, filtered.block(1, first, last, 1).T, out=block)
                 sides = _sides(filtered, at, 1, slice(first, last), "sqeuclidean")

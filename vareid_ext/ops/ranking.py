@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,13 +11,10 @@ from torch import Tensor
 from vareid_ext import _native
 from vareid_ext.ops import _progress
 from vareid_ext.ops._features import largest_magnitude
-from vareid_ext.ops._filter import Filter, block_side, common_scale, row_blocks
+from vareid_ext.ops._filter import Filter, block_side, common_scale, row_blocks, strip_side
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.ops._operator import define
 from vareid_ext.reference import ranking as reference
-from vareid_ext.reference.pairwise_distance import exact_distance
-
-_PAIR_ELEMENTS = 1 << 22  # of the features of pairs that are measured at once
 
 
 def _empty_results(distances: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,12 +57,6 @@ class _Labels:
 
     def most_matches(self) -> int:
         return int((self.end - self.begin).max()) if len(self.begin) else 0
-
-    def matches(self, rows: slice, places: int) -> tuple[Tensor, Tensor]:
-        """Of some queries: the gallery images of their identity [rows, places], and which of these places are taken."""
-        place = self.begin[rows, None] + torch.arange(places, device=self.begin.device)
-        taken = place < self.end[rows, None]
-        return self.order[place.clamp(max=len(self.order) - 1)], taken
 
 
 def _native_forward(
@@ -136,7 +127,7 @@ def _products(filtered: Filter, block_rows: int) -> Iterator[tuple[slice, Tensor
     """Blocks of queries and their products with the whole gallery, [rows, G]; each is valid until the next."""
     side = block_side(filtered.norm.device)
     of_queries = row_blocks(filtered, [0], min(block_rows, side))
-    of_gallery = row_blocks(filtered, [1], side)
+    of_gallery = row_blocks(filtered, [1], strip_side(filtered.norm.device, side))
     height, G = max((last - first for _, first, last, _ in of_queries), default=0), filtered.parts[1].shape[0]
     buffer = filtered.norm.new_empty((height, G))
     for _, first, last, _ in of_queries:
@@ -149,24 +140,17 @@ def _products(filtered: Filter, block_rows: int) -> Iterator[tuple[slice, Tensor
         _progress.advance((last - first) * G)
 
 
-def _ranked(
-    rank: Callable[..., None], query: Tensor, gallery: Tensor, metric: str, *labels_and_rows: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per-query results by one of the two following functions."""
-    *given, block_rows = labels_and_rows
-    filtered = Filter([query, gallery], ["query", "gallery"], metric)
-    results = _empty_results(query)
-    rank(filtered, _Labels(*given), results, block_rows)
-    return results
-
-
-def _rank_on_cpu(filtered: Filter, labels: _Labels, results: tuple[Tensor, ...], block_rows: int) -> None:
+def _native_features(query: Tensor, gallery: Tensor, metric: str, *given: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The kernel that ranks by products and measures what they leave open."""
-    most_matches, everything = labels.most_matches(), slice(None)
-    needed = _native.module().ranking_features_workspace_bytes(
-        most_matches, filtered.parts[1].shape[0], torch.get_num_threads()
-    )
-    workspace = torch.empty(needed, dtype=torch.uint8)
+    *of_labels, block_rows = given
+    filtered = Filter([query, gallery], ["query", "gallery"], metric)
+    labels, results, workspace, most_matches = _Labels(*of_labels), _empty_results(query), None, 0
+    if not query.is_cuda:
+        most_matches = labels.most_matches()
+        needed = _native.module().ranking_features_workspace_bytes(
+            most_matches, gallery.shape[0], torch.get_num_threads()
+        )
+        workspace = torch.empty(needed, dtype=torch.uint8)
 
     def features(which: int, at: slice) -> tuple[Tensor | None, ...]:
         factor = filtered.factors[which]
@@ -177,47 +161,10 @@ def _rank_on_cpu(filtered: Filter, labels: _Labels, results: tuple[Tensor, ...],
 
     for rows, products in _products(filtered, block_rows):
         _native.launch(
-            "ranking_features", products, features(0, rows), features(1, everything), labels.arrays(rows),
+            "ranking_features", products, features(0, rows), features(1, slice(None)), labels.arrays(rows),
             [result[rows] for result in results], workspace, most_matches, on=products,
         )  # fmt: skip
-
-
-def _rank_on_gpu(filtered: Filter, labels: _Labels, results: tuple[Tensor, ...], block_rows: int) -> None:
-    """Products where their bounds decide, measured distances elsewhere, and then the kernel that ranks distances."""
-    most_matches = max(1, labels.most_matches())
-    for rows, products in _products(filtered, block_rows):
-        distances = filtered.norms[0][rows, None].double() + filtered.norms[1].double()
-        distances -= 2 * products.double()
-        window = filtered.windows[0][rows, None].double() + filtered.windows[1].double()
-        image, taken = labels.matches(rows, most_matches)
-        match = torch.full(image.shape, torch.inf, dtype=torch.float64, device=products.device)
-        match[taken] = _measured(filtered, rows.start + taken.nonzero()[:, 0], image[taken])
-        match = match.sort(dim=1).values
-        # Images that may lie on either side of a match; the matches are among them.
-        level = torch.searchsorted(match, distances - window) < torch.searchsorted(
-            match, distances + window, right=True
-        )
-        if labels.junk is not None:
-            level &= ~labels.junk
-        row, image = level.nonzero(as_tuple=True)
-        distances[row, image] = _measured(filtered, rows.start + row, image)
-        _rank_rows(distances, labels, rows, results, most_matches)
-
-
-def _measured(filtered: Filter, row: Tensor, image: Tensor) -> Tensor:
-    """Squared distances of pairs of a query and a gallery row, float64, each by itself."""
-    distance = torch.empty(row.shape, dtype=torch.float64, device=row.device)
-    step = max(1, _PAIR_ELEMENTS // filtered.parts[0].shape[1])
-    for begin in range(0, len(row), step):
-        pairs = slice(begin, begin + step)
-        x, y = (_rows_in_full(filtered, which, number[pairs]) for which, number in enumerate((row, image)))
-        distance[pairs] = exact_distance(x[:, None], y[:, None], "sqeuclidean")[:, 0, 0]
-    return distance
-
-
-def _rows_in_full(filtered: Filter, which: int, number: Tensor) -> Tensor:
-    rows, factor = filtered.parts[which][number].double(), filtered.factors[which]
-    return rows if factor is None else rows * factor[number, None]
+    return results
 
 
 ranking_features = define(
@@ -226,7 +173,7 @@ ranking_features = define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda query, *_arguments: _empty_results(query),
     reference=_reference_features,
-    native=lambda query, *arguments: _ranked(_rank_on_gpu if query.is_cuda else _rank_on_cpu, query, *arguments),
+    native=_native_features,
 )
 """Per-query results from features, in the order of their float64 distances, ties by gallery index.
 

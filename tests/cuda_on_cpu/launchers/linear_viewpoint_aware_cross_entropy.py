@@ -61,3 +61,7 @@ def linear_viewpoint_aware_cross_entropy_inverse_norms(launch: Any, x: Any, inve
 
 def linear_viewpoint_aware_cross_entropy_project(launch: Any, x: Any, inverse: Any, grad: Any, place: Any) -> None:
     launch("linear_viewpoint_aware_cross_entropy_project_cuda", x, inverse, InOut(grad), *x.shape, dtype_code(x))
+
+
+def linear_viewpoint_aware_cross_entropy_scale(launch: Any, grad: Any, factor: Any, place: Any) -> None:
+    launch("linear_viewpoint_aware_cross_entropy_scale_cuda", InOut(grad), factor, grad.numel(), dtype_code(grad))

@@ -5,11 +5,6 @@
 namespace cuda_on_cpu {
 
 template <>
-struct Fields<vareid::Bounds> {
-  using types = std::tuple<const float*, const float*>;
-  static vareid::Bounds make(const float* norm, const float* window) { return {norm, window}; }
-};
-template <>
 struct Fields<vareid::Candidates> {
   using types = std::tuple<float*, int32_t*, int32_t*, float*, float*, float*, int64_t, int64_t>;
   static vareid::Candidates make(float* lower, int32_t* index, int32_t* count, float* threshold, float* cut,

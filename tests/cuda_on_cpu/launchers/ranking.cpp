@@ -24,3 +24,4 @@ struct Fields<vareid::RankingResults> {
 }  // namespace cuda_on_cpu
 
 EXPORT(ranking_forward_cuda)
+EXPORT(ranking_features_cuda)

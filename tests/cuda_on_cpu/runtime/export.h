@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "dtype.h"
-#include "pairwise_distance.h"
+#include "nearest_neighbors.h"
 #include "place.h"
 
 namespace cuda_on_cpu {
@@ -33,6 +33,11 @@ template <typename T>
 struct Fields {
   using types = std::tuple<T>;
   static T make(T value) { return value; }
+};
+template <>
+struct Fields<vareid::Bounds> {
+  using types = std::tuple<const float*, const float*>;
+  static vareid::Bounds make(const float* norm, const float* window) { return {norm, window}; }
 };
 template <>
 struct Fields<vareid::Features> {
