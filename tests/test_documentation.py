@@ -126,18 +126,21 @@ def folder(trained_run, tmp_path_factory) -> Path:
     data = synthetic_data(SyntheticSettings(**size, height=32, width=16))
     write_manifest(data, folder / "my")
     shutil.copytree(folder / "my", folder / "coil20")
-    (folder / "photos").mkdir()
+    for place in ("photos", "photos-schp"):
+        (folder / place).mkdir()
     for name, image in zip("ab", range(2), strict=True):
         data.query.load(image).save(folder / "photos" / f"{name}.jpg")
+        Image.new("L", (16, 32), 5).save(folder / "photos-schp" / f"{name}.png")
     viewpoints = {}
     for split, images in zip(("bounding_box_train", "query", "bounding_box_test"), data.splits.values(), strict=True):
-        for place in (folder / "Market-1501" / split, folder / "parsing" / split):
+        for place in (folder / "Market-1501" / split, folder / "parsing" / split, folder / "schp" / split):
             place.mkdir(parents=True)
         offset = 0 if split == "bounding_box_train" else 1000
         for i, (identity, camera) in enumerate(zip(images.identity, images.camera, strict=True)):
             stem = f"{identity + offset + 1:04d}_c{camera % 6 + 1}s1_{i:06d}_00"
             images.load(i).save(folder / "Market-1501" / split / f"{stem}.jpg")
-            Image.new("L", (16, 32), i % 5).save(folder / "parsing" / split / f"{stem}.png")
+            for maps in ("parsing", "schp"):
+                Image.new("L", (16, 32), i % 5).save(folder / maps / split / f"{stem}.png")
             viewpoints[f"{stem}.jpg"] = (i % 3, ("front", "side", "back")[i % 3])
     (folder / "market_image_map_direction.pkl").write_bytes(pickle.dumps(viewpoints))
     return folder
