@@ -108,7 +108,7 @@ def test_a_uv_table_against_a_loop():
     for n, row, column in np.ndindex(2, 20, 10):
         part, u, v = (int(value) for value in iuv[n, :, row, column])
         if part:
-            place = n, part - 1, int(np.floor(3 * v / 255)), int(np.floor(3 * u / 255))
+            place = n, part - 1, v // 64, u // 64
             expected[place[0], place[1], :, place[2], place[3]] += image[n, :, row, column]
             count[place] += 1
     found = uv_table(torch.from_numpy(image), torch.from_numpy(iuv), parts=4, size=4)
@@ -116,6 +116,18 @@ def test_a_uv_table_against_a_loop():
     assert 0 < (count == 0).sum() < count.size
     assert np.array_equal(found[:, :, 3], count > 0)
     np.testing.assert_allclose(found[:, :, :3], expected / np.maximum(count, 1)[:, :, None], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 32, 256])
+def test_a_uv_table_counted_from_the_other_side_is_mirrored(size):
+    image = torch.arange(256.0).view(1, 1, 16, 16)
+    u = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    iuv = torch.stack([torch.ones_like(u), u, 77 * u])[None]  # 77 is odd: each V occurs once, too
+    other = iuv.clone()
+    other[:, 1] = 255 - other[:, 1]
+    table = uv_table(image, iuv, parts=1, size=size)
+    assert torch.equal(uv_table(image, other, parts=1, size=size), table.flip(-1))
+    assert table[0, 0, 1].any(0).all(), "each column is hit"
 
 
 def test_a_uv_table_of_nothing_is_empty():

@@ -82,8 +82,9 @@ def uv_table(image: Tensor, iuv: Tensor, *, parts: int = 24, size: int = 32) -> 
         size: height and width s of a part's image.
 
     Returns:
-        Float32 [N, P, C + 1, s, s]. Column ``floor((s - 1) U / 255)`` and row ``floor((s - 1) V / 255)`` hold the mean
-        of the pixels that are there and 1 in the last channel, or 0 and 0 where there are none.
+        Float32 [N, P, C + 1, s, s]. Column ``floor(s U / 256)`` and row ``floor(s V / 256)`` hold the mean of the
+        pixels that are there and 1 in the last channel, or 0 and 0 where there are none. Where s divides 256 all cells
+        are as large, and U -> 255 - U mirrors the images exactly.
 
     Raises:
         ValueError: shapes that do not fit, a part above `parts`.
@@ -94,7 +95,7 @@ def uv_table(image: Tensor, iuv: Tensor, *, parts: int = 24, size: int = 32) -> 
     if part.numel() and part.max() > parts:
         raise ValueError(f"iuv: part {int(part.max())} was given; allowed are 0 to {parts}")
     number = torch.arange(len(image), device=image.device)[:, None, None]
-    row, column = v * (size - 1) // 255, u * (size - 1) // 255
+    row, column = v * size // 256, u * size // 256
     place = ((number * parts + part - 1) * size + row) * size + column
     pixels = torch.cat([image, torch.ones_like(image[:, :1])], 1).movedim(1, 3)
     seen = part > 0
