@@ -44,6 +44,11 @@ def test_a_method_says_what_it_is(name):
             assert 1 < mean_ap <= rank1 < 100, "percent"
     if "viewpoint" in METHODS[name].inputs:
         assert "viewpoint" in about.needs
+    if METHODS[name].inputs:
+        assert about.needs.endswith(" in training and at test" if METHODS[name].test_inputs else " in training")
+    else:
+        optional = "viewpoint_aware" in METHODS[name].Config.__dataclass_fields__
+        assert about.needs == ("viewpoint labels in training with viewpoint_aware" if optional else "")
 
 
 def test_a_claim_that_does_not_exist_is_named():

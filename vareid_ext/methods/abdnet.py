@@ -73,7 +73,7 @@ class AbdNet(Method):
         title="ABD-Net",
         paper="Chen et al., ICCV 2019",
         claim="reproduces",
-        needs="viewpoint labels only with viewpoint_aware, in training",
+        needs="viewpoint labels in training with viewpoint_aware",
         published={"market1501-abdnet": (88.28, 95.60), "dukemtmc-abdnet": (78.59, 89.00)},
         measured={"synthetic-abdnet": (59.8, 73.8)},
     )

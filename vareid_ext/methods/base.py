@@ -51,7 +51,8 @@ class About:
     claim: str
     """out of ``CLAIMS``"""
     needs: str = ""
-    """what it needs beside images and identities, and when, such as "viewpoint labels in training"; empty: nothing"""
+    """what it needs beside images and identities: "... in training", "... in training and at test", or for an option
+    "... in training with viewpoint_aware"; empty: nothing"""
     published: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """recipe -> the published scores that a run of it is compared with"""
     measured: Mapping[str, tuple[float, float]] = field(default_factory=dict)

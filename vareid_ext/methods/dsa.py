@@ -91,7 +91,7 @@ class Dsa(Method):
         title="DSA-reID",
         paper="Zhang et al., CVPR 2019",
         claim="in the manner of",
-        needs="DensePose's I, U, V of the training images (--iuv)",
+        needs="DensePose maps in training",
         published={"market1501-dsa": (87.6, 95.7), "dukemtmc-dsa": (74.3, 86.2)},
         measured={"synthetic-dsa": (20.4, 25.4)},
     )

@@ -80,7 +80,7 @@ class HaCnn(Method):
         title="HA-CNN",
         paper="Li et al., CVPR 2018",
         claim="network as published, schedule assumed",
-        needs="viewpoint labels only with viewpoint_aware, in training",
+        needs="viewpoint labels in training with viewpoint_aware",
         published={"market1501-hacnn": (75.7, 91.2), "dukemtmc-hacnn": (63.8, 80.5)},
         measured={"synthetic-hacnn": (66.8, 78.1)},
     )

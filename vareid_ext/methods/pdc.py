@@ -62,7 +62,7 @@ class Pdc(Method):
         title="PDC",
         paper="Su et al., ICCV 2017",
         claim="network as published, schedule assumed",
-        needs="keypoints in training and for features",
+        needs="keypoints in training and at test",
         published={"market1501-pdc": (63.41, 84.14)},
         measured={"synthetic-pdc": (42.6, 50.6)},
     )

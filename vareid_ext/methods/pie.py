@@ -104,7 +104,7 @@ class Pie(Method):
         title="PIE",
         paper="Zheng et al., TIP 2019",
         claim="network as published, schedule assumed",
-        needs="keypoints in training and for features",
+        needs="keypoints in training and at test",
         published={"market1501-pie": (69.25, 87.33), "dukemtmc-pie": (64.09, 80.84)},
         measured={"synthetic-pie": (40.2, 54.0)},
     )

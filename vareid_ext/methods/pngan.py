@@ -63,7 +63,7 @@ class Pngan(Method):
         title="PN-GAN",
         paper="Qian et al., ECCV 2018",
         claim="network as published, schedule assumed",
-        needs="generated views in training and for features",
+        needs="generated views in training and at test",
         published={"market1501-pngan": (72.58, 89.43), "dukemtmc-pngan": (53.20, 73.58)},
         measured={"synthetic-pngan": (38.9, 48.5)},
     )

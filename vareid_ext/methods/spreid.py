@@ -40,7 +40,7 @@ class Spreid(Method):
         title="SPReID",
         paper="Kalayeh et al., CVPR 2018",
         claim="network as published, schedule assumed",
-        needs="a parsing of every image (--parsing), in training and at test",
+        needs="parsing in training and at test",
         published={"market1501-spreid": (77.62, 90.88), "dukemtmc-spreid": (65.66, 81.73)},
         measured={"synthetic-spreid": (56.6, 69.8)},
     )

@@ -51,7 +51,7 @@ class Srb(Method):
         title="SRB",
         paper="Luo et al., CVPRW 2019",
         claim="reproduces",
-        needs="viewpoint labels only with viewpoint_aware, in training",
+        needs="viewpoint labels in training with viewpoint_aware",
         published={
             "market1501-srb": (85.9, 94.5),
             "dukemtmc-srb": (76.4, 86.4),
