@@ -23,6 +23,7 @@ from vareid_ext.methods.pngan_generated import draw_pose, partners, standing_pos
 from vareid_ext.models import Backbone, ModelConfig
 from vareid_ext.models.joints import HEAD_LINES, bones, box_along, compose, part_images, to_canvas
 from vareid_ext.models.pose_gan import PatchDiscriminator, PoseGenerator
+from vareid_ext.training.command_line import parse
 from vareid_ext.training.optimizers import train_only
 
 STANDING = torch.tensor(
@@ -439,6 +440,12 @@ def test_generator_and_judge_work_against_each_other():
     terms["discriminator"].value.backward()
     assert all(torch.equal(p.grad, old) for p, old in zip(method.generator.parameters(), before, strict=True))
     assert all(p.grad is not None for p in method.discriminator.parameters())
+
+
+@pytest.mark.parametrize("dataset", ["market1501", "dukemtmc"])
+def test_the_generator_learns_from_whole_photographs(dataset):
+    data = parse([f"--recipe={dataset}-pngan-generated", "--root=."]).config.data
+    assert (data.pad, data.erasing) == (0, 0)
 
 
 def test_generated_pictures_are_of_the_photograph_in_eight_poses():

@@ -2,7 +2,8 @@
 
 Two teachers see the joints: one the upright parts of a person, one the regions of head, upper and lower body. The
 student learns to give both their features from the photograph alone. What the paper does beyond that was not to be had;
-the networks, the regions and the distillation are our reading.
+the networks, the regions and the distillation are our reading. The latter is 2 - 2 cos, the squared distance of vectors
+of length 1, summed over their entries and not averaged, so that its weight does not depend on their length.
 """
 
 from __future__ import annotations
