@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.test_train import SMALL, assert_same, interrupt_at, start
-from tests.tiny import BACKBONE, batch_of, tiny
+from tests.tiny import BACKBONE, batch_of, method_of, tiny
 from vareid_ext.cli import train
 from vareid_ext.files.checkpoint import load_checkpoint
 from vareid_ext.losses import smoothed_viewpoint_cross_entropy
@@ -281,6 +281,15 @@ def test_parts_that_the_method_does_not_have_are_named(tmp_path, capsys, argumen
     assert start(tmp_path / "run", *arguments) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [*((name, "stage") for name in ("two-branch", "pdc", "mgn", "abdnet", "pgr", "dsa")), ("abdnet", "shallow_stage")],
+)
+def test_a_stage_of_the_backbone_that_does_not_exist_is_named_as_the_setting_it_is(name, field):
+    with pytest.raises(ValueError, match=rf"^method\.{field}: 'layer9' was given; allowed are .*layer2"):
+        method_of(name, **{field: "layer9"})
 
 
 def test_a_stage_that_is_over_cannot_be_changed(tmp_path, monkeypatch, capsys):

@@ -86,8 +86,8 @@ class AbdNet(Method):
         self.epsilon = config.epsilon * (1 - 1 / classes.identities)
         dim, aware = config.dim, config.viewpoint_aware
         self.backbone = Backbone.of(model)
-        self.global_tail, self.attentive_tail = self.backbone.split_off(config.stage, copies=2)
-        (self.middle,) = self.backbone.split_off(config.shallow_stage, copies=1)
+        self.global_tail, self.attentive_tail = self.backbone.split_off(config.stage, copies=2, field="method.stage")
+        (self.middle,) = self.backbone.split_off(config.shallow_stage, copies=1, field="method.shallow_stage")
         self.shallow = ChannelAttention()
         self.pool = POOLING[model.pooling]()
         self.shorten = nn.Sequential(embedding(self.backbone.channels, dim, bias=True), nn.Dropout(0.5))

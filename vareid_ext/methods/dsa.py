@@ -104,7 +104,7 @@ class Dsa(Method):
         self.config, self.pool = config, POOLING[model.pooling]()
         self.backbone = Backbone.of(model)
         channels, regions = self.backbone.channels, len(GROUPS)
-        self.branches = self.backbone.split_off(config.stage, copies=2)
+        self.branches = self.backbone.split_off(config.stage, copies=2, field="method.stage")
         self.masks = nn.Conv2d(channels, regions, 1)
         self.regions = nn.ModuleList(embedding(channels, config.dim) for _ in GROUPS)
         self.guide = Guide(config.dim, config.part_size)

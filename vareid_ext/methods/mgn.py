@@ -68,9 +68,11 @@ class Mgn(Method):
         self.backbone = Backbone.of(replace(model, last_stride=2))
         high = Backbone.of(replace(model, pretrained=False, weights=None))
         high.load_state_dict(self.backbone.state_dict())
-        self.branches = nn.ModuleList(
-            [*self.backbone.split_off(config.stage, copies=1), *high.split_off(config.stage, copies=2)]
-        )
+        tails = [
+            backbone.split_off(config.stage, copies=copies, field="method.stage")
+            for backbone, copies in ((self.backbone, 1), (high, 2))
+        ]
+        self.branches = nn.ModuleList(branch for branches in tails for branch in branches)
         channels, parts = self.backbone.channels, sum(map(sum, ROWS))
         self.embed_part = nn.ModuleList(embedding(channels, config.dim, init="fan_in") for _ in range(parts))
         for embed in self.embed_part:

@@ -74,7 +74,7 @@ class Pdc(Method):
         super().__init__()
         self.config = config
         self.backbone = Backbone.of(model)
-        self.tails = self.backbone.split_off(config.stage, copies=2)
+        self.tails = self.backbone.split_off(config.stage, copies=2, field="method.stage")
         self.part_backbone = with_own_norms(self.backbone)
         limb = Localizer(config.part_height // 2, config.part_width // 4, pool=config.localizer_pool)
         body = Localizer(config.part_height // 2, config.part_width // 2, pool=config.localizer_pool)

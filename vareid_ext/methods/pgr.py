@@ -87,7 +87,7 @@ class _Student(nn.Module):
     def __init__(self, model: ModelConfig, identities: int, stage: str, dim: int) -> None:
         super().__init__()
         self.backbone, self.pool = Backbone.of(model), POOLING[model.pooling]()
-        self.tails = self.backbone.split_off(stage, copies=2)
+        self.tails = self.backbone.split_off(stage, copies=2, field="method.stage")
         self.regions = nn.Conv2d(self.backbone.channels, len(REGIONS), 1)
         self.head = identity_head(self.backbone.channels, identities)
         self.parts = PartHeads(len(REGIONS), self.backbone.channels, dim, identities)

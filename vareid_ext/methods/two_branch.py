@@ -70,7 +70,7 @@ class TwoBranch(Method):
         self.config, self.view_weight = config, config.view_weight
         self.backbone = Backbone.of(model)
         channels = self.backbone.channels
-        self.branches = self.backbone.split_off(config.stage, copies=2)
+        self.branches = self.backbone.split_off(config.stage, copies=2, field="method.stage")
         self.pools = nn.ModuleList(POOLING[model.pooling]() for _ in self.branches)
         self.necks = nn.ModuleList(batch_norm_neck(channels) for _ in self.branches)
         self.identity_centers = nn.Parameter(torch.empty(classes.identities, channels))

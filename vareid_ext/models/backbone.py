@@ -97,12 +97,13 @@ class Backbone(nn.Module):
             backbone.left_out = load_backbone_weights(backbone.trunk, config.weights)
         return backbone
 
-    def split_off(self, stage: str, copies: int) -> nn.ModuleList:
+    def split_off(self, stage: str, copies: int, *, field: str = "stage") -> nn.ModuleList:
         """Cut the network before a stage, or before a block of one; it ends there then.
 
         Args:
             stage: name of a child of the network, such as "layer4", or of a block within, such as "layer3.1".
             copies: how often what follows is wanted.
+            field: what errors call `stage`.
 
         Returns:
             What followed, `copies` times, with weights of their own that are the same at first.
@@ -115,7 +116,7 @@ class Backbone(nn.Module):
         blocks = {name: [*child._modules] for name, child in children.items() if isinstance(child, nn.Sequential)}
         cuts = [*names[1:], *(f"{name}.{block}" for name in blocks for block in blocks[name][1:])]
         if stage not in cuts:
-            raise ValueError(f"stage: {stage!r} was given; allowed are {', '.join(cuts)}")
+            raise ValueError(f"{field}: {stage!r} was given; allowed are {', '.join(cuts)}")
         name, _, block = stage.partition(".")
         before, after = names[: names.index(name)], names[names.index(name) :]
         first, last = ({name: children[name] for name in part} for part in (before, after))
@@ -127,7 +128,7 @@ class Backbone(nn.Module):
             image = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
             same = torch.equal(tail.eval()(shared.eval()(image)), self.trunk.eval()(image))
         if not same:
-            raise ValueError(f"stage: {type(self.trunk).__name__} is not its stages one after the other")
+            raise ValueError(f"{field}: {type(self.trunk).__name__} is not its stages one after the other")
         self.trunk = shared.train(training)
         tail.train(training)
         return nn.ModuleList([tail, *(copy.deepcopy(tail) for _ in range(copies - 1))])
