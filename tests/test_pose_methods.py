@@ -228,6 +228,10 @@ GAN = {"adversarial", "difference", "discriminator"}
         ("pie", [], {"photograph", "posebox", "fused"}),
         ("pdc", ["backbone", "tails.0", "photograph_head"], {"photograph"}),
         ("pdc", [], {"photograph", "parts", "fused"}),
+        *(
+            ("pdc", [part], {"photograph", "parts", "fused"})
+            for part in ("localizers", "part_backbone", "tails", "weight", "parts_head", "fused_head")
+        ),
         ("pgr", ["part_teacher", "region_teacher"], {"part teacher", "region teacher"}),
         ("pgr", ["student"], STUDENT),
         ("pgr", [], STUDENT | {"part teacher", "region teacher"}),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
-from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision, is_trained
+from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
 from vareid_ext.models import POOLING, Backbone, Localizer, ModelConfig, affine_crop, identity_head
 from vareid_ext.models.joints import compose, part_images
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
@@ -103,10 +103,16 @@ class Pdc(Method):
     def _weighted(self, parts: Tensor) -> Tensor:
         return torch.tanh(self.weight * parts + self.bias)
 
+    def _trains_parts(self) -> bool:
+        """Whether the stage trains any of what the loss of the photograph does not reach."""
+        stream = self.backbone, self.tails[0], self.pools[0], self.photograph_head
+        reached = {id(parameter) for module in stream for parameter in module.parameters()}
+        return any(parameter.requires_grad and id(parameter) not in reached for parameter in self.parameters())
+
     def forward(self, batch: Batch) -> dict[str, Term]:
-        """The identity loss of the photograph and, in a stage that trains their heads, of the parts and of both."""
+        """The identity loss of the photograph and, in a stage that trains more than that, of the parts and both."""
         photograph = self._photograph(batch)
-        parts = self._parts(batch) if is_trained(self.fused_head) else None
+        parts = self._parts(batch) if self._trains_parts() else None
         with full_precision(photograph):
             logits = {"photograph": self.photograph_head(photograph)}
             if parts is not None:
