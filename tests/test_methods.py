@@ -393,6 +393,32 @@ def test_a_loss_with_a_state_resumes_bit_identical(tmp_path, monkeypatch):
     assert entry["loss"]["total"] == pytest.approx(entry["loss"]["identity"] + entry["loss"]["seen"], rel=1e-6)
 
 
+class Idle(Plain):
+    """With a part that no loss depends on."""
+
+    def __init__(self, config, model, classes):
+        super().__init__(config, model, classes)
+        self.idle = nn.Linear(2, 2)
+
+
+class Silent(Idle):
+    """Without losses where only that part is trained."""
+
+    def forward(self, batch):
+        return super().forward(batch) if self.head.weight.requires_grad else {}
+
+
+@pytest.mark.parametrize("method", [Idle, Silent])
+def test_a_stage_that_trains_what_no_loss_depends_on_is_named_and_can_be_mended(tmp_path, monkeypatch, capsys, method):
+    monkeypatch.setitem(METHODS, "plain", method)
+    stages = "--stages=[{epochs: 1, train: [head]}, {epochs: 1, train: [idle]}]"
+    assert start(tmp_path, "--method=plain", "--baselines=false", stages) == 2
+    message = "error: stages[1].train: idle was given; no loss of method 'plain' depends on it\n"
+    assert capsys.readouterr().err.endswith(message)
+    assert load_checkpoint(tmp_path / "last.pt")["progress"]["step"] == 4
+    assert train.main(["--resume", str(tmp_path), stages.replace("idle", "idle, head")]) == 0
+
+
 def test_flip_and_normalisation_of_the_evaluation_are_used(tmp_path):
     arguments = ["--epochs=0", "--baselines=false", "--save-features", "--local"]
     features = {}

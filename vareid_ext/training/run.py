@@ -176,8 +176,15 @@ class Run:
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; the batch is kept.
+            ValueError: no loss depends on what the stage trains.
         """
         state, plan, step = self.state, self._plan, self.state.progress.step
+        if not any(term.value.requires_grad for term in terms.values()):
+            parts = ", ".join(plan.stage.train) or "everything"
+            raise ValueError(
+                f"stages[{plan.number}].train: {parts} was given; no loss of method {self.config.method.name!r} "
+                "depends on it"
+            )
         weighted = {name: term.weight * term.value for name, term in terms.items()}
         loss = functools.reduce(torch.add, weighted.values())
         # The one synchronisation of a step: the loss is looked at before it can spoil the weights.
