@@ -132,6 +132,23 @@ def test_stages_say_what_differs_in_each():
     assert command_line.to_config(config.plain()) == config
 
 
+@pytest.mark.parametrize("option", ["--epochs=5", "--optimizer.epochs=5"])
+def test_epochs_are_refused_where_stages_have_their_own(tmp_path, option):
+    path = tmp_path / "mine.yaml"
+    path.write_text("stages: [{epochs: 2}]\n")
+    for arguments, name in (
+        (["--recipe=synthetic-pcb-rpp"], "synthetic-pcb-rpp"),
+        (["--stages=[{epochs: 2}]"], "synthetic"),
+        (["--config", str(path)], "mine"),
+    ):
+        with pytest.raises(CommandLineError, match=f"^optimizer.epochs: 5 was given; {name} trains in stages, each"):
+            parse([*arguments, option])
+    config = parse(["--recipe=synthetic-pcb-rpp", option, "--stages=[]"]).config
+    assert config.epochs == 5
+    path.write_text(to_yaml(parse(["--recipe=synthetic-pcb-rpp"]).config))  # names every field, epochs too
+    assert parse(["--config", str(path)]).config.epochs == 11
+
+
 def test_a_file_may_name_the_recipe_that_it_differs_from(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("base: market1501-lsr\noptimizer: {epochs: 7}\n")

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from _vareid_cli import run
-from tests.test_train import SMALL, assert_same, interrupt_at
+from tests.test_train import SMALL, STAGED, assert_same, interrupt_at
 from tests.tiny import BACKBONE, batch_of
 from vareid_ext.cli import train
 from vareid_ext.files.checkpoint import load_checkpoint
@@ -286,7 +286,8 @@ def test_a_network_is_cut_before_a_block_too():
 
 def arguments_of(name):
     own = [f"--method.{key}={list(value) if isinstance(value, tuple) else value}" for key, value in TINY[name].items()]
-    return [*SMALL, f"--recipe=synthetic-{name}", *own, "--height=96", "--baselines=false"]
+    small = STAGED if name == "pcb-rpp" else SMALL
+    return [*small, f"--recipe=synthetic-{name}", *own, "--height=96", "--baselines=false"]
 
 
 STAGES = "--stages=[{epochs: 1, train: [backbone, parts]}, {epochs: 1, train: [classifier]}, {epochs: 1}]"

@@ -40,8 +40,13 @@ SMALL = [
 ]  # fmt: skip
 
 
+STAGED = [option for option in SMALL if not option.startswith("--epochs")]
+"""The same for a run in stages, which have their own epochs."""
+
+
 def start(output, *arguments):
-    return train.main([*SMALL, "--output", str(output), *arguments])
+    small = STAGED if any(argument.startswith("--stages") for argument in arguments) else SMALL
+    return train.main([*small, "--output", str(output), *arguments])
 
 
 def status(call, *arguments):

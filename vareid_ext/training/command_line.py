@@ -321,7 +321,7 @@ def parse(arguments: Sequence[str]) -> Request:
 
     Raises:
         CommandLineError: an unknown option, recipe or key of a configuration file (the nearest is named), a value of
-            the wrong type or out of range, a file that does not exist.
+            the wrong type or out of range, a file that does not exist, epochs beside stages.
         SystemExit: after ``--help``.
     """
     options = _normalise(arguments)
@@ -346,6 +346,11 @@ def parse(arguments: Sequence[str]) -> Request:
     known = field_names()
     texts = {name: text for name, _, text in pairs_given if name in known}
     config = _config(defaults, _as_texts(values) | texts, show_help="--help" in options)
+    if "optimizer.epochs" in texts and config.stages:
+        raise CommandLineError(
+            f"optimizer.epochs: {texts['optimizer.epochs']} was given; {name} trains in stages, each of which has its "
+            "own epochs: --stages sets them, and --stages=[] trains in one stage"
+        )
     folder = resume if resume is not None else output
     command = f"python -m vareid_ext.train {shlex.join(arguments)}".strip()
     command = command if command.isprintable() else ascii(command)
