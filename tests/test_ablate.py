@@ -19,7 +19,7 @@ from vareid_ext.data import READERS, synthetic_data
 from vareid_ext.methods import METHODS
 from vareid_ext.report import comparison_table
 from vareid_ext.training import program
-from vareid_ext.training.ablation import TABLE_2, Row, results, rows_of_losses, rows_of_methods
+from vareid_ext.training.ablation import TABLE_2, Row, plan, results, rows_of_losses, rows_of_methods
 from vareid_ext.training.command_line import parse
 from vareid_ext.training.config import Config
 
@@ -212,12 +212,48 @@ def test_a_killed_one_goes_on_from_its_last_checkpoint(tmp_path):
         (["--methods=va-reid,two-brunch"], "--methods: 'two-brunch' was given; did you mean 'two-branch'?"),
         (["--methods=va-reid,va-reid"], "--methods: va-reid, va-reid was given; each may be given once"),
         (["--epoch=3"], "--epoch: there is no such option; did you mean"),
+        (["--methods=two-branch,pcb-rpp"], "optimizer.epochs: 2 was given; synthetic-pcb-rpp trains in stages, each"),
+        (
+            ["--methods=two-branch,mgn", "--lr-factors={nope: 1}"],
+            "two-branch-0: optimizer.lr_factors: 'nope' was given",
+        ),
+        (["--methods=two-branch,mgn", "--seeds=2"], "mgn-0: data.height, data.width: 32, 16 were given; rows: "),
+        (
+            [
+                "--methods=two-branch,pie",
+                "--recipe=market1501-va-reid",
+                "--root=x",
+                "--stages=[]",
+                "--backbone=resnet10t",
+            ],
+            "pie-0: data.extras.keypoints: nothing was given; the method needs --data.extras.keypoints",
+        ),
     ],
 )
 def test_what_cannot_be_met_is_named_before_anything_runs(tmp_path, capsys, arguments, words):
     assert start(tmp_path / "none", *arguments) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_blanks_between_methods_do_not_count(tmp_path, monkeypatch):
+    folders = []
+    monkeypatch.setattr(ablate, "finish_run", lambda config, folder, command: folders.append(folder.name))
+    assert start(tmp_path, "--methods=two-branch, va-reid", "--seeds=1") == 0
+    assert folders == ["two-branch-0", "va-reid-0"]
+
+
+def test_a_run_is_checked_once_for_all_seeds_and_not_when_it_is_finished(tmp_path, monkeypatch):
+    checked = []
+    monkeypatch.setattr(program, "check", lambda config, resume: checked.append((config.method.name, resume)))
+    rows = rows_of_methods([], ["two-branch", "va-reid"])
+    for name in ("two-branch-0", "two-branch-1", "two-branch-2", "va-reid-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").touch()
+    (tmp_path / "va-reid-1").mkdir()
+    (tmp_path / "va-reid-1" / "last.pt").touch()
+    assert len(plan(rows, range(3), tmp_path)) == 6
+    assert checked == [("va-reid", True)]
 
 
 def test_runs_of_another_configuration_are_not_mixed_in(undisturbed, capsys):

@@ -43,7 +43,7 @@ def _run(options: argparse.Namespace) -> Result:
     _check_arguments(options.arguments, () if options.methods else SET_BY_THE_ROWS)
     arguments = [*_DEFAULTS, *options.arguments]
     request = parse(arguments)
-    names = options.methods.split(",") if options.methods else []
+    names = [name.strip() for name in options.methods.split(",")] if options.methods else []
     rows = rows_of_methods(arguments, names) if names else rows_of_losses(request.config)
     runs = plan(rows, seeds, output)
     title = f"{request.name}: runs (dots), their mean (bars), the paper (rings)"

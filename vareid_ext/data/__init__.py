@@ -2,10 +2,10 @@
 
 from vareid_ext.data.dataset import Batch, ReidDataset, collate, worker_init
 from vareid_ext.data.export import write_manifest
-from vareid_ext.data.extra_files import FORMATS, ExtraFiles, join_extras
+from vareid_ext.data.extra_files import FORMATS, ExtraFiles, check_given, join_extras
 from vareid_ext.data.extras import BODY_PAIRS, EXTRAS, SURFACE_PAIRS, Extra, with_extra
 from vareid_ext.data.load import check_readable, load_data
-from vareid_ext.data.readers import READERS, check_kind
+from vareid_ext.data.readers import READERS, check_kind, renders_extras
 from vareid_ext.data.readers.manifest import read_manifest
 from vareid_ext.data.readers.synthetic import synthetic_data
 from vareid_ext.data.sampler import BatchSampler, Draw, PKSampler, ShuffledSampler
@@ -37,6 +37,7 @@ __all__ = [
     "SyntheticSettings",
     "ViewpointLabels",
     "build_transform",
+    "check_given",
     "check_kind",
     "check_normalisation",
     "check_readable",
@@ -46,6 +47,7 @@ __all__ = [
     "load_data",
     "read_manifest",
     "read_viewpoint_labels",
+    "renders_extras",
     "synthetic_data",
     "with_extra",
     "with_soft_labels",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +131,8 @@ def plan(rows: Sequence[Row], seeds: Sequence[int], output: Path) -> dict[Path, 
     """The runs of rows: folder -> configuration, in the order in which they are done, all of a seed before the next.
 
     Raises:
-        ValueError: a folder holds a run of another configuration.
+        ValueError: a folder holds a run of another configuration; :func:`vareid_ext.training.program.check` refuses a
+            run that is not finished.
     """
     runs = {}
     for seed in seeds:
@@ -141,7 +142,20 @@ def plan(rows: Sequence[Row], seeds: Sequence[int], output: Path) -> dict[Path, 
     for folder, config in runs.items():
         if (folder / "config.yaml").is_file():
             _check_same(config, parse(["--resume", str(folder)]).config, folder)
+    _check_all({folder: config for folder, config in runs.items() if not (folder / "metrics.json").is_file()})
     return runs
+
+
+def _check_all(runs: Mapping[Path, Config]) -> None:
+    checked: list[Config] = []
+    for folder, config in runs.items():
+        same = replace(config, run=replace(config.run, seed=0))
+        if same not in checked:
+            try:
+                program.check(config, resume=(folder / "last.pt").is_file())
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{folder.name}: {error}") from error
+            checked.append(same)
 
 
 def _check_same(config: Config, kept: Config, folder: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from vareid_ext import _native
 from vareid_ext import data as datasets
-from vareid_ext.data import EXTRAS, ReidData
+from vareid_ext.data import EXTRAS, ReidData, check_given, renders_extras
 from vareid_ext.files.features import Features
 from vareid_ext.methods import METHODS
 from vareid_ext.retrieval import KReciprocal
@@ -59,12 +59,11 @@ def run(request: Request) -> tuple[RunFolder, ReidData]:
 def prepare(request: Request, signals: Signals, started: float) -> Run:
     """Check the request, load the data set, build or restore the state, and begin the run folder."""
     config = request.config
-    device = choose_device(config)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     text = to_yaml(config)
-    # The method, and a folder that was asked for, are looked at before the data set is read, which takes its time.
-    check_method(config, load_weights_file=not request.resume)
+    device = check(config, resume=request.resume)
+    # A folder that was asked for, too, is looked at before the data set is read.
     folder = None
     if request.output is not None:
         folder = RunFolder(request.output, resume=request.resume, config_text=text, command=request.command)
@@ -82,6 +81,28 @@ def prepare(request: Request, signals: Signals, started: float) -> Run:
         folder.write_config(text)
     folder.write_json(folder.environment, environment(device, request.command))
     return Run(config, data, plans, state, folder, device, signals, started)
+
+
+def check(config: Config, *, resume: bool = False) -> torch.device:
+    """Look at what is the same for every data set, before that is read, which takes its time.
+
+    Args:
+        config: of a run.
+        resume: whether the run goes on from a checkpoint, which brings its own weights.
+
+    Returns:
+        The device that the run asks for.
+
+    Raises:
+        ValueError, OSError: as :func:`choose_device` and :func:`vareid_ext.training.state.check_method`; an extra that
+            the method reads is not given.
+    """
+    device = choose_device(config)
+    if not renders_extras(config.data.kind):
+        names = METHODS[config.method.name].inputs
+        check_given(config.data.extras, [name for name in names if name in EXTRAS], prefix="data.extras.")
+    check_method(config, load_weights_file=not resume)
+    return device
 
 
 def load_run_data(config: Config, *, train: bool = False, progress: bool = True) -> ReidData:
