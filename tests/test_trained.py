@@ -207,7 +207,10 @@ def test_a_device_that_is_not_there_is_named(trained_run, device):
         vareid_ext.load(trained_run, device)
 
 
-LARGER = {
+FITTING = {
+    **dict.fromkeys(("pcb", "pcb-rpp", "pyramid"), ["--method.rows=2"]),
+    "hpm": ["--method.rows=[1, 2]"],
+    "mgn": ["--height=96", "--method.stage=layer4"],
     "pngan-generated": ["--height=56", "--width=56", "--generator-width=4", "--generator-blocks=1"],
 }  # fmt: skip
 """What a method needs to be tried on small images."""
@@ -217,7 +220,7 @@ LARGER = {
 def test_every_method_can_be_loaded_and_exported(name, tmp_path, capsys):
     output = tmp_path / "run"
     options = ["--method", name, "--epochs=1", "--baselines=false", "--save-features", "--workers=0"]
-    options += LARGER.get(name, [])
+    options += FITTING.get(name, [])
     assert run(["train", *SMALL, *options, "--output", str(output), "--quiet"]) == 0
     model = vareid_ext.load(output, "cpu")
     with np.load(output / "query.npz") as file:
