@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from vareid_ext.losses import smoothed_viewpoint_cross_entropy
 from vareid_ext.methods import METHODS, About, Method, Term, TrainingClasses, TwoBranch
 from vareid_ext.models import Backbone, ModelConfig
 from vareid_ext.training.command_line import parse, recipe_names
-from vareid_ext.training.config import OptimizerConfig
+from vareid_ext.training.config import Config, OptimizerConfig
 from vareid_ext.training.optimizers import build_optimizer, set_learning_rate, set_training_mode, train_only
 
 
@@ -32,6 +32,14 @@ def no_figures(monkeypatch):
 
 def log_of(output):
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_setting_of_a_method_takes_the_short_name_of_another_section(name):
+    """`--pooling` would be refused as ambiguous, whatever the method."""
+    sections = [getattr(Config(), field.name) for field in fields(Config) if field.name != "method"]
+    taken = {field.name for section in sections if is_dataclass(section) for field in fields(section)}
+    assert not taken & {field.name for field in fields(METHODS[name].Config)} - {"name"}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -208,7 +208,7 @@ def test_a_device_that_is_not_there_is_named(trained_run, device):
 
 
 FITTING = {
-    **dict.fromkeys(("pcb", "pcb-rpp", "pyramid"), ["--method.rows=2"]),
+    **{name: ["--method.rows=2"] for name in ("pcb", "pcb-rpp", "pyramid")},
     "hpm": ["--method.rows=[1, 2]"],
     "mgn": ["--height=96", "--method.stage=layer4"],
     "pngan-generated": ["--height=56", "--width=56", "--generator-width=4", "--generator-blocks=1"],

@@ -23,7 +23,7 @@ class HpmConfig:
     """the method"""
     rows: tuple[int, ...] = (1, 2, 4, 8)
     """the feature map is cut into this many equal rows, one cut after the other; all must divide its height"""
-    pooling: Literal["avg", "max", "sum"] = "sum"
+    row_pooling: Literal["avg", "max", "sum"] = "sum"
     """what is taken of a row: mean, maximum (the published model file), or the two added (the paper)"""
     dim: int = 256
     """length of a row's feature"""
@@ -63,7 +63,7 @@ class Hpm(Method):
         """The rows' features, P of [N, dim]."""
         x = self.backbone(batch.image)
         with full_precision(x):
-            return self.parts(pool_rows(x, equal_rows(x.shape[2], *self.config.rows), self.config.pooling))
+            return self.parts(pool_rows(x, equal_rows(x.shape[2], *self.config.rows), self.config.row_pooling))
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         """The cross entropies of the heads; the term's weight makes their sum of their mean."""
