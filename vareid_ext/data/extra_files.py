@@ -24,7 +24,7 @@ from vareid_ext.data.viewpoints import ViewpointLabels
 
 FORMATS = {
     "keypoints": "a JSON file of COCO, AlphaPose or MMPose, a folder of OpenPose's JSON files or of .npy files, or one "
-    "with market1501_14point_train.mat, _query.mat and _gallery.mat",
+    "with market1501_14point_train.npz (or .mat of MATLAB 7 and before), _query and _gallery",
     "parsing": "a folder of LIP class maps (.png, .npy) or class scores [20, H, W] (.npy)",
     "iuv": "a folder of DensePose's I, U, V pictures (.png) or arrays [3, H, W] (.npy)",
     "views": "a folder of <image>_to_1.png to <image>_to_8.png",
@@ -38,7 +38,7 @@ class ExtraFiles:
 
     keypoints: str | None = None
     """14 joints of every person: a JSON file of COCO, AlphaPose or MMPose, a folder of OpenPose's JSON files or of .npy
-    files, or one with the public joints of Market-1501 (market1501_14point_train.mat, _query.mat, _gallery.mat)"""
+    files, or one with the public joints of Market-1501 (market1501_14point_train.npz, _query, _gallery)"""
     keypoints_order: Literal["auto", "cpm", "lsp", "mpii", "coco", "openpose18", "body25"] = "auto"
     """order in which keypoints are listed; auto: by their number, 16 mpii, 17 coco, 18 openpose18, 25 body25"""
     parsing: str | None = None
