@@ -20,6 +20,7 @@ COMMANDS = {
     "ablate": "the losses of the paper's Table 2, or methods, trained and compared",
     "evaluate": "CMC, mAP and mINP of trained models, or of features in files",
     "extract": "features of images by a trained model",
+    "views": "pictures of the people on images in eight poses, drawn by a trained PN-GAN",
     "export": "the feature of a trained model as an ONNX file or a torch.export program",
     "rerank": "k-reciprocal re-ranking of features in files",
     "figures": "the pictures and tables of a finished run again",

@@ -100,6 +100,19 @@ def test_a_run_folder_is_cleared_of_what_a_killed_run_left(tmp_path, writer):
     assert names(tmp_path) == []
 
 
+def test_a_folder_is_cleared_of_all_that_was_left_in_it(tmp_path, writer):
+    kill(writer)
+    (left,) = tmp_path.iterdir()
+    left.rename(left.with_name(left.name.replace("result", "another")))
+    with atomic_file(tmp_path / "another", tidy=False) as file:
+        file.write(b"whole")
+        assert len(names(tmp_path)) == 2
+    with atomic_file(tmp_path / "result") as file:
+        remove_unfinished(tmp_path)
+        assert len(names(tmp_path)) == 2
+    assert names(tmp_path) == ["another", "result"]
+
+
 def test_a_writer_that_runs_keeps_its_file(tmp_path, writer):
     with atomic_file(tmp_path / "result") as file:
         file.write(b"first")

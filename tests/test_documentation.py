@@ -66,6 +66,7 @@ ELSEWHERE = {
     "python -m benchmarks.market_ablation train": ("tests/test_market_ablation.py", 'command = ["train"'),
     "python -m vareid_ext.train --method contrastive": ("tests/test_documentation.py", "--method=contrastive"),
     "vareid ablate --output": ("tests/test_ablate.py", "def test_nine_rows_of_seven_runs"),
+    "vareid views": ("tests/test_views.py", 'run(["views"'),
     "pip download": ("tests/test_gpu_report.py", "--wheels"),  # needs the network
 }
 # What a command gets beside its own arguments, by its beginning; the first that fits counts.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from vareid_ext.data import EXTRAS, FORMATS, UNKNOWN, Extra, ImageList, ReidDataset, build_transform
+from vareid_ext.data import EXTRAS, FORMATS, UNKNOWN, Batch, Extra, ImageList, ReidDataset, build_transform
 from vareid_ext.data.types import open_image
 from vareid_ext.files.checkpoint import load_checkpoint
 from vareid_ext.files.features import Features
@@ -24,7 +24,7 @@ from vareid_ext.ops._checks import check_count
 from vareid_ext.training.command_line import to_config
 from vareid_ext.training.config import Config
 from vareid_ext.training.device import AUTOCAST, device_named
-from vareid_ext.training.evaluation import feature_batches
+from vareid_ext.training.evaluation import inference_batches
 from vareid_ext.training.state import build_method
 
 COLOURS = ("rgb", "bgr")
@@ -128,8 +128,10 @@ class TrainedModel:
         precision: str = "fp32",
         flip: bool | None = None,
         workers: int = 0,
+        compute: Callable[[Batch], Tensor] | None = None,
     ) -> Iterator[Tensor]:
-        """The features [n, D] of one batch of a list after the other; arguments as of :meth:`embed`."""
+        """The features [n, D] of one batch of a list after the other, or what else is computed of a batch; the other
+        arguments as of :meth:`embed`."""
         if precision not in AUTOCAST:
             raise ValueError(f"precision: {precision!r} was given; allowed are {', '.join(AUTOCAST)}")
         if precision == "fp16" and self.device.type != "cuda":
@@ -143,7 +145,8 @@ class TrainedModel:
         images = replace(images, extras={name: images.extras[name] for name in self.method.test_inputs if len(images)})
         batch_size, workers = check_count("batch_size", batch_size, 1), check_count("workers", workers, 0, 256)
         how = self.preprocessing if flip is None else replace(self.preprocessing, flip=flip)
-        return feature_batches(
+        embed = partial(self.method.embed, flip=how.flip, normalize=how.normalize)
+        return inference_batches(
             self.method,
             images,
             build_transform(how.height, how.width, train=False, mean=how.mean, std=how.std),
@@ -151,8 +154,7 @@ class TrainedModel:
             device=self.device,
             workers=workers,
             autocast=AUTOCAST[precision],
-            flip=how.flip,
-            normalize=how.normalize,
+            compute=compute or embed,
         )
 
     def features(self, images: ImageList, *, progress: bool = False, **options: Any) -> Features:

@@ -92,14 +92,16 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--debug", action="store_true", help="errors with a traceback")
 
 
-def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
-    """How a trained model is run."""
+def add_inference_arguments(parser: argparse.ArgumentParser, *, flip: bool = True) -> None:
+    """How a trained model is run; `flip` is for what gives features."""
     group = parser.add_argument_group("inference")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     group.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the network (default: %(default)s)")
-    group.add_argument(
-        "--flip", action=argparse.BooleanOptionalAction, help="add the mirrored image's feature (default: as the run)"
-    )
+    if flip:
+        group.add_argument(
+            "--flip", action=argparse.BooleanOptionalAction,
+            help="add the mirrored image's feature (default: as the run)",
+        )  # fmt: skip
     group.add_argument("--batch-size", type=int, default=128, metavar="N", help="images at once (default: %(default)s)")
     group.add_argument("--workers", type=int, metavar="N", help="processes that load images (default: chosen)")
 
@@ -109,9 +111,8 @@ def inference_options(options: argparse.Namespace) -> dict[str, Any]:
     workers = min(8, len(os.sched_getaffinity(0)) - 1) if options.workers is None else options.workers
     if workers < 0:
         raise ValueError(f"--workers: {workers} was given; allowed are values from 0 on")
-    return {
-        "batch_size": options.batch_size, "precision": options.precision, "flip": options.flip, "workers": workers,
-    }  # fmt: skip
+    how = {"batch_size": options.batch_size, "precision": options.precision, "workers": workers}
+    return how | {"flip": options.flip} if hasattr(options, "flip") else how
 
 
 def run_command(

@@ -103,8 +103,8 @@ def _run(options: argparse.Namespace) -> Result:
     inputs = model.method.test_inputs
     check_given(files, inputs, f"method {model.config.method.name!r}")
     images = read_images(options.images, options.data, options.split, progress=not options.quiet)
-    lists, missing = join_extras({"": images}, files, {"": inputs}, _folder(options.images))
-    images, notes, skipped = _readable(lists[""], options.skip_bad_images, progress=not options.quiet)
+    lists, missing = join_extras({"": images}, files, {"": inputs}, folder_of(options.images))
+    images, notes, skipped = readable(lists[""], options.skip_bad_images, progress=not options.quiet)
     unread = [f"{name} are given, but the method does not read them" for name in EXTRAS
               if getattr(files, name) is not None and name not in inputs]  # fmt: skip
     notes = (*notes, *missing, *unread)
@@ -128,7 +128,7 @@ def _run(options: argparse.Namespace) -> Result:
     return Result(text, {"output": str(output), "images": len(feature), "D": feature.shape[1], "skipped": skipped})
 
 
-def _folder(source: str) -> str:
+def folder_of(source: str) -> str:
     """The folder that relative paths start from."""
     return source if os.path.isdir(source) else os.path.dirname(source)
 
@@ -181,7 +181,7 @@ def _all_images(data: ReidData) -> ImageList:
     return ImageList(identity=np.full(len(columns["paths"]), UNKNOWN), loader=data.query.loader, **columns)
 
 
-def _readable(images: ImageList, skip: bool, *, progress: bool) -> tuple[ImageList, tuple[str, ...], list[str]]:
+def readable(images: ImageList, skip: bool, *, progress: bool) -> tuple[ImageList, tuple[str, ...], list[str]]:
     """The images without those that cannot be read; what is to be said about these; and their paths."""
     bad = unreadable_images(images, progress=progress)
     if not bad:

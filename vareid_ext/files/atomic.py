@@ -18,17 +18,19 @@ _UNFINISHED = re.compile(r"(\..*\.[0-9a-f]{8}\.)[0-9a-f]{8}\.part", re.DOTALL)  
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_file(path: str | os.PathLike[str], *, tidy: bool = True) -> Iterator[BinaryIO]:
     """A binary file to write in a ``with`` block; `path` holds the old content or all of the new.
 
     The file may also be written by its ``name``, as a memory map is. Where `path` is a symbolic link, the file that it
-    points to is replaced. What killed writers of `path` have left is removed first.
+    points to is replaced. With `tidy` what killed writers of `path` have left is removed first, for which its folder is
+    listed; who writes many files into one folder does that once (:func:`remove_unfinished`).
 
     Raises:
         OSError: the file cannot be written; the error names `path`.
     """
     target = Path(os.path.realpath(path))
-    remove_unfinished(target)
+    if tidy:
+        remove_unfinished(target)
     with naming(path):
         raw = _locked_file(target)
         try:
@@ -72,17 +74,20 @@ def check_writable(path: str | os.PathLike[str], suffixes: tuple[str, ...], inpu
 
 
 def remove_unfinished(path: str | os.PathLike[str]) -> None:
-    """Remove what :func:`atomic_file` left of `path` in processes of this machine that were killed.
+    """Remove what :func:`atomic_file` left of `path`, or of all files in the folder `path`, in killed processes of this
+    machine.
 
     A writer keeps its file locked, and the system unlocks it when the process ends, however it ends.
     """
     target = Path(os.path.realpath(path))
+    whole = target.is_dir()
+    folder = target if whole else target.parent
     with contextlib.suppress(OSError):  # the folder cannot be read
-        for name in os.listdir(target.parent):
+        for name in os.listdir(folder):
             match = _UNFINISHED.fullmatch(name)
-            if match and match[1] == _prefix(target):
+            if match and (match[1].endswith(_machine()) if whole else match[1] == _prefix(target)):
                 with contextlib.suppress(OSError):  # it is locked, another user's, or gone
-                    _remove_unlocked(target.with_name(name))
+                    _remove_unlocked(folder / name)
 
 
 def _remove_unlocked(path: Path) -> None:
@@ -93,8 +98,13 @@ def _remove_unlocked(path: Path) -> None:
 
 
 def _prefix(target: Path) -> str:
-    """What the names of unfinished files begin with. Machines that share a folder need not share its locks."""
-    return f".{target.name}.{zlib.crc32(os.uname().nodename.encode()):08x}."
+    """What the names of unfinished files begin with."""
+    return f".{target.name}{_machine()}"
+
+
+def _machine() -> str:
+    """Machines that share a folder need not share its locks."""
+    return f".{zlib.crc32(os.uname().nodename.encode()):08x}."
 
 
 def _locked_file(target: Path) -> io.FileIO:

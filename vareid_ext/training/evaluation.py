@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -40,7 +41,7 @@ class Scores:
     queries: QueryRanking
 
 
-def feature_batches(
+def inference_batches(
     method: Method,
     images: ImageList,
     transform: Callable[[Any], Tensor],
@@ -49,23 +50,19 @@ def feature_batches(
     device: torch.device | str = "cpu",
     workers: int = 0,
     autocast: torch.dtype | None = None,
-    flip: bool = False,
-    normalize: str = "whole",
+    compute: Callable[[Batch], Tensor],
 ) -> Iterator[Tensor]:
-    """The test features of a method, one batch after the other.
+    """What a method computes of images, one batch after the other.
 
     Args:
         method: on `device`; at the end it is in the mode (training or evaluation) it was in.
         images: N of them.
         transform: PIL image -> float32 [3, H, W], without augmentation.
         batch_size: images per batch.
-        device: where the network is, and where the features stay.
+        device: where the network is, and where the results stay.
         workers: processes that load images.
-        autocast: dtype of mixed precision, None for none. The features are float32 in any case.
-        flip, normalize: as in :meth:`vareid_ext.methods.Method.embed`.
-
-    Yields:
-        Float32 [n, D].
+        autocast: dtype of mixed precision, None for none.
+        compute: of a batch.
     """
     # A generator of its own: a loader without one draws from the global generator, and training would depend on it.
     loader = DataLoader(
@@ -84,13 +81,13 @@ def feature_batches(
     try:
         for batch in batches:
             batch = _channels_like(method, batch.to(device, non_blocking=True))
-            # Not around the yield: it would hold for whoever takes the features.
+            # Not around the yield: it would hold for whoever takes the results.
             with (
                 torch.inference_mode(),
                 torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None),
             ):
-                feature = method.embed(batch, flip=flip, normalize=normalize)
-            yield feature
+                result = compute(batch)
+            yield result
     finally:
         method.train(was_training)
         with postponed():
@@ -102,17 +99,21 @@ def extract_features(
     images: ImageList,
     transform: Callable[[Any], Tensor],
     *,
+    flip: bool = False,
+    normalize: str = "whole",
     progress: Callable[[int], object] | None = None,
     **options: Any,
 ) -> Features:
     """The test features of a method.
 
     Args:
-        method, images, transform, options: as for :func:`feature_batches`.
+        method, images, transform, options: as for :func:`inference_batches`.
+        flip, normalize: as in :meth:`vareid_ext.methods.Method.embed`.
         progress: called with the number of further images done after each batch.
     """
     parts = []
-    for feature in feature_batches(method, images, transform, **options):
+    embed = functools.partial(method.embed, flip=flip, normalize=normalize)
+    for feature in inference_batches(method, images, transform, compute=embed, **options):
         parts.append(feature)
         if progress is not None:
             progress(len(feature))
