@@ -12,7 +12,8 @@ from vareid_ext.data.extras import mirrored
 from vareid_ext.data.random_stream import Stream
 from vareid_ext.data.synthetic.drawing import TURN, sine, tube
 from vareid_ext.data.synthetic.figure import Pose, paint_person
-from vareid_ext.data.synthetic.person import draw_person
+from vareid_ext.data.synthetic.person import draw_details, draw_person
+from vareid_ext.data.synthetic.renderer import _person
 
 SMALL = SyntheticSettings(
     identities_train=4, identities_test=3, images_per_identity=7, distractors=2, cameras=3, height=64, width=32
@@ -56,10 +57,16 @@ def test_stream_draws_stay_in_range_and_reach_it_all():
     assert Stream(1, 2).bits() != Stream(2, 1).bits()
 
 
-def test_pixels_are_the_same_on_every_machine():
+@pytest.mark.parametrize(
+    ("outfits", "digest"),
+    [
+        (0, "e5b7740610f8d2b52d611a480af98e4dd2e4a92ed5f28efaf7a13164e9717692"),
+        (2, "b446c8f458f471d3769831ff6033d0310ad66a9b59888902cc8530f2884cd1f5"),
+    ],
+)
+def test_pixels_are_the_same_on_every_machine(outfits, digest):
     # Measured once; a change of the pictures' look changes it, a change of machine or library must not.
-    digest = hashlib.sha256(everything(SMALL).tobytes()).hexdigest()
-    assert digest == "e5b7740610f8d2b52d611a480af98e4dd2e4a92ed5f28efaf7a13164e9717692"
+    assert hashlib.sha256(everything(replace(SMALL, outfits=outfits)).tobytes()).hexdigest() == digest
 
 
 def test_seed_and_settings_change_people():
@@ -154,6 +161,38 @@ def test_details_are_seen_from_their_side_only(plain, change, visible, hidden):
         assert np.array_equal(canvas_of(plain, hidden), canvas_of(changed, hidden))
 
 
+DETAILS = {
+    0: ("chest_mark", "chest_colour"),
+    TURN // 4: ("sleeve_stripe", "side_stripe"),
+    TURN // 2: ("back_mark", "back_colour"),
+}
+
+
+@pytest.mark.parametrize("side", DETAILS)
+def test_people_who_share_an_outfit_differ_in_what_a_side_shows(plain, side):
+    first, second = (draw_details(Stream(seed), plain) for seed in (1, 3))
+    names = [name for fields in DETAILS.values() for name in fields]
+    assert all(getattr(first, name) != getattr(second, name) for name in names)
+    assert replace(second, **{name: getattr(first, name) for name in names}) == first
+    changed = replace(first, **{name: getattr(second, name) for name in DETAILS[side]})
+    front, flank, back, other_flank = (
+        (canvas_of(first, turn) != canvas_of(changed, turn)).any(axis=2).sum() for turn in range(0, TURN, TURN // 4)
+    )
+    if side == TURN // 4:  # front and back show the edges of the stripes
+        assert min(flank, other_flank) > 3 * max(front, back)
+    else:
+        seen, hidden = (front, back) if side == 0 else (back, front)
+        assert hidden == 0
+        assert seen > 5 * max(flank, other_flank)
+
+
+def test_people_share_as_many_outfits_as_were_asked_for():
+    people = [_person(0, 3, number) for number in range(60)]
+    assert len({(person.top_colour, person.bottom_colour, person.build, person.skin) for person in people}) == 3
+    assert len({(person.chest_mark, person.chest_colour) for person in people}) > 50
+    assert len(set(people)) == 60
+
+
 @pytest.mark.parametrize(("side", "near"), [(1, 3 * TURN // 4), (-1, TURN // 4)])
 def test_a_shoulder_bag_shows_more_on_its_side(plain, side, near):
     bag = replace(plain, bag="shoulder", bag_side=side)
@@ -192,7 +231,7 @@ def test_sine_quarters():
     ("field", "value"),
     [("identities_train", 0), ("cameras", 0), ("height", 31), ("width", 8), ("distractors", -1), ("seed", 1.5),
      ("images_per_identity", True), ("height", 4096), ("seed", -1), ("seed", 2**63), ("cameras", 10**9),
-     ("images_per_identity", 10**9), ("distractors", 10**9)],
+     ("images_per_identity", 10**9), ("distractors", 10**9), ("outfits", -1)],
 )  # fmt: skip
 def test_settings_out_of_range(field, value):
     with pytest.raises(ValueError, match=field):

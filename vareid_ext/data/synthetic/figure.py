@@ -182,6 +182,8 @@ class _Figure:
             index = np.zeros(angle.shape, dtype=np.int32)
             if person.pattern == "hoops" and person.sleeve_colour == person.top_colour:
                 index[np.broadcast_to(v % 256 < 112, angle.shape)] = 1
+            if person.sleeve_stripe is not None:
+                index[np.abs(around(angle) - TURN // 4) < 300] = 3
             index[np.broadcast_to(v > bare_from, angle.shape)] = 2
             return index
 
@@ -195,8 +197,9 @@ class _Figure:
             person.sleeve_colour,
             person.second_colour,
             person.skin,
+            person.sleeve_stripe or person.sleeve_colour,
             texture=sleeve,
-            cover=Cover((self.top_class, self.top_class, _BARE_ARM[side]), _ARM[side]),
+            cover=Cover((self.top_class, self.top_class, _BARE_ARM[side], self.top_class), _ARM[side]),
         )
         if person.bag == "handbag" and side == person.bag_side:
             bag = [(505, hand, self.length(20)), (530, hand, self.length(48)), (640, hand, self.length(52))]
@@ -206,11 +209,11 @@ class _Figure:
         person = self.person
         index = np.where(pattern(person.pattern, angle, v), 1, 0)
         ahead, behind = around(angle), around(angle, TURN // 2)
-        index[mark(person.back_mark, angle, v, TURN // 2, 360, 200)] = 3
+        index[mark(person.back_mark, angle, v, TURN // 2, 360, 200)] = 5
         if person.top == "jacket":
             index[ahead < 330] = 2
         else:
-            index[mark(person.chest_mark, angle, v, person.chest_side, 300, 120)] = 3
+            index[mark(person.chest_mark, angle, v, person.chest_side, 300, person.chest_size)] = 3
         if person.top == "coat":
             index[(ahead < 40) | ((ahead < 300) & (v < 90))] = 2
         if person.top == "hoodie":
@@ -242,10 +245,11 @@ class _Figure:
             person.top_colour,
             person.second_colour,
             person.inner_colour,
-            person.mark_colour,
+            person.chest_colour,
             person.bag_colour,
+            person.back_colour,
             texture=lambda angle, v: self._torso_cloth(angle, v * stretch // ONE),
-            cover=Cover((self.top_class,) * 5, _TORSO),
+            cover=Cover((self.top_class,) * 6, _TORSO),
         )
 
     def skirt(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vareid_ext.data.random_stream import Stream
 from vareid_ext.data.synthetic.drawing import Colour
@@ -55,30 +55,34 @@ class Person:
     shoes: Colour
     chest_mark: str
     chest_side: int
+    chest_colour: Colour
     back_mark: str
-    mark_colour: Colour
+    back_colour: Colour
     bag: str
     bag_side: int
     bag_colour: Colour
     scarf: Colour | None
     beard: bool
+    chest_size: int = 120
+    sleeve_stripe: Colour | None = None
+
+
+def _clothes(stream: Stream) -> Colour:
+    base = stream.choice(CLOTHES)
+    return tuple(min(255, max(0, channel + stream.integer(-16, 16))) for channel in base)  # type: ignore[return-value]
+
+
+def _clothes_unlike(stream: Stream, other: Colour) -> Colour:
+    while True:
+        colour = _clothes(stream)
+        if sum(abs(a - b) for a, b in zip(colour, other, strict=True)) > 150:
+            return colour
 
 
 def draw_person(stream: Stream) -> Person:
     """A random person."""
-
-    def clothes() -> Colour:
-        base = stream.choice(CLOTHES)
-        return tuple(min(255, max(0, channel + stream.integer(-16, 16))) for channel in base)  # type: ignore[return-value]
-
-    def clothes_unlike(other: Colour) -> Colour:
-        while True:
-            colour = clothes()
-            if sum(abs(a - b) for a, b in zip(colour, other, strict=True)) > 150:
-                return colour
-
-    top_colour = clothes()
-    second_colour = clothes_unlike(top_colour)
+    top_colour = _clothes(stream)
+    second_colour = _clothes_unlike(stream, top_colour)
     top = TOPS[stream.weighted((26, 22, 18, 12, 14, 8))]
     return Person(
         height=stream.integer(930, 1070),
@@ -90,19 +94,46 @@ def draw_person(stream: Stream) -> Person:
         pattern=PATTERNS[stream.weighted((26, 14, 10, 10, 12, 9, 9, 10))],
         top_colour=top_colour,
         second_colour=second_colour,
-        inner_colour=clothes_unlike(top_colour),
+        inner_colour=_clothes_unlike(stream, top_colour),
         sleeve_colour=second_colour if stream.chance(22) else top_colour,
         bottom=BOTTOMS[stream.weighted((44, 20, 14, 22))],
-        bottom_colour=clothes(),
-        side_stripe=clothes() if stream.chance(22) else None,
-        shoes=clothes(),
+        bottom_colour=_clothes(stream),
+        side_stripe=_clothes(stream) if stream.chance(22) else None,
+        shoes=_clothes(stream),
         chest_mark=MARKS[stream.weighted((46, 13, 13, 12, 8, 8))],
         chest_side=stream.choice((-230, 0, 230)),
         back_mark=MARKS[stream.weighted((46, 12, 14, 12, 8, 8))],
-        mark_colour=clothes_unlike(top_colour),
+        chest_colour=(mark_colour := _clothes_unlike(stream, top_colour)),
+        back_colour=mark_colour,
         bag=BAGS[stream.weighted((44, 24, 18, 14))],
         bag_side=stream.choice((-1, 1)),
-        bag_colour=clothes_unlike(top_colour),
-        scarf=clothes_unlike(top_colour) if stream.chance(14) else None,
+        bag_colour=_clothes_unlike(stream, top_colour),
+        scarf=_clothes_unlike(stream, top_colour) if stream.chance(14) else None,
         beard=stream.chance(18),
+    )
+
+
+def draw_details(stream: Stream, outfit: Person) -> Person:
+    """Who looks like `outfit` but for details that belong to one side each and are drawn independently.
+
+    They are a print on the chest, one on the back, and stripes down both sleeves and both trouser legs, whose edges
+    alone show from front and back.
+    """
+    return replace(
+        outfit,
+        top="sweater",
+        pattern="plain",
+        bottom="trousers",
+        haircut="short",
+        bag="none",
+        scarf=None,
+        beard=False,
+        chest_mark=stream.choice(MARKS[1:]),
+        chest_side=0,
+        chest_size=200,
+        chest_colour=_clothes_unlike(stream, outfit.top_colour),
+        back_mark=stream.choice(MARKS[1:]),
+        back_colour=_clothes_unlike(stream, outfit.top_colour),
+        sleeve_stripe=_clothes_unlike(stream, outfit.sleeve_colour),
+        side_stripe=_clothes_unlike(stream, outfit.bottom_colour),
     )

@@ -19,7 +19,7 @@ from vareid_ext.data.body_maps import group_classes
 from vareid_ext.data.random_stream import Stream
 from vareid_ext.data.synthetic.drawing import ONE, PIXEL, TURN
 from vareid_ext.data.synthetic.figure import Pose, paint_person
-from vareid_ext.data.synthetic.person import Person, draw_person
+from vareid_ext.data.synthetic.person import Person, draw_details, draw_person
 from vareid_ext.data.synthetic.scene import (
     SUPERSAMPLE,
     Camera,
@@ -31,7 +31,7 @@ from vareid_ext.data.synthetic.scene import (
 )
 from vareid_ext.data.text_files import shown
 
-_PERSON, _CAMERA, _SHOT = 1, 2, 3  # keys of the streams; 4 is the reader's
+_PERSON, _CAMERA, _SHOT, _OUTFIT = 1, 2, 3, 5  # keys of the streams; 4 is the reader's
 _CACHE_BYTES = 2 << 30
 _MOST = 1_000_000
 
@@ -49,6 +49,8 @@ class SyntheticSettings:
         height: of the pictures in pixels, 32 to 2048.
         width: of the pictures in pixels, 16 to 2048.
         seed: an integer in [0, 2^63); another seed gives other people and other cameras.
+        outfits: 0, people are told apart by clothes of their own; above 0, they share this many outfits, with the
+            build that belongs to each, and are told apart by details that belong to one side each.
 
     All numbers are bounded, and the pictures are at most 1,000,000 in all.
     """
@@ -61,9 +63,16 @@ class SyntheticSettings:
     height: int = 128
     width: int = 64
     seed: int = 0
+    outfits: int = 0
 
     def __post_init__(self) -> None:
-        limits = {"distractors": (0, _MOST), "cameras": (1, 1000), "height": (32, 2048), "width": (16, 2048)}
+        limits = {
+            "distractors": (0, _MOST),
+            "outfits": (0, _MOST),
+            "cameras": (1, 1000),
+            "height": (32, 2048),
+            "width": (16, 2048),
+        }
         limits["seed"] = (0, (1 << 63) - 1)
         for entry in fields(self):
             value, (low, high) = getattr(self, entry.name), limits.get(entry.name, (1, _MOST))
@@ -209,7 +218,7 @@ class SyntheticRenderer:
         if facing is not None:
             pose = replace(pose, facing=facing, stride=0)
         shade_ground(canvas, pose.centre_x, pose.foot_y, width * 3 // 8)
-        joints = paint_person(canvas, _person(settings.seed, shot.person), pose, labels)
+        joints = paint_person(canvas, _person(settings.seed, settings.outfits, shot.person), pose, labels)
         covered = np.zeros((height, width), dtype=bool)
         if stream.chance(14) and facing is None:
             untouched = np.full_like(canvas, -1)
@@ -220,8 +229,12 @@ class SyntheticRenderer:
 
 
 @lru_cache(maxsize=4096)
-def _person(seed: int, number: int) -> Person:
-    return draw_person(Stream(seed, _PERSON, number))
+def _person(seed: int, outfits: int, number: int) -> Person:
+    stream = Stream(seed, _PERSON, number)
+    if outfits == 0:
+        return draw_person(stream)
+    outfit = draw_person(Stream(seed, _OUTFIT, stream.integer(0, outfits - 1)))
+    return draw_details(stream, outfit)
 
 
 @lru_cache(maxsize=64)
