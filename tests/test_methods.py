@@ -52,9 +52,9 @@ def test_a_method_says_what_it_is(name):
             assert recipe in recipe_names()
             assert parse([f"--recipe={recipe}", "--root=."]).config.method.name == name
             assert 1 < mean_ap <= rank1 < 100, "percent"
-    if "viewpoint" in METHODS[name].inputs:
+    if "viewpoint" in METHODS[name].inputs_with(METHODS[name].Config()):
         assert "viewpoint" in about.needs
-    if METHODS[name].inputs:
+    if METHODS[name].inputs_with(METHODS[name].Config()):
         assert about.needs.endswith(" in training and at test" if METHODS[name].test_inputs else " in training")
     else:
         optional = "viewpoint_aware" in METHODS[name].Config.__dataclass_fields__

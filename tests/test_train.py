@@ -260,6 +260,41 @@ def test_a_run_of_a_relative_data_root_is_resumed_from_anywhere(tmp_path, monkey
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_without_any_viewpoint_only_what_reads_none_is_trained(tmp_path, monkeypatch, capsys):
+    data = synthetic_data(SyntheticSettings(8, 4, 12, 2, height=32, width=16))
+    manifest = write_manifest(data, tmp_path / "data")
+    lines = [line.split(",") for line in manifest.read_text().splitlines()]
+    unlabelled = [[*line[:3], "", line[4]] for line in lines[1:]]
+    arguments = [f"--root={manifest}", "--data.kind=manifest", "--epochs=0", "--baselines=false"]
+
+    def begun(labels, *more):
+        manifest.write_text("\n".join(map(",".join, [lines[0], *labels])))
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        return start(tmp_path / "run", *arguments, *more)
+
+    for more, hint in (
+        ([], "; --use_viewpoint=false --use_regularizer=false does without"),
+        (["--use-viewpoint=false"], "; --use_regularizer=false does without"),
+        (["--method=srb", "--viewpoint-aware", "--viewpoint-labels=soft"], "; --viewpoint_aware=false does without"),
+        (["--method=oscnn", "--viewpoint-aware"], "a manifest may have a column viewpoint\n"),
+        (["--method=two-branch"], "a manifest may have a column viewpoint\n"),
+    ):
+        capsys.readouterr()
+        assert begun(unlabelled, *more) == 2
+        assert not (tmp_path / "run").exists()
+        error = capsys.readouterr().err
+        assert "data.viewpoint_file: nothing was given, and no training image has a viewpoint, which method" in error
+        assert hint in error
+    assert begun(unlabelled, "--use-viewpoint=false", "--use-regularizer=false") == 0
+    assert begun(unlabelled, "--method=srb") == 0
+    train_line = next(line for line in lines if line[4] == "train")
+    one = [train_line, *(line for line in unlabelled if line[0] != train_line[0])]
+    capsys.readouterr()
+    assert begun(one) == 0
+    assert "1 of 96 training images have viewpoint labels" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_resumed_run_says_what_it_does_otherwise(copied, capsys):
     assert train.main(["--resume", str(copied)]) == 0
     assert "learning rate" not in capsys.readouterr().out

@@ -79,9 +79,16 @@ class Method(nn.Module):
     heads: ClassVar[tuple[str, ...]] = ()
     """names of the parts that belong to the training identities, which the test feature does not need"""
     inputs: ClassVar[tuple[str, ...]] = ()
-    """what training reads of a batch beside the images and identities: "viewpoint", and names of extras"""
+    """what training reads of a batch beside the images and identities, whatever the settings: "viewpoint", and names of
+    extras"""
     test_inputs: ClassVar[tuple[str, ...]] = ()
     """those of the extras in `inputs` that the test feature needs too"""
+
+    @classmethod
+    def inputs_with(cls, config: Any) -> tuple[str, ...]:
+        """What training reads with these settings: `inputs`, and with ``viewpoint_aware`` the viewpoint."""
+        aware = ("viewpoint",) if getattr(config, "viewpoint_aware", False) else ()
+        return tuple(dict.fromkeys((*cls.inputs, *aware)))
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         """The losses of a batch, by name. Float32: see :func:`full_precision`."""

@@ -89,7 +89,11 @@ class VaReid(Method):
     )
     Config = VaReidConfig
     heads = ("loss", "stripes.head")
-    inputs = ("viewpoint",)
+
+    @classmethod
+    def inputs_with(cls, config: VaReidConfig) -> tuple[str, ...]:
+        """L_v and L_R are about viewpoints."""
+        return ("viewpoint",) if config.use_viewpoint or config.use_regularizer else ()
 
     def __init__(self, config: VaReidConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()

@@ -99,7 +99,7 @@ def check(config: Config, *, resume: bool = False) -> torch.device:
     """
     device = choose_device(config)
     if not renders_extras(config.data.kind):
-        names = METHODS[config.method.name].inputs
+        names = METHODS[config.method.name].inputs_with(config.method)
         check_given(config.data.extras, [name for name in names if name in EXTRAS], prefix="data.extras.")
     check_method(config, load_weights_file=not resume)
     return device
@@ -116,7 +116,7 @@ def load_run_data(config: Config, *, train: bool = False, progress: bool = True)
         skip_bad_images=config.data.skip_bad_images,
         synthetic=config.data.synthetic,
         extras=config.data.extras,
-        train_extras=[name for name in method.inputs if name in EXTRAS and train],
+        train_extras=[name for name in method.inputs_with(config.method) if name in EXTRAS and train],
         test_extras=method.test_inputs,
         progress=progress,
     )

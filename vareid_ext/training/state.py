@@ -204,6 +204,25 @@ def check_method(config: Config, *, load_weights_file: bool = True) -> None:
             raise ValueError(f"data.height, data.width: {size[0]}, {size[1]} were given; {error}") from error
 
 
+def check_inputs(config: Config, data: ReidData) -> None:
+    """ValueError where the training images do not come with what the method reads."""
+    kind, name = METHODS[config.method.name], config.method.name
+    inputs = kind.inputs_with(config.method)
+    missing = [extra for extra in inputs if extra != "viewpoint" and extra not in data.train.extras]
+    if missing:
+        raise ValueError(f"method.name: {name!r} reads {missing[0]!r}, which the images do not come with")
+    if "viewpoint" in inputs and not data.num_train_viewpoints_known:
+        given = config.data.viewpoint_file
+        switches = [] if "viewpoint" in kind.inputs else ["viewpoint_aware", "use_viewpoint", "use_regularizer"]
+        off = [f"--{switch}=false" for switch in switches if getattr(config.method, switch, False)]
+        raise ValueError(
+            f"data.viewpoint_file: {'nothing' if given is None else given} was given, and no training image has a "
+            f"viewpoint, which method {name!r} reads; --viewpoint-file takes the authors' .pkl or a .csv with the "
+            f"columns path and viewpoint, a manifest may have a column viewpoint"
+            + (f"; {' '.join(off)} does without" if off else "")
+        )
+
+
 def build(config: Config, data: ReidData, device: torch.device, *, load_weights_file: bool = True) -> TrainingState:
     """The state at the start of a run, the generators' too: a pure function of the configuration and the data set.
 
@@ -221,10 +240,8 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
     random.seed(config.run.seed)
     np.random.seed(config.run.seed % (1 << 32))
     classes = TrainingClasses(data.num_identities, data.num_viewpoints, torch.from_numpy(data.subclass_mask()))
+    check_inputs(config, data)
     method = begin_method(config, classes, load_weights_file=load_weights_file)
-    missing = [name for name in method.inputs if name != "viewpoint" and name not in data.train.extras]
-    if missing:
-        raise ValueError(f"method.name: {config.method.name!r} reads {missing[0]!r}, which the images do not come with")
     method.to(device)
     if config.run.channels_last:
         method.to(memory_format=torch.channels_last)
