@@ -228,6 +228,11 @@ def test_short_names_dashes_and_truth_values():
             ["--stages", "[{epochs: 2, optimizer: {ema_decay: 0.9}}]"],
             ["stages[0].optimizer", "ema_decay", "all stages"],
         ),
+        (["--sampler.batch-size", "32"], ["sampler.batch_size", "32", "sampler.kind shuffled", "sampler.identities x"]),
+        (
+            ["--stages", "[{epochs: 2, sampler: {batch_size: 32}}]"],
+            ["sampler.batch_size", "32", "sampler.kind shuffled"],
+        ),
         (["--lr-factors", "{backbone: -1}"], ["optimizer.lr_factors", "backbone", "-1"]),
     ],
 )

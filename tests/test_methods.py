@@ -19,10 +19,11 @@ from vareid_ext.cli import train
 from vareid_ext.files.checkpoint import load_checkpoint
 from vareid_ext.losses import smoothed_viewpoint_cross_entropy
 from vareid_ext.methods import METHODS, About, Method, Term, TrainingClasses, TwoBranch
-from vareid_ext.models import Backbone, ModelConfig
+from vareid_ext.models import Backbone, GeneralizedMeanPooling, ModelConfig
 from vareid_ext.training.command_line import parse, recipe_names
 from vareid_ext.training.config import Config, OptimizerConfig
 from vareid_ext.training.optimizers import build_optimizer, set_learning_rate, set_training_mode, train_only
+from vareid_ext.training.state import check_method
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,18 @@ def test_a_method_says_what_it_is(name):
     else:
         optional = "viewpoint_aware" in METHODS[name].Config.__dataclass_fields__
         assert about.needs == ("viewpoint labels in training with viewpoint_aware" if optional else "")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_pooling_that_a_method_does_not_use_is_refused(name):
+    config = parse([f"--method={name}", "--pooling=gem"]).config
+    stage = {"stage": "layer4"} if name == "mgn" else {}
+    method = method_of(name, model=config.model, **stage)
+    uses = any(isinstance(part, GeneralizedMeanPooling) for part in method.modules())
+    assert uses == (not METHODS[name].own_pooling)
+    if not uses:
+        with pytest.raises(ValueError, match=rf"model.pooling: 'gem' was given; method '{name}' .* 'avg' is allowed"):
+            check_method(config)
 
 
 def test_the_page_of_results_has_the_measured_scores():

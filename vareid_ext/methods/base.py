@@ -84,6 +84,9 @@ class Method(nn.Module):
     test_inputs: ClassVar[tuple[str, ...]] = ()
     """those of the extras in `inputs` that the test feature needs too"""
 
+    own_pooling: ClassVar[str] = ""
+    """what it classifies where it does not use ``model.pooling``, such as "means of rows\""""
+
     @classmethod
     def inputs_with(cls, config: Any) -> tuple[str, ...]:
         """What training reads with these settings: `inputs`, and with ``viewpoint_aware`` the viewpoint."""

@@ -86,6 +86,7 @@ class HaCnn(Method):
     )
     Config = HaCnnConfig
     heads = ("head", "region_head")
+    own_pooling = "means of maps of its own network"
 
     def __init__(self, config: HaCnnConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()

@@ -51,6 +51,7 @@ class Hpm(Method):
     )
     Config = HpmConfig
     heads = ("parts.head", "aware")
+    own_pooling = "rows, pooled by method.row_pooling"
 
     def __init__(self, config: HpmConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()

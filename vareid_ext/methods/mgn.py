@@ -61,6 +61,7 @@ class Mgn(Method):
     )
     Config = MgnConfig
     heads = ("head", "aware")
+    own_pooling = "maxima of rows"
 
     def __init__(self, config: MgnConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()

@@ -45,6 +45,7 @@ class Pcb(Method):
     )
     Config: ClassVar[type[PcbConfig]] = PcbConfig
     heads = ("parts.head",)
+    own_pooling = "means of rows"
 
     def __init__(self, config: PcbConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()

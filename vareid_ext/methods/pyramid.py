@@ -85,6 +85,7 @@ class Pyramid(Method):
     )
     Config = PyramidConfig
     heads = ("parts.head", "aware")
+    own_pooling = "sums of mean and maximum of rows"
 
     def __init__(self, config: PyramidConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()

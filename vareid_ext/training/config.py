@@ -274,6 +274,13 @@ class Config:
             shuffled = stage.sampler.kind == "shuffled"
             name = "sampler.batch_size" if shuffled else "sampler.identities x sampler.instances"
             batches[name] = max(batches.get(name, 0), stage.sampler.images_per_batch)
+        samplers = [self.sampler, *(stage.sampler for stage in self.resolved_stages)]
+        unused = [sampler.batch_size for sampler in samplers if sampler.batch_size != SamplerConfig.batch_size]
+        if unused and all(stage.sampler.kind == "identities" for stage in self.resolved_stages):
+            raise ValueError(
+                f"sampler.batch_size: {unused[0]} was given; it is for sampler.kind shuffled; a batch is "
+                f"sampler.identities x sampler.instances images"
+            )
         for name, images in batches.items():
             if images * self.data.height * self.data.width > _MOST_PIXELS:
                 raise ValueError(

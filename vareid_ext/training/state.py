@@ -19,7 +19,7 @@ from vareid_ext.data import Batch, ReidData
 from vareid_ext.files.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
 from vareid_ext.files.weights import load_method_weights
 from vareid_ext.methods import METHODS, Method, TrainingClasses
-from vareid_ext.models import Backbone
+from vareid_ext.models import Backbone, ModelConfig
 from vareid_ext.training.config import Config, OptimizerConfig
 from vareid_ext.training.optimizers import belongs, build_optimizer, check_parts, train_only
 
@@ -159,10 +159,16 @@ def begin_method(config: Config, classes: TrainingClasses, *, load_weights_file:
 
     Raises:
         ValueError, OSError: as the method's constructor and :func:`vareid_ext.files.weights.load_method_weights`; a
-            part that the configuration names and the method does not have.
+            part that the configuration names and the method does not have; a pooling that the method does not use.
     """
     if not load_weights_file:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=None))
+    own = METHODS[config.method.name].own_pooling
+    if own and config.model.pooling != ModelConfig.pooling:
+        raise ValueError(
+            f"model.pooling: {config.model.pooling!r} was given; method {config.method.name!r} does not use it but "
+            f"classifies {own}: {ModelConfig.pooling!r} is allowed"
+        )
     method = build_method(config, classes)
     for number, stage in enumerate(config.resolved_stages):
         check_parts(method, f"stages[{number}].train", stage.train)
