@@ -14,6 +14,7 @@ from vareid_ext.data import Batch
 from vareid_ext.losses import batch_hard_triplet
 from vareid_ext.losses.part_cross_entropy import part_cross_entropy
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
+from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import POOLING, Backbone, ModelConfig, embedding, identity_head, uv_table
 from vareid_ext.models.masks import pool_masks
 
@@ -28,6 +29,8 @@ class DsaConfig:
 
     name: Literal["dsa"] = "dsa"
     """the method"""
+    viewpoint_aware: bool = False
+    """add the viewpoint-aware loss of the whole image's feature"""
     stage: str = "layer4"
     """the stage of the backbone that the whole image and its regions have a copy of each, with all that follows"""
     dim: int = 256
@@ -91,12 +94,12 @@ class Dsa(Method):
         title="DSA-reID",
         paper="Zhang et al., CVPR 2019",
         claim="in the manner of",
-        needs="DensePose maps in training",
+        needs="DensePose maps in training; viewpoint labels in training with viewpoint_aware",
         published={"market1501-dsa": (87.6, 95.7), "dukemtmc-dsa": (74.3, 86.2)},
         measured={"synthetic-dsa": (18.7, 20.8)},
     )
     Config = DsaConfig
-    heads = ("guide", "guide_whole", "stream_heads")
+    heads = ("guide", "guide_whole", "stream_heads", "aware")
     inputs = ("iuv",)
 
     def __init__(self, config: DsaConfig, model: ModelConfig, classes: TrainingClasses) -> None:
@@ -112,6 +115,7 @@ class Dsa(Method):
         self.stream_heads = nn.ModuleDict(
             {name: StreamHeads(channels, config.dim, classes.identities) for name in STREAMS}
         )
+        self.aware = ViewpointAwareTerms(channels, classes) if config.viewpoint_aware else None
 
     def _image_features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Of the whole image [N, C], and of its regions [N, 8, d], whose masks the network predicts."""
@@ -140,7 +144,7 @@ class Dsa(Method):
                 terms[f"{name} identity"] = Term(identity)
                 terms[f"{name} triplet"] = Term(triplet)
                 terms[f"{name} regions"] = Term(part_cross_entropy(region_logits, batch.identity))
-        return terms
+        return terms if self.aware is None else terms | self.aware(whole, batch)
 
     def features(self, batch: Batch) -> list[Tensor]:
         """Of the whole image [N, C] and of each region [N, d], from the image alone."""

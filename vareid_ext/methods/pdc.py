@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
+from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import POOLING, Backbone, Localizer, ModelConfig, affine_crop, identity_head
 from vareid_ext.models.joints import compose, part_images
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
@@ -25,6 +26,8 @@ class PdcConfig:
     """the method"""
     stage: str = "layer4"
     """the stage of the backbone that each stream has its own copy of, with all that follows"""
+    viewpoint_aware: bool = False
+    """the viewpoint-aware loss in place of the photograph's cross entropy"""
     part_height: int = 512
     """height of the part image, pixels; a multiple of 4"""
     part_width: int = 256
@@ -62,7 +65,7 @@ class Pdc(Method):
         title="PDC",
         paper="Su et al., ICCV 2017",
         claim="network as published, schedule assumed",
-        needs="keypoints in training and at test",
+        needs="keypoints in training and at test; viewpoint labels in training with viewpoint_aware",
         published={"market1501-pdc": (63.41, 84.14)},
         measured={"synthetic-pdc": (42.6, 50.6)},
     )
@@ -83,7 +86,11 @@ class Pdc(Method):
         channels = self.backbone.channels
         self.weight, self.bias = nn.Parameter(torch.empty(channels)), nn.Parameter(torch.zeros(channels))
         nn.init.xavier_uniform_(self.weight[None])
-        self.photograph_head = identity_head(channels, classes.identities, bias=True)
+        self.photograph_head: nn.Module = (
+            ViewpointAwareTerms(channels, classes)
+            if config.viewpoint_aware
+            else identity_head(channels, classes.identities, bias=True)
+        )
         self.parts_head = identity_head(channels, classes.identities, bias=True)
         self.fused_head = identity_head(2 * channels, classes.identities, bias=True)
 
@@ -114,11 +121,15 @@ class Pdc(Method):
         photograph = self._photograph(batch)
         parts = self._parts(batch) if self._trains_parts() else None
         with full_precision(photograph):
-            logits = {"photograph": self.photograph_head(photograph)}
+            terms, logits = {}, {}
+            if self.config.viewpoint_aware:
+                terms = self.photograph_head(photograph, batch)
+            else:
+                logits["photograph"] = self.photograph_head(photograph)
             if parts is not None:
                 logits["parts"] = self.parts_head(parts)
                 logits["fused"] = self.fused_head(torch.cat([photograph, self._weighted(parts)], 1))
-            return {
+            return terms | {
                 name: Term(identity_cross_entropy(z, batch.identity, smoothing="none")) for name, z in logits.items()
             }
 

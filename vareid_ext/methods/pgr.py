@@ -18,6 +18,7 @@ from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import distillation
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision, is_trained
+from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import POOLING, Backbone, ModelConfig, PartHeads, identity_head, pool_masks
 from vareid_ext.models.joints import HEAD_LINES, LOWER_LINES, UPPER_LINES, bones, check_joints, compose, part_images
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
@@ -31,6 +32,8 @@ class PgrConfig:
 
     name: Literal["pgr"] = "pgr"
     """the method"""
+    viewpoint_aware: bool = False
+    """the viewpoint-aware loss in place of the cross entropy of the student's whole feature"""
     stage: str = "layer4"
     """the stage of the student's backbone that its two features have a copy of each, with all that follows"""
     region_dim: int = 512
@@ -84,13 +87,16 @@ class _RegionTeacher(nn.Module):
 class _Student(nn.Module):
     """The photograph -> a feature [N, C], and those of three regions it finds itself, 3 of [N, d]."""
 
-    def __init__(self, model: ModelConfig, identities: int, stage: str, dim: int) -> None:
+    def __init__(self, config: PgrConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()
         self.backbone, self.pool = Backbone.of(model), POOLING[model.pooling]()
-        self.tails = self.backbone.split_off(stage, copies=2, field="method.stage")
-        self.regions = nn.Conv2d(self.backbone.channels, len(REGIONS), 1)
-        self.head = identity_head(self.backbone.channels, identities)
-        self.parts = PartHeads(len(REGIONS), self.backbone.channels, dim, identities)
+        self.tails = self.backbone.split_off(config.stage, copies=2, field="method.stage")
+        channels, identities = self.backbone.channels, classes.identities
+        self.regions = nn.Conv2d(channels, len(REGIONS), 1)
+        self.head: nn.Module = (
+            ViewpointAwareTerms(channels, classes) if config.viewpoint_aware else identity_head(channels, identities)
+        )
+        self.parts = PartHeads(len(REGIONS), channels, config.region_dim, identities)
 
     def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         shared = self.backbone(images)
@@ -107,7 +113,7 @@ class Pgr(Method):
         title="PGR",
         paper="Li et al., TPAMI 2019",
         claim="in the manner of",
-        needs="keypoints in training",
+        needs="keypoints in training; viewpoint labels in training with viewpoint_aware",
         published={"market1501-pgr": (77.21, 93.87), "dukemtmc-pgr": (65.98, 83.63)},
         measured={"synthetic-pgr": (26.0, 32.5)},
     )
@@ -120,7 +126,7 @@ class Pgr(Method):
         self.config = config
         self.part_teacher = _PartTeacher(model, classes.identities)
         self.region_teacher = _RegionTeacher(model, classes.identities, config.region_dim, config.region_width)
-        self.student = _Student(model, classes.identities, config.stage, config.region_dim)
+        self.student = _Student(config, model, classes)
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         """The identity losses of what the stage trains, and for a student the distances to its teachers."""
@@ -139,7 +145,10 @@ class Pgr(Method):
         if is_trained(self.student):
             invariant, local = self.student(batch.image)
             with full_precision(invariant):
-                terms["invariant"] = Term(_identity_loss(self.student.head(invariant)[:, None], batch))
+                if self.config.viewpoint_aware:
+                    terms |= self.student.head(invariant, batch)
+                else:
+                    terms["invariant"] = Term(_identity_loss(self.student.head(invariant)[:, None], batch))
                 terms["local"] = Term(_identity_loss(self.student.parts.logits(local), batch))
                 distances = (
                     distillation(invariant, upright),

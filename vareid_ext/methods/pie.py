@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision, is_trained
+from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import POOLING, Backbone, ModelConfig, identity_head, warp_quad
 from vareid_ext.models.joints import (
     LEFT_ARM,
@@ -36,6 +37,8 @@ class PieConfig:
     """the method"""
     posebox: Literal[1, 2, 3] = 3
     """parts of the PoseBox: 1 the torso, 2 the legs too, 3 the arms too"""
+    viewpoint_aware: bool = False
+    """the viewpoint-aware loss in place of the photograph's cross entropy"""
     posebox_size: int = 224
     """height and width of the PoseBox, pixels; a multiple of 28"""
     jitter: bool = False
@@ -104,7 +107,7 @@ class Pie(Method):
         title="PIE",
         paper="Zheng et al., TIP 2019",
         claim="network as published, schedule assumed",
-        needs="keypoints in training and at test",
+        needs="keypoints in training and at test; viewpoint labels in training with viewpoint_aware",
         published={"market1501-pie": (69.25, 87.33), "dukemtmc-pie": (64.09, 80.84)},
         measured={"synthetic-pie": (40.2, 54.0)},
     )
@@ -118,7 +121,11 @@ class Pie(Method):
         self.photograph, self.posebox = Backbone.of(model), Backbone.of(model)
         self.pools = nn.ModuleList(POOLING[model.pooling]() for _ in range(2))
         channels = self.photograph.channels
-        self.photograph_head = identity_head(channels, classes.identities, bias=True, std=0.01)
+        self.photograph_head: nn.Module = (
+            ViewpointAwareTerms(channels, classes)
+            if config.viewpoint_aware
+            else identity_head(channels, classes.identities, bias=True, std=0.01)
+        )
         self.posebox_head = identity_head(channels, classes.identities, bias=True, std=0.01)
         self.fused_head = identity_head(2 * channels + NUM_JOINTS, classes.identities, bias=True, std=0.01)
 
@@ -126,10 +133,15 @@ class Pie(Method):
         """The identity loss of each network and, in a stage that trains its head, of the fusion."""
         photograph, posebox, confidence = self.features(batch)
         with full_precision(photograph):
-            logits = {"photograph": self.photograph_head(photograph), "posebox": self.posebox_head(posebox)}
+            terms, logits = {}, {}
+            if self.config.viewpoint_aware:
+                terms = self.photograph_head(photograph, batch)
+            else:
+                logits["photograph"] = self.photograph_head(photograph)
+            logits["posebox"] = self.posebox_head(posebox)
             if is_trained(self.fused_head):
                 logits["fused"] = self.fused_head(torch.cat([photograph, posebox, confidence], 1))
-            return {
+            return terms | {
                 name: Term(identity_cross_entropy(z, batch.identity, smoothing="none")) for name, z in logits.items()
             }
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision, is_trained
+from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import POOLING, Backbone, ModelConfig, embedding, identity_head
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
 
@@ -22,6 +23,8 @@ class PnganConfig:
 
     name: Literal["pngan"] = "pngan"
     """the method"""
+    viewpoint_aware: bool = False
+    """the viewpoint-aware loss in place of the photograph's cross entropy"""
     embed_dim: int = 1024
     """length of a feature"""
     dropout: float = 0.5
@@ -43,12 +46,16 @@ def check_networks(config: Any) -> None:
 class _Network(nn.Module):
     """Images -> features [N, d]."""
 
-    def __init__(self, config: Any, model: ModelConfig, identities: int) -> None:
+    def __init__(self, config: Any, model: ModelConfig, classes: TrainingClasses, *, aware: bool = False) -> None:
         super().__init__()
         self.backbone, self.pool = Backbone.of(model), POOLING[model.pooling]()
         self.embed = embedding(self.backbone.channels, config.embed_dim, bias=True)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = identity_head(config.embed_dim, identities, bias=True)
+        self.head: nn.Module = (
+            ViewpointAwareTerms(config.embed_dim, classes)
+            if aware
+            else identity_head(config.embed_dim, classes.identities, bias=True)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         pooled = self.pool(self.backbone(images))
@@ -63,7 +70,7 @@ class Pngan(Method):
         title="PN-GAN",
         paper="Qian et al., ECCV 2018",
         claim="network as published, schedule assumed",
-        needs="generated views in training and at test",
+        needs="generated views in training and at test; viewpoint labels in training with viewpoint_aware",
         published={"market1501-pngan": (72.58, 89.43), "dukemtmc-pngan": (53.20, 73.58)},
         measured={"synthetic-pngan": (38.9, 48.5)},
     )
@@ -75,8 +82,8 @@ class Pngan(Method):
     def __init__(self, config: Any, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()
         self.config = config
-        self.photograph = _Network(config, model, classes.identities)
-        self.generated = _Network(config, model, classes.identities)
+        self.photograph = _Network(config, model, classes, aware=config.viewpoint_aware)
+        self.generated = _Network(config, model, classes)
 
     def pictures(self, batch: Batch) -> Tensor:
         """The generated pictures [N, V, 3, H, W], normalised as the images are."""
@@ -89,7 +96,10 @@ class Pngan(Method):
         """The identity loss of each network that the stage trains."""
         terms: dict[str, Term] = {}
         if is_trained(self.photograph):
-            terms["photograph"] = Term(self._identity_loss(self.photograph, batch.image, batch.identity))
+            if self.config.viewpoint_aware:
+                terms = self.photograph.head(self.photograph(batch.image), batch)
+            else:
+                terms["photograph"] = Term(self._identity_loss(self.photograph, batch.image, batch.identity))
         if is_trained(self.generated):
             pictures = self.pictures(batch)
             identity = batch.identity.repeat_interleave(pictures.shape[1])

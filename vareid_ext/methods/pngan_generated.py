@@ -35,6 +35,8 @@ class PnganGeneratedConfig:
 
     name: Literal["pngan-generated"] = "pngan-generated"
     """the method"""
+    viewpoint_aware: bool = False
+    """the viewpoint-aware loss in place of the photograph's cross entropy"""
     embed_dim: int = 1024
     """length of a feature"""
     dropout: float = 0.5
@@ -107,7 +109,7 @@ class PnganGenerated(Pngan):
         title="PN-GAN, own generator",
         paper="Qian et al., ECCV 2018",
         claim="in the manner of",
-        needs="keypoints in training",
+        needs="keypoints in training; viewpoint labels in training with viewpoint_aware",
         published={"market1501-pngan-generated": (72.58, 89.43), "dukemtmc-pngan-generated": (53.20, 73.58)},
     )
     Config = PnganGeneratedConfig
