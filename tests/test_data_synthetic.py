@@ -61,7 +61,7 @@ def test_stream_draws_stay_in_range_and_reach_it_all():
     ("outfits", "digest"),
     [
         (0, "e5b7740610f8d2b52d611a480af98e4dd2e4a92ed5f28efaf7a13164e9717692"),
-        (2, "b446c8f458f471d3769831ff6033d0310ad66a9b59888902cc8530f2884cd1f5"),
+        (2, "69bd8da1817b4d05b7b2a4b04f6f63d88429fb99e2263bf1ef78db57e5eb10a7"),
     ],
 )
 def test_pixels_are_the_same_on_every_machine(outfits, digest):
@@ -162,9 +162,9 @@ def test_details_are_seen_from_their_side_only(plain, change, visible, hidden):
 
 
 DETAILS = {
-    0: ("chest_mark", "chest_colour"),
+    0: ("chest_panel", "chest_mark", "chest_colour"),
     TURN // 4: ("sleeve_stripe", "side_stripe"),
-    TURN // 2: ("back_mark", "back_colour"),
+    TURN // 2: ("back_panel", "back_mark", "back_colour"),
 }
 
 

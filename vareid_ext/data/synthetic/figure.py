@@ -209,6 +209,10 @@ class _Figure:
         person = self.person
         index = np.where(pattern(person.pattern, angle, v), 1, 0)
         ahead, behind = around(angle), around(angle, TURN // 2)
+        if person.chest_panel is not None:
+            index[np.broadcast_to(ahead < 600, index.shape)] = 6
+        if person.back_panel is not None:
+            index[np.broadcast_to(behind < 600, index.shape)] = 7
         index[mark(person.back_mark, angle, v, TURN // 2, 360, 200)] = 5
         if person.top == "jacket":
             index[ahead < 330] = 2
@@ -248,8 +252,10 @@ class _Figure:
             person.chest_colour,
             person.bag_colour,
             person.back_colour,
+            person.chest_panel or person.top_colour,
+            person.back_panel or person.top_colour,
             texture=lambda angle, v: self._torso_cloth(angle, v * stretch // ONE),
-            cover=Cover((self.top_class,) * 6, _TORSO),
+            cover=Cover((self.top_class,) * 8, _TORSO),
         )
 
     def skirt(self) -> None:

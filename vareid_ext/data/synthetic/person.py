@@ -64,6 +64,8 @@ class Person:
     scarf: Colour | None
     beard: bool
     chest_size: int = 120
+    chest_panel: Colour | None = None
+    back_panel: Colour | None = None
     sleeve_stripe: Colour | None = None
 
 
@@ -116,7 +118,7 @@ def draw_person(stream: Stream) -> Person:
 def draw_details(stream: Stream, outfit: Person) -> Person:
     """Who looks like `outfit` but for details that belong to one side each and are drawn independently.
 
-    They are a print on the chest, one on the back, and stripes down both sleeves and both trouser legs, whose edges
+    They are colour and print of the chest, those of the back, and stripes down both sleeves and both trouser legs, whose edges
     alone show from front and back.
     """
     return replace(
@@ -131,9 +133,11 @@ def draw_details(stream: Stream, outfit: Person) -> Person:
         chest_mark=stream.choice(MARKS[1:]),
         chest_side=0,
         chest_size=200,
-        chest_colour=_clothes_unlike(stream, outfit.top_colour),
+        chest_panel=(chest := _clothes_unlike(stream, outfit.top_colour)),
+        chest_colour=_clothes_unlike(stream, chest),
         back_mark=stream.choice(MARKS[1:]),
-        back_colour=_clothes_unlike(stream, outfit.top_colour),
+        back_panel=(back := _clothes_unlike(stream, outfit.top_colour)),
+        back_colour=_clothes_unlike(stream, back),
         sleeve_stripe=_clothes_unlike(stream, outfit.sleeve_colour),
         side_stripe=_clothes_unlike(stream, outfit.bottom_colour),
     )
