@@ -80,8 +80,9 @@ def _help() -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean ...?" with the known name that is most like `name`; all of them if none is."""
-    found = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else f"; known are {', '.join(known)}"
+    names = {one.lstrip("-"): one for one in known}  # the dashes, which all options have, make none of them near
+    found = difflib.get_close_matches(name.lstrip("-"), names, n=1)
+    return f"; did you mean {names[found[0]]}?" if found else f"; known are {', '.join(names.values())}"
 
 
 def run_program(command: Callable[[], int]) -> NoReturn:

@@ -211,6 +211,12 @@ def test_a_killed_one_goes_on_from_its_last_checkpoint(tmp_path):
         (["--method=two-branch"], "method.name: 'two-branch' was given; the losses of 'va-reid' are compared"),
         (["--methods=va-reid,two-brunch"], "--methods: 'two-brunch' was given; did you mean 'two-branch'?"),
         (["--methods=va-reid,va-reid"], "--methods: va-reid, va-reid was given; each may be given once"),
+        (["--methods=srb,pcb", "--method=mgn"], "--method: not taken here; --methods has all of them"),
+        (
+            ["--methods=pcb,mgn", "--alpha=0.1"],
+            "method.alpha: was given; none of pcb, mgn has such a setting",
+        ),
+        (["--methods=srb,zzqqxx"], "--methods: 'zzqqxx' was given; known are va-reid, two-branch, srb"),
         (["--epoch=3"], "--epoch: there is no such option; did you mean"),
         (["--methods=two-branch,pcb-rpp"], "optimizer.epochs: 2 was given; synthetic-pcb-rpp trains in stages, each"),
         (
@@ -234,6 +240,24 @@ def test_what_cannot_be_met_is_named_before_anything_runs(tmp_path, capsys, argu
     assert start(tmp_path / "none", *arguments) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_setting_of_a_method_holds_for_those_that_have_it(tmp_path, monkeypatch, capsys):
+    configs = {}
+    monkeypatch.setattr(
+        ablate, "finish_run", lambda config, folder, command: configs.update({folder.name: config.method})
+    )
+    methods = ["--methods=srb,two-branch,oscnn", "--seeds=1", "--viewpoint-aware", "--method.label-epochs", "3"]
+    assert start(tmp_path, *methods) == 0
+    assert configs["srb-0"].viewpoint_aware
+    assert (configs["oscnn-0"].viewpoint_aware, configs["oscnn-0"].label_epochs) == (True, 3)
+    assert configs["two-branch-0"] == METHODS["two-branch"].Config()
+    lines = capsys.readouterr().out.splitlines()
+    for note in (
+        "method.viewpoint_aware: not a setting of two-branch",
+        "method.label_epochs: not a setting of srb, two-branch",
+    ):
+        assert lines.count(note) == 2  # before the runs and below the table
 
 
 def test_blanks_between_methods_do_not_count(tmp_path, monkeypatch):

@@ -109,6 +109,7 @@ def test_the_version_is_printed(capsys):
         (["evalute"], "there is no command 'evalute'; did you mean evaluate?"),
         (["xyzzy"], "there is no command 'xyzzy'; known are train, "),
         ([], "a command is needed; known are train, "),
+        (["extract", "x", "--rate=3"], "there is no option --rate; known are "),
         (["evaluate", "--featurs", "q.npz"], "there is no option --featurs; did you mean --features?"),
         (["rerank", "q.npz", "g.npz", "--lamda-value=0.1"], "there is no option --lamda-value; did you mean --lambda-"),
         (["rerank", "q.npz", "g.npz"], "required: --output"),

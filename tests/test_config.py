@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import textwrap
 from importlib import resources
 
 import pytest
@@ -16,7 +17,9 @@ from vareid_ext.methods import TwoBranch, VaReid
 from vareid_ext.training import command_line
 from vareid_ext.training.command_line import (
     CommandLineError,
+    field_names,
     fields,
+    nearest,
     parse,
     recipe_names,
     to_yaml,
@@ -381,6 +384,26 @@ def test_cosine_learning_rate_ends_at_its_floor():
     assert learning_rate(config, 10) == pytest.approx(0.5)
     warm = dataclasses.replace(config, warmup_epochs=2.0, warmup_start=0.5)
     assert learning_rate(warm, 1) == pytest.approx(0.75 * learning_rate(config, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "meant"),
+    [
+        ("method.alpha", ["method.name", "method.rows"], None),
+        ("method.global_heads", ["method.local", "method.global_head"], "method.global_head"),
+        ("market1501-qqxx", ["market1501-srb", "market1501-mgn"], None),
+        ("market1501-srv", ["dukemtmc-srb", "market1501-srb", "market1501-mgn"], "market1501-srb"),
+        ("marked1501-srb", ["dukemtmc-srb", "market1501-srb"], "market1501-srb"),
+        ("optimiser.epochs", ["run.epochs", "optimizer.epochs"], "optimizer.epochs"),
+        ("xyzzyplugh", field_names(), None),
+    ],
+)
+def test_only_a_name_that_is_near_is_suggested(name, known, meant):
+    assert nearest(name, known) == (
+        f"; known are {textwrap.shorten(', '.join(known), 1000, placeholder=' ...')}"
+        if meant is None
+        else f"; did you mean {meant!r}?"
+    )
 
 
 def test_view_weight_falls_at_its_epoch():

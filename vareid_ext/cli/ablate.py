@@ -12,7 +12,7 @@ from vareid_ext.cli.common import EndedError, Result, add_common_options, comman
 from vareid_ext.files.atomic import atomic_file
 from vareid_ext.report import comparison_table, draw_comparison
 from vareid_ext.training.ablation import SET_BY_THE_ROWS, finish_run, plan, results, rows_of_losses, rows_of_methods
-from vareid_ext.training.command_line import parse
+from vareid_ext.training.command_line import parse, split_method_settings
 from vareid_ext.training.console import tell
 from vareid_ext.training.run import NonFiniteLossError
 from vareid_ext.training.signals import RunInterruptedError
@@ -21,9 +21,9 @@ _DESCRIPTION = """\
 Train the nine rows of the paper's Table 2 (seven networks, two of which are also re-ranked), or methods, each with
 several seeds, and put mean and standard deviation beside the paper's numbers of the data set.
 
-All options of `vareid train` but --output, --resume and --seed are taken and hold for every run; the rows of Table 2
-set method.smoothing, use_viewpoint, use_regularizer and local. Only the last epoch is evaluated, and no baselines,
-unless --evaluation.every and --evaluation.baselines say otherwise.
+All options of `vareid train` but --output, --resume and --seed are taken and hold for every run, settings of a method
+for the methods that have them; the rows of Table 2 set method.smoothing, use_viewpoint, use_regularizer and local. Only
+the last epoch is evaluated, and no baselines, unless --evaluation.every and --evaluation.baselines say otherwise.
 
 The same command goes on where an earlier one has ended, however it ended, and may ask for more seeds. OUTPUT has a
 run folder for each run, ablation.json and ablation.png.
@@ -40,15 +40,20 @@ def _run(options: argparse.Namespace) -> Result:
     output, seeds = Path(options.output), range(options.seeds)
     if not seeds:
         raise ValueError(f"--seeds: {options.seeds} was given; allowed are values from 1 on")
-    _check_arguments(options.arguments, () if options.methods else SET_BY_THE_ROWS)
+    _check_arguments(options.arguments, options.methods)
     arguments = [*_DEFAULTS, *options.arguments]
-    request = parse(arguments)
+    general, settings = split_method_settings(arguments) if options.methods else (arguments, {})
+    request = parse(general)
     names = [name.strip() for name in options.methods.split(",")] if options.methods else []
     rows = rows_of_methods(arguments, names) if names else rows_of_losses(request.config)
     runs = plan(rows, seeds, output)
+    without = {field: [row.run for row in rows if not hasattr(row.config.method, field)] for field in settings}
+    notes = [f"method.{field}: not a setting of {', '.join(others)}" for field, others in without.items() if others]
     title = f"{request.name}: runs (dots), their mean (bars), the paper (rings)"
     try:
         with silent(options.quiet):
+            for note in notes:
+                tell(note)
             for number, (folder, config) in enumerate(runs.items(), 1):
                 tell(f"\nrun {number} of {len(runs)}: {folder.name}")
                 finish_run(config, folder, options.command)
@@ -60,14 +65,19 @@ def _run(options: argparse.Namespace) -> Result:
         raise EndedError(3, f"{folder}: stopped: {error}") from error
     except RunInterruptedError as error:
         raise EndedError(128 + error.number, f"{folder}: interrupted; the same command goes on") from error
-    text = f"\n{comparison_table(found)}\n\nablation.json, ablation.png and the runs are in {output}"
+    where = f"ablation.json, ablation.png and the runs are in {output}"
+    text = "\n".join(["", comparison_table(found), "", *notes, where])
     return Result(text, {"output": str(output), "rows": found})
 
 
-def _check_arguments(arguments: Sequence[str], set_by_the_rows: Sequence[str]) -> None:
+def _check_arguments(arguments: Sequence[str], methods: str | None) -> None:
     own = {"resume": "the same command, with the same --output, goes on"}
     own |= dict.fromkeys(("seed", "run.seed"), "the seeds are 0, 1 and so on, as many as --seeds")
-    own |= dict.fromkeys((*set_by_the_rows, *(f"method.{name}" for name in set_by_the_rows)), "the rows differ in it")
+    if methods:
+        own |= dict.fromkeys(("method", "method.name"), "--methods has all of them")
+    else:
+        names = (*SET_BY_THE_ROWS, *(f"method.{name}" for name in SET_BY_THE_ROWS))
+        own |= dict.fromkeys(names, "the rows differ in it")
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0].replace("-", "_")
         if argument.startswith("--") and name in own:

@@ -19,6 +19,7 @@ from vareid_ext.training.command_line import (
     pairs,
     parse,
     recipe_names,
+    split_method_settings,
 )
 from vareid_ext.training.config import Config
 
@@ -97,13 +98,15 @@ def rows_of_methods(arguments: Sequence[str], names: Sequence[str]) -> list[Row]
     """A row for each method, by the recipe <data set>-<name> where there is one; otherwise by its defaults.
 
     Args:
-        arguments: of the command line of the training; the recipe that they name says which data set.
+        arguments: of the command line of the training; the recipe that they name says which data set. Settings of a
+            method hold for those that have them.
         names: of methods, or what recipes have behind the name of the data set, such as "srb-r50".
 
     Raises:
-        ValueError: a name that is neither; a name that is given twice.
+        ValueError: a name that is neither; a name that is given twice; a setting that none of the methods has.
     """
-    base = parse(arguments)
+    general, settings = split_method_settings(arguments)
+    base = parse(general)
     dataset, recipes = base.name.partition("-")[0], recipe_names()
     rows = []
     for name in names:
@@ -111,14 +114,17 @@ def rows_of_methods(arguments: Sequence[str], names: Sequence[str]) -> list[Row]
         if recipe not in recipes and name not in METHODS:
             known = [*METHODS, *(r.partition("-")[2] for r in recipes if r.startswith(f"{dataset}-"))]
             raise CommandLineError(f"--methods: {name!r} was given{nearest(name, list(dict.fromkeys(known)))}")
-        if recipe in recipes:
-            request = parse([*arguments, f"--recipe={recipe}"])
-        else:
-            request = parse([*arguments, f"--method={name}"])
+        chosen = f"--recipe={recipe}" if recipe in recipes else f"--method={name}"
+        request = parse([*general, chosen])
+        own = [option for field, option in settings.items() if hasattr(request.config.method, field)]
+        request = parse([*general, chosen, *own]) if own else request
         method = METHODS[request.config.method.name]
         rows.append(Row(name, name, request.config, published=method.about.published.get(recipe)))
     if len(set(names)) < len(names):
         raise CommandLineError(f"--methods: {', '.join(names)} was given; each may be given once")
+    for field in settings:
+        if not any(hasattr(row.config.method, field) for row in rows):
+            raise CommandLineError(f"method.{field}: was given; none of {', '.join(names)} has such a setting")
     return rows
 
 

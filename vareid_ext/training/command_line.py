@@ -53,6 +53,7 @@ _SYNONYMS = {"learning_rate": "optimizer.lr", "dataset": "data.kind", "data_dir"
 """What other programs call a field, where its own name is spelled differently."""
 
 _LONGEST_LIST = 1000  # characters of an error's list of names
+_NEAR = 0.65  # of difflib; another letter in a name of three gives 0.67
 
 _EPILOG = """\
 a field's last name alone will do where only one section has it: --lr 1e-3, --alpha 0.1, --local, --skip-bad-images;
@@ -122,14 +123,27 @@ def _method_name(values: Mapping[str, Any]) -> str:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """ "; did you mean ...?" with the known name that is most like `name`, by the whole name or by its last part."""
-    leaf = name.rsplit(".", 1)[-1]
-    by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
-    match = [_SYNONYMS[leaf]] if _SYNONYMS.get(leaf) in known else []
-    match = match or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    match = match or [by_leaf[m] for m in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.6)]
+    """ "; did you mean ...?" with the known name whose last part is most like that of `name`, or all known names.
+
+    What stands before, a section or a data set, is the same for many names and says only which of equals is meant.
+    """
+
+    def likeness(one: str, other: str) -> float:
+        return difflib.SequenceMatcher(None, one, other).ratio()
+
+    synonym = _SYNONYMS.get(_last_part(name))
+    if synonym in known:
+        return f"; did you mean {synonym!r}?"
+    near = {k: likeness(_last_part(name), _last_part(k)) for k in known}
+    best = max(known, key=lambda k: (near[k], likeness(name, k)))
     listed = textwrap.shorten(", ".join(known), _LONGEST_LIST, placeholder=" ...")
-    return f"; did you mean {match[0]!r}?" if match else f"; known are {listed}"
+    return f"; did you mean {best!r}?" if near[best] >= _NEAR else f"; known are {listed}"
+
+
+def _last_part(name: str) -> str:
+    """Of section.field or <data set>-<method>."""
+    field = name.rpartition(".")[2]
+    return field.partition("-")[2] or field
 
 
 def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -253,6 +267,22 @@ def _normalise(arguments: Sequence[str]) -> list[str]:
             _check_value(name, value)
         result.append(f"--{name}={value}")
     return result
+
+
+def split_method_settings(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The options of a command line but the settings of a method; and these, a setting's name -> its option.
+
+    Raises:
+        CommandLineError: as :func:`parse`, for an option that does not exist.
+    """
+    general, settings = [], {}
+    for option in _normalise(arguments):
+        section, _, field = option.partition("=")[0].rpartition(".")
+        if section == "--method" and field != "name":
+            settings[field] = option
+        else:
+            general.append(option)
+    return general, settings
 
 
 def _check_value(name: str, text: str) -> None:
@@ -386,7 +416,8 @@ def _config(defaults: dict[str, Any], texts: dict[str, str], show_help: bool = F
     allowed = [name for name, _ in fields(_defaults(method))]
     for name in texts:
         if name not in allowed:
-            raise CommandLineError(f"{name}: method {method!r} has no such setting{nearest(name, allowed)}")
+            own = [field for field in allowed if field.startswith("method.")]
+            raise CommandLineError(f"{name}: method {method!r} has no such setting{nearest(name, own)}")
     parser = _parser(method)
     parser.set_defaults(defaults)
     try:
