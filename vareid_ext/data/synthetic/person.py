@@ -118,8 +118,8 @@ def draw_person(stream: Stream) -> Person:
 def draw_details(stream: Stream, outfit: Person) -> Person:
     """Who looks like `outfit` but for details that belong to one side each and are drawn independently.
 
-    They are colour and print of the chest, those of the back, and stripes down both sleeves and both trouser legs, whose edges
-    alone show from front and back.
+    They are colour and print of the chest, those of the back, and stripes down both sleeves and both trouser legs, of
+    which front and back show the edges only.
     """
     return replace(
         outfit,
