@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vareid_ext.losses.orthogonality import spectral_gap
+from vareid_ext.losses.orthogonality import exact_spectral_gap, spectral_gap
 
 
 def exact(matrix):
@@ -18,6 +18,8 @@ def test_many_steps_give_the_gap(shape):
     torch.manual_seed(0)
     matrix = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(spectral_gap(matrix, steps=2000), exact(matrix), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(exact_spectral_gap(matrix), exact(matrix), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(exact_spectral_gap(matrix.float()).double(), exact(matrix), rtol=1e-5, atol=1e-5)
 
 
 def test_one_step_never_exceeds_the_gap_and_comes_close_for_what_a_relu_leaves():
@@ -43,11 +45,14 @@ def test_the_scale_comes_out_squared(scale):
     torch.testing.assert_close(spectral_gap(matrix * scale, steps=300) / scale**2, wanted, rtol=1e-4, atol=0)
 
 
-def test_the_gradient_is_that_of_the_gap():
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
+def test_the_gradient_is_that_of_the_gap(shape):
     torch.manual_seed(0)
-    matrix = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    found, wanted = (torch.autograd.grad(gap, matrix)[0] for gap in (spectral_gap(matrix, steps=2000), exact(matrix)))
+    matrix = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    gaps = spectral_gap(matrix, steps=2000), exact_spectral_gap(matrix), exact(matrix)
+    found, other, wanted = (torch.autograd.grad(gap, matrix)[0] for gap in gaps)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(other, wanted)
 
 
 def test_a_matrix_of_zeros_has_no_gap_and_no_gradient():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import batch_hard_triplet
-from vareid_ext.losses.orthogonality import spectral_gap
+from vareid_ext.losses.orthogonality import exact_spectral_gap, spectral_gap
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
 from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import POOLING, Backbone, ModelConfig
@@ -121,7 +121,7 @@ class AbdNet(Method):
         return features, shallow, halves
 
     def forward(self, batch: Batch) -> dict[str, Term]:
-        """The mean identity and triplet losses of the three features, and OF and OW."""
+        """The mean identity and triplet losses of the three features, and OF and OW where they have a weight."""
         config = self.config
         features, shallow, halves = self._maps(batch)
         with full_precision(shallow):
@@ -132,15 +132,18 @@ class AbdNet(Method):
                 heads.append((self.head, features[0]))
             identity = [self._cross_entropy(head(feature), batch.identity) for head, feature in heads]
             triplet = [batch_hard_triplet(f, batch.identity, margin=config.triplet_margin) for f in features]
-            of_halves = [spectral_gap(x.flatten(2)) / HALVES for maps in halves for x in maps]
-            of = torch.stack([*of_halves, 0.01 * spectral_gap(shallow.flatten(2))]).sum(0)
-            ow = [spectral_gap(weight.flatten(1)).square() for weight in self._kernels()]
-            return terms | {
+            terms |= {
                 "identity": Term(torch.stack(identity).mean()),
                 "triplet": Term(torch.stack(triplet).mean(), config.triplet_weight),
-                "OF": Term(32 * of.mean(), self.feature_weight),  # published as the sum over a batch of 32
-                "OW": Term(torch.stack(ow).sum(), config.kernel_weight),
             }
+            if self.feature_weight > 0:
+                of_halves = [spectral_gap(x.flatten(2)) / HALVES for maps in halves for x in maps]
+                of = torch.stack([*of_halves, 0.01 * spectral_gap(shallow.flatten(2))]).sum(0)
+                terms["OF"] = Term(32 * of.mean(), self.feature_weight)  # published as the sum over a batch of 32
+            if config.kernel_weight > 0:
+                ow = [exact_spectral_gap(weight.flatten(1)).square() for weight in self._kernels()]
+                terms["OW"] = Term(torch.stack(ow).sum(), config.kernel_weight)
+            return terms
 
     def _cross_entropy(self, logits: Tensor, identity: Tensor) -> Tensor:
         return identity_cross_entropy(logits, identity, smoothing="uniform", epsilon=self.epsilon)
