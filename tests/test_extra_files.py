@@ -341,9 +341,15 @@ def test_a_data_set_comes_with_the_extras_that_are_wanted(manifest):
         load(ExtraFiles(parsing="nowhere"), train_extras=["parsing"])
     # An extra that cannot be used is found before training, and its image is left out where that is wanted.
     np.save(manifest / "masks" / "0.npy", np.full((2, 2), 77))
-    with pytest.raises(ValueError, match=r"1 unreadable images .*\n.*parsing of .*0.png: class 77"):
+    with pytest.raises(ValueError, match=r": 1 unreadable parsing \(skip.*\n.*parsing of .*0.png: class 77"):
         load(train_extras=["parsing"])
-    assert len(load(train_extras=["parsing"], skip_bad_images=True).train) == 1
+    skipped = load(train_extras=["parsing"], skip_bad_images=True)
+    assert len(skipped.train) == 1
+    assert "1 images with unreadable files (image, parsing) left out" in skipped.summary()
+    (manifest / "0.png").write_bytes(b"")
+    np.save(manifest / "masks" / "1.npy", np.full((2, 2), 77))
+    with pytest.raises(ValueError, match=r": 1 unreadable images, 1 unreadable parsing \(skip"):
+        load(train_extras=["parsing"])
 
 
 def test_files_replace_what_the_synthetic_set_renders(tmp_path):

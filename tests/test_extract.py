@@ -268,7 +268,7 @@ def test_images_that_cannot_be_read_are_named_and_can_be_left_out(trained_run, p
     (folder / "more" / "cut.jpg").write_bytes((folder / "02.png").read_bytes()[:50])
     assert call(trained_run, folder, "--output", tmp_path / "f.npz") == 2
     message = capsys.readouterr().err
-    assert "2 images cannot be read (--skip-bad-images" in message
+    assert "2 unreadable images (--skip-bad-images" in message
     assert str(folder / "01.png") in message
     assert str(folder / "more" / "cut.jpg") in message
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
@@ -286,7 +286,7 @@ def test_images_that_cannot_be_read_are_named_and_can_be_left_out(trained_run, p
         (["{run}", "{tmp}/empty"], "empty holds no images"),
         (["{run}", "{tmp}/nowhere"], "nowhere does not exist"),
         (["{run}", "{tmp}/strange.zip"], "strange.zip was given; allowed are"),
-        (["{run}", "{tmp}/bad"], "1 images cannot be read"),
+        (["{run}", "{tmp}/bad"], "1 unreadable images (--skip-bad-images goes on without the images)"),
         (["{run}", "{tmp}/bad", "--skip-bad-images"], "none of the 1 images can be read"),
         (["{run}", "{tmp}/empty.txt"], "empty.txt holds no images"),
         (["{run}", "{tmp}/bad", "--split", "query"], "--split: 'query' was given, but"),

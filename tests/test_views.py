@@ -123,7 +123,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(generator, trained
     (photos / "a.jpg").write_bytes(b"")
     (photos / "a.png").unlink()
     assert not (tmp_path / "views").exists()
-    assert "1 images cannot be read (--skip-bad-images goes on without them)" in refused(generator, photos)
+    assert "1 unreadable images (--skip-bad-images goes on without the images)" in refused(generator, photos)
     assert not times(tmp_path / "views")
     assert "holds something else; choose another folder" in refused(generator, photos, output=photos.parent)
     (tmp_path / "views" / "generator").write_text("another")

@@ -30,8 +30,8 @@ from vareid_ext.cli.common import (
 from vareid_ext.data import EXTRAS, FORMATS, READERS, UNKNOWN, ExtraFiles, ImageList, ReidData, join_extras, load_data
 from vareid_ext.data.extra_files import check_given
 from vareid_ext.data.keypoints import ORDERS
-from vareid_ext.data.load import unreadable_images
-from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, is_litter, left_out
+from vareid_ext.data.load import listed, unreadable_images
+from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, is_litter, left_out, unreadable_of
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import LABELS, open_arrays
 from vareid_ext.trained import TrainedModel, load_trained, unlabelled
@@ -187,15 +187,13 @@ def readable(images: ImageList, skip: bool, *, progress: bool) -> tuple[ImageLis
     if not bad:
         return images, (), []
     if not skip:
-        shown = "".join(f"\n  {why}" for _, why in bad[:20])
-        more = f"\n  ... and {len(bad) - 20} more" if len(bad) > 20 else ""
-        raise ValueError(f"{len(bad)} images cannot be read (--skip-bad-images goes on without them):{shown}{more}")
-    paths = [images.paths[i] for i, _ in bad]
+        raise ValueError(listed(bad, "--skip-bad-images"))
+    paths = [images.paths[b.number] for b in bad]
     keep = np.ones(len(images), dtype=bool)
-    keep[[i for i, _ in bad]] = False
+    keep[[b.number for b in bad]] = False
     if not keep.any():
-        raise ValueError(f"none of the {len(bad)} images can be read: {bad[0][1]}")
-    return images.select(keep), left_out("images that cannot be read", paths), paths
+        raise ValueError(f"none of the {len(bad)} images can be read: {bad[0].why}")
+    return images.select(keep), left_out(unreadable_of(images), paths), paths
 
 
 def _fingerprint(model: TrainedModel, images: ImageList, options: argparse.Namespace) -> str:

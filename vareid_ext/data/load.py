@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -20,31 +22,52 @@ from vareid_ext.data.viewpoints import MODES, label_images, read_viewpoint_label
 _NAMED_AT_MOST = 20
 
 
-def unreadable_images(images: ImageList, *, progress: bool = False) -> list[tuple[int, str]]:
-    """(index, why) of every image of the list that cannot be read completely with its extras, by reading them all."""
+class Unreadable(NamedTuple):
+    """An image that cannot be read, or an input beside it."""
 
-    def problem(index: int) -> str:
+    number: int
+    """of the image in its list"""
+    what: str
+    """ "images", or the extra's name"""
+    why: str
+
+
+def unreadable_images(images: ImageList, *, progress: bool = False) -> list[Unreadable]:
+    """Every image of the list that cannot be read completely with its extras, by reading them all."""
+    beside = {name: replace(images, extras={name: extra}) for name, extra in images.extras.items()}
+
+    def problem(index: int) -> Unreadable | None:
+        what = "images"
         try:
             picture = images.load(index)
-            images.load_extras(index, picture.height, picture.width)
+            for what in beside:
+                beside[what].load_extras(index, picture.height, picture.width)
         except (OSError, ValueError) as error:
-            return str(error)
-        return ""
+            return Unreadable(index, what, str(error))
+        return None
 
     # Decoding releases the interpreter lock, so threads are enough.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         found = pool.map(problem, range(len(images)))
         bar = tqdm(found, total=len(images), desc="checking images", unit="image", disable=not progress, leave=False)
-        return [(index, why) for index, why in enumerate(bar) if why]
+        return [problem for problem in bar if problem]
 
 
-def _drop(data: ReidData, bad: Mapping[str, list[tuple[int, str]]]) -> ReidData:
+def listed(bad: Sequence[Unreadable], option: str) -> str:
+    """How many images, and extras of each name, are unreadable, the option that goes on without them, and why."""
+    counts = ", ".join(f"{count:,} unreadable {what}" for what, count in Counter(b.what for b in bad).items())
+    shown = "".join(f"\n  {b.why}" for b in bad[:_NAMED_AT_MOST])
+    more = f"\n  ... and {len(bad) - _NAMED_AT_MOST:,} more" if len(bad) > _NAMED_AT_MOST else ""
+    return f"{counts} ({option} goes on without the images):{shown}{more}"
+
+
+def _drop(data: ReidData, bad: Mapping[str, list[Unreadable]]) -> ReidData:
     lists = {}
     for split, images in data.splits.items():
         keep = np.ones(len(images), dtype=bool)
-        keep[[index for index, _ in bad[split]]] = False
+        keep[[b.number for b in bad[split]]] = False
         if not keep.any():
-            raise ValueError(f"{data.name}: every image of the {split} split is unreadable, {bad[split][0][1]}")
+            raise ValueError(f"{data.name}: every image of the {split} split is unreadable, {bad[split][0].why}")
         lists[split] = images.select(keep)
     # Identities all of whose images are gone leave no gap.
     kept, identity = np.unique(lists["train"].identity, return_inverse=True)
@@ -54,7 +77,7 @@ def _drop(data: ReidData, bad: Mapping[str, list[tuple[int, str]]]) -> ReidData:
         query=lists["query"],
         gallery=lists["gallery"],
         identity_names=tuple(data.identity_names[index] for index in kept),
-        skipped=tuple(images.paths[index] for split, images in data.splits.items() for index, _ in bad[split]),
+        skipped=tuple(images.paths[number] for split, images in data.splits.items() for number, *_ in bad[split]),
     )
 
 
@@ -65,16 +88,12 @@ def check_readable(data: ReidData, *, skip_bad_images: bool = False, progress: b
         ValueError: images cannot be read and `skip_bad_images` is False, or a split has no readable image.
     """
     bad = {split: unreadable_images(images, progress=progress) for split, images in data.splits.items()}
-    problems = [why for found in bad.values() for _, why in found]
+    problems = [problem for found in bad.values() for problem in found]
     if not problems:
         return data
     if skip_bad_images:
         return _drop(data, bad)
-    shown = "\n".join(f"  {why}" for why in problems[:_NAMED_AT_MOST])
-    more = f"\n  ... and {len(problems) - _NAMED_AT_MOST:,} more" if len(problems) > _NAMED_AT_MOST else ""
-    raise ValueError(
-        f"{data.name}: {len(problems):,} unreadable images (skip_bad_images goes on without them):\n{shown}{more}"
-    )
+    raise ValueError(f"{data.name}: {listed(problems, 'skip_bad_images')}")
 
 
 def load_data(

@@ -134,6 +134,12 @@ class ImageList(Labels):
         }
 
 
+def unreadable_of(*lists: ImageList) -> str:
+    """What images are called that were left out as they, or extras of theirs, are unreadable."""
+    names = dict.fromkeys(name for images in lists for name in images.extras)
+    return f"images with unreadable files (image, {', '.join(names)})" if names else "unreadable images"
+
+
 @dataclass(frozen=True, eq=False)
 class ReidData:
     """A data set: training images, query images and the gallery they are searched in.
@@ -210,6 +216,6 @@ class ReidData:
         known, total = self.num_train_viewpoints_known, len(self.train)
         kind = "soft " if self.train.viewpoint_weight is not None else ""
         lines.append(f"{self.name}: {known:,} of {total:,} training images have {kind}viewpoint labels")
-        notes = (*left_out("unreadable images", self.skipped), *self.notes)
+        notes = (*left_out(unreadable_of(self.train, self.query), self.skipped), *self.notes)
         lines += [f"{self.name}: {note}" for note in notes]
         return "\n".join(lines)
