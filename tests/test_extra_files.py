@@ -308,6 +308,42 @@ def test_views_are_eight_pictures_beside_each_other(tmp_path):
         joined(images_of("a.jpg"), ExtraFiles(views=str(tmp_path)), "views")
 
 
+def people_file(tmp_path, scale, sizes=None):
+    """Twelve people, whose joints reach from the head at a tenth of the image to the ankles at nine tenths."""
+    rng = np.random.default_rng(0)
+    entries, images = [], []
+    for i in range(12):
+        y = np.linspace(0.1, 0.9, 17) * HEIGHT
+        x = rng.uniform(0.2, 0.8, 17) * WIDTH
+        points = np.stack([x * scale[0], y * scale[1], np.ones(17)], 1)
+        entries.append({"image_id": i, "keypoints": points.ravel().tolist()})
+        images.append({"id": i, "file_name": f"{i}.jpg", **(sizes or {})})
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": entries}))
+    return ExtraFiles(keypoints=str(tmp_path / "coco.json"))
+
+
+@pytest.mark.parametrize("scale", [(0.5, 0.5), (1 / WIDTH, 1 / HEIGHT), (1.3, 1.3), (3.2, 3.2), (1, 1.6)])
+def test_keypoints_of_images_of_another_size_are_noticed_in_many(tmp_path, scale):
+    images = images_of(*(f"{i}.jpg" for i in range(12)))
+    with pytest.raises(
+        ValueError, match=r"keypoints: in 12 images .*\d+% of the height: they belong to .* another size"
+    ):
+        joined(images, people_file(tmp_path, scale), "keypoints")
+    assert len(joined(images, people_file(tmp_path, (1, 1)), "keypoints")[0]) == 12
+    assert len(joined(images, people_file(tmp_path, (0.9, 1.1)), "keypoints")[0]) == 12
+
+
+def test_a_stated_size_is_compared_with_that_of_the_image(tmp_path):
+    images = images_of(*(f"{i}.jpg" for i in range(12)))
+    found, _ = joined(images, people_file(tmp_path, (1, 1), {"width": WIDTH, "height": HEIGHT}), "keypoints")
+    assert loaded(found, "keypoints")[3].shape == (14, 3)
+    found, _ = joined(images, people_file(tmp_path, (1, 1), {"width": WIDTH, "height": HEIGHT + 1}), "keypoints")
+    with pytest.raises(
+        ValueError, match="keypoints of an image of 20 x 41 pixels were given; the image has 20 x 40 pix"
+    ):
+        found.load_extras(3, HEIGHT, WIDTH)
+
+
 @pytest.fixture
 def manifest(tmp_path):
     """Four photographs, two of them for training, with a parsing of each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ import numpy as np
 from vareid_ext.data.body_maps import load_iuv, load_parsing
 from vareid_ext.data.extras import EXTRAS, Extra, read_array
 from vareid_ext.data.keypoints import (
+    People,
+    check_frame,
     load_person,
     market_file,
     read_keypoint_file,
@@ -30,6 +33,9 @@ FORMATS = {
     "views": "a folder of <image>_to_1.png to <image>_to_8.png",
 }
 """What each extra input may be given as."""
+
+
+_LOOKED_AT = 100  # images by which keypoints of another size are noticed
 
 
 @dataclass(frozen=True)
@@ -90,14 +96,17 @@ def join_extras(
             raise FileNotFoundError(f"{name}: {source} does not exist; {FORMATS[name]} is needed")
         # Of all lists at once: a file name must fit one image only.
         found = iter(_entries(name, source, files.keypoints_order, paths, root))
-        missing, count = [], 0
+        missing, count, given = [], 0, []
         for key, images in lists.items():
             entries = [next(found) for _ in images.paths]
+            given += [(images, i, entry) for i, entry in enumerate(entries) if entry is not None]
             if name in wanted[key]:
                 extra = Extra(form.kind, entries, form.pairs, _Loader(name))
                 joined[key] = replace(joined[key], extras={**joined[key].extras, name: extra})
                 missing += [path for path, entry in zip(images.paths, entries, strict=True) if entry is None]
                 count += len(entries)
+        if name == "keypoints":
+            _check_frame(given)
         if missing and files.missing == "error":
             raise ValueError(
                 f"{name}: {len(missing):,} of {count:,} images have none in {source}, such as {missing[0]}; it holds "
@@ -106,6 +115,20 @@ def join_extras(
         if missing:
             notes.append(f"{len(missing):,} of {count:,} images have no {name} in {source} and get neutral ones")
     return joined, tuple(notes)
+
+
+def _check_frame(given: Sequence[tuple[ImageList, int, People]]) -> None:
+    """ValueError where keypoints are those of images of another size, by some of the images."""
+    looked_at = []
+    for images, index, people in given[:: -(-len(given) // _LOOKED_AT) or 1]:
+        with contextlib.suppress(OSError):  # it is named when all images are read
+            width, height = images.load(index).size
+            looked_at.append((people.joints, height, width))
+    check_frame(looked_at)
+
+
+def _load_keypoints(people: People, height: int, width: int) -> np.ndarray:
+    return load_person(people.joints, height, width, people.size)
 
 
 @dataclass(frozen=True)
@@ -167,15 +190,15 @@ _FINDERS: dict[str, Callable[[Path, Sequence[str]], Any]] = {
     "views": _find_views,
 }
 _LOADERS: dict[str, Callable[[Any, int, int], np.ndarray]] = {
-    "keypoints": load_person,
+    "keypoints": _load_keypoints,
     "parsing": load_parsing,
     "iuv": load_iuv,
     "views": _load_views,
 }
 
 
-def _keypoints(source: Path, order: str, paths: Sequence[str], root: str | os.PathLike[str]) -> list[np.ndarray | None]:
-    """The joints [M, 14, 3] of the people on each image, None where there is nobody."""
+def _keypoints(source: Path, order: str, paths: Sequence[str], root: str | os.PathLike[str]) -> list[People | None]:
+    """The people on each image, None where there is nobody."""
     if source.is_file():
         people = read_keypoint_list(source, order)
         # As viewpoint labels are: by relative path, or by file name where it fits one image only.
@@ -186,8 +209,9 @@ def _keypoints(source: Path, order: str, paths: Sequence[str], root: str | os.Pa
         joints = {}
         for folder, file in public.items():
             joints.update(read_market_points(file, folder))  # type: ignore[arg-type]
-        return [joints.get(str(Path(path))) for path in paths]
+        people_of = [joints.get(str(Path(path))) for path in paths]
+        return [None if people is None else People(people) for people in people_of]
     suffixes = (".json", "_keypoints.json", ".npy", ".npz")
     files = [_find(source, places, suffixes) for places in _relative(paths, root)]
     people_of = [None if file is None else read_keypoint_file(Path(file), order) for file in files]
-    return [people if people is not None and len(people) else None for people in people_of]
+    return [People(people) if people is not None and len(people) else None for people in people_of]

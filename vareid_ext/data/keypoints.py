@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,8 @@ _ORDERS: Mapping[str, tuple[int | tuple[int, int], ...]] = {
 _COUNTS = {"cpm": 14, "lsp": 14, "mpii": 16, "coco": 17, "openpose18": 18, "body25": 25}
 ORDERS = ("auto", *_ORDERS)
 """Orders in which keypoints are listed; auto goes by their number: 16 mpii, 17 coco, 18 openpose18, 25 body25."""
+
+_BEYOND, _REACHED, _ENOUGH = 1.1, 0.6, 10  # of check_frame: shares of the image's size, and people
 
 _POINTS_28 = 2 * JOINTS
 _MARKET_FILES = {"bounding_box_train": "train", "query": "query", "bounding_box_test": "gallery"}
@@ -71,37 +73,83 @@ def _mean_of_seen(points: np.ndarray) -> np.ndarray:
     return (points * seen).sum(axis=-2) / np.maximum(seen.sum(axis=-2), 1)
 
 
-def load_person(people: np.ndarray, height: int, width: int) -> np.ndarray:
+class People(NamedTuple):
+    """Those on an image."""
+
+    joints: np.ndarray
+    """[M, 14, 3]"""
+    size: tuple[Any, Any] | None = None
+    """width and height of the image, where the file states them"""
+
+
+def load_person(people: np.ndarray, height: int, width: int, size: tuple[Any, Any] | None = None) -> np.ndarray:
     """Of joints [M, 14, 3], the person of an image: whose confidences inside it add up to the most.
 
     Raises:
-        ValueError: most of that person's joints are outside the image: they belong to an image of another size.
+        ValueError: the joints belong to an image of another size: `size`, the stated (width, height), is not that of
+            the image, or most of that person's joints are outside it.
     """
+    if size is not None and size != (width, height):
+        raise ValueError(
+            f"keypoints of an image of {size[0]} x {size[1]} pixels were given; the image has {width} x {height} pixels"
+        )
+    person, inside = _most_seen(people, height, width)
+    seen = person[:, 2] > 0
+    if 2 * (seen & inside).sum() < seen.sum():
+        x, y = person[seen, :2].max(axis=0)
+        raise ValueError(
+            f"keypoints up to x = {x:.0f}, y = {y:.0f} were given; the image has {width} x {height} pixels: they "
+            "belong to an image of another size"
+        )
+    return person
+
+
+def _most_seen(people: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The person whose confidences inside the image add up to the most, and bool [14] which joints are inside."""
     x, y, confidence = np.moveaxis(people, -1, 0)
     inside = (x > -0.5) & (x < width - 0.5) & (y > -0.5) & (y < height - 0.5)
     best = int((confidence * inside).sum(axis=1).argmax())
-    seen = confidence[best] > 0
-    if 2 * (seen & inside[best]).sum() < seen.sum():
+    return people[best], inside[best]
+
+
+def check_frame(images: Sequence[tuple[np.ndarray, int, int]]) -> None:
+    """ValueError where the joints of many images are those of images of another size.
+
+    Of people cut out by a detector some reach the lower or right half of their image, and few reach beyond it.
+
+    Args:
+        images: joints [M, 14, 3] of the people on each, its height and width.
+    """
+    reach, beyond = np.zeros(2), 0
+    for people, height, width in images:
+        person, _ = _most_seen(people, height, width)
+        seen = person[person[:, 2] > 0, :2] / (width, height)
+        reach = np.maximum(reach, seen.max(axis=0, initial=0))
+        beyond += bool((seen > _BEYOND).any())
+    if len(images) >= _ENOUGH and (2 * beyond > len(images) or (reach < _REACHED).all()):
         raise ValueError(
-            f"keypoints up to x = {x[best][seen].max():.0f}, y = {y[best][seen].max():.0f} were given; the image has "
-            f"{width} x {height} pixels: they belong to an image of another size"
+            f"keypoints: in {len(images)} images that were looked at they reach {reach[0]:.0%} of the width and "
+            f"{reach[1]:.0%} of the height: they belong to images of another size; pixels of the image files are needed"
         )
-    return people[best]
 
 
-def read_keypoint_list(path: Path, order: str) -> dict[str, np.ndarray]:
-    """Image -> joints [M, 14, 3] of the people on it, from a JSON file of COCO's kind.
+def read_keypoint_list(path: Path, order: str) -> dict[str, People]:
+    """Image -> the people on it, from a JSON file of COCO's kind.
 
     It is a list of {"image_id", "keypoints": x, y, confidence, x, ...}, as AlphaPose and MMPose write, or COCO's
-    {"images": [{"id", "file_name"}], "annotations": that list}. Images are called by path or file name.
+    {"images": [{"id", "file_name", perhaps "width", "height"}], "annotations": that list}. Images are called by path or
+    file name.
 
     Raises:
         OSError, ValueError: the file cannot be read, or is not as described.
     """
     content = _read_json(path)
     names: dict[Any, Any] = {}
+    sizes: dict[Any, tuple[Any, Any]] = {}
     if isinstance(content, dict):
         names = {_get(image, "id", path): _get(image, "file_name", path) for image in _get(content, "images", path)}
+        stated = [image for image in content["images"] if {"width", "height"} <= {*image}]
+        sizes = {str(image["file_name"]): (image["width"], image["height"]) for image in stated}
         content = _get(content, "annotations", path)
     if not isinstance(content, list):
         raise ValueError(f"{path}: {type(content).__name__} was given; a list of people is needed")
@@ -112,7 +160,7 @@ def read_keypoint_list(path: Path, order: str) -> dict[str, np.ndarray]:
         if not isinstance(image, str):
             raise ValueError(f"{path}: image_id {shown(image)} was given; a file name is needed, or COCO's images")
         people.setdefault(image, []).append(_joints(_get(entry, "keypoints", path), order, path, image))
-    return {image: np.stack(found) for image, found in people.items()}
+    return {image: People(np.stack(found), sizes.get(image)) for image, found in people.items()}
 
 
 def read_keypoint_file(path: Path, order: str) -> np.ndarray:
