@@ -1,6 +1,7 @@
 """Ranking metrics: CMC, mAP and mINP from distances or from features, and the viewpoint protocols."""
 
 from vareid_ext.metrics.features import evaluate_features, rank_features, ranked_lists
+from vareid_ext.metrics.groups import GroupMetrics, evaluate_by_group
 from vareid_ext.metrics.ranking import METRIC_NAMES, QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
 from vareid_ext.metrics.viewpoints import (
     ByViewpoint,
@@ -12,9 +13,11 @@ from vareid_ext.metrics.viewpoints import (
 __all__ = [
     "METRIC_NAMES",
     "ByViewpoint",
+    "GroupMetrics",
     "QueryRanking",
     "RankingMetrics",
     "RepeatedMetrics",
+    "evaluate_by_group",
     "evaluate_cross_viewpoint",
     "evaluate_features",
     "evaluate_ranking",

@@ -1,0 +1,190 @@
+"""Ranking metrics from one group of images to another: from which side to which, from which camera to which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vareid_ext import _arrays
+from vareid_ext._labels import UNKNOWN
+from vareid_ext._text import table
+from vareid_ext.metrics.features import rank_features
+from vareid_ext.metrics.ranking import (
+    QueryRanking,
+    RankingLabels,
+    check_junk_identity,
+    check_labels,
+    label_vector,
+    rank_queries,
+)
+from vareid_ext.retrieval.distance import rows_in_block
+from vareid_ext.retrieval.rerank import Rerank, fit_reranker
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMetrics:
+    """A cell for A groups of queries and B groups of gallery images. ``print`` shows mAP and rank-1 in percent.
+
+    Attributes:
+        query_groups: the A numbers of the queries' groups, in order.
+        gallery_groups: the B numbers of the gallery's groups, in order.
+        mAP: float64 [A, B] in [0, 1], NaN where no query of the group has a match in the gallery's group.
+        rank1: float64 [A, B], as mAP.
+        queries: int64 [A, B], the queries that have a match there, over which the means are taken.
+        images: int64 [B], the gallery images of each group, without junk.
+        left_out: the queries, and the gallery images without junk, whose group is unknown (-1).
+    """
+
+    query_groups: tuple[int, ...]
+    gallery_groups: tuple[int, ...]
+    mAP: np.ndarray
+    rank1: np.ndarray
+    queries: np.ndarray
+    images: np.ndarray
+    left_out: tuple[int, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The groups, the cells and the counts as lists, None for NaN."""
+        cells = {
+            name: [[None if math.isnan(v) else v for v in row] for row in getattr(self, name).tolist()]
+            for name in ("mAP", "rank1")
+        }
+        counts = {"queries": self.queries.tolist(), "images": self.images.tolist()}
+        return {
+            "query_groups": list(self.query_groups), "gallery_groups": list(self.gallery_groups), **cells, **counts,
+        }  # fmt: skip
+
+    def text(self, query_names: Sequence[str], gallery_names: Sequence[str]) -> str:
+        """A table with a row for each group of queries: mAP / rank-1 in percent, and the number of queries."""
+
+        def cell(a: int, b: int) -> str:
+            if not self.queries[a, b]:
+                return "\u2013"
+            return f"{100 * self.mAP[a, b]:.1f} / {100 * self.rank1[a, b]:.1f} ({self.queries[a, b]})"
+
+        rows = [(name, *(cell(a, b) for b in range(len(self.gallery_groups)))) for a, name in enumerate(query_names)]
+        return table(("query \\ gallery", *gallery_names), rows)
+
+    def __str__(self) -> str:
+        return self.text([str(g) for g in self.query_groups], [str(g) for g in self.gallery_groups])
+
+
+def evaluate_by_group(
+    query: Any,
+    gallery: Any,
+    query_identity: Any,
+    gallery_identity: Any,
+    query_camera: Any = None,
+    gallery_camera: Any = None,
+    *,
+    query_group: Any,
+    gallery_group: Any,
+    metric: str = "sqeuclidean",
+    rerank: Rerank = False,
+    junk_identity: int | None = -1,
+) -> GroupMetrics:
+    """mAP and rank-1 of the queries of each group among the gallery images of each, such as a viewpoint or camera.
+
+    A cell is what :func:`evaluate_features` gives for these queries if the gallery held the images of its group alone.
+    Re-ranked distances are those within the whole gallery, of which a cell takes its columns.
+
+    Args:
+        query: as in :func:`evaluate_features`, like all that are not named here.
+        gallery: features [G, D].
+        query_identity: ``[Q]``.
+        gallery_identity: ``[G]``.
+        query_camera: ``[Q]`` or None.
+        gallery_camera: ``[G]`` or None.
+        query_group: ``[Q]`` whole numbers; -1: unknown, the query is left out.
+        gallery_group: ``[G]`` whole numbers; -1: unknown, the image is left out.
+        metric: as in :func:`evaluate_features`.
+        rerank: as in :func:`evaluate_features`.
+        junk_identity: as in :func:`evaluate_features`.
+
+    Returns:
+        :class:`GroupMetrics`.
+
+    Raises:
+        TypeError: as :func:`evaluate_features`; groups that are not whole numbers.
+        ValueError: as :func:`evaluate_features`; groups of another length; no query, or no gallery image, of a known
+            group.
+    """
+    check_junk_identity(junk_identity)
+    labels = check_labels(query_identity, gallery_identity, query_camera, gallery_camera).on(torch.device("cpu"))
+    query, gallery = _arrays.to_tensor(query, "query"), _arrays.to_tensor(gallery, "gallery")
+    groups = {}
+    for name, given, identity in (
+        ("query_group", query_group, labels.query_identity), ("gallery_group", gallery_group, labels.gallery_identity),
+    ):  # fmt: skip
+        vector = label_vector(given, name).cpu()
+        if len(vector) != len(identity):
+            side = name.partition("_")[0]
+            raise ValueError(f"{name}: length {len(vector)} was given, expected {len(identity)} (as {side}_identity)")
+        groups[name] = vector
+    of_query, of_gallery = groups["query_group"], groups["gallery_group"]
+    junk = torch.zeros(len(of_gallery), dtype=torch.bool)
+    if junk_identity is not None:
+        junk = labels.gallery_identity.cpu() == junk_identity
+    known_query, known_gallery = of_query != UNKNOWN, (of_gallery != UNKNOWN) & ~junk
+    for name, known in (("query_group", known_query), ("gallery_group", known_gallery)):
+        if not known.any():
+            raise ValueError(f"{name}: no image has a known group (other than -1)")
+    rows, columns = of_query[known_query].unique().tolist(), of_gallery[known_gallery].unique().tolist()
+    members = [(known_gallery & (of_gallery == group)).nonzero()[:, 0] for group in columns]
+    if rerank is False:
+        rankings = [
+            rank_features(query, gallery[kept.to(gallery.device)], *labels.of_gallery(kept), metric=metric)
+            for kept in members
+        ]
+    else:
+        rankings = _reranked(query, gallery, labels, rerank, ~junk, members)
+    cells = [[_cell(ranking, of_query == group) for ranking in rankings] for group in rows]
+    mAP, rank1, counted = (np.array([[cell[i] for cell in row] for row in cells]) for i in range(3))
+    return GroupMetrics(
+        query_groups=tuple(rows),
+        gallery_groups=tuple(columns),
+        mAP=mAP,
+        rank1=rank1,
+        queries=counted,
+        images=np.array([len(kept) for kept in members]),
+        left_out=(int((~known_query).sum()), int((~junk & (of_gallery == UNKNOWN)).sum())),
+    )
+
+
+def _reranked(
+    query: Tensor, gallery: Tensor, labels: RankingLabels, rerank: Rerank, kept: Tensor, members: Sequence[Tensor]
+) -> list[QueryRanking]:
+    """The rankings of all queries among some columns each of the re-ranked distances to the kept images."""
+    fit = fit_reranker(rerank, query, gallery[kept.to(gallery.device)])
+    assert fit is not None
+    place = kept.cumsum(0) - 1
+    labels = labels.on(query.device)
+    found: list[list[QueryRanking]] = [[] for _ in members]
+    step = rows_in_block(fit.shape[1], query.device)
+    for begin in range(0, len(query), step):
+        some = slice(begin, begin + step)
+        block = fit.distances(begin, min(begin + step, len(query)))
+        camera = None if labels.query_camera is None else labels.query_camera[some]
+        for ranking, chosen in zip(found, members, strict=True):
+            columns = place[chosen].to(query.device)
+            of_block = labels.of_gallery(chosen.to(query.device))._replace(
+                query_identity=labels.query_identity[some], query_camera=camera
+            )
+            ranking.append(rank_queries(block[:, columns], *of_block, junk_identity=None))
+    names = QueryRanking.__dataclass_fields__
+    return [QueryRanking(*(torch.cat([getattr(part, name) for part in parts]) for name in names)) for parts in found]
+
+
+def _cell(ranking: QueryRanking, chosen: Tensor) -> tuple[float, float, int]:
+    """mAP, rank-1 and the number of queries that are counted."""
+    counted = int((ranking.num_matches.cpu()[chosen] > 0).sum())
+    if not counted:
+        return math.nan, math.nan, 0
+    metrics = ranking.metrics(1, subset=chosen)
+    return metrics.mAP, metrics.rank1, counted
