@@ -88,6 +88,30 @@ def ranking_features(
     place: _Place,
     /,
 ) -> None: ...
+def verification_workspace_bytes(prefixes: int, Q: int, G: int, threads: int, /) -> int: ...
+def verification_histogram(
+    distances: Any,
+    labels: Sequence[Any | None],
+    counts: Any,
+    nearest_distance: Any,
+    nearest_index: Any,
+    workspace: Any | None,
+    place: _Place,
+    /,
+) -> None: ...
+def verification_refine(
+    distances: Any,
+    labels: Sequence[Any | None],
+    prefixes: Sequence[int],
+    digits: int,
+    counts: Any,
+    workspace: Any | None,
+    place: _Place,
+    /,
+) -> None: ...
+def verification_accepted(
+    distances: Any, labels: Sequence[Any | None], threshold: float, accepted: Any, place: _Place, /
+) -> None: ...
 def linear_viewpoint_aware_cross_entropy_parts(N: int, columns: int, cuda: bool, /) -> int: ...
 def linear_viewpoint_aware_cross_entropy_summarise(
     logits: Any,

@@ -12,5 +12,6 @@ void bind_pairwise_distance(pybind11::module_& m);
 void bind_viewpoint_aware_cross_entropy(pybind11::module_& m);
 void bind_linear_viewpoint_aware_cross_entropy(pybind11::module_& m);
 void bind_ranking(pybind11::module_& m);
+void bind_verification(pybind11::module_& m);
 
 }  // namespace vareid

@@ -26,4 +26,5 @@ PYBIND11_MODULE(_vareid_native, m, py::mod_gil_not_used()) {
   vareid::bind_viewpoint_aware_cross_entropy(m);
   vareid::bind_linear_viewpoint_aware_cross_entropy(m);
   vareid::bind_ranking(m);
+  vareid::bind_verification(m);
 }

@@ -10,13 +10,16 @@ from vareid_ext.metrics import (
     QueryRanking,
     RankingMetrics,
     RepeatedMetrics,
+    VerificationMetrics,
     evaluate_cross_viewpoint,
     evaluate_features,
     evaluate_ranking,
     evaluate_single_viewpoint,
+    evaluate_verification,
     rank_features,
     rank_queries,
     ranked_lists,
+    verify_features,
 )
 from vareid_ext.ops._labels import raise_label_errors
 from vareid_ext.ops.angular_center import angular_center_regularizer
@@ -35,6 +38,7 @@ __all__ = [
     "QueryRanking",
     "RankingMetrics",
     "RepeatedMetrics",
+    "VerificationMetrics",
     "ViewpointAwareLoss",
     "__version__",
     "angular_center_regularizer",
@@ -43,6 +47,7 @@ __all__ = [
     "evaluate_features",
     "evaluate_ranking",
     "evaluate_single_viewpoint",
+    "evaluate_verification",
     "identity_cross_entropy",
     "k_reciprocal_rerank",
     "linear_viewpoint_aware_cross_entropy",
@@ -55,6 +60,7 @@ __all__ = [
     "ranked_lists",
     "re_ranking",
     "reference_backend",
+    "verify_features",
     "viewpoint_aware_cross_entropy",
     "viewpoint_cross_entropy",
 ]

@@ -4,15 +4,14 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/distance_key.h"
 #include "cpu/exact_distance.h"
 #include "cpu/parallel.h"
+#include "cpu/ranked_rows.h"
 #include "cpu/simd.h"
 
 namespace vareid {
 namespace {
 
-constexpr int64_t kChunk = 2048;  // distances handled at once; they and their keys stay in the first-level cache
 constexpr int64_t kThreadDistances = 1 << 16;  // a thread with fewer is not worth starting
 constexpr int kHitsAtOnce = 8;                 // matches whose counts are kept in registers
 constexpr int64_t kFewLeftOut = 64;            // images left out one by one, without a copy of the row
@@ -23,31 +22,6 @@ constexpr int32_t kBuckets = 4096;             // of that look-up
 struct Hit {
   int64_t key, index, before;
 };
-
-// The keys of n distances; junk ones get kLast. False if a distance is NaN or Inf.
-template <typename T>
-VAREID_INLINE bool keys_from(const T* x, const uint8_t* junk, int64_t n, Key<T>* key) {
-  using K = Key<T>;
-  K largest = 0;
-  if (junk) {
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < n; ++j) {
-      const K bits = signed_bits(x + j);
-      const K magnitude = bits & kMagnitude<K>;
-      largest = magnitude > largest ? magnitude : largest;
-      key[j] = junk[j] ? kLast<K> : key_from_bits(bits);
-    }
-  } else {
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < n; ++j) {
-      const K bits = signed_bits(x + j);
-      const K magnitude = bits & kMagnitude<K>;
-      largest = magnitude > largest ? magnitude : largest;
-      key[j] = key_from_bits(bits);
-    }
-  }
-  return largest < kInfinity<T>;
-}
 
 // Whether n distances are finite and have no sign: then their bits are their keys.
 template <typename T>
@@ -60,13 +34,6 @@ VAREID_INLINE bool bits_are_keys(const T* x, int64_t n) {
     signs |= static_cast<K>(bits | (kInfinity<T> - 1 - bits));
   }
   return signs >= 0;
-}
-
-// Asks for the next distances while the present ones are counted.
-template <typename T>
-VAREID_INLINE void prefetch(const T* x, int64_t n) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(x + j);
 }
 
 template <typename T>
@@ -172,16 +139,6 @@ void count_chunk(const typename Alias<K>::type* key, int64_t begin, int64_t n, H
     }
   }
 }
-
-// The images of a query's identity, in order of index, of which those by its own camera are left out.
-struct Group {
-  const int64_t* index;
-  int64_t size;
-  const int64_t* gallery_camera;  // null: none is left out
-  int64_t camera;
-
-  VAREID_INLINE bool left_out(int64_t i) const { return gallery_camera && gallery_camera[index[i]] == camera; }
-};
 
 // Gives kLast to the group's images that are left out in [begin, end); `next` walks through the group.
 template <typename K>
@@ -311,12 +268,6 @@ template <typename T>
 VAREID_INLINE bool count_all(const T* row, const uint8_t* junk, int64_t G, const Group& group, Hit* hits, int64_t n) {
   if (n == 0) return all_finite(row, G);
   return n >= kManyHits ? count_buckets(row, junk, G, group, hits, n) : compare_all(row, junk, G, group, hits, n);
-}
-
-VAREID_INLINE Group group_of(const RankingLabels& labels, int64_t q) {
-  const int64_t camera = labels.query_camera ? labels.query_camera[q] : -1;
-  return {labels.gallery_order + labels.group_begin[q], labels.group_end[q] - labels.group_begin[q],
-          camera == -1 ? nullptr : labels.gallery_camera, camera};
 }
 
 template <typename T>

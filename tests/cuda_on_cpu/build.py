@@ -91,7 +91,8 @@ def _compiler_identity() -> str:
 @functools.cache
 def _headers_digest(with_kernel_headers: bool) -> str:
     digest = hashlib.sha256(_compiler_identity().encode())
-    patterns = ((HERE / "include", "**/*.h*"), (HERE / "include", "**/*.cuh"), (HERE / "runtime", "*.h"))
+    patterns = [(HERE / "include", "**/*.h*"), (HERE / "include", "**/*.cuh")]
+    patterns += [(HERE / folder, "*.h") for folder in ("runtime", "launchers")]
     headers = [path for folder, pattern in patterns for path in folder.glob(pattern)]
     headers.append(ROOT / "csrc" / "dtype.h")
     if with_kernel_headers:

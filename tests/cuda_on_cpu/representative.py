@@ -16,6 +16,7 @@ from tests.cuda_on_cpu.backend import CompiledModule
 from vareid_ext import _native
 from vareid_ext.ops import pairwise_distance as pairwise_op
 from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
+from vareid_ext.ops.verification import verification_accepted, verification_histogram, verification_refine
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,19 @@ def _ranked_features(device: torch.device) -> list[Tensor]:
     labels = [torch.randint(high, (size,), generator=rng).to(device) for high in (400, 6) for size in (Q, G)]
     results = vareid_ext.rank_features(_random(Q, D).to(device), _random(G, D, seed=1).to(device), *labels)
     return list(vars(results).values())
+
+
+def _verification(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
+    def call(device: torch.device) -> list[Tensor]:
+        Q, G, rng = 8, 8192, torch.Generator().manual_seed(0)
+        distances = torch.rand(Q, G, generator=rng).to(device, dtype)
+        labels = [torch.randint(high, (size,), generator=rng).to(device) for high in (400, 6) for size in (Q, G)]
+        results = [*verification_histogram(distances, *labels, -1), verification_accepted(distances, *labels, -1, 0.1)]
+        if dtype == torch.float32:
+            results.append(verification_refine(distances, *labels, -1, [15500, 15747], 1))  # from 0.015 and 0.1 on
+        return results
+
+    return call
 
 
 def _pairwise_distance(device: torch.device) -> list[Tensor]:
@@ -284,5 +298,18 @@ REPRESENTATIVE: dict[str, list[Shape]] = {
             _ranked_features,
             {"ranking_kernel": Limit(moved=3.2, coalescing=0.88, wavefronts=1.1), **_FEATURES},
         )
+    ],
+    # Lanes whose distances have one first digit add to one count, one after the other.
+    "verification": [
+        Shape(
+            f"Q 8, G 8192, {str(dtype).removeprefix('torch.')}",
+            _verification(dtype),
+            {
+                "verification_histogram_kernel": Limit(coalescing=0.87, wavefronts=2.9),
+                "verification_refine_kernel": Limit(),
+                "verification_accepted_kernel": Limit(),
+            },
+        )
+        for dtype in (torch.float32, torch.bfloat16)
     ],
 }

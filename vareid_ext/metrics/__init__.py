@@ -1,8 +1,16 @@
-"""Ranking metrics: CMC, mAP and mINP from distances or from features, and the viewpoint protocols."""
+"""CMC, mAP and mINP, the viewpoint protocols and verification metrics, from distances or from features."""
 
 from vareid_ext.metrics.features import evaluate_features, rank_features, ranked_lists
 from vareid_ext.metrics.groups import GroupMetrics, evaluate_by_group
 from vareid_ext.metrics.ranking import METRIC_NAMES, QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
+from vareid_ext.metrics.verification import (
+    OpenSetPoint,
+    OperatingPoint,
+    RecommendedThreshold,
+    VerificationMetrics,
+    evaluate_verification,
+    verify_features,
+)
 from vareid_ext.metrics.viewpoints import (
     ByViewpoint,
     RepeatedMetrics,
@@ -14,15 +22,21 @@ __all__ = [
     "METRIC_NAMES",
     "ByViewpoint",
     "GroupMetrics",
+    "OpenSetPoint",
+    "OperatingPoint",
     "QueryRanking",
     "RankingMetrics",
+    "RecommendedThreshold",
     "RepeatedMetrics",
+    "VerificationMetrics",
     "evaluate_by_group",
     "evaluate_cross_viewpoint",
     "evaluate_features",
     "evaluate_ranking",
     "evaluate_single_viewpoint",
+    "evaluate_verification",
     "rank_features",
     "rank_queries",
     "ranked_lists",
+    "verify_features",
 ]

@@ -33,7 +33,7 @@ from vareid_ext.retrieval.rerank.base import progress_bar
 _DENSE_ELEMENTS = 1 << 26  # re-ranked matrices up to this size are made whole, which saves a second product
 
 
-class _Problem(NamedTuple):
+class Retrieval(NamedTuple):
     """A retrieval, checked; ``kept`` holds where the gallery's images were before its junk was dropped."""
 
     query: Tensor
@@ -43,10 +43,11 @@ class _Problem(NamedTuple):
     kept: Tensor
 
 
-def _problem(
+def check_retrieval(
     query: Any, gallery: Any, labels: tuple[Any, ...], metric: str, rerank: Rerank, junk_identity: int | None,
     drop_junk: bool,
-) -> _Problem:  # fmt: skip
+) -> Retrieval:  # fmt: skip
+    """The arguments of :func:`evaluate_features`, checked, and the re-ranker that they ask for."""
     query, gallery = _arrays.to_tensor(query, "query"), _arrays.to_tensor(gallery, "gallery")
     check_values("query", query)
     check_values("gallery", gallery)
@@ -68,7 +69,7 @@ def _problem(
         if len(kept) == 0:
             raise ValueError(f"gallery_identity: every image has the junk identity {junk_identity}")
         gallery, checked = gallery[kept], checked.of_gallery(kept)
-    return _Problem(query, gallery, checked, fit_reranker(rerank, query, gallery), kept)
+    return Retrieval(query, gallery, checked, fit_reranker(rerank, query, gallery), kept)
 
 
 def rank_features(
@@ -91,13 +92,13 @@ def rank_features(
         block_rows = check_count("block_rows", block_rows, 1)
     labels = (query_identity, gallery_identity, query_camera, gallery_camera)
     # Junk must not be in anybody's neighbourhood; the original ranking leaves it out at the end.
-    query, gallery, labels, fit, _ = _problem(
+    query, gallery, labels, fit, _ = check_retrieval(
         query, gallery, labels, metric, rerank, junk_identity, drop_junk=rerank is not False
     )
     Q, G = len(query), len(gallery)
     if fit is None:
         step = block_rows or rows_in_block(G, query.device)
-        with _bar(progress, Q) as advance, listen(lambda pairs: advance(pairs // G)):
+        with query_bar(progress, Q) as advance, listen(lambda pairs: advance(pairs // G)):
             found = ranking_features(query, gallery, metric, *labels, junk_identity, step)
         return QueryRanking(*map(back, found))
     distances: Any = fit.rows
@@ -106,7 +107,7 @@ def rank_features(
             distances = fit.matrix()
         else:
             fit.prepare()
-    with _bar(progress, Q) as advance:
+    with query_bar(progress, Q) as advance:
         results = rank_queries(distances, *labels, junk_identity=junk_identity, block_rows=block_rows, progress=advance)
     return QueryRanking(*map(back, vars(results).values()))
 
@@ -153,7 +154,9 @@ def ranked_lists(
     back = _arrays.returner(query)
     top = check_count("top", top, 1)
     labels = (query_identity, gallery_identity, query_camera, gallery_camera)
-    query, gallery, labels, fit, kept = _problem(query, gallery, labels, metric, rerank, junk_identity, drop_junk=True)
+    query, gallery, labels, fit, kept = check_retrieval(
+        query, gallery, labels, metric, rerank, junk_identity, drop_junk=True
+    )
     chosen = check_subset(queries, len(query), "queries").to(query.device)
     chosen = torch.arange(len(query), device=query.device)[chosen]
     lists: list[Any] = []
@@ -171,7 +174,8 @@ def ranked_lists(
 
 
 @contextlib.contextmanager
-def _bar(show: bool, queries: int) -> Iterator[Callable[[int], object]]:
+def query_bar(show: bool, queries: int) -> Iterator[Callable[[int], object]]:
+    """A bar on standard error over so many queries: a function that is told of further ones."""
     if not show:
         yield lambda _queries: None
         return

@@ -209,6 +209,11 @@ class RankingLabels(NamedTuple):
         identity, camera = self.query_identity[queries, None], self.query_camera[queries, None]
         return (identity == self.gallery_identity) & (camera == self.gallery_camera) & (camera != -1)
 
+    def of_queries(self, rows: slice | Tensor) -> RankingLabels:
+        """The same for some of the queries."""
+        camera = None if self.query_camera is None else self.query_camera[rows]
+        return self._replace(query_identity=self.query_identity[rows], query_camera=camera)
+
     def of_gallery(self, kept: Tensor) -> RankingLabels:
         """The same for some of the gallery's images."""
         camera = None if self.gallery_camera is None else self.gallery_camera[kept]
@@ -285,6 +290,42 @@ def _blocks(distances: Any, num_queries: int, num_gallery: int, block_rows: int 
         )
 
 
+def labelled_blocks(
+    distances: Any, labels: RankingLabels, block_rows: int | None
+) -> Iterator[tuple[int, Any, Tensor, RankingLabels]]:
+    """The rows of the distances in order, in blocks, checked.
+
+    Yields:
+        the first row's number, the block as it was given and as a tensor, and the labels of its pairs on its device.
+    """
+    num_queries, num_gallery = len(labels.query_identity), len(labels.gallery_identity)
+    begin = 0
+    for block in _blocks(distances, num_queries, num_gallery, block_rows):
+        tensor = _arrays.to_tensor(block, "distances")
+        _check_block(tensor, num_gallery)
+        end = begin + tensor.shape[0]
+        if end > num_queries:
+            raise ValueError(f"query_identity: length {num_queries} was given, but distances has {end} rows or more")
+        labels = labels.on(tensor.device)
+        yield begin, block, tensor, labels.of_queries(slice(begin, end))
+        del block, tensor  # before the next one is made
+        begin = end
+    if begin != num_queries:
+        raise ValueError(f"query_identity: length {num_queries} was given, but distances has {begin} rows")
+
+
+def refuse_not_finite(distances: Tensor, refused: Tensor, begin: int) -> None:
+    """ValueError, naming the first, if rows of a block that starts at row ``begin`` are refused for NaN or Inf."""
+    rows = torch.nonzero(refused)
+    if len(rows):
+        row = int(rows[0])
+        column = int(torch.nonzero(~torch.isfinite(distances[row]))[0])
+        raise ValueError(
+            f"distances: row {begin + row} holds {float(distances[row, column])} (column {column}); NaN and Inf are "
+            f"not allowed ({len(rows)} such rows among {begin} to {begin + len(distances) - 1})"
+        )
+
+
 def rank_queries(
     distances: Any,
     query_identity: Any,
@@ -312,38 +353,17 @@ def rank_queries(
         check_count("block_rows", block_rows, 1)
     check_junk_identity(junk_identity)
     labels = check_labels(query_identity, gallery_identity, query_camera, gallery_camera)
-    num_queries, num_gallery = len(labels.query_identity), len(labels.gallery_identity)
     parts: list[tuple[Tensor, ...]] = []
     back: Callable[[Tensor], Any] | None = None
-    device: torch.device | None = None
-    begin = 0
-    for block in _blocks(distances, num_queries, num_gallery, block_rows):
-        tensor = _arrays.to_tensor(block, "distances")
-        _check_block(tensor, num_gallery)
-        end = begin + tensor.shape[0]
-        if end > num_queries:
-            raise ValueError(f"query_identity: length {num_queries} was given, but distances has {end} rows or more")
-        if back is None or tensor.device != device:
-            back, device = back or _arrays.returner(block), tensor.device
-            labels = labels.on(device)
-        query_id, gallery_id, query_cam, gallery_cam = labels
-        of_block = None if query_cam is None else query_cam[begin:end]
-        result = ranking_forward(tensor, query_id[begin:end], gallery_id, of_block, gallery_cam, junk_identity)
-        refused = torch.nonzero(result[3] < 0)
-        if len(refused):
-            row = int(refused[0])
-            column = int(torch.nonzero(~torch.isfinite(tensor[row]))[0])
-            raise ValueError(
-                f"distances: row {begin + row} holds {float(tensor[row, column])} (column {column}); NaN and Inf are "
-                f"not allowed ({len(refused)} such rows among {begin} to {end - 1})"
-            )
+    for begin, block, tensor, of_block in labelled_blocks(distances, labels, block_rows):
+        back = back or _arrays.returner(block)
+        result = ranking_forward(tensor, *of_block, junk_identity)
+        refuse_not_finite(tensor, result[3] < 0, begin)
         parts.append(result)
-        del block, tensor  # before the next one is made
         if progress is not None:
-            progress(end - begin)
-        begin = end
-    if begin != num_queries or back is None:
-        raise ValueError(f"query_identity: length {num_queries} was given, but distances has {begin} rows")
+            progress(len(tensor))
+        del block, tensor  # before the next one is made
+    assert back is not None  # there are queries, so there was a block
     return QueryRanking(*(back(torch.cat([part[i].to(parts[0][i].device) for part in parts])) for i in range(4)))
 
 

@@ -27,7 +27,7 @@ def _empty_results(distances: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
-class _Labels:
+class GroupedLabels:
     """The labels as the kernels take them: the gallery grouped by identity, so that matches are found at once."""
 
     def __init__(
@@ -56,6 +56,7 @@ class _Labels:
         return self.order, self.begin[rows], self.end[rows], self.junk, camera, self.gallery_camera
 
     def most_matches(self) -> int:
+        """The largest number of images that one query shares its identity with."""
         return int((self.end - self.begin).max()) if len(self.begin) else 0
 
 
@@ -69,13 +70,15 @@ def _native_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if distances.shape[1] > 1 and distances.stride(1) != 1:
         distances = distances.contiguous()
-    labels = _Labels(query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
+    labels = GroupedLabels(query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
     results = _empty_results(distances)
     _rank_rows(distances, labels, slice(None), results, 0 if distances.is_cuda else labels.most_matches())
     return results
 
 
-def _rank_rows(distances: Tensor, labels: _Labels, rows: slice, results: tuple[Tensor, ...], most_matches: int) -> None:
+def _rank_rows(
+    distances: Tensor, labels: GroupedLabels, rows: slice, results: tuple[Tensor, ...], most_matches: int
+) -> None:
     """Writes the results of some queries, whose distances have contiguous rows."""
     workspace = None
     if not distances.is_cuda:
@@ -144,7 +147,7 @@ def _native_features(query: Tensor, gallery: Tensor, metric: str, *given: Any) -
     """The kernel that ranks by products and measures what they leave open."""
     *of_labels, block_rows = given
     filtered = Filter([query, gallery], ["query", "gallery"], metric)
-    labels, results, workspace, most_matches = _Labels(*of_labels), _empty_results(query), None, 0
+    labels, results, workspace, most_matches = GroupedLabels(*of_labels), _empty_results(query), None, 0
     if not query.is_cuda:
         most_matches = labels.most_matches()
         needed = _native.module().ranking_features_workspace_bytes(
