@@ -21,6 +21,7 @@ from vareid_ext import (
     evaluate_ranking,
     evaluate_single_viewpoint,
     k_reciprocal_rerank,
+    verify_features,
 )
 from vareid_ext.cli.evaluate import main as evaluate
 from vareid_ext.cli.rerank import main as rerank
@@ -317,6 +318,24 @@ def test_evaluate_reports_what_the_functions_give(sides, tmp_path, capsys):
     assert f"{100 * expected.mAP:.2f}" in capsys.readouterr().out
 
 
+def test_evaluate_reports_verification_for_each_ranking(sides, capsys):
+    query_file, gallery_file, query, gallery = sides
+    arguments = ["--features", query_file, gallery_file, "--rerank", "--recommend-threshold", "fpr=0.05", "--json"]
+    assert evaluate(arguments) == 0
+    output = capsys.readouterr()
+    found = json.loads(output.out)
+    features = query["feature"], gallery["feature"]
+    for name, reranking in (("original", False), ("reranked", True)):
+        expected = verify_features(*features, *labels(query, gallery), rerank=reranking, recommend_fpr=0.05)
+        assert found[name]["verification"] == expected.as_dict()
+        assert f"{name}: recommended threshold for FPR 0.05: {expected.recommended.point.threshold:.9g};" in output.err
+        assert found[name]["mAP"] == evaluate_features(*features, *labels(query, gallery), rerank=reranking).mAP
+    assert evaluate(["--features", query_file, gallery_file, "--verification", "--quiet"]) == 0
+    text = capsys.readouterr().out
+    assert "TPR@FPR=1e-3" in text
+    assert "recommended" not in text
+
+
 def test_evaluate_as_a_command(sides):
     query_file, gallery_file, *_ = sides
     done = run("evaluate", "--features", query_file, gallery_file, "--rerank")
@@ -493,6 +512,11 @@ def test_what_is_left_out_is_counted(one_set, tmp_path, capsys):
         ({"identity": np.full(14, 77)}, [], "none of the 14 queries has a match"),
         ({"feature": np.full((14, 12), np.inf, np.float32)}, [], "row 0 holds NaN or Inf"),
         ({"viewpoint": None}, ["--protocol", "cross-viewpoint"], "--query-viewpoint: is needed"),
+        ({"identity": np.full(14, 77)}, ["--verification"], "none of the 14 queries has a match"),
+        ({"identity": np.full(14, 3)}, ["--recommend-threshold", "fpr=0.1"], "query_identity: one identity was given"),
+        ({}, ["--recommend-threshold", "fpr=2"], "'fpr=2' was given; fpr=RATE is needed"),
+        ({}, ["--recommend-threshold", "far=0.1"], "'far=0.1' was given; fpr=RATE is needed"),
+        ({}, ["--verification", "--protocol", "cross-viewpoint"], "--verification: was given with --protocol"),
         ({}, ["--max-rank", "0"], "max_rank: 0"),
         ({}, ["--rerank", "--k2", "0"], "k2: 0"),
         ({}, ["--junk-identity", str(2**70)], "junk_identity: "),

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,19 +28,24 @@ from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, Features,
 from vareid_ext.metrics import (
     RankingMetrics,
     RepeatedMetrics,
+    VerificationMetrics,
     evaluate_cross_viewpoint,
     evaluate_features,
     evaluate_single_viewpoint,
+    verify_features,
 )
 from vareid_ext.metrics.ranking import check_junk_identity, results_table
+from vareid_ext.metrics.verification import verification_text
 from vareid_ext.retrieval import check_parameters
+from vareid_ext.retrieval.rerank import fit_reranker
 
 if TYPE_CHECKING:
     from vareid_ext.data import ReidData
     from vareid_ext.training.config import Config
 
 _DESCRIPTION = """\
-CMC, mAP and mINP of trained models, or of features in files.
+CMC, mAP and mINP of trained models, or of features in files; with --verification also whether two images are of one
+identity: ROC, TPR at fixed FPR, EER and open-set DIR at fixed FAR.
 
 RUN is a run folder or a checkpoint, several of them are compared. Each is evaluated on its own test images, or with
 --data and --root on those of another data set.
@@ -59,6 +64,7 @@ _EXAMPLES = """\
   vareid evaluate runs/mine --data market1501 --root Market-1501
   vareid evaluate --features query.npz gallery.npz --rerank
   vareid evaluate --features features.mat --protocol cross-viewpoint
+  vareid evaluate --features query.npz gallery.npz --recommend-threshold fpr=1e-3
   vareid evaluate --features query.npy gallery.npy --query-identity query.txt --gallery-identity gallery.txt \\
       --no-cameras --json
 """
@@ -93,12 +99,40 @@ def _parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=10, help="draws of single-viewpoint (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of these draws (default: %(default)s)")
+    group = parser.add_argument_group("verification")
+    group.add_argument("--verification", action="store_true", help="also ROC, TPR@FPR, EER and open-set DIR@FAR")
+    group.add_argument(
+        "--recommend-threshold", type=_fpr, metavar="fpr=RATE",
+        help="also the distance up to which two images are to be taken for one identity, so that at most this share of "
+        "the pairs of two identities is, and its errors with 95 %% confidence intervals; implies --verification",
+    )  # fmt: skip
     group = parser.add_argument_group("re-ranking")
     group.add_argument("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
     add_rerank_arguments(group, "as the run, else ")
     add_inference_arguments(parser)
     parser.add_argument("--output", metavar="FILE", help="write the results to this .json file")
     return parser
+
+
+def _fpr(text: str) -> float:
+    """The rate in ``fpr=RATE``."""
+    name, _, rate = text.partition("=")
+    try:
+        if name == "fpr" and 0 < float(rate) < 1:
+            return float(rate)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} was given; fpr=RATE is needed, a rate above 0 and below 1: fpr=1e-3")
+
+
+class Results(NamedTuple):
+    """What has been found, by name."""
+
+    ranking: dict[str, RankingMetrics | RepeatedMetrics]
+    verification: dict[str, VerificationMetrics]
+    """Empty unless it was asked for."""
+    notes: list[str]
+    """What is left out, or what may not be meant."""
 
 
 def _read(options: argparse.Namespace) -> tuple[Features, Features, bool]:
@@ -151,28 +185,35 @@ def _together(query: Features, gallery: Features, same: bool) -> dict[str, Any]:
 
 def _evaluate(
     options: argparse.Namespace, query: Features, gallery: Features, same: bool, rerank: dict[str, Any]
-) -> tuple[dict[str, RankingMetrics | RepeatedMetrics], list[str]]:
-    """The results by name; and what is left out, or what may not be meant."""
+) -> Results:
     variants: dict[str, dict[str, Any]] = {"original": {"metric": options.metric}}
     if options.rerank:
         variants["reranked"] = {"rerank": rerank}
     common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": options.junk_identity}
-    notes = []
+    results = Results({}, {}, [])
     if (query.camera == -1).all():
-        notes.append("no cameras: same-camera images stay in")
-    results: dict[str, RankingMetrics | RepeatedMetrics] = {}
+        results.notes.append("no cameras: same-camera images stay in")
     if options.protocol == "standard":
         labels: dict[str, Any] = {
             f"{side}_{label}": getattr(found, label)
             for side, found in zip(SIDES, (query, gallery), strict=True)
             for label in ("identity", "camera")
         }
+        streamed = {"block_rows": options.block_rows, "progress": not options.quiet}
         for name, variant in variants.items():
-            results[name] = evaluate_features(
-                query.feature, gallery.feature, **labels, **variant, **common, block_rows=options.block_rows,
-                progress=not options.quiet,
-            )  # fmt: skip
-        return results, notes + _notes(**labels, junk_identity=options.junk_identity, same=same)
+            if options.verification and "rerank" in variant:  # fitted once for both
+                kept = torch.from_numpy(~_is(gallery.identity, options.junk_identity))
+                variant = {"rerank": fit_reranker(rerank, query.feature, gallery.feature[kept])}
+            if options.verification:  # first, as it needs more of the labels
+                results.verification[name] = verify_features(
+                    query.feature, gallery.feature, **labels, **variant, recommend_fpr=options.recommend_threshold,
+                    junk_identity=options.junk_identity, **streamed,
+                )  # fmt: skip
+            results.ranking[name] = evaluate_features(
+                query.feature, gallery.feature, **labels, **variant, **common, **streamed
+            )
+        results.notes.extend(_notes(**labels, junk_identity=options.junk_identity, same=same))
+        return results
     images = _together(query, gallery, same)
     for name, variant in variants.items():
         by_viewpoint: Mapping[int, RankingMetrics | RepeatedMetrics]
@@ -181,12 +222,12 @@ def _evaluate(
         else:
             draws = {"repeats": options.repeats, "seed": options.seed}
             by_viewpoint = evaluate_single_viewpoint(**images, **variant, **common, **draws)
-        results.update({f"{name} {viewpoint_name(view)}": result for view, result in by_viewpoint.items()})
+        results.ranking.update({f"{name} {viewpoint_name(view)}": result for view, result in by_viewpoint.items()})
     left_out = _is(images["identity"], options.junk_identity) | (images["viewpoint"] < 0)
-    notes.append(f"{len(left_out)} images, {'one set' if same else 'of query and gallery'}")
+    results.notes.append(f"{len(left_out)} images, {'one set' if same else 'of query and gallery'}")
     if left_out.any():
-        notes.append(f"junk or of unknown viewpoint, left out: {int(left_out.sum())} of them")
-    return results, notes
+        results.notes.append(f"junk or of unknown viewpoint, left out: {int(left_out.sum())} of them")
+    return results
 
 
 def _is(identity: np.ndarray, junk_identity: int | None) -> np.ndarray:
@@ -256,6 +297,9 @@ def _check(options: argparse.Namespace) -> None:
     if twice:
         raise ValueError(f"RUN: {twice[0]} was given twice")
     check_junk_identity(options.junk_identity)
+    options.verification = options.verification or options.recommend_threshold is not None
+    if options.verification and options.protocol != "standard":
+        raise ValueError(f"--verification: was given with --protocol {options.protocol}; it is for standard")
 
 
 def _reranking(options: argparse.Namespace, otherwise: Any = None) -> dict[str, Any]:
@@ -269,19 +313,19 @@ def _reranking(options: argparse.Namespace, otherwise: Any = None) -> dict[str, 
     return values
 
 
-def _evaluate_files(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | RepeatedMetrics], list[str]]:
+def _evaluate_files(options: argparse.Namespace) -> Results:
     rerank = _reranking(options)  # here, as the original ranking comes first and may take long
     query, gallery, same = _read(options)
-    results, notes = _evaluate(options, query, gallery, same, rerank)
-    return results, [*(f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)), *notes]
+    results = _evaluate(options, query, gallery, same, rerank)
+    results.notes[:0] = [f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)]
+    return results
 
 
-def _evaluate_runs(options: argparse.Namespace) -> tuple[dict[str, RankingMetrics | RepeatedMetrics], list[str]]:
+def _evaluate_runs(options: argparse.Namespace) -> Results:
     from vareid_ext.trained import load_trained  # what feature files do not need
 
     progress = not options.quiet
-    results: dict[str, RankingMetrics | RepeatedMetrics] = {}
-    notes: list[str] = []
+    results = Results({}, {}, [])
     sets: dict[str, Any] = {}
     models = [load_trained(run, options.device) for run in options.runs]  # a missing one stops all before any work
     reranking = [_reranking(options, model.config.evaluation) for model in models]
@@ -291,12 +335,13 @@ def _evaluate_runs(options: argparse.Namespace) -> tuple[dict[str, RankingMetric
         if options.no_cameras:
             sides = [dataclasses.replace(images, camera=np.full(len(images), UNKNOWN)) for images in sides]
         query, gallery = (model.features(images, progress=progress, **inference_options(options)) for images in sides)
-        found, said = _evaluate(options, query, gallery, False, rerank)
+        found = _evaluate(options, query, gallery, False, rerank)
         prefix = f"{run} " if len(options.runs) > 1 else ""
-        results.update({f"{prefix}{name}": result for name, result in found.items()})
+        results.ranking.update({f"{prefix}{name}": result for name, result in found.ranking.items()})
+        results.verification.update({f"{prefix}{name}": result for name, result in found.verification.items()})
         images = f"{len(data.query)} query and {len(data.gallery)} gallery images of {data.name}"
-        notes += [f"{model.checkpoint}: step {model.step}; {images}", *said]
-    return results, notes
+        results.notes.extend([f"{model.checkpoint}: step {model.step}; {images}", *found.notes])
+    return results
 
 
 def _data(options: argparse.Namespace, config: Config, sets: dict[str, ReidData]) -> ReidData:
@@ -324,12 +369,17 @@ def _data(options: argparse.Namespace, config: Config, sets: dict[str, ReidData]
 def _run(options: argparse.Namespace) -> Result:
     _check(options)
     output = None if options.output is None else check_writable(options.output, (".json",))
-    results, notes = _evaluate_runs(options) if options.runs else _evaluate_files(options)
-    report = {name: _report(result) for name, result in results.items()}
+    results = _evaluate_runs(options) if options.runs else _evaluate_files(options)
+    report = {name: _report(result) for name, result in results.ranking.items()}
+    for name, result in results.verification.items():
+        report[name]["verification"] = result.as_dict()
     if output is not None:
         with atomic_file(output) as file:
             file.write((json.dumps(report, indent=2) + "\n").encode())
-    return Result("\n".join([results_table(results), *_uncounted(results), *notes]), report)
+    parts = [results_table(results.ranking), *_uncounted(results.ranking)]
+    if results.verification:
+        parts += ["", verification_text(results.verification), ""]
+    return Result("\n".join([*parts, *results.notes]), report)
 
 
 def main(arguments: Sequence[str]) -> int:
