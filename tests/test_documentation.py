@@ -101,6 +101,7 @@ PYTHON: dict[tuple[str, str], Any] = {
     ("docs/your-model.md", "import vareid_ext"): ("tests/test_trained.py", "def test_the_documented_uses_of_a_model"),
     ("docs/your-model.md", "import numpy"): ("tests/test_export.py", "def test_the_documented_use_of_an_onnx_file"),
     ("docs/your-own-data.md", "from vareid_ext import evaluate_features"): lambda: features(),
+    ("docs/your-own-data.md", "from vareid_ext import pairwise_distance, verify_features"): lambda: features(),
 }
 
 
