@@ -25,6 +25,7 @@ from vareid_ext import (
 )
 from vareid_ext.cli.evaluate import main as evaluate
 from vareid_ext.cli.rerank import main as rerank
+from vareid_ext.metrics import evaluate_by_group
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -336,6 +337,38 @@ def test_evaluate_reports_verification_for_each_ranking(sides, capsys):
     assert "recommended" not in text
 
 
+def test_evaluate_says_from_where_to_where_and_what_each_query_has_reached(sides, tmp_path, capsys):
+    query_file, gallery_file, query, gallery = sides
+    files = [tmp_path / "queries.csv", tmp_path / "people.csv"]
+    arguments = ["--features", query_file, gallery_file, "--rerank", "--by", "viewpoint", "camera", "--json"]
+    assert evaluate([*arguments, "--per-query", str(files[0]), "--per-identity", str(files[1])]) == 0
+    output = capsys.readouterr()
+    found = json.loads(output.out)
+    rows, people = ([line.split(",") for line in file.read_text().splitlines()] for file in files)
+    features = query["feature"], gallery["feature"]
+    assert len(rows) == 1 + 2 * len(query["identity"])
+    for name, reranking in (("original", False), ("reranked", True)):
+        for label in ("viewpoint", "camera"):
+            groups = {"query_group": query[label], "gallery_group": gallery[label]}
+            cells = evaluate_by_group(*features, *labels(query, gallery), rerank=reranking, **groups)
+            assert found[name][f"by_{label}"] == cells.as_dict()
+            assert f"{name}, by {label}" in output.err
+        mine = [dict(zip(rows[0], row, strict=True)) for row in rows if row[0] == name]
+        counted = [row for row in mine if row["matches"] != "0"]
+        assert found[name]["num_valid_queries"] == len(counted)
+        np.testing.assert_allclose(
+            np.mean([float(row["average_precision"]) for row in counted]), found[name]["mAP"], rtol=1e-12
+        )
+        assert [int(row["identity"]) for row in mine] == query["identity"].tolist()
+        of_name = [dict(zip(people[0], row, strict=True)) for row in people if row[0] == name]
+        assert [int(row["identity"]) for row in of_name] == sorted(set(query["identity"].tolist()))
+        for row in of_name:
+            values = [float(r["average_precision"]) for r in counted if r["identity"] == row["identity"]]
+            assert (int(row["counted"]), row["mAP"] == "") == (len(values), not values)
+            if values:
+                np.testing.assert_allclose(float(row["mAP"]), np.mean(values), rtol=1e-12)
+
+
 def test_evaluate_as_a_command(sides):
     query_file, gallery_file, *_ = sides
     done = run("evaluate", "--features", query_file, gallery_file, "--rerank")
@@ -517,6 +550,11 @@ def test_what_is_left_out_is_counted(one_set, tmp_path, capsys):
         ({}, ["--recommend-threshold", "fpr=2"], "'fpr=2' was given; fpr=RATE is needed"),
         ({}, ["--recommend-threshold", "far=0.1"], "'far=0.1' was given; fpr=RATE is needed"),
         ({}, ["--verification", "--protocol", "cross-viewpoint"], "--verification: was given with --protocol"),
+        ({}, ["--by", "camera", "--protocol", "cross-viewpoint"], "--by: was given with --protocol"),
+        ({}, ["--by", "camera", "--no-cameras"], "--by: camera was given with --no-cameras"),
+        ({"viewpoint": None}, ["--by", "viewpoint"], "--query-viewpoint: is needed"),
+        ({"viewpoint": np.full(14, -1)}, ["--by", "viewpoint"], "query_group: no image has a known group"),
+        ({}, ["--per-query", "queries.txt"], "queries.txt"),
         ({}, ["--max-rank", "0"], "max_rank: 0"),
         ({}, ["--rerank", "--k2", "0"], "k2: 0"),
         ({}, ["--junk-identity", str(2**70)], "junk_identity: "),
@@ -542,6 +580,6 @@ def test_evaluate_errors_leave_the_output_alone(sides, tmp_path, capsys, change,
 
 def test_evaluate_checks_the_re_ranking_before_it_ranks(sides, capsys, monkeypatch):
     query_file, gallery_file, _, _ = sides
-    monkeypatch.setattr("vareid_ext.cli.evaluate.evaluate_features", None)
+    monkeypatch.setattr("vareid_ext.cli.evaluate.rank_features", None)
     assert evaluate(["--features", query_file, gallery_file, "--rerank", "--lambda-value", "1.5"]) == 2
     assert "lambda_value: 1.5" in capsys.readouterr().err

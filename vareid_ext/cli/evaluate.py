@@ -26,16 +26,20 @@ from vareid_ext.cli.rerank import RERANKING, add_junk_identity, add_max_unpacked
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, Features, read_features
 from vareid_ext.metrics import (
+    GroupMetrics,
+    QueryRanking,
     RankingMetrics,
     RepeatedMetrics,
     VerificationMetrics,
+    evaluate_by_group,
     evaluate_cross_viewpoint,
-    evaluate_features,
     evaluate_single_viewpoint,
+    rank_features,
     verify_features,
 )
-from vareid_ext.metrics.ranking import check_junk_identity, results_table
+from vareid_ext.metrics.ranking import check_junk_identity, check_max_rank, results_table
 from vareid_ext.metrics.verification import verification_text
+from vareid_ext.report.queries import IDENTITY_COLUMNS, QUERY_COLUMNS, identity_table, query_table
 from vareid_ext.retrieval import check_parameters
 from vareid_ext.retrieval.rerank import fit_reranker
 
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 CMC, mAP and mINP of trained models, or of features in files; with --verification also whether two images are of one
-identity: ROC, TPR at fixed FPR, EER and open-set DIR at fixed FAR.
+identity: ROC, TPR at fixed FPR, EER and open-set DIR at fixed FAR; with --by from which viewpoint or camera to which.
 
 RUN is a run folder or a checkpoint, several of them are compared. Each is evaluated on its own test images, or with
 --data and --root on those of another data set.
@@ -64,10 +68,15 @@ _EXAMPLES = """\
   vareid evaluate runs/mine --data market1501 --root Market-1501
   vareid evaluate --features query.npz gallery.npz --rerank
   vareid evaluate --features features.mat --protocol cross-viewpoint
+  vareid evaluate runs/mine --by viewpoint camera --per-query queries.csv --per-identity people.csv
   vareid evaluate --features query.npz gallery.npz --recommend-threshold fpr=1e-3
   vareid evaluate --features query.npy gallery.npy --query-identity query.txt --gallery-identity gallery.txt \\
       --no-cameras --json
 """
+
+
+GROUPS = ("viewpoint", "camera")
+"""What images can be grouped by."""
 
 
 def _parser() -> Parser:
@@ -99,6 +108,13 @@ def _parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=10, help="draws of single-viewpoint (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of these draws (default: %(default)s)")
+    group = parser.add_argument_group("where it fails")
+    group.add_argument(
+        "--by", nargs="+", choices=GROUPS, default=[], metavar="LABEL",
+        help="also mAP and rank-1 from each to each of the images' viewpoints, cameras: viewpoint, camera, or both",
+    )  # fmt: skip
+    for what, columns in (("query", QUERY_COLUMNS), ("identity", IDENTITY_COLUMNS)):
+        group.add_argument(f"--per-{what}", metavar="FILE", help=f"write a .csv with the columns {', '.join(columns)}")
     group = parser.add_argument_group("verification")
     group.add_argument("--verification", action="store_true", help="also ROC, TPR@FPR, EER and open-set DIR@FAR")
     group.add_argument(
@@ -130,9 +146,18 @@ class Results(NamedTuple):
 
     ranking: dict[str, RankingMetrics | RepeatedMetrics]
     verification: dict[str, VerificationMetrics]
-    """Empty unless it was asked for."""
+    """Empty unless it was asked for, as `groups`."""
+    groups: dict[str, dict[str, GroupMetrics]]
+    """By ranking and label."""
+    queries: dict[str, tuple[Features, QueryRanking]]
+    """The queries and what each has reached, of the standard protocol."""
     notes: list[str]
     """What is left out, or what may not be meant."""
+
+    def add(self, prefix: str, other: Results) -> None:
+        """Take over what another holds, but for its notes."""
+        for mine, theirs in zip(self[:4], other[:4], strict=True):
+            mine.update({f"{prefix}{name}": result for name, result in theirs.items()})  # type: ignore[attr-defined]
 
 
 def _read(options: argparse.Namespace) -> tuple[Features, Features, bool]:
@@ -141,10 +166,11 @@ def _read(options: argparse.Namespace) -> tuple[Features, Features, bool]:
         raise FeatureFileError(f"--features: {len(options.features)} files were given; one or two are needed")
     paths = options.features[0], options.features[-1]
     needed = ["identity"] if options.protocol == "standard" else ["identity", "viewpoint"]
+    needed += [label for label in options.by if label not in needed]
     query, gallery = (
         read_features(
             path, side, key=getattr(options, f"{side}_key"), max_unpacked=options.max_unpacked,
-            labels=needed if options.no_cameras else [*needed, "camera"],
+            labels=needed if options.no_cameras else list(dict.fromkeys([*needed, "camera"])),
             **{label: getattr(options, f"{side}_{label}") for label in LABELS},
         )
         for side, path in zip(SIDES, paths, strict=True)
@@ -190,7 +216,7 @@ def _evaluate(
     if options.rerank:
         variants["reranked"] = {"rerank": rerank}
     common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": options.junk_identity}
-    results = Results({}, {}, [])
+    results = Results({}, {}, {}, {}, [])
     if (query.camera == -1).all():
         results.notes.append("no cameras: same-camera images stay in")
     if options.protocol == "standard":
@@ -201,7 +227,7 @@ def _evaluate(
         }
         streamed = {"block_rows": options.block_rows, "progress": not options.quiet}
         for name, variant in variants.items():
-            if options.verification and "rerank" in variant:  # fitted once for both
+            if "rerank" in variant and (options.verification or options.by):  # fitted once for all
                 kept = torch.from_numpy(~_is(gallery.identity, options.junk_identity))
                 variant = {"rerank": fit_reranker(rerank, query.feature, gallery.feature[kept])}
             if options.verification:  # first, as it needs more of the labels
@@ -209,9 +235,18 @@ def _evaluate(
                     query.feature, gallery.feature, **labels, **variant, recommend_fpr=options.recommend_threshold,
                     junk_identity=options.junk_identity, **streamed,
                 )  # fmt: skip
-            results.ranking[name] = evaluate_features(
-                query.feature, gallery.feature, **labels, **variant, **common, **streamed
+            ranking = rank_features(
+                query.feature, gallery.feature, **labels, **variant, junk_identity=options.junk_identity, **streamed
             )
+            results.ranking[name] = ranking.metrics(options.max_rank)
+            results.queries[name] = query, ranking
+            results.groups[name] = {
+                label: evaluate_by_group(
+                    query.feature, gallery.feature, **labels, **variant, junk_identity=options.junk_identity,
+                    query_group=getattr(query, label), gallery_group=getattr(gallery, label),
+                )
+                for label in options.by
+            }  # fmt: skip
         results.notes.extend(_notes(**labels, junk_identity=options.junk_identity, same=same))
         return results
     images = _together(query, gallery, same)
@@ -273,6 +308,17 @@ def _uncounted(results: Mapping[str, RankingMetrics | RepeatedMetrics]) -> list[
     return lines
 
 
+def _group_text(name: str, label: str, cells: GroupMetrics) -> str:
+    """The table of one ranking by one label, and what was left out of it."""
+    called = viewpoint_name if label == "viewpoint" else str
+    names = ([called(group) for group in groups] for groups in (cells.query_groups, cells.gallery_groups))
+    lines = [f"\n{name}, by {label}: mAP / rank-1, % (queries with a match)", cells.text(*names)]
+    for side, count in zip(("queries", "gallery images"), cells.left_out, strict=True):
+        if count:
+            lines.append(f"{count} {side} of unknown {label} are left out")
+    return "\n".join([*lines, ""])
+
+
 _OF_FILES = (
     "query_key", "query_identity", "query_camera", "query_viewpoint", "gallery_key", "gallery_identity",
     "gallery_camera", "gallery_viewpoint", "max_unpacked",
@@ -298,8 +344,15 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"RUN: {twice[0]} was given twice")
     check_junk_identity(options.junk_identity)
     options.verification = options.verification or options.recommend_threshold is not None
-    if options.verification and options.protocol != "standard":
-        raise ValueError(f"--verification: was given with --protocol {options.protocol}; it is for standard")
+    check_max_rank(options.max_rank)
+    for name in ("verification", "by", "per_query", "per_identity"):
+        if getattr(options, name) and options.protocol != "standard":
+            raise ValueError(
+                f"--{name.replace('_', '-')}: was given with --protocol {options.protocol}; it is for standard"
+            )
+    if options.no_cameras and "camera" in options.by:
+        raise ValueError("--by: camera was given with --no-cameras")
+    options.by = list(dict.fromkeys(options.by))
 
 
 def _reranking(options: argparse.Namespace, otherwise: Any = None) -> dict[str, Any]:
@@ -325,7 +378,7 @@ def _evaluate_runs(options: argparse.Namespace) -> Results:
     from vareid_ext.trained import load_trained  # what feature files do not need
 
     progress = not options.quiet
-    results = Results({}, {}, [])
+    results = Results({}, {}, {}, {}, [])
     sets: dict[str, Any] = {}
     models = [load_trained(run, options.device) for run in options.runs]  # a missing one stops all before any work
     reranking = [_reranking(options, model.config.evaluation) for model in models]
@@ -337,8 +390,7 @@ def _evaluate_runs(options: argparse.Namespace) -> Results:
         query, gallery = (model.features(images, progress=progress, **inference_options(options)) for images in sides)
         found = _evaluate(options, query, gallery, False, rerank)
         prefix = f"{run} " if len(options.runs) > 1 else ""
-        results.ranking.update({f"{prefix}{name}": result for name, result in found.ranking.items()})
-        results.verification.update({f"{prefix}{name}": result for name, result in found.verification.items()})
+        results.add(prefix, found)
         images = f"{len(data.query)} query and {len(data.gallery)} gallery images of {data.name}"
         results.notes.extend([f"{model.checkpoint}: step {model.step}; {images}", *found.notes])
     return results
@@ -369,16 +421,30 @@ def _data(options: argparse.Namespace, config: Config, sets: dict[str, ReidData]
 def _run(options: argparse.Namespace) -> Result:
     _check(options)
     output = None if options.output is None else check_writable(options.output, (".json",))
+    tables = {
+        what: None if path is None else check_writable(path, (".csv",))
+        for what, path in (("query", options.per_query), ("identity", options.per_identity))
+    }
     results = _evaluate_runs(options) if options.runs else _evaluate_files(options)
     report = {name: _report(result) for name, result in results.ranking.items()}
     for name, result in results.verification.items():
         report[name]["verification"] = result.as_dict()
-    if output is not None:
-        with atomic_file(output) as file:
-            file.write((json.dumps(report, indent=2) + "\n").encode())
+    for name, by in results.groups.items():
+        report[name].update({f"by_{label}": cells.as_dict() for label, cells in by.items()})
+    texts = (
+        (output, lambda: json.dumps(report, indent=2) + "\n"),
+        (tables["query"], lambda: query_table(results.queries)),
+        (tables["identity"], lambda: identity_table(results.queries)),
+    )
+    for path, text in texts:
+        if path is not None:
+            with atomic_file(path) as file:
+                file.write(text().encode())
     parts = [results_table(results.ranking), *_uncounted(results.ranking)]
     if results.verification:
         parts += ["", verification_text(results.verification), ""]
+    for name, by in results.groups.items():
+        parts += [_group_text(name, label, cells) for label, cells in by.items()]
     return Result("\n".join([*parts, *results.notes]), report)
 
 
