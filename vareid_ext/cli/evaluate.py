@@ -37,9 +37,9 @@ from vareid_ext.metrics import (
     rank_features,
     verify_features,
 )
+from vareid_ext.metrics.queries import IDENTITY_COLUMNS, QUERY_COLUMNS, identity_table, query_table
 from vareid_ext.metrics.ranking import check_junk_identity, check_max_rank, results_table
 from vareid_ext.metrics.verification import verification_text
-from vareid_ext.report.queries import IDENTITY_COLUMNS, QUERY_COLUMNS, identity_table, query_table
 from vareid_ext.retrieval import check_parameters
 from vareid_ext.retrieval.rerank import fit_reranker
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from vareid_ext.files.features import Features
-from vareid_ext.metrics import QueryRanking
+from vareid_ext.metrics.ranking import QueryRanking
 
 QUERY_COLUMNS = (
     "ranking", "query", "path", "identity", "camera", "viewpoint", "matches", "average_precision",
