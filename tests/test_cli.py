@@ -292,7 +292,7 @@ def wait(*features, **options):
     print("running", file=sys.stderr, flush=True)
     time.sleep(60)
 
-evaluate.evaluate_features = wait
+evaluate.rank_features = wait
 _vareid_cli.main({["evaluate", *command("evaluate", tmp_path)[1:]]})
 """
     process = subprocess.Popen(
