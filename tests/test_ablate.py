@@ -117,6 +117,22 @@ def test_methods_beside_each_other_by_the_recipes_of_the_data_set(tmp_path, caps
     assert {row.published for row in rows} == {None}
 
 
+def test_methods_see_the_images_of_the_recipe_that_is_named():
+    rows = rows_of_methods(["--recipe=synthetic-sides", "--synthetic-seed=5"], ["va-reid", "pcb"])
+    assert [(row.config.data.synthetic.outfits, row.config.data.synthetic.seed) for row in rows] == [(4, 5)] * 2
+    assert [row.config.data.erasing for row in rows] == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"), [("market1501", "market1501-srb"), ("dukemtmc-reid", "dukemtmc-srb"), ("msmt17", None)]
+)
+def test_the_data_set_chooses_the_recipes_of_methods(kind, recipe):
+    arguments = [f"--data.kind={kind}", "--root=x"]
+    (row,) = rows_of_methods(arguments, ["srb"])
+    assert row.config == parse([*arguments, f"--recipe={recipe}" if recipe else "--method=srb"]).config
+    assert row.published == METHODS["srb"].about.published.get(recipe)
+
+
 def own_configuration(folder):
     """Of a data set that has no recipe of any method."""
     file = folder / "mine.yaml"

@@ -25,6 +25,9 @@ All options of `vareid train` but --output, --resume and --seed are taken and ho
 for the methods that have them; the rows of Table 2 set method.smoothing, use_viewpoint, use_regularizer and local. Only
 the last epoch is evaluated, and no baselines, unless --evaluation.every and --evaluation.baselines say otherwise.
 
+With --methods all runs use the images that --recipe or --data.kind names. What else a recipe holds, such as image size,
+augmentation and schedule, is that of each method's recipe for this data set, where it has one.
+
 The same command goes on where an earlier one has ended, however it ended, and may ask for more seeds. OUTPUT has a
 run folder for each run, ablation.json and ablation.png.
 """

@@ -94,12 +94,17 @@ def rows_of_losses(config: Config) -> list[Row]:
     return rows
 
 
+_IMAGES = ("kind", "root", "viewpoint_labels", "viewpoint_file", "skip_bad_images", "synthetic", "extras")
+"""The fields of section data that say which images are used, rather than how."""
+
+
 def rows_of_methods(arguments: Sequence[str], names: Sequence[str]) -> list[Row]:
     """A row for each method, by the recipe <data set>-<name> where there is one; otherwise by its defaults.
 
     Args:
-        arguments: of the command line of the training; the recipe that they name says which data set. Settings of a
-            method hold for those that have them.
+        arguments: of the command line of the training, which hold for every row, settings of a method for those that
+            have them. Of the recipe that they name the images (`_IMAGES`) are taken; their size and augmentation and
+            the training are each method's.
         names: of methods, or what recipes have behind the name of the data set, such as "srb-r50".
 
     Raises:
@@ -107,7 +112,8 @@ def rows_of_methods(arguments: Sequence[str], names: Sequence[str]) -> list[Row]
     """
     general, settings = split_method_settings(arguments)
     base = parse(general)
-    dataset, recipes = base.name.partition("-")[0], recipe_names()
+    images = {field: getattr(base.config.data, field) for field in _IMAGES}
+    dataset, recipes = base.config.data.kind.partition("-")[0], recipe_names()
     rows = []
     for name in names:
         recipe = f"{dataset}-{name}"
@@ -117,9 +123,10 @@ def rows_of_methods(arguments: Sequence[str], names: Sequence[str]) -> list[Row]
         chosen = f"--recipe={recipe}" if recipe in recipes else f"--method={name}"
         request = parse([*general, chosen])
         own = [option for field, option in settings.items() if hasattr(request.config.method, field)]
-        request = parse([*general, chosen, *own]) if own else request
-        method = METHODS[request.config.method.name]
-        rows.append(Row(name, name, request.config, published=method.about.published.get(recipe)))
+        config = parse([*general, chosen, *own]).config if own else request.config
+        config = replace(config, data=replace(config.data, **images))
+        method = METHODS[config.method.name]
+        rows.append(Row(name, name, config, published=method.about.published.get(recipe)))
     if len(set(names)) < len(names):
         raise CommandLineError(f"--methods: {', '.join(names)} was given; each may be given once")
     for field in settings:
