@@ -169,6 +169,31 @@ def test_openpose_and_arrays_lie_as_the_images_do(tmp_path):
         assert notes[0].startswith("2 of 4 images have no keypoints")
 
 
+def test_mmpose_lies_as_the_images_do(tmp_path):
+    points = points_named(NAMES["coco"])
+    people = [{"keypoints": points[:, :2].tolist(), "keypoint_scores": points[:, 2].tolist(), "bbox_score": 1.0}]
+    contents = {"a": people, "b": {"meta_info": {}, "instance_info": people}, "c": []}
+    for name, content in contents.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    images = images_of(*(f"root/{name}.jpg" for name in contents))
+    files = ExtraFiles(keypoints=str(tmp_path), missing="neutral")
+    first, second, nobody = loaded(joined(images, files, "keypoints", "root")[0], "keypoints")
+    np.testing.assert_array_equal(first, to_joints(points))
+    np.testing.assert_array_equal(second, to_joints(points))
+    assert not nobody.any()
+    people[0]["keypoint_scores"].pop()
+    (tmp_path / "a.json").write_text(json.dumps(people))
+    with pytest.raises(ValueError, match="keypoints of 'people'"):
+        joined(images, files, "keypoints", "root")
+
+
+@pytest.mark.parametrize("prefix", ["", "data.extras."])
+def test_advice_names_the_option_of_the_command(tmp_path, prefix):
+    files = ExtraFiles(parsing=str(tmp_path))
+    with pytest.raises(ValueError, match=rf"\(--{prefix}missing neutral goes on"):
+        join_extras({"all": images_of("root/a.jpg")}, files, {"all": ["parsing"]}, "root", prefix)
+
+
 @pytest.mark.parametrize("suffix", [".mat", ".npz"])
 def test_the_public_joints_of_market_1501(tmp_path, suffix):
     """One column an image in sorted order, junk included: 14 x, then 14 y, counted from 1."""

@@ -26,8 +26,8 @@ from vareid_ext.data.types import ImageList
 from vareid_ext.data.viewpoints import ViewpointLabels
 
 FORMATS = {
-    "keypoints": "a JSON file of COCO, AlphaPose or MMPose, a folder of OpenPose's JSON files or of .npy files, or one "
-    "with market1501_14point_train.npz (or .mat of MATLAB 7 and before), _query and _gallery",
+    "keypoints": "a JSON file of COCO or AlphaPose, a folder of OpenPose's or MMPose's JSON files or of .npy files, or "
+    "one with market1501_14point_train.npz (or .mat of MATLAB 7 and before), _query and _gallery",
     "parsing": "a folder of LIP class maps (.png, .npy) or class scores [20, H, W] (.npy)",
     "iuv": "a folder of DensePose's I, U, V pictures (.png) or arrays [3, H, W] (.npy)",
     "views": "a folder of <image>_to_1.png to <image>_to_8.png",
@@ -43,8 +43,8 @@ class ExtraFiles:
     """Inputs beside the images, made by other programs. In folders they lie as the images do in the data set."""
 
     keypoints: str | None = None
-    """14 joints of every person: a JSON file of COCO, AlphaPose or MMPose, a folder of OpenPose's JSON files or of .npy
-    files, or one with the public joints of Market-1501 (market1501_14point_train.npz, _query, _gallery)"""
+    """14 joints of every person: a JSON file of COCO or AlphaPose, a folder of OpenPose's or MMPose's JSON files or of
+    .npy files, or one with the public joints of Market-1501 (market1501_14point_train.npz, _query, _gallery)"""
     keypoints_order: Literal["auto", "cpm", "lsp", "mpii", "coco", "openpose18", "body25"] = "auto"
     """order in which keypoints are listed; auto: by their number, 16 mpii, 17 coco, 18 openpose18, 25 body25"""
     parsing: str | None = None
@@ -72,6 +72,7 @@ def join_extras(
     files: ExtraFiles,
     wanted: Mapping[str, Sequence[str]],
     root: str | os.PathLike[str] = "",
+    prefix: str = "",
 ) -> tuple[dict[str, ImageList], tuple[str, ...]]:
     """The lists with the extras that are wanted for them, and notes on images that have none.
 
@@ -81,6 +82,7 @@ def join_extras(
         wanted: for each list names out of `EXTRAS`.
         root: folder that the images' relative paths start from; where all of them lie in one folder of it, paths that
             start from that folder are found too.
+        prefix: of the options' names in messages, such as "data.extras.".
 
     Raises:
         ValueError: an extra is not given, a file of keypoints is not what it should be, or images have no extra and
@@ -90,7 +92,7 @@ def join_extras(
     joined, notes = dict(lists), []
     paths = [path for images in lists.values() for path in images.paths]
     for name in dict.fromkeys(name for names in wanted.values() for name in names):
-        check_given(files, [name])
+        check_given(files, [name], prefix=prefix)
         source, form = Path(getattr(files, name)), EXTRAS[name]
         if not source.exists():
             raise FileNotFoundError(f"{name}: {source} does not exist; {FORMATS[name]} is needed")
@@ -110,7 +112,7 @@ def join_extras(
         if missing and files.missing == "error":
             raise ValueError(
                 f"{name}: {len(missing):,} of {count:,} images have none in {source}, such as {missing[0]}; it holds "
-                f"{FORMATS[name]} (extras.missing neutral goes on without them)"
+                f"{FORMATS[name]} (--{prefix}missing neutral goes on without them)"
             )
         if missing:
             notes.append(f"{len(missing):,} of {count:,} images have no {name} in {source} and get neutral ones")

@@ -136,7 +136,7 @@ def check_frame(images: Sequence[tuple[np.ndarray, int, int]]) -> None:
 def read_keypoint_list(path: Path, order: str) -> dict[str, People]:
     """Image -> the people on it, from a JSON file of COCO's kind.
 
-    It is a list of {"image_id", "keypoints": x, y, confidence, x, ...}, as AlphaPose and MMPose write, or COCO's
+    It is a list of {"image_id", "keypoints": x, y, confidence, x, ...}, as AlphaPose writes, or COCO's
     {"images": [{"id", "file_name", perhaps "width", "height"}], "annotations": that list}. Images are called by path or
     file name.
 
@@ -164,7 +164,10 @@ def read_keypoint_list(path: Path, order: str) -> dict[str, People]:
 
 
 def read_keypoint_file(path: Path, order: str) -> np.ndarray:
-    """Joints [M, 14, 3] of the people on an image: of OpenPose's JSON, or of an array [P, 3] or [M, P, 3]."""
+    """Joints [M, 14, 3] of the people on an image: of OpenPose's or MMPose's JSON, or of an array [P, 3] or [M, P, 3].
+
+    MMPose's is a list of {"keypoints": [[x, y], ...], "keypoint_scores": [...]}, or has it under "instance_info".
+    """
     if path.suffix.lower() != ".json":
         (array,) = open_arrays(path).values()
         points = np.asarray(array.read())
@@ -174,10 +177,16 @@ def read_keypoint_file(path: Path, order: str) -> np.ndarray:
             return to_joints(points.reshape(-1, *points.shape[-2:]), order)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    people = _get(_read_json(path), "people", path)
+    content = _read_json(path)
+    key = "instance_info" if isinstance(content, dict) and "instance_info" in content else "people"
+    people = content if isinstance(content, list) else _get(content, key, path)
     if not isinstance(people, list):
-        raise ValueError(f"{path}: people is {type(people).__name__}; a list is needed")
-    found = [_joints(_get(person, "pose_keypoints_2d", path), order, path, "people") for person in people]
+        raise ValueError(f"{path}: {key} is {type(people).__name__}; a list is needed")
+    if people is content or key == "instance_info":
+        given = [(_get(person, "keypoints", path), _get(person, "keypoint_scores", path)) for person in people]
+    else:
+        given = [(_get(person, "pose_keypoints_2d", path), None) for person in people]
+    found = [_joints(numbers, order, path, "people", scores) for numbers, scores in given]
     return np.stack(found) if found else np.empty((0, JOINTS, 3), np.float32)
 
 
@@ -224,9 +233,12 @@ def _get(entry: Any, key: str, path: Path) -> Any:
     return entry[key]
 
 
-def _joints(numbers: Sequence[float], order: str, path: Path, image: str) -> np.ndarray:
-    """Numbers x, y, confidence, x, ... -> joints [14, 3]."""
+def _joints(numbers: Any, order: str, path: Path, image: str, scores: Any = None) -> np.ndarray:
+    """Numbers x, y, confidence, x, ..., or [x, y], ... with the confidences in `scores` -> joints [14, 3]."""
     try:
-        return to_joints(np.array(numbers, dtype=np.float32).reshape(-1, 3), order)
+        points = np.array(numbers, dtype=np.float32)
+        if scores is not None:
+            points = np.column_stack([points.reshape(-1, 2), np.array(scores, dtype=np.float32)])
+        return to_joints(points.reshape(-1, 3), order)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: keypoints of {shown(image)}: {error}") from error

@@ -153,7 +153,7 @@ def load_data(
         for split, images in data.splits.items()
     }
     from_files = {split: [name for name in own if name in given] for split, own in wanted.items()}
-    lists, notes = join_extras(lists, files, from_files, folder or "")
+    lists, notes = join_extras(lists, files, from_files, folder or "", prefix="data.extras.")
     unread = tuple(f"{name} are given, but the method does not read them" for name in given if name not in names)
     data = replace(data, **lists, notes=(*data.notes, *notes, *unread))  # type: ignore[arg-type]
     if check_images and root is not None:
