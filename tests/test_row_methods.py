@@ -69,6 +69,16 @@ def test_published_networks_have_their_parameters_and_features(recipe, without_h
     assert [tuple(f.shape) for f in features] == [(2, length)] * parts
 
 
+def test_va_reid_has_its_published_size_and_centers_of_pairs_that_do_not_occur():
+    """52.64 M, with centers of the 2,048 pairs of identity and viewpoint that occur in Market-1501."""
+    config = parse(["--recipe=market1501-va-reid", "--root=.", "--model.pretrained=false"]).config
+    with torch.device("meta"):
+        classes = TrainingClasses(751, 3, torch.ones(751, 3, dtype=torch.bool, device="cpu"))
+        method = METHODS["va-reid"](config.method, config.model, classes)
+    size = sum(p.numel() for p in method.parameters())
+    assert size - (751 * 3 - 2048) * method.backbone.channels == 52_642_864
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_is_trained_and_losses_begin_as_guessing_does(name):
     method = tiny(name).train()
