@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, fields, is_dataclass
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,16 @@ def test_no_setting_of_a_method_takes_the_short_name_of_another_section(name):
     sections = [getattr(Config(), field.name) for field in fields(Config) if field.name != "method"]
     taken = {field.name for section in sections if is_dataclass(section) for field in fields(section)}
     assert not taken & {field.name for field in fields(METHODS[name].Config)} - {"name"}
+
+
+def test_recipes_of_published_data_sets_claim_what_their_method_claims():
+    folder = resources.files("vareid_ext.recipes")
+    for recipe in recipe_names():
+        if recipe.startswith(("market1501-", "dukemtmc-")):
+            head = folder.joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
+            method = parse([f"--recipe={recipe}", "--root=."]).config.method.name
+            claims = re.findall(r"Claim: (.*?)[.;]", head)
+            assert claims == [METHODS[method].about.claim], recipe
 
 
 @pytest.mark.parametrize("name", METHODS)
