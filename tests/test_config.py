@@ -149,7 +149,7 @@ def test_epochs_are_refused_where_stages_have_their_own(tmp_path, option):
     config = parse(["--recipe=synthetic-pcb-rpp", option, "--stages=[]"]).config
     assert config.epochs == 5
     path.write_text(to_yaml(parse(["--recipe=synthetic-pcb-rpp"]).config))  # names every field, epochs too
-    assert parse(["--config", str(path)]).config.epochs == 11
+    assert parse(["--config", str(path)]).config.epochs == 8 + 2 + 4
 
 
 def test_a_file_may_name_the_recipe_that_it_differs_from(tmp_path):
