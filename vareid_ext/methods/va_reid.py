@@ -93,7 +93,8 @@ class VaReid(Method):
     @classmethod
     def inputs_with(cls, config: VaReidConfig) -> tuple[str, ...]:
         """L_v and L_R are about viewpoints."""
-        return ("viewpoint",) if config.use_viewpoint or config.use_regularizer else ()
+        aware = ("viewpoint",) if config.use_viewpoint or config.use_regularizer else ()
+        return tuple(dict.fromkeys((*super().inputs_with(config), *aware)))
 
     def __init__(self, config: VaReidConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()
