@@ -87,6 +87,17 @@ def test_one_group_is_the_whole_evaluation():
     )
 
 
+@pytest.mark.parametrize("rerank", [False, {"k1": 5, "k2": 3}])
+def test_without_a_junk_identity_no_image_is_left_out(rerank):
+    feature, identity, camera, _ = made(3)
+    zeros = [np.zeros(len(side), dtype=int) for side in identity]
+    groups = {"query_group": zeros[0], "gallery_group": zeros[1]}
+    found = evaluate_by_group(*feature, *identity, *camera, **groups, rerank=rerank, junk_identity=None)
+    whole = evaluate_features(*feature, *identity, *camera, rerank=rerank, junk_identity=None)
+    assert found.images.tolist() == [len(identity[1])]
+    assert found.mAP.item() == whole.mAP
+
+
 def test_a_cell_without_a_match_is_empty_and_said_so():
     feature = torch.eye(4)
     found = evaluate_by_group(

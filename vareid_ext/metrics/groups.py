@@ -11,20 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vareid_ext import _arrays
 from vareid_ext._labels import UNKNOWN
 from vareid_ext._text import table
-from vareid_ext.metrics.features import rank_features
+from vareid_ext.metrics.features import check_retrieval, rank_features
 from vareid_ext.metrics.ranking import (
     QueryRanking,
     RankingLabels,
-    check_junk_identity,
-    check_labels,
     label_vector,
     rank_queries,
 )
 from vareid_ext.retrieval.distance import rows_in_block
-from vareid_ext.retrieval.rerank import Rerank, fit_reranker
+from vareid_ext.retrieval.rerank import Rerank, Reranker
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,35 +112,30 @@ def evaluate_by_group(
         ValueError: as :func:`evaluate_features`; groups of another length; no query, or no gallery image, of a known
             group.
     """
-    check_junk_identity(junk_identity)
-    labels = check_labels(query_identity, gallery_identity, query_camera, gallery_camera).on(torch.device("cpu"))
-    query, gallery = _arrays.to_tensor(query, "query"), _arrays.to_tensor(gallery, "gallery")
-    groups = {}
-    for name, given, identity in (
-        ("query_group", query_group, labels.query_identity), ("gallery_group", gallery_group, labels.gallery_identity),
-    ):  # fmt: skip
-        vector = label_vector(given, name).cpu()
-        if len(vector) != len(identity):
-            side = name.partition("_")[0]
-            raise ValueError(f"{name}: length {len(vector)} was given, expected {len(identity)} (as {side}_identity)")
-        groups[name] = vector
-    of_query, of_gallery = groups["query_group"], groups["gallery_group"]
-    junk = torch.zeros(len(of_gallery), dtype=torch.bool)
-    if junk_identity is not None:
-        junk = labels.gallery_identity.cpu() == junk_identity
-    known_query, known_gallery = of_query != UNKNOWN, (of_gallery != UNKNOWN) & ~junk
+    given = (query_identity, gallery_identity, query_camera, gallery_camera)
+    of_query = label_vector(query_group, "query_group").cpu()
+    of_gallery = label_vector(gallery_group, "gallery_group").cpu()
+    checked = check_retrieval(query, gallery, given, metric, rerank, junk_identity, drop_junk=True)
+    for side, group, images in (("query", of_query, query), ("gallery", of_gallery, gallery)):
+        if len(group) != len(images):
+            raise ValueError(
+                f"{side}_group: length {len(group)} was given, expected {len(images)} (as {side}_identity)"
+            )
+    query, gallery, labels, fit, kept = checked
+    of_gallery = of_gallery[kept.cpu()]
+    known_query, known_gallery = of_query != UNKNOWN, of_gallery != UNKNOWN
     for name, known in (("query_group", known_query), ("gallery_group", known_gallery)):
         if not known.any():
             raise ValueError(f"{name}: no image has a known group (other than -1)")
     rows, columns = of_query[known_query].unique().tolist(), of_gallery[known_gallery].unique().tolist()
-    members = [(known_gallery & (of_gallery == group)).nonzero()[:, 0] for group in columns]
-    if rerank is False:
+    members = [(of_gallery == group).nonzero()[:, 0].to(query.device) for group in columns]
+    if fit is None:
         rankings = [
-            rank_features(query, gallery[kept.to(gallery.device)], *labels.of_gallery(kept), metric=metric)
-            for kept in members
+            rank_features(query, gallery[some], *labels.of_gallery(some), metric=metric, junk_identity=None)
+            for some in members
         ]
     else:
-        rankings = _reranked(query, gallery, labels, rerank, ~junk, members)
+        rankings = _reranked(fit, labels, members)
     cells = [[_cell(ranking, of_query == group) for ranking in rankings] for group in rows]
     mAP, rank1, counted = (np.array([[cell[i] for cell in row] for row in cells]) for i in range(3))
     return GroupMetrics(
@@ -152,31 +144,21 @@ def evaluate_by_group(
         mAP=mAP,
         rank1=rank1,
         queries=counted,
-        images=np.array([len(kept) for kept in members]),
-        left_out=(int((~known_query).sum()), int((~junk & (of_gallery == UNKNOWN)).sum())),
+        images=np.array([len(some) for some in members]),
+        left_out=(int((~known_query).sum()), int((~known_gallery).sum())),
     )
 
 
-def _reranked(
-    query: Tensor, gallery: Tensor, labels: RankingLabels, rerank: Rerank, kept: Tensor, members: Sequence[Tensor]
-) -> list[QueryRanking]:
-    """The rankings of all queries among some columns each of the re-ranked distances to the kept images."""
-    fit = fit_reranker(rerank, query, gallery[kept.to(gallery.device)])
-    assert fit is not None
-    place = kept.cumsum(0) - 1
-    labels = labels.on(query.device)
+def _reranked(fit: Reranker, labels: RankingLabels, members: Sequence[Tensor]) -> list[QueryRanking]:
+    """The rankings of all queries among some columns each of the re-ranked distances, which are made once."""
     found: list[list[QueryRanking]] = [[] for _ in members]
-    step = rows_in_block(fit.shape[1], query.device)
-    for begin in range(0, len(query), step):
-        some = slice(begin, begin + step)
-        block = fit.distances(begin, min(begin + step, len(query)))
-        camera = None if labels.query_camera is None else labels.query_camera[some]
-        for ranking, chosen in zip(found, members, strict=True):
-            columns = place[chosen].to(query.device)
-            of_block = labels.of_gallery(chosen.to(query.device))._replace(
-                query_identity=labels.query_identity[some], query_camera=camera
-            )
-            ranking.append(rank_queries(block[:, columns], *of_block, junk_identity=None))
+    Q, G = fit.shape
+    step = rows_in_block(G, fit.query.device)
+    for begin in range(0, Q, step):
+        block = fit.distances(begin, min(begin + step, Q))
+        of_block = labels.of_queries(slice(begin, begin + step))
+        for ranking, some in zip(found, members, strict=True):
+            ranking.append(rank_queries(block[:, some], *of_block.of_gallery(some), junk_identity=None))
     names = QueryRanking.__dataclass_fields__
     return [QueryRanking(*(torch.cat([getattr(part, name) for part in parts]) for name in names)) for parts in found]
 
