@@ -38,7 +38,7 @@ void histogram(const Array& distances, const Labels& labels, const Array& counts
   check_double(nearest_distance, "nearest_distance");
   check_result(nearest_index, "nearest_index", {2, Q}, distances);
   check_int64(nearest_index, "nearest_index");
-  const int64_t needed = verification_workspace_bytes_cpu(1, Q, G, place.threads);
+  const int64_t needed = verification_workspace_bytes_cpu(0, Q, G, place.threads);
   call(distances, KERNELS(verification_histogram), distances.data, distances.strides[0], in, counts.as<int64_t>(),
        nearest_distance.as<double>(), nearest_index.as<int64_t>(), scratch(workspace, needed, distances),
        distances.dtype(), Q, G, place);

@@ -35,9 +35,10 @@ struct Lanes {
 };
 
 // Counts the first digits of n distances as if their bits were their keys, and tells whether they are: if all are
-// finite and have no sign. *low receives the smallest bits.
+// finite and have no sign. *low receives the smallest bits. Neighbours, often of one digit, are counted in two tables,
+// so that neither count waits for the other.
 template <typename T>
-VAREID_INLINE bool count_digits(const T* x, int64_t n, int64_t* counts, Key<T>* low) {
+VAREID_INLINE bool count_digits(const T* x, int64_t n, int64_t* even, int64_t* odd, Key<T>* low) {
   using K = Key<T>;
   using V = typename Lanes<K>::type;
   constexpr int64_t kLine = 64 / sizeof(T), kAhead = 64 * kLine, kLanes = sizeof(V) / sizeof(K);
@@ -51,7 +52,10 @@ VAREID_INLINE bool count_digits(const T* x, int64_t n, int64_t* counts, Key<T>* 
       signs |= bits | (static_cast<K>(kInfinity<T> - 1) - bits);
       smallest = bits < smallest ? bits : smallest;
     }
-    for (int64_t u = 0; u < kLine; ++u) ++counts[first_digit(x + j + u)];
+    for (int64_t u = 0; u < kLine; u += 2) {
+      ++even[first_digit(x + j + u)];
+      ++odd[first_digit(x + j + u + 1)];
+    }
   }
   K sign = 0, least = kLast<K>;
   for (int64_t u = 0; u < kLanes; ++u) {
@@ -62,29 +66,43 @@ VAREID_INLINE bool count_digits(const T* x, int64_t n, int64_t* counts, Key<T>* 
     const K bits = signed_bits(x + j);
     sign |= static_cast<K>(bits | (kInfinity<T> - 1 - bits));
     least = std::min(least, bits);
-    ++counts[first_digit(x + j)];
+    ++even[first_digit(x + j)];
   }
   *low = least;
   return sign >= 0;
 }
 
-// matches and others point to the count of digit 0. False if a distance is NaN or Inf.
+// The images that are left out for every query: of one identity, they lie side by side in the gallery's order.
+Group junk_group(const RankingLabels& labels, int64_t G) {
+  const auto is_junk = [&](int64_t index) { return labels.junk && labels.junk[index]; };
+  const int64_t* const end = labels.gallery_order + G;
+  const int64_t* const first = std::find_if(labels.gallery_order, end, is_junk);
+  return {first, std::find_if_not(first, end, is_junk) - first, nullptr, -1};
+}
+
+// matches, others and odd, whose counts are part of the others', point to the count of digit 0. False if a distance is
+// NaN or Inf.
 template <typename T>
-VAREID_INLINE bool histogram_row(const T* row, const uint8_t* junk, int64_t G, const Group& group, int64_t* matches,
-                                 int64_t* others, Nearest<T>* match, Nearest<T>* other) {
+VAREID_INLINE bool histogram_row(const T* row, const Group& junk, int64_t G, const Group& group, int64_t* matches,
+                                 int64_t* others, int64_t* odd, Nearest<T>* match, Nearest<T>* other) {
   using K = Key<T>;
   alignas(64) K key[kPart];
-  int64_t next = 0;
+  int64_t next = 0, next_junk = 0;
   for (int64_t begin = 0; begin < G; begin += kPart) {
     const T* const x = row + begin;
     const int64_t size = std::min(kPart, G - begin);
     K low;
-    const bool plain = count_digits(x, size, others, &low);
-    if (!plain || junk)
-      for (int64_t j = 0; j < size; ++j) others[first_digit(x + j)] -= !plain || junk[begin + j] ? 1 : 0;
+    const bool plain = count_digits(x, size, others, odd, &low);
+    if (!plain)
+      for (int64_t j = 0; j < size; ++j) --others[first_digit(x + j)];
     // Of few parts the nearest pair is looked for: those with distances below all before, mostly those of matches.
     const bool copied = !plain || low < other->key;
-    if (copied && !keys_from(x, junk ? junk + begin : nullptr, size, key)) return false;
+    if (copied && !keys_from(x, nullptr, size, key)) return false;
+    for (; next_junk < junk.size && junk.index[next_junk] < begin + size; ++next_junk) {
+      const int64_t index = junk.index[next_junk];
+      if (plain) --others[first_digit(row + index)];
+      if (copied) key[index - begin] = kLast<K>;
+    }
     for (; next < group.size && group.index[next] < begin + size; ++next) {
       const int64_t index = group.index[next];
       const K own = key_from_bits(signed_bits(row + index));
@@ -106,11 +124,12 @@ VAREID_INLINE bool histogram_row(const T* row, const uint8_t* junk, int64_t G, c
 }
 
 template <typename T>
-VAREID_INLINE void histogram(const T* row, int64_t q, const RankingLabels& labels, int64_t Q, int64_t G,
-                             int64_t* counts, double* nearest_distance, int64_t* nearest_index) {
+VAREID_INLINE void histogram(const T* row, int64_t q, const RankingLabels& labels, const Group& junk, int64_t Q,
+                             int64_t G, int64_t* counts, double* nearest_distance, int64_t* nearest_index) {
   Nearest<T> nearest[2];
-  const bool finite = histogram_row(row, labels.junk, G, group_of(labels, q), counts + kDigitValues / 2,
-                                    counts + kDigitValues / 2 + kDigitValues, &nearest[0], &nearest[1]);
+  int64_t* const zero = counts + kDigitValues / 2;
+  const bool finite = histogram_row(row, junk, G, group_of(labels, q), zero, zero + kDigitValues,
+                                    zero + 2 * kDigitValues, &nearest[0], &nearest[1]);
   for (int kind = 0; kind < 2; ++kind) {
     const Nearest<T>& pair = nearest[kind];
     nearest_index[kind * Q + q] = finite ? pair.index : -1;
@@ -145,26 +164,38 @@ VAREID_INLINE int64_t place_of(K key, const Prefixes& prefixes) {
   return table < 0 ? -1 : table * kDigitValues + ((key >> (below - 16)) & (kDigitValues - 1));
 }
 
-// Appends the keys of those of n <= kPart distances whose bits begin with one of the digits; returns their end.
+// Appends where the counts of those of n <= kPart distances are that have one of the prefixes; returns their end.
 template <typename T>
-VAREID_INLINE Key<T>* find_keys(const T* x, const uint8_t* junk, int64_t n, const LastDigits& digits, Key<T>* found) {
+VAREID_INLINE int64_t* find_places(const T* x, const uint8_t* junk, int64_t n, const Prefixes& prefixes,
+                                   const LastDigits& digits, int64_t* found) {
+  using K = Key<T>;
   constexpr int64_t kLine = 64 / sizeof(T);
-  alignas(64) uint8_t hit[kPart] = {};
+  const int below = static_cast<int>(8 * sizeof(K)) - 16 * prefixes.digits;
+  alignas(64) uint8_t hit[kPart] = {};  // one more than the number of a prefix of this digit
   for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(x + j + 4 * kPart);
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const auto high = static_cast<int16_t>(signed_bits(x + j) >> kLowBits<T>);
     const auto digit = static_cast<int16_t>(high ^ ((high >> 15) & kMagnitude<int16_t>));
-    uint8_t any = 0;
-    for (int p = 0; p <= kMostPrefixes; ++p) any |= digit == digits.value[p];
-    hit[j] = any;
+    uint8_t number = 0;
+    for (int p = kMostPrefixes; p >= 0; --p) number = digit == digits.value[p] ? static_cast<uint8_t>(p + 1) : number;
+    hit[j] = number;
   }
-  for (int64_t from = 0; from < n; from += 8) {
+  for (int64_t from = 0; from < kPart; from += 8) {
     uint64_t hits;
     std::memcpy(&hits, hit + from, sizeof(hits));
-    for (int64_t j = from; hits; ++j, hits >>= 8) {
-      *found = key_from_bits(signed_bits(x + j));
-      found += hits & (junk && junk[j] ? 0 : 1);
+    while (hits) {
+      const int bit = __builtin_ctzll(hits) & ~7;
+      const int64_t j = from + bit / 8;
+      hits &= ~(uint64_t{0xff} << bit);
+      if (junk && junk[j]) continue;
+      const K key = key_from_bits(signed_bits(x + j));
+      const int p = hit[j] - 1;
+      const int64_t place = p < prefixes.count && key >> below == prefixes.value[p]
+                                ? p * kDigitValues + ((key >> (below - 16)) & (kDigitValues - 1))
+                                : place_of(key, prefixes);
+      *found = place;
+      found += place >= 0;
     }
   }
   return found;
@@ -173,19 +204,17 @@ VAREID_INLINE Key<T>* find_keys(const T* x, const uint8_t* junk, int64_t n, cons
 template <typename T>
 VAREID_INLINE void refine_row(const T* row, const uint8_t* junk, int64_t G, const Group& group,
                               const Prefixes& prefixes, const LastDigits& digits, int64_t* matches, int64_t* others) {
+  // Many at once: the counts are seldom in the cache, and do not wait for each other.
   constexpr int64_t kMany = 2048;
-  Key<T> keys[kMany + kPart + 1];
-  Key<T>* end = keys;
-  const auto count_all = [&] {
-    for (const Key<T>* key = keys; key < end; ++key)
-      if (const int64_t place = place_of(*key, prefixes); place >= 0) ++others[place];
-    end = keys;
-  };
+  int64_t places[kMany + kPart];
+  int64_t* end = places;
   for (int64_t begin = 0; begin < G; begin += kPart) {
-    end = find_keys(row + begin, junk ? junk + begin : nullptr, std::min(kPart, G - begin), digits, end);
-    if (end > keys + kMany) count_all();
+    const int64_t size = std::min(kPart, G - begin);
+    end = find_places(row + begin, junk ? junk + begin : nullptr, size, prefixes, digits, end);
+    if (end <= places + kMany && begin + size < G) continue;
+    for (const int64_t* place = places; place < end; ++place) ++others[*place];
+    end = places;
   }
-  count_all();
   for (int64_t i = 0; i < group.size; ++i) {
     const int64_t place = place_of(key_from_bits(signed_bits(row + group.index[i])), prefixes);
     if (place < 0) continue;
@@ -196,19 +225,21 @@ VAREID_INLINE void refine_row(const T* row, const uint8_t* junk, int64_t G, cons
 
 // Pairs of a row within the limit, of which those with the group's images are taken apart.
 template <typename T>
-VAREID_INLINE void accepted_row(const T* row, const uint8_t* junk, int64_t G, const Group& group,
+VAREID_INLINE void accepted_row(const T* row, const Group& junk, int64_t G, const Group& group,
                                 typename Accumulator<T>::type limit, int64_t* matches, int64_t* others) {
+  const auto accepts = [&](int64_t j) { return load(row + j) <= limit ? 1 : 0; };
   int64_t all = 0;
-  if (junk) {
-#pragma omp simd reduction(+ : all)
-    for (int64_t j = 0; j < G; ++j) all += load(row + j) <= limit && !junk[j] ? 1 : 0;
-  } else {
-#pragma omp simd reduction(+ : all)
-    for (int64_t j = 0; j < G; ++j) all += load(row + j) <= limit ? 1 : 0;
+  for (int64_t begin = 0; begin < G; begin += kPart) {
+    const int64_t end = std::min(begin + kPart, G);
+    int32_t part = 0;  // as wide as a float32 distance
+#pragma omp simd reduction(+ : part)
+    for (int64_t j = begin; j < end; ++j) part += accepts(j);
+    all += part;
   }
+  for (int64_t i = 0; i < junk.size; ++i) all -= accepts(junk.index[i]);
   *matches = 0;
   for (int64_t i = 0; i < group.size; ++i) {
-    const int64_t accepted = load(row + group.index[i]) <= limit ? 1 : 0;
+    const int accepted = accepts(group.index[i]);
     all -= accepted;
     if (!group.left_out(i)) *matches += accepted;
   }
@@ -216,19 +247,20 @@ VAREID_INLINE void accepted_row(const T* row, const uint8_t* junk, int64_t G, co
 }
 
 // target_clones does not reach templates: one plain function for each element type.
-#define VAREID_VERIFICATION(T)                                                                                 \
-  VAREID_MULTIVERSION void histogram_rows(const T* distances, int64_t row_stride, const RankingLabels& labels, \
-                                          int64_t Q, int64_t G, int64_t* counts, double* nearest_distance,     \
-                                          int64_t* nearest_index, int64_t begin, int64_t end) {                \
-    for (int64_t q = begin; q < end; ++q)                                                                      \
-      histogram(distances + q * row_stride, q, labels, Q, G, counts, nearest_distance, nearest_index);         \
-  }                                                                                                            \
-  VAREID_MULTIVERSION void accepted_rows(const T* distances, int64_t row_stride, const RankingLabels& labels,  \
-                                         int64_t Q, int64_t G, Accumulator<T>::type limit, int64_t* accepted,  \
-                                         int64_t begin, int64_t end) {                                         \
-    for (int64_t q = begin; q < end; ++q)                                                                      \
-      accepted_row(distances + q * row_stride, labels.junk, G, group_of(labels, q), limit, accepted + q,       \
-                   accepted + Q + q);                                                                          \
+#define VAREID_VERIFICATION(T)                                                                                       \
+  VAREID_MULTIVERSION void histogram_rows(const T* distances, int64_t row_stride, const RankingLabels& labels,       \
+                                          int64_t Q, int64_t G, int64_t* counts, double* nearest_distance,           \
+                                          int64_t* nearest_index, int64_t begin, int64_t end) {                      \
+    const Group junk = junk_group(labels, G);                                                                        \
+    for (int64_t q = begin; q < end; ++q)                                                                            \
+      histogram(distances + q * row_stride, q, labels, junk, Q, G, counts, nearest_distance, nearest_index);         \
+  }                                                                                                                  \
+  VAREID_MULTIVERSION void accepted_rows(const T* distances, int64_t row_stride, const RankingLabels& labels,        \
+                                         int64_t Q, int64_t G, Accumulator<T>::type limit, int64_t* accepted,        \
+                                         int64_t begin, int64_t end) {                                               \
+    const Group junk = junk_group(labels, G);                                                                        \
+    for (int64_t q = begin; q < end; ++q)                                                                            \
+      accepted_row(distances + q * row_stride, junk, G, group_of(labels, q), limit, accepted + q, accepted + Q + q); \
   }
 #define VAREID_REFINE(T)                                                                                               \
   VAREID_MULTIVERSION void refine_rows(const T* distances, int64_t row_stride, const RankingLabels& labels, int64_t G, \
@@ -248,33 +280,39 @@ VAREID_REFINE(double)
 #undef VAREID_VERIFICATION
 #undef VAREID_REFINE
 
+constexpr int kHistogramTables = 3;  // of matches and, in two parts, of the others
+
 // A thread with fewer pairs than this many times its counts is not worth starting.
 constexpr int64_t kPairsPerCount = 2;
 
-int threads_for(int64_t counts, int64_t Q, int64_t G, int threads) {
-  return static_cast<int>(std::clamp<int64_t>(Q * G / (kPairsPerCount * counts), 1, std::max(1, threads)));
+int threads_for(int64_t tables, int64_t Q, int64_t G, int threads) {
+  const int64_t worth = Q * G / (kPairsPerCount * tables * kDigitValues);
+  return static_cast<int>(std::clamp<int64_t>(worth, 1, std::max(1, threads)));
 }
 
-// Calls body(begin, end, counts) on parts of the rows, each thread with counts of its own, and adds them up.
+// Calls body(begin, end, tables) on parts of the rows, each thread with tables of its own, and adds them to `results`
+// tables of counts; those beyond are parts of the last.
 template <typename Body>
-void count_rows(int64_t Q, int64_t G, int threads, int64_t size, int64_t* counts, void* workspace, const Body& body) {
-  const int used = threads_for(size, Q, G, threads);
-  auto* const others = static_cast<int64_t*>(workspace);
-  parallel_for(Q, used, [&](int64_t begin, int64_t end, int thread) {
-    body(begin, end, thread ? others + (thread - 1) * size : counts);
+void count_rows(int64_t Q, int64_t G, int threads, int64_t tables, int64_t results, int64_t* counts, void* workspace,
+                const Body& body) {
+  const int used = threads_for(tables, Q, G, threads);
+  auto* const all = static_cast<int64_t*>(workspace);
+  parallel_for(Q, used,
+               [&](int64_t begin, int64_t end, int thread) { body(begin, end, all + thread * tables * kDigitValues); });
+  parallel_for(kDigitValues, used, [&](int64_t begin, int64_t end, int) {
+    for (int64_t table = 0; table < used * tables; ++table) {
+      const int64_t* const from = all + table * kDigitValues;
+      int64_t* const to = counts + std::min(table % tables, results - 1) * kDigitValues;
+      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
+    }
   });
-  if (used > 1)
-    parallel_for(size, used, [&](int64_t begin, int64_t end, int) {
-      for (int thread = 1; thread < used; ++thread)
-        for (int64_t i = begin; i < end; ++i) counts[i] += others[(thread - 1) * size + i];
-    });
 }
 
 }  // namespace
 
 int64_t verification_workspace_bytes_cpu(int64_t prefixes, int64_t Q, int64_t G, int threads) {
-  const int64_t size = 2 * prefixes * kDigitValues;
-  return (threads_for(size, Q, G, threads) - 1) * size * static_cast<int64_t>(sizeof(int64_t));
+  const int64_t tables = prefixes ? 2 * prefixes : kHistogramTables;
+  return threads_for(tables, Q, G, threads) * tables * kDigitValues * static_cast<int64_t>(sizeof(int64_t));
 }
 
 void verification_histogram_cpu(const void* distances, int64_t row_stride, const RankingLabels& labels, int64_t* counts,
@@ -282,10 +320,11 @@ void verification_histogram_cpu(const void* distances, int64_t row_stride, const
                                 int64_t Q, int64_t G, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    count_rows(Q, G, place.threads, 2 * kDigitValues, counts, workspace, [&](int64_t begin, int64_t end, int64_t* own) {
-      histogram_rows(static_cast<const T*>(distances), row_stride, labels, Q, G, own, nearest_distance, nearest_index,
-                     begin, end);
-    });
+    count_rows(Q, G, place.threads, kHistogramTables, 2, counts, workspace,
+               [&](int64_t begin, int64_t end, int64_t* own) {
+                 histogram_rows(static_cast<const T*>(distances), row_stride, labels, Q, G, own, nearest_distance,
+                                nearest_index, begin, end);
+               });
   });
   counts[2 * kDigitValues - 1] = 0;  // what was left out
 }
@@ -294,10 +333,10 @@ void verification_refine_cpu(const void* distances, int64_t row_stride, const Ra
                              const Prefixes& prefixes, int64_t* counts, void* workspace, DType dtype, int64_t Q,
                              int64_t G, const Place& place) {
   const auto refine = [&](auto* rows) {
-    count_rows(Q, G, place.threads, 2 * prefixes.count * kDigitValues, counts, workspace,
-               [&](int64_t begin, int64_t end, int64_t* own) {
-                 refine_rows(rows, row_stride, labels, G, prefixes, own, begin, end);
-               });
+    const int64_t tables = 2 * prefixes.count;
+    count_rows(Q, G, place.threads, tables, tables, counts, workspace, [&](int64_t begin, int64_t end, int64_t* own) {
+      refine_rows(rows, row_stride, labels, G, prefixes, own, begin, end);
+    });
   };
   if (dtype == DType::kFloat32)
     refine(static_cast<const float*>(distances));

@@ -481,12 +481,13 @@ def _open_set(
 def _with_intervals(pairs: _Pairs, point: OperatingPoint, resamples: int, seed: int) -> RecommendedThreshold:
     """Percentile intervals from draws of identities, whose pairs are counted together."""
     names, identity = torch.unique(pairs.identity, return_inverse=True)
-    of_query = [
-        torch.cat(
-            [verification_accepted(block, *arguments, threshold).cpu() for threshold in (point.threshold, np.inf)]
-        )
-        for block, arguments in pairs.read()
-    ]
+    of_query = []
+    for block, arguments in pairs.read():
+        accepted = verification_accepted(block, *arguments, point.threshold)
+        # All pairs do not depend on the distances: one row for all of them stays in the cache.
+        everything = verification_accepted(block[:1].expand_as(block), *arguments, np.inf)
+        of_query.append(torch.cat([accepted, everything]).cpu())
+        del block
     of_identity = torch.zeros((len(names), 4), dtype=torch.float64)
     of_identity.index_add_(0, identity, torch.cat(of_query, 1).T.double())
     rng = np.random.default_rng(seed)

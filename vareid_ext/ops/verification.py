@@ -39,11 +39,11 @@ def _empty_accepted(distances: Tensor, *_arguments: Any) -> Tensor:
     return distances.new_empty((2, distances.shape[0]), dtype=torch.int64)
 
 
-def _workspace(distances: Tensor, tables: int) -> Tensor | None:
-    """Zeros for the counts of the threads beyond the first; a GPU needs none."""
+def _workspace(distances: Tensor, prefixes: int) -> Tensor | None:
+    """Zeros for the counts of each thread, for the histogram with 0 prefixes; a GPU needs none."""
     if distances.is_cuda:
         return None
-    needed = _native.module().verification_workspace_bytes(tables, *distances.shape, torch.get_num_threads())
+    needed = _native.module().verification_workspace_bytes(prefixes, *distances.shape, torch.get_num_threads())
     return torch.zeros(needed, dtype=torch.uint8)
 
 
@@ -51,7 +51,7 @@ def _native_histogram(distances: Tensor, *labels: Any) -> tuple[Tensor, Tensor, 
     results = _empty_histogram(distances)
     rows, grouped = contiguous_rows(distances), GroupedLabels(*labels)
     _native.launch(
-        "verification_histogram", rows, grouped.arrays(slice(None)), *results, _workspace(rows, 1), on=distances
+        "verification_histogram", rows, grouped.arrays(slice(None)), *results, _workspace(rows, 0), on=distances
     )
     return results
 
