@@ -14,7 +14,7 @@ import torch
 from tests.factories import features
 from tests.large.memory import BEYOND, reserved, running, spread
 from vareid_ext import _native, identity_cross_entropy, viewpoint_aware_cross_entropy
-from vareid_ext.metrics import rank_queries
+from vareid_ext.metrics import evaluate_verification, rank_queries
 from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.retrieval import k_reciprocal_rerank, nearest_neighbors, pairwise_distance
 
@@ -115,6 +115,22 @@ def test_ranking(dtype, identities):
         assert found.first_match_rank[q] == ranks[0]
     expected = rank_queries(distances, query, gallery, *cameras)
     assert_equal(vars(found).values(), vars(expected).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_verification(dtype):
+    generator = torch.Generator().manual_seed(0)
+    distances = torch.rand(37, 700, generator=generator).to(dtype)
+    query, gallery = torch.arange(37) % 20 - 1, torch.arange(700) % 20 - 1
+    found = evaluate_verification(spread(distances), query, gallery, recommend_fpr=0.01, resamples=3)
+    kept = (query != -1)[:, None] & (gallery != -1)
+    match = (query[:, None] == gallery) & kept
+    assert (found.num_matches, found.num_non_matches) == (int(match.sum()), int((kept & ~match).sum()))
+    for point in (*found.points, found.recommended.point):
+        for pairs, rate in ((match, point.tpr), (kept & ~match, point.fpr)):
+            assert rate == pytest.approx(float((distances[pairs] <= point.threshold).double().mean()), rel=1e-12)
+    expected = evaluate_verification(distances, query, gallery, recommend_fpr=0.01, resamples=3)
+    assert found.as_dict() == expected.as_dict()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
