@@ -16,6 +16,7 @@ measure bench_angular_center angular_center --rounds 7 --only "K=10000 V=3 D=204
 measure bench_viewpoint_aware_cross_entropy viewpoint_aware_cross_entropy --rounds 9
 measure bench_linear_viewpoint_aware_cross_entropy linear --only "K=10000 V"
 measure bench_ranking ranking --rounds 5
+measure bench_verification verification --rounds 5 --only "Q=3368 G=15913 D=256"
 measure train_step train_step --rounds 5 --only synthetic
 measure retrieval retrieval --only "D=2048" --rounds 3
 if [ $# = 2 ]; then

@@ -65,6 +65,7 @@ ROWS = (
         "one float32 product Q x G x D", True),
     Row("CMC, mAP, mINP, 3,368 x 15,913", "ranking", "Q=3368 G=15913 matches=21 random float32", "sum",
         "`distances.sum()`", True),
+    Row("ROC, TPR@FPR, EER, 3,368 x 15,913", "verification", "Q=3368 G=15913 D=256", "sum", "`distances.sum()`", True),
     Row("losses from features, 256 x 40,000 classes, D=2048", "linear", "B=256 D=2048 K=10000 ", "bare products",
         "the heads' matrix products alone", True),
     Row("viewpoint-aware cross-entropy, 256 x 300,000", _CROSS_ENTROPY, "B=256 K=75000 ", "clone",

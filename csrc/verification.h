@@ -23,7 +23,7 @@ struct Prefixes {
   int digits;
 };
 
-// Bytes, all zero, that the following need; prefixes is 0 for the histogram.
+// Bytes that the following need; prefixes is 0 for the histogram.
 int64_t verification_workspace_bytes_cpu(int64_t prefixes, int64_t Q, int64_t G, int threads);
 
 // Adds to counts [2, 65536] the pairs by the first digit (plus 2^15) of their keys. nearest_distance and nearest_index

@@ -297,6 +297,9 @@ void count_rows(int64_t Q, int64_t G, int threads, int64_t tables, int64_t resul
                 const Body& body) {
   const int used = threads_for(tables, Q, G, threads);
   auto* const all = static_cast<int64_t*>(workspace);
+  parallel_for(used * tables, used, [&](int64_t begin, int64_t end, int) {
+    std::fill(all + begin * kDigitValues, all + end * kDigitValues, 0);
+  });
   parallel_for(Q, used,
                [&](int64_t begin, int64_t end, int thread) { body(begin, end, all + thread * tables * kDigitValues); });
   parallel_for(kDigitValues, used, [&](int64_t begin, int64_t end, int) {

@@ -443,14 +443,15 @@ def _refine(pairs: _Pairs, counts: np.ndarray, searches: Sequence[_Search]) -> N
     assert pairs.dtype is not None
     for digits in range(1, pairs.dtype.itemsize // 2):
         prefixes = sorted({search.key for search in searches})
-        tables = np.zeros((2, len(prefixes), DIGIT_VALUES), dtype=np.int64)
+        parts = [prefixes[first : first + MOST_PREFIXES] for first in range(0, len(prefixes), MOST_PREFIXES)]
+        tables: list[Any] = [0] * len(parts)
         for block, arguments in pairs.read():
-            for first in range(0, len(prefixes), MOST_PREFIXES):
-                some = slice(first, first + MOST_PREFIXES)
-                tables[:, some] += verification_refine(block, *arguments, prefixes[some], digits).cpu().numpy()
+            for number, part in enumerate(parts):
+                tables[number] += verification_refine(block, *arguments, part, digits).cpu().numpy()
             del block
+        found = np.concatenate(tables, axis=1)
         for search in searches:
-            search.step(tables[:, prefixes.index(search.key)], first=False)
+            search.step(found[:, prefixes.index(search.key)], first=False)
 
 
 def _roc(
@@ -460,7 +461,7 @@ def _roc(
     digit = np.flatnonzero(counts.any(0))
     end = ((torch.from_numpy(digit) - DIGIT_VALUES // 2 + 1) << (8 * dtype.itemsize - 16)) - 1
     threshold = distances_of(torch.where(end == -1, -2, end), dtype).numpy()  # no distance has the key -1
-    tpr, fpr = np.cumsum(counts, axis=1)[:, digit] / np.array([[M], [N]])
+    tpr, fpr = np.cumsum(counts[:, digit], axis=1) / np.array([[M], [N]])
     points = np.concatenate([np.stack([threshold, fpr, tpr], 1), np.array(exact)])
     threshold, fpr, tpr = np.unique(points, axis=0).T
     return threshold, fpr, tpr

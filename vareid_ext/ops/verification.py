@@ -40,11 +40,11 @@ def _empty_accepted(distances: Tensor, *_arguments: Any) -> Tensor:
 
 
 def _workspace(distances: Tensor, prefixes: int) -> Tensor | None:
-    """Zeros for the counts of each thread, for the histogram with 0 prefixes; a GPU needs none."""
+    """For the counts of each thread, for the histogram with 0 prefixes; a GPU needs none."""
     if distances.is_cuda:
         return None
     needed = _native.module().verification_workspace_bytes(prefixes, *distances.shape, torch.get_num_threads())
-    return torch.zeros(needed, dtype=torch.uint8)
+    return torch.empty(needed, dtype=torch.uint8)
 
 
 def _native_histogram(distances: Tensor, *labels: Any) -> tuple[Tensor, Tensor, Tensor]:
