@@ -79,6 +79,7 @@ ADDED = {
     "vareid export": ["--quiet"],
     "vareid rerank": ["--quiet", "--topk=10"],
     "vareid evaluate": ["--quiet"],
+    "vareid compare": ["--quiet", "--resamples=50"],
     "vareid doctor": [],
     "vareid methods": [],
     "python -m benchmarks.bench_ranking --quick": ["--rounds=1"],

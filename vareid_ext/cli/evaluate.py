@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from vareid_ext._labels import UNKNOWN
 from vareid_ext._text import viewpoint_name
-from vareid_ext.cli.common import (
-    Parser,
-    Result,
-    add_inference_arguments,
-    command_parser,
-    inference_options,
-    run_command,
-)
-from vareid_ext.cli.rerank import RERANKING, add_junk_identity, add_max_unpacked, add_rerank_arguments, junk_note
+from vareid_ext.cli.common import Parser, Result, command_parser, run_command
+from vareid_ext.cli.rerank import junk_note
+from vareid_ext.cli.sources import ABOUT_FILES, add_source_arguments, check_sources, fpr_rate, is_junk, open_sources
 from vareid_ext.files.atomic import atomic_file, check_writable
-from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, Features, read_features
+from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, Features
 from vareid_ext.metrics import (
     GroupMetrics,
     QueryRanking,
@@ -38,28 +29,19 @@ from vareid_ext.metrics import (
     verify_features,
 )
 from vareid_ext.metrics.queries import IDENTITY_COLUMNS, QUERY_COLUMNS, identity_table, query_table
-from vareid_ext.metrics.ranking import check_junk_identity, check_max_rank, results_table
+from vareid_ext.metrics.ranking import check_max_rank, results_table
 from vareid_ext.metrics.verification import verification_text
-from vareid_ext.retrieval import check_parameters
 from vareid_ext.retrieval.rerank import fit_reranker
 
-if TYPE_CHECKING:
-    from vareid_ext.data import ReidData
-    from vareid_ext.training.config import Config
-
-_DESCRIPTION = """\
+_DESCRIPTION = f"""\
 CMC, mAP and mINP of trained models, or of features in files; with --verification also whether two images are of one
 identity: ROC, TPR at fixed FPR, EER and open-set DIR at fixed FAR; with --by from which viewpoint or camera to which.
 
 RUN is a run folder or a checkpoint, several of them are compared. Each is evaluated on its own test images, or with
 --data and --root on those of another data set.
 
---features are files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
-Features, identities, cameras and viewpoints are looked for under the usual names in the same file (feature, feat,
-embedding; identity, pid, label, id; camera, camid, cam; viewpoint, view, viewid; singular or plural, also with query_,
-gallery_, q_ and g_ before them), and the names that were used are printed. Otherwise name a key of that file, a file of
-their own (.npy, .txt with whole numbers, ...), or FILE:KEY. Camera -1 is unknown; viewpoint -1 is unknown. One file may
-hold both sides, or the one set of images that the viewpoint protocols need.
+{ABOUT_FILES}
+It may also hold the one set of images that the viewpoint protocols need.
 """
 
 
@@ -81,26 +63,8 @@ GROUPS = ("viewpoint", "camera")
 
 def _parser() -> Parser:
     parser = command_parser("evaluate", _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder or checkpoint")
-    parser.add_argument("--data", metavar="KIND", help="another data set than the run's: market1501, manifest, ...")
-    parser.add_argument("--root", metavar="PATH", help="of this data set; without --data, of the run's own")
-    parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
-    parser.add_argument(
-        "--features", nargs="+", metavar=("QUERY", "GALLERY"), help="the two files, or the one for both"
-    )
-    for side in ("query", "gallery"):
-        parser.add_argument(f"--{side}-key", metavar="KEY", help=f"key of the {side} features")
-        for label in ("identity", "camera", "viewpoint"):
-            parser.add_argument(f"--{side}-{label}", metavar="SOURCE", help="key, file or file:key")
-    add_max_unpacked(parser)
-    parser.add_argument("--no-cameras", action="store_true", help="leave the cameras out of account")
-    parser.add_argument(
-        "--metric", choices=("sqeuclidean", "euclidean", "cosine"), default="sqeuclidean",
-        help="distance (default: %(default)s)",
-    )  # fmt: skip
+    add_source_arguments(parser, "also with k-reciprocal re-ranking")
     parser.add_argument("--max-rank", type=int, default=50, help="length of the CMC curve (default: %(default)s)")
-    add_junk_identity(parser)
-    parser.add_argument("--block-rows", type=int, metavar="ROWS", help="queries handled at once (default: chosen)")
     parser.add_argument(
         "--protocol", choices=("standard", "single-viewpoint", "cross-viewpoint"), default="standard",
         help="standard: queries against the gallery; the others follow the VA-reID supplement, on both sides together, "
@@ -118,27 +82,12 @@ def _parser() -> Parser:
     group = parser.add_argument_group("verification")
     group.add_argument("--verification", action="store_true", help="also ROC, TPR@FPR, EER and open-set DIR@FAR")
     group.add_argument(
-        "--recommend-threshold", type=_fpr, metavar="fpr=RATE",
+        "--recommend-threshold", type=fpr_rate, metavar="fpr=RATE",
         help="also the distance up to which two images are to be taken for one identity, so that at most this share of "
         "the pairs of two identities is, and its errors with 95 %% confidence intervals; implies --verification",
     )  # fmt: skip
-    group = parser.add_argument_group("re-ranking")
-    group.add_argument("--rerank", action="store_true", help="also with k-reciprocal re-ranking")
-    add_rerank_arguments(group, "as the run, else ")
-    add_inference_arguments(parser)
     parser.add_argument("--output", metavar="FILE", help="write the results to this .json file")
     return parser
-
-
-def _fpr(text: str) -> float:
-    """The rate in ``fpr=RATE``."""
-    name, _, rate = text.partition("=")
-    try:
-        if name == "fpr" and 0 < float(rate) < 1:
-            return float(rate)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} was given; fpr=RATE is needed, a rate above 0 and below 1: fpr=1e-3")
 
 
 class Results(NamedTuple):
@@ -158,41 +107,6 @@ class Results(NamedTuple):
         """Take over what another holds, but for its notes."""
         for mine, theirs in zip(self[:4], other[:4], strict=True):
             mine.update({f"{prefix}{name}": result for name, result in theirs.items()})  # type: ignore[attr-defined]
-
-
-def _read(options: argparse.Namespace) -> tuple[Features, Features, bool]:
-    """Query, gallery, and whether they are the same images: a file named twice, a link to it, a copy."""
-    if len(options.features) > 2:
-        raise FeatureFileError(f"--features: {len(options.features)} files were given; one or two are needed")
-    paths = options.features[0], options.features[-1]
-    needed = ["identity"] if options.protocol == "standard" else ["identity", "viewpoint"]
-    needed += [label for label in options.by if label not in needed]
-    query, gallery = (
-        read_features(
-            path, side, key=getattr(options, f"{side}_key"), max_unpacked=options.max_unpacked,
-            labels=needed if options.no_cameras else list(dict.fromkeys([*needed, "camera"])),
-            **{label: getattr(options, f"{side}_{label}") for label in LABELS},
-        )
-        for side, path in zip(SIDES, paths, strict=True)
-    )  # fmt: skip
-    same = query.feature.dtype == gallery.feature.dtype and torch.equal(query.feature, gallery.feature)
-    if same:
-        query, gallery = _completed(query, gallery), _completed(gallery, query)
-    for side, path, found in zip(SIDES, paths, (query, gallery), strict=True):
-        for label in needed:
-            if label not in found.sources:
-                raise FeatureFileError(f"--{side}-{label}: is needed, as {path} holds none")
-    if ("camera" in query.sources) != ("camera" in gallery.sources):
-        side = "gallery" if "camera" in query.sources else "query"
-        raise FeatureFileError(f"--{side}-camera: is needed, as the other side has cameras (or give --no-cameras)")
-    return query, gallery, same
-
-
-def _completed(images: Features, same: Features) -> Features:
-    """The images with the labels that only the other set of the same images has."""
-    missing = [label for label in LABELS if label not in images.sources]
-    sources = {**same.sources, **images.sources}
-    return dataclasses.replace(images, **{label: getattr(same, label) for label in missing}, sources=sources)
 
 
 def _together(query: Features, gallery: Features, same: bool) -> dict[str, Any]:
@@ -228,7 +142,7 @@ def _evaluate(
         streamed = {"block_rows": options.block_rows, "progress": not options.quiet}
         for name, variant in variants.items():
             if "rerank" in variant and (options.verification or options.by):  # fitted once for all
-                kept = torch.from_numpy(~_is(gallery.identity, options.junk_identity))
+                kept = torch.from_numpy(~is_junk(gallery.identity, options.junk_identity))
                 variant = {"rerank": fit_reranker(rerank, query.feature, gallery.feature[kept])}
             if options.verification:  # first, as it needs more of the labels
                 results.verification[name] = verify_features(
@@ -258,15 +172,11 @@ def _evaluate(
             draws = {"repeats": options.repeats, "seed": options.seed}
             by_viewpoint = evaluate_single_viewpoint(**images, **variant, **common, **draws)
         results.ranking.update({f"{name} {viewpoint_name(view)}": result for view, result in by_viewpoint.items()})
-    left_out = _is(images["identity"], options.junk_identity) | (images["viewpoint"] < 0)
+    left_out = is_junk(images["identity"], options.junk_identity) | (images["viewpoint"] < 0)
     results.notes.append(f"{len(left_out)} images, {'one set' if same else 'of query and gallery'}")
     if left_out.any():
         results.notes.append(f"junk or of unknown viewpoint, left out: {int(left_out.sum())} of them")
     return results
-
-
-def _is(identity: np.ndarray, junk_identity: int | None) -> np.ndarray:
-    return np.zeros(len(identity), dtype=bool) if junk_identity is None else identity == junk_identity
 
 
 def _notes(
@@ -278,7 +188,7 @@ def _notes(
     same: bool,
 ) -> list[str]:
     """What is to be said about an evaluation of queries against a gallery."""
-    junk = _is(gallery_identity, junk_identity)
+    junk = is_junk(gallery_identity, junk_identity)
     notes = [junk_note(int(junk.sum()), len(junk))] if junk.any() else []
     if same:
         found = (query_identity == gallery_identity) & ~junk
@@ -319,30 +229,9 @@ def _group_text(name: str, label: str, cells: GroupMetrics) -> str:
     return "\n".join([*lines, ""])
 
 
-_OF_FILES = (
-    "query_key", "query_identity", "query_camera", "query_viewpoint", "gallery_key", "gallery_identity",
-    "gallery_camera", "gallery_viewpoint", "max_unpacked",
-)  # fmt: skip
-_OF_RUNS = ("data", "root", "skip_bad_images", "device", "precision", "flip", "batch_size", "workers")
-
-
 def _check(options: argparse.Namespace) -> None:
     """ValueError where options do not go together."""
-    if bool(options.runs) == bool(options.features):
-        given = "both were" if options.runs else "none was"
-        raise ValueError(f"RUN, --features: {given} given; one of the two is needed")
-    defaults = vars(_parser().parse_args([]))
-    for name in _OF_FILES if options.runs else _OF_RUNS:
-        if getattr(options, name) != defaults[name]:
-            what = "feature files, but runs were" if options.runs else "runs, but feature files were"
-            raise ValueError(f"--{name.replace('_', '-')}: is for {what} given")
-    features = [run for run in options.runs if Path(run).suffix.lower() in (".npy", ".npz", ".mat", ".txt")]
-    if features:
-        raise ValueError(f"RUN: {features[0]} was given; files of features go behind --features")
-    twice = [run for run in options.runs if options.runs.count(run) > 1]
-    if twice:
-        raise ValueError(f"RUN: {twice[0]} was given twice")
-    check_junk_identity(options.junk_identity)
+    check_sources(options, _parser())
     options.verification = options.verification or options.recommend_threshold is not None
     check_max_rank(options.max_rank)
     for name in ("verification", "by", "per_query", "per_identity"):
@@ -355,67 +244,16 @@ def _check(options: argparse.Namespace) -> None:
     options.by = list(dict.fromkeys(options.by))
 
 
-def _reranking(options: argparse.Namespace, otherwise: Any = None) -> dict[str, Any]:
-    """The parameters of re-ranking: those given, else the run's, else the usual ones; checked before work is done."""
-    values = {}
-    for name, usual in RERANKING.items():
-        given = getattr(options, name)
-        values[name] = getattr(otherwise, name, usual) if given is None else given
-    if options.rerank:
-        check_parameters(**values)
-    return values
-
-
-def _evaluate_files(options: argparse.Namespace) -> Results:
-    rerank = _reranking(options)  # here, as the original ranking comes first and may take long
-    query, gallery, same = _read(options)
-    results = _evaluate(options, query, gallery, same, rerank)
-    results.notes[:0] = [f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)]
-    return results
-
-
-def _evaluate_runs(options: argparse.Namespace) -> Results:
-    from vareid_ext.trained import load_trained  # what feature files do not need
-
-    progress = not options.quiet
+def _evaluate_sources(options: argparse.Namespace) -> Results:
+    needed = ["identity"] if options.protocol == "standard" else ["identity", "viewpoint"]
+    sources = open_sources(options, [*needed, *options.by])
     results = Results({}, {}, {}, {}, [])
-    sets: dict[str, Any] = {}
-    models = [load_trained(run, options.device) for run in options.runs]  # a missing one stops all before any work
-    reranking = [_reranking(options, model.config.evaluation) for model in models]
-    for run, model, rerank in zip(options.runs, models, reranking, strict=True):
-        data = _data(options, model.config, sets)
-        sides = [data.query, data.gallery]
-        if options.no_cameras:
-            sides = [dataclasses.replace(images, camera=np.full(len(images), UNKNOWN)) for images in sides]
-        query, gallery = (model.features(images, progress=progress, **inference_options(options)) for images in sides)
-        found = _evaluate(options, query, gallery, False, rerank)
-        prefix = f"{run} " if len(options.runs) > 1 else ""
-        results.add(prefix, found)
-        images = f"{len(data.query)} query and {len(data.gallery)} gallery images of {data.name}"
-        results.notes.extend([f"{model.checkpoint}: step {model.step}; {images}", *found.notes])
+    for source in sources:
+        sides = source.read()
+        found = _evaluate(options, sides.query, sides.gallery, sides.same, source.rerank)
+        results.add(f"{source.name} " if len(sources) > 1 else "", found)
+        results.notes.extend([*sides.notes, *found.notes])
     return results
-
-
-def _data(options: argparse.Namespace, config: Config, sets: dict[str, ReidData]) -> ReidData:
-    """The data set that a run is evaluated on; `sets` holds those that have been read."""
-    from vareid_ext.data import load_data
-    from vareid_ext.methods import METHODS
-    from vareid_ext.training.program import load_run_data
-
-    keywords = {"skip_bad_images": options.skip_bad_images, "progress": not options.quiet}
-    if options.data is not None:
-        if "" not in sets:
-            sets[""] = load_data(options.data, options.root, **keywords)
-        return sets[""]
-    changes = {"root": options.root} if options.root else {}
-    if options.skip_bad_images:
-        changes["skip_bad_images"] = True
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **changes))
-    inputs = METHODS[config.method.name].test_inputs
-    key = json.dumps([config.plain()["data"], inputs])
-    if key not in sets:
-        sets[key] = load_run_data(config, progress=not options.quiet)
-    return sets[key]
 
 
 def _run(options: argparse.Namespace) -> Result:
@@ -425,7 +263,7 @@ def _run(options: argparse.Namespace) -> Result:
         what: None if path is None else check_writable(path, (".csv",))
         for what, path in (("query", options.per_query), ("identity", options.per_identity))
     }
-    results = _evaluate_runs(options) if options.runs else _evaluate_files(options)
+    results = _evaluate_sources(options)
     report = {name: _report(result) for name, result in results.ranking.items()}
     for name, result in results.verification.items():
         report[name]["verification"] = result.as_dict()

@@ -1,5 +1,6 @@
 """CMC, mAP and mINP, the viewpoint protocols and verification metrics, from distances or from features."""
 
+from vareid_ext.metrics.comparison import PairedDifference, compare_rankings
 from vareid_ext.metrics.features import evaluate_features, rank_features, ranked_lists
 from vareid_ext.metrics.groups import GroupMetrics, evaluate_by_group
 from vareid_ext.metrics.ranking import METRIC_NAMES, QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
@@ -24,11 +25,13 @@ __all__ = [
     "GroupMetrics",
     "OpenSetPoint",
     "OperatingPoint",
+    "PairedDifference",
     "QueryRanking",
     "RankingMetrics",
     "RecommendedThreshold",
     "RepeatedMetrics",
     "VerificationMetrics",
+    "compare_rankings",
     "evaluate_by_group",
     "evaluate_cross_viewpoint",
     "evaluate_features",
