@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from _vareid_cli import run
-from tests.test_train import SMALL, STAGED, assert_same_state, interrupt_at
+from tests.test_train import SMALL, STAGED
 from tests.tiny import BACKBONE, batch_of
 from vareid_ext.cli import train
 from vareid_ext.methods import METHODS, TrainingClasses
@@ -297,25 +297,6 @@ def arguments_of(name):
     own = [f"--method.{key}={list(value) if isinstance(value, tuple) else value}" for key, value in TINY[name].items()]
     small = STAGED if name == "pcb-rpp" else SMALL
     return [*small, f"--recipe=synthetic-{name}", *own, "--height=96", "--baselines=false"]
-
-
-STAGES = "--stages=[{epochs: 1, train: [backbone, parts]}, {epochs: 1, train: [classifier]}, {epochs: 1}]"
-
-
-@pytest.mark.parametrize(("name", "steps"), [("pyramid", [3]), ("pcb-rpp", [2, 6, 11])])
-def test_states_resume_bit_identical_within_each_stage(tmp_path, monkeypatch, name, steps):
-    arguments = [*arguments_of(name), *([STAGES] if name == "pcb-rpp" else [])]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train.main([*arguments, "--output", str(whole)]) == 0
-    begin = [*arguments, "--output", str(parts)]
-    for done, step in zip([0, *steps], steps, strict=False):
-        with monkeypatch.context() as patch:
-            interrupt_at(patch, step - done, 15)
-            assert train.main(begin) == 128 + 15
-        begin = ["--resume", str(parts)]
-    assert train.main(begin) == 0
-    expected = assert_same_state(whole, parts)
-    assert expected["method"]["dynamic.averages" if name == "pyramid" else "refined"].all()
 
 
 @pytest.mark.parametrize("name", TINY)
