@@ -47,7 +47,10 @@ def test_a_recipe_holds_exactly_what_differs_from_its_base_in_a_few_lines(name):
     text = (RECIPES / f"{name}.yaml").read_text()
     own = dict(command_line.pairs(yaml.safe_load(text)))
     if "stages" in own:
-        own["stages"] = [StageConfig(**{**stage, "train": tuple(stage.get("train", ()))}) for stage in own["stages"]]
+        own["stages"] = [
+            StageConfig(**{**stage, "train": tuple(stage["train"])} if "train" in stage else stage)
+            for stage in own["stages"]
+        ]
     config = parse(["--recipe", name, "--root", "x"]).config
     base = Config()
     if "base" in own:
@@ -129,7 +132,7 @@ def test_stages_say_what_differs_in_each():
     assert (first.optimizer.epochs, first.optimizer.lr, first.train, first.sampler) == (
         3, 0.5, ("neck", "loss"), config.sampler,
     )  # fmt: skip
-    assert (second.optimizer, second.train) == (dataclasses.replace(config.optimizer, epochs=4), ())
+    assert (second.optimizer, second.train) == (dataclasses.replace(config.optimizer, epochs=4), None)
     assert second.sampler.kind == "shuffled"
     assert config.epochs == 7
     assert command_line.to_config(config.plain()) == config
@@ -219,7 +222,7 @@ def test_short_names_dashes_and_truth_values():
         (["--stages", "[{epochs: 2, optimizer: {rate: 1}}]"], ["stages[0].optimizer", "rate"]),
         (["--stages", "[{epochs: 2, optimizer: {lr: -1}}]"], ["stages[0]", "optimizer.lr", "-1"]),
         (["--stages", "[{train: [neck]}]"], ["stages", "epochs"]),
-        (["--stages", "[{epochs: 2, train: null}]"], ["stages[0].train", "None"]),
+        (["--stages", "[{epochs: 1}, {epochs: 2, train: []}]"], ["stages[1].train: [] was given", "nothing", "null"]),
         (["--stages", "[{epochs: 2, optimizer: null}]"], ["stages[0].optimizer", "None"]),
         (["--stages", "[{epochs: 2, optimizer: {name: lion}}]"], ["stages[0]", "optimizer.name", "lion"]),
         (["--stages", "[{epochs: 2, optimizer: {lr: null}}]"], ["stages[0]", "optimizer.lr", "None"]),
@@ -498,6 +501,19 @@ def test_a_base_of_many_letters_is_an_error_of_few(tmp_path):
 def test_a_key_that_is_no_name_is_shown_with_its_line(tmp_path, key):
     with pytest.raises(CommandLineError, match=f"line 2.*{key[:100]}"):
         parse(as_file(tmp_path, f"data:\n  {key}: {{flip: 0.1}}\n"))
+
+
+def test_a_run_saved_with_an_empty_list_of_parts_trains_all(tmp_path):
+    """What earlier versions wrote for a stage that names no parts."""
+    stages = "[{epochs: 1, train: [neck]}, {epochs: 2, train: []}]"
+    new = parse(["--stages", stages.replace(", train: []", "")]).config
+    old = to_yaml(new).replace("train: null", "train: []")
+    assert "train: []" in old
+    assert parse(as_run(tmp_path, old)).config == new
+    assert command_line.to_config(yaml.safe_load(old)) == new
+    for arguments in (as_file(tmp_path, old), [*as_run(tmp_path, old), f"--stages={stages}"]):
+        with pytest.raises(CommandLineError, match=r"stages\[1\]\.train: \[\] was given, which trains nothing"):
+            parse(arguments)
 
 
 def test_a_value_of_the_command_line_is_checked_as_that_of_a_file():

@@ -248,7 +248,7 @@ def test_frozen_parts_keep_their_weights_and_statistics():
     method(batch_of(torch.rand(6, 3, 64, 32)))
     changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"neck.running_mean", "neck.running_var", "neck.num_batches_tracked"}
-    train_only(method, trainable, [])
+    train_only(method, trainable, None)
     assert {name for name, p in method.named_parameters() if p.requires_grad} == trainable
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import replace
 
 import pytest
@@ -10,9 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tests.test_train import assert_same_state, interrupt_at, start
 from tests.tiny import BACKBONE, batch_of
-from vareid_ext.cli import train
 from vareid_ext.data.extras import BODY_PAIRS
 from vareid_ext.methods import METHODS, TrainingClasses
 from vareid_ext.methods.pdc import with_own_norms
@@ -75,7 +72,7 @@ def build_small(name, **settings):
     return build(name, **SMALL[name], **settings)
 
 
-def trained_and_reached(method, batch, parts=()):
+def trained_and_reached(method, batch, parts=None):
     """The parameters that a stage with these parts trains, and those that get a gradient."""
     trainable = {name for name, p in method.named_parameters() if p.requires_grad}
     train_only(method, trainable, parts)
@@ -224,21 +221,21 @@ GAN = {"adversarial", "difference", "discriminator"}
     ("name", "parts", "terms"),
     [
         ("pie", ["photograph", "posebox", "photograph_head", "posebox_head"], {"photograph", "posebox"}),
-        ("pie", [], {"photograph", "posebox", "fused"}),
+        ("pie", None, {"photograph", "posebox", "fused"}),
         ("pdc", ["backbone", "tails.0", "photograph_head"], {"photograph"}),
-        ("pdc", [], {"photograph", "parts", "fused"}),
+        ("pdc", None, {"photograph", "parts", "fused"}),
         *(
             ("pdc", [part], {"photograph", "parts", "fused"})
             for part in ("localizers", "part_backbone", "tails", "weight", "parts_head", "fused_head")
         ),
         ("pgr", ["part_teacher", "region_teacher"], {"part teacher", "region teacher"}),
         ("pgr", ["student"], STUDENT),
-        ("pgr", [], STUDENT | {"part teacher", "region teacher"}),
-        ("pngan", [], {"photograph", "generated"}),
+        ("pgr", None, STUDENT | {"part teacher", "region teacher"}),
+        ("pngan", None, {"photograph", "generated"}),
         ("pngan", ["photograph"], {"photograph"}),
         ("pngan-generated", ["generator", "discriminator"], GAN),
         ("pngan-generated", ["photograph", "generated"], {"photograph", "generated"}),
-        ("pngan-generated", [], {"photograph", "generated"} | GAN),
+        ("pngan-generated", None, {"photograph", "generated"} | GAN),
     ],
 )
 def test_a_stage_trains_what_it_names_and_all_of_it(name, parts, terms):
@@ -469,18 +466,3 @@ def test_generated_pictures_are_of_the_photograph_in_eight_poses():
     assert drawn.shape == (8, 3, 128, 64)
     assert drawn.min() == pytest.approx(-1, abs=1e-3)
     assert drawn.max() > 0.9
-
-
-@pytest.mark.parametrize("stop", [2, 6])
-def test_a_run_with_shared_convolutions_resumes_bit_identical(tmp_path, monkeypatch, stop):
-    """Within the stage of the photograph and within that of both streams."""
-    monkeypatch.setattr(train, "draw_figures", lambda *args: None)
-    arguments = ["--method=pdc", "--baselines=false", "--part-height=64", "--part-width=64", "--localizer-pool=1"]
-    arguments += ["--stages=[{epochs: 1, train: [backbone, tails.0, photograph_head]}, {epochs: 1}]"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert start(whole, *arguments) == 0
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, stop, signal.SIGTERM)
-        assert start(parts, *arguments) == 128 + signal.SIGTERM
-    assert train.main(["--resume", str(parts)]) == 0
-    assert_same_state(whole, parts)

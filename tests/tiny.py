@@ -42,7 +42,7 @@ def without_heads(method) -> int:
     )
 
 
-def without_gradient(method, batch, parts=()) -> set[str]:
+def without_gradient(method, batch, parts=None) -> set[str]:
     """The names of parameters in these parts, or in all, that the losses of a batch give no gradient other than 0.
 
     Parameters that are 0, as scales at the end of residual blocks are at first, would hide others and are changed.
@@ -59,8 +59,8 @@ def without_gradient(method, batch, parts=()) -> set[str]:
     sum(term.weight * term.value for term in method(batch).values()).backward()
     named = dict(method.named_parameters())
     touched = {name for name, p in named.items() if p.grad is not None and p.grad.abs().sum() > 0}
-    wanted = {name for name in trainable if not parts or belongs(name, parts)}
-    train_only(method, trainable, ())
+    wanted = {name for name in trainable if parts is None or belongs(name, parts)}
+    train_only(method, trainable, None)
     assert touched <= wanted, sorted(touched - wanted)
     return wanted - touched
 

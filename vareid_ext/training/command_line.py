@@ -363,7 +363,7 @@ def parse(arguments: Sequence[str]) -> Request:
         saved = Path(resume) / "config.yaml"
         if not saved.is_file():
             raise CommandLineError(f"--resume: {resume!r} is not a run folder (there is no {saved})")
-        defaults, values = {}, _check_file(_read_text(saved), str(saved))
+        defaults, values = {}, _saved(_check_file(_read_text(saved), str(saved)))
         name = Path(resume).name
     else:
         if file is not None and not Path(file).is_file():
@@ -395,13 +395,23 @@ def _read_text(path: Path) -> str:
         raise CommandLineError(f"{path}: not UTF-8 text: {error}") from error
 
 
+def _saved(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a saved configuration; earlier versions wrote an empty list of parts where a stage trains all."""
+    stages = values.get("stages")
+    if isinstance(stages, list):
+        all_parts = {"train": None}
+        stages = [{**s, **all_parts} if isinstance(s, dict) and s.get("train") == [] else s for s in stages]
+        values = {**values, "stages": stages}
+    return values
+
+
 def to_config(plain: Mapping[str, Any]) -> Config:
     """The configuration of its plain values, such as a checkpoint holds: what :meth:`Config.plain` gives.
 
     Raises:
         CommandLineError: a field that does not exist, a value that is not allowed.
     """
-    values, known = dict(pairs(plain)), field_names()
+    values, known = _saved(dict(pairs(plain))), field_names()
     unknown = [name for name in values if name not in known]
     if unknown:
         raise CommandLineError(f"there is no field {unknown[0]!r:.100}{nearest(unknown[0], known)}")
@@ -433,8 +443,6 @@ def _config(defaults: dict[str, Any], texts: dict[str, str], show_help: bool = F
 
 def _check_stage(parser: jsonargparse.ArgumentParser, number: int, stage: StageConfig) -> None:
     """CommandLineError where a field of a stage has a value of another type than that of its section."""
-    if stage.train is None:
-        raise CommandLineError(f"stages[{number}].train: None was given; allowed are lists of parts")
     for section in ("optimizer", "sampler"):
         changes = getattr(stage, section)
         if not isinstance(changes, dict):

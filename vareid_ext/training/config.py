@@ -167,9 +167,9 @@ class StageConfig:
 
     epochs: int
     """number of epochs"""
-    train: tuple[str, ...] = ()
+    train: tuple[str, ...] | None = None
     """the parts of the method that are trained, such as [neck, loss]; the others stay, with their batch norms in
-    evaluation mode; empty: all"""
+    evaluation mode; none: all"""
     optimizer: dict = field(default_factory=dict)
     """fields of section optimizer"""
     sampler: dict = field(default_factory=dict)
@@ -183,7 +183,8 @@ class Stage:
     optimizer: OptimizerConfig
     """with the stage's own number of epochs"""
     sampler: SamplerConfig
-    train: tuple[str, ...] = ()
+    train: tuple[str, ...] | None = None
+    """the parts that are trained; None: all"""
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,11 @@ class Config:
         stages = []
         for number, stage in enumerate(self.stages):
             sections = {}
+            if stage.train is not None and not stage.train:
+                raise ValueError(
+                    f"stages[{number}].train: [] was given, which trains nothing; allowed are parts of the method, or "
+                    "null for all of it"
+                )
             for key, owner in (("epochs", "the stage's own field"), ("ema_decay", "the same in all stages")):
                 if key in stage.optimizer:
                     raise ValueError(f"stages[{number}].optimizer: {key!r} was given, which is {owner}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ def belongs(name: str, parts: Collection[str]) -> str | None:
     return max((part for part in parts if name == part or name.startswith(f"{part}.")), key=len, default=None)
 
 
-def check_parts(method: nn.Module, field: str, parts: Collection[str]) -> None:
+def check_parts(method: nn.Module, field: str, parts: Iterable[str]) -> None:
     """ValueError if the method has no part of one of the names."""
     known = {name for name, _ in (*method.named_modules(), *method.named_parameters()) if name}
     for part in parts:
@@ -28,16 +28,16 @@ def check_parts(method: nn.Module, field: str, parts: Collection[str]) -> None:
             raise ValueError(f"{field}: {part!r} was given; the method has the parts {children}, and their own")
 
 
-def train_only(method: nn.Module, trainable: Collection[str], parts: Collection[str]) -> None:
-    """Train the parameters of these parts, out of the trainable ones; all where no parts are given."""
+def train_only(method: nn.Module, trainable: Collection[str], parts: Collection[str] | None) -> None:
+    """Train the parameters of these parts, out of the trainable ones; None: all of them."""
     for name, parameter in method.named_parameters():
-        parameter.requires_grad_(name in trainable and (not parts or belongs(name, parts) is not None))
+        parameter.requires_grad_(name in trainable and (parts is None or belongs(name, parts) is not None))
 
 
-def set_training_mode(method: nn.Module, parts: Collection[str]) -> None:
-    """Training mode, in which the batch norms of parts that are not trained stay as in evaluation."""
+def set_training_mode(method: nn.Module, parts: Collection[str] | None) -> None:
+    """Training mode, in which the batch norms of parts that are not trained stay as in evaluation; None: all train."""
     method.train()
-    if parts:
+    if parts is not None:
         for name, module in method.named_modules():
             if isinstance(module, _BATCH_NORMS) and belongs(name, parts) is None:
                 module.eval()

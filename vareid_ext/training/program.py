@@ -272,7 +272,7 @@ def introduction(request: Request, run: Run) -> str:
 
 def _changes(before: Mapping[str, Any], run: Run) -> list[str]:
     """What a resumed run does otherwise than the configuration `before` said, in lines of text."""
-    old, new = dict(pairs(before)), dict(pairs(run.config.plain()))
+    old, new = dict(pairs(to_config(before).plain())), dict(pairs(run.config.plain()))
     names = [name for name in new if name in old and new[name] != old[name]]
     lines = [f"changed  {name}: {new[name]!r} now, {old[name]!r} before" for name in names]
     plan = run.plans[run.state.progress.stage]

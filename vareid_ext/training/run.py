@@ -180,7 +180,7 @@ class Run:
         """
         state, plan, step = self.state, self._plan, self.state.progress.step
         if not any(term.value.requires_grad for term in terms.values()):
-            parts = ", ".join(plan.stage.train) or "everything"
+            parts = "everything" if plan.stage.train is None else ", ".join(plan.stage.train)
             raise ValueError(
                 f"stages[{plan.number}].train: {parts} was given; no loss of method {self.config.method.name!r} "
                 "depends on it"

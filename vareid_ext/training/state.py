@@ -171,11 +171,12 @@ def begin_method(config: Config, classes: TrainingClasses, *, load_weights_file:
         )
     method = build_method(config, classes)
     for number, stage in enumerate(config.resolved_stages):
-        check_parts(method, f"stages[{number}].train", stage.train)
-        if stage.train and not any(belongs(n, stage.train) for n, p in method.named_parameters() if p.requires_grad):
-            raise ValueError(
-                f"stages[{number}].train: {', '.join(stage.train)} was given; a part with parameters is needed"
-            )
+        if stage.train is not None:
+            check_parts(method, f"stages[{number}].train", stage.train)
+            if not any(belongs(n, stage.train) for n, p in method.named_parameters() if p.requires_grad):
+                raise ValueError(
+                    f"stages[{number}].train: {', '.join(stage.train)} was given; a part with parameters is needed"
+                )
         check_parts(method, "optimizer.lr_factors", stage.optimizer.lr_factors)
     if config.model.weights is not None:
         settings = config.plain()["model"]
