@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vareid_ext.cli.common import EndedError, Result, add_common_options, command_parser, finish, silent
 from vareid_ext.files.atomic import atomic_file
+from vareid_ext.files.lock import locked
 from vareid_ext.report import comparison_table, draw_comparison
 from vareid_ext.training.ablation import SET_BY_THE_ROWS, finish_run, plan, results, rows_of_losses, rows_of_methods
 from vareid_ext.training.command_line import parse, split_method_settings
@@ -53,8 +54,9 @@ def _run(options: argparse.Namespace) -> Result:
     without = {field: [row.run for row in rows if not hasattr(row.config.method, field)] for field in settings}
     notes = [f"method.{field}: not a setting of {', '.join(others)}" for field, others in without.items() if others]
     title = f"{request.name}: runs (dots), their mean (bars), the paper (rings)"
+    output.mkdir(parents=True, exist_ok=True)
     try:
-        with silent(options.quiet):
+        with locked(output), silent(options.quiet):
             for note in notes:
                 tell(note)
             for number, (folder, config) in enumerate(runs.items(), 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
 import time
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from vareid_ext import _native
 from vareid_ext import data as datasets
 from vareid_ext.data import EXTRAS, ReidData, check_given, renders_extras
 from vareid_ext.files.features import Features
+from vareid_ext.files.lock import locked
 from vareid_ext.methods import METHODS
 from vareid_ext.retrieval import KReciprocal
 from vareid_ext.retrieval.rerank import Reranker
@@ -44,9 +46,9 @@ def run(request: Request) -> tuple[RunFolder, ReidData]:
     """
     started = time.monotonic()
     request = request._replace(config=request.config.with_absolute_paths())
-    with Signals() as signals:
+    with contextlib.ExitStack() as locks, Signals() as signals:
         with signals.immediate("before the first step; nothing was lost"):
-            run = prepare(request, signals, started)
+            run = prepare(request, signals, started, locks)
             tell(introduction(request, run))
             if not request.resume:
                 measure_baselines(run)
@@ -56,8 +58,8 @@ def run(request: Request) -> tuple[RunFolder, ReidData]:
     return run.folder, run.data
 
 
-def prepare(request: Request, signals: Signals, started: float) -> Run:
-    """Check the request, load the data set, build or restore the state, and begin the run folder."""
+def prepare(request: Request, signals: Signals, started: float, locks: contextlib.ExitStack) -> Run:
+    """Check the request, load the data set, build or restore the state, and begin the run folder, locked by `locks`."""
     config = request.config
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
@@ -67,6 +69,8 @@ def prepare(request: Request, signals: Signals, started: float) -> Run:
     folder = None
     if request.output is not None:
         folder = RunFolder(request.output, resume=request.resume, config_text=text, command=request.command)
+        if request.resume:
+            locks.enter_context(locked(folder.path))
     data = load_run_data(config, train=True)
     plans = plan_stages(config, data)
     state = build(config, data, device, load_weights_file=not request.resume)
@@ -78,6 +82,7 @@ def prepare(request: Request, signals: Signals, started: float) -> Run:
         check_steps(state, plans, folder)
         folder.rewind_log(state.progress.step, state.progress.evaluations)
     else:
+        locks.enter_context(locked(folder.path))
         folder.write_config(text)
     folder.write_json(folder.environment, environment(device, request.command))
     return Run(config, data, plans, state, folder, device, signals, started)
