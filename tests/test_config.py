@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shlex
 import textwrap
 from importlib import resources
 
@@ -149,6 +150,12 @@ def test_epochs_are_refused_where_stages_have_their_own(tmp_path, option):
     ):
         with pytest.raises(CommandLineError, match=f"^optimizer.epochs: 5 was given; {name} trains in stages, each"):
             parse([*arguments, option])
+    with pytest.raises(CommandLineError) as error:
+        parse(["--recipe=synthetic-pcb-rpp", option])
+    typed = shlex.split(str(error.value))
+    stages = typed[typed.index("--stages") + 1]
+    recipe = parse(["--recipe=synthetic-pcb-rpp"]).config
+    assert parse(["--recipe=synthetic-pcb-rpp", "--stages", stages]).config == recipe
     config = parse(["--recipe=synthetic-pcb-rpp", option, "--stages=[]"]).config
     assert config.epochs == 5
     path.write_text(to_yaml(parse(["--recipe=synthetic-pcb-rpp"]).config))  # names every field, epochs too

@@ -377,9 +377,14 @@ def parse(arguments: Sequence[str]) -> Request:
     texts = {name: text for name, _, text in pairs_given if name in known}
     config = _config(defaults, _as_texts(values) | texts, show_help="--help" in options)
     if "optimizer.epochs" in texts and config.stages:
+        stages = [
+            {key: value for key, value in stage.items() if value not in (None, {})}
+            for stage in config.plain()["stages"]
+        ]
         raise CommandLineError(
             f"optimizer.epochs: {texts['optimizer.epochs']} was given; {name} trains in stages, each of which has its "
-            "own epochs: --stages sets them, and --stages=[] trains in one stage"
+            f"own epochs: --stages {shlex.quote(_as_text(stages))} has them now (vareid ablate: with --methods of that "
+            "one alone), and --stages=[] beside --epochs trains in one stage"
         )
     folder = resume if resume is not None else output
     command = f"python -m vareid_ext.train {shlex.join(arguments)}".strip()
@@ -468,7 +473,9 @@ def _as_texts(values: Mapping[str, Any]) -> dict[str, str]:
 def _as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10**6).strip().removesuffix("...").strip()
+    )
 
 
 class _Dumper(yaml.SafeDumper):
