@@ -15,6 +15,7 @@ from tests.test_train import SMALL
 from vareid_ext.cli import views
 from vareid_ext.data import ReidDataset, build_transform, collate, load_data, write_manifest
 from vareid_ext.data.extra_files import ExtraFiles
+from vareid_ext.files.checkpoint import load_checkpoint, save_checkpoint
 from vareid_ext.training.command_line import parse
 from vareid_ext.training.program import load_run_data
 
@@ -105,6 +106,26 @@ def test_a_command_goes_on_where_it_was(generator, photos, tmp_path, monkeypatch
     assert call(generator, photos, "--output", output) == 0
     assert {path: time for path, time in times(output).items() if path in after} == after
     assert len(times(output)) == 32
+
+
+@pytest.mark.parametrize(
+    ("stages", "stage", "evaluated", "undone"),
+    [(3, 0, [], 1), (3, 1, [2], 2), (3, 2, [2, 4], None), (2, 1, [2], 2), (2, 1, [2, 4], None)],
+)
+def test_a_generator_whose_training_is_not_done_draws_nothing(
+    generator, photos, tmp_path, capsys, stages, stage, evaluated, undone
+):
+    """Stages of the generator, of a part of it and of the networks; the epochs after which the run was evaluated."""
+    state = load_checkpoint(generator / "last.pt")
+    parts = (["generator", "discriminator"], ["discriminator", "generator.layers"], ["photograph", "generated"])
+    state["config"]["stages"] = [{"epochs": 2, "train": train} for train in parts[:stages]]
+    state["progress"] |= {"stage": stage, "evaluations": [{"epoch": epoch} for epoch in evaluated]}
+    save_checkpoint(tmp_path / "last.pt", state)
+    assert call(tmp_path / "last.pt", photos, "--output", tmp_path / "views") == (2 if undone else 0)
+    if undone:
+        error = capsys.readouterr().err
+        assert f"stage {undone} of {stages}, which trains the generator, is not done; vareid train --resume" in error
+        assert not (tmp_path / "views").exists()
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(generator, trained_run, photos, tmp_path, capsys):

@@ -25,7 +25,7 @@ from vareid_ext.training.command_line import to_config
 from vareid_ext.training.config import Config
 from vareid_ext.training.device import AUTOCAST, device_named
 from vareid_ext.training.evaluation import inference_batches
-from vareid_ext.training.state import build_method
+from vareid_ext.training.state import Progress, build_method
 
 COLOURS = ("rgb", "bgr")
 
@@ -64,12 +64,16 @@ class TrainedModel:
         preprocessing: what it does to images and features.
         checkpoint: the file it was read from.
         step: optimizer steps that it was trained for.
+        progress: how far it was trained, in stages and evaluations.
         device: where it computes.
     """
 
-    def __init__(self, method: Method, config: Config, checkpoint: Path, step: int, device: torch.device) -> None:
+    def __init__(
+        self, method: Method, config: Config, checkpoint: Path, progress: Progress, device: torch.device
+    ) -> None:
         self.method = method.to(device).eval()
-        self.config, self.checkpoint, self.step, self.device = config, checkpoint, step, device
+        self.config, self.checkpoint, self.device = config, checkpoint, device
+        self.progress, self.step = progress, progress.step
         self.preprocessing = Preprocessing.of(config)
 
     @cached_property
@@ -196,12 +200,12 @@ def load_trained(run: str | os.PathLike[str], device: str | torch.device = "auto
                 key.removeprefix("module."): value for key, value in state["average"].items() if key != "n_averaged"
             }
         method.load_state_dict(weights)
-        step = int(state["progress"]["step"])
+        progress = Progress(**state["progress"] | {"step": int(state["progress"]["step"])})
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"{wrong}{str(error).strip().partition(chr(10))[0]}") from error
     if config.run.channels_last:
         method.to(memory_format=torch.channels_last)
-    return TrainedModel(method, config, path, step, place)
+    return TrainedModel(method, config, path, progress, place)
 
 
 def _pictures(images: Any, colour: str) -> list[str | Image.Image]:

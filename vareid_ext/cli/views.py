@@ -68,6 +68,7 @@ def _run(options: argparse.Namespace) -> Result:
         raise ValueError(
             f"RUN: a run of method {model.config.method.name!r} was given; one of 'pngan-generated' is needed"
         )
+    _check_that_the_generator_is_trained(model)
     output, source = Path(options.folder), folder_of(options.images)
     inside = os.path.isdir(options.images) and output.resolve().is_relative_to(Path(source).resolve())
     if inside and options.data is None:
@@ -102,6 +103,18 @@ def _run(options: argparse.Namespace) -> Result:
         raise
     text = "\n".join([f"{output}: eight views of each of {done} images", *notes])
     return Result(text, {"output": str(output), "images": done, "skipped": skipped})
+
+
+def _check_that_the_generator_is_trained(model: TrainedModel) -> None:
+    """ValueError where a stage that trains the generator is not done."""
+    stages, progress = model.config.resolved_stages, model.progress
+    finished = any(entry["epoch"] == model.config.epochs for entry in progress.evaluations)
+    for number, stage in enumerate(stages[progress.stage :], progress.stage + 1):
+        if not finished and (stage.train is None or any(part.split(".")[0] == "generator" for part in stage.train)):
+            raise ValueError(
+                f"RUN: {model.checkpoint} was given, whose stage {number} of {len(stages)}, which trains the "
+                f"generator, is not done; vareid train --resume {model.checkpoint.parent} goes on"
+            )
 
 
 def _targets(paths: Sequence[str], source: str, output: Path) -> list[tuple[Path, ...]]:
