@@ -31,7 +31,7 @@ LAYERS = (
     ("data", "metrics"),
     ("methods", "recipes"),
     ("training",),
-    ("trained", "_load"),
+    ("model_card", "trained", "_load"),
     ("report",),
     ("cli", "__main__", "train", "evaluate", "rerank", "doctor"),
 )

@@ -156,7 +156,7 @@ def test_what_cannot_be_exported_says_why(trained_run, photos, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{run}"], "--onnx, --torch-export: none was given"),
+        (["{run}"], "--onnx, --torch-export, --pretrained: none was given"),
         (["{run}", "--onnx", "m.pt"], "suffix '.pt'"),
         (["{run}", "--torch-export", "{tmp}/no/m.pt2"], "does not exist"),
         (["{run}", "--torch-export", "{tmp}/m.pt2", "--size", "256"], "--size: '256' was given"),

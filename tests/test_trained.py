@@ -161,7 +161,7 @@ def test_the_moving_average_is_what_is_loaded(trained_run, model):
 def test_a_run_without_a_checkpoint_is_named(tmp_path):
     with pytest.raises(TypeError, match="run: int was given"):
         vareid_ext.load(5)
-    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint \(there is no last.pt\)"):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint \(there is no last.pt\) and no model"):
         vareid_ext.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="no file"):
         vareid_ext.load(tmp_path / "nothing")
@@ -227,6 +227,9 @@ def test_every_method_can_be_loaded_and_exported(name, tmp_path, capsys):
         expected = file["feature"]
     images = load_run_data(model.config).query
     np.testing.assert_array_equal(model.features(images).feature, expected)
+    model.save_pretrained(tmp_path / "shared")
+    shared = vareid_ext.load(tmp_path / "shared", "cpu")
+    np.testing.assert_array_equal(shared.features(images).feature, expected)
     if METHODS[name].test_inputs:
         with pytest.raises(ValueError, match=f"extras: .* is missing; method '{name}' needs it of each image"):
             model.embed(images.load(0))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from vareid_ext._version import __version__
 from vareid_ext.data import EXTRAS, FORMATS, UNKNOWN, Batch, Extra, ImageList, ReidDataset, build_transform
 from vareid_ext.data.types import open_image
+from vareid_ext.files import pretrained
 from vareid_ext.files.checkpoint import load_checkpoint
 from vareid_ext.files.features import Features
 from vareid_ext.methods import Method, TrainingClasses
+from vareid_ext.model_card import model_card
 from vareid_ext.ops._checks import check_count
 from vareid_ext.training.command_line import to_config
 from vareid_ext.training.config import Config
@@ -55,6 +59,27 @@ class Preprocessing:
         return cls(data.height, data.width, data.mean, data.std, evaluation.flip, evaluation.normalize)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from.
+
+    Attributes:
+        identity_names: of the training identities, in the order of the classes.
+        num_viewpoints: of the training data.
+        progress: how far it was trained, in steps, stages and evaluations.
+        metrics: what metrics.json of the run says of these weights; of those of an earlier epoch "trained" alone; empty
+            where they were not measured.
+        data_license, license: of the training data and of the weights; None where nobody has said.
+    """
+
+    identity_names: tuple[str, ...]
+    num_viewpoints: int
+    progress: Progress
+    metrics: Mapping[str, Any]
+    data_license: str | None = None
+    license: str | None = None
+
+
 class TrainedModel:
     """The method of a run in evaluation mode, with its preprocessing.
 
@@ -63,17 +88,18 @@ class TrainedModel:
         config: the run's.
         preprocessing: what it does to images and features.
         checkpoint: the file it was read from.
+        origin: what it was trained on and what it reaches.
         step: optimizer steps that it was trained for.
         progress: how far it was trained, in stages and evaluations.
         device: where it computes.
     """
 
-    def __init__(
-        self, method: Method, config: Config, checkpoint: Path, progress: Progress, device: torch.device
-    ) -> None:
+    def __init__(self, method: Method, config: Config, checkpoint: Path, origin: Origin, device: torch.device) -> None:
+        if config.run.channels_last:
+            method.to(memory_format=torch.channels_last)
         self.method = method.to(device).eval()
-        self.config, self.checkpoint, self.device = config, checkpoint, device
-        self.progress, self.step = progress, progress.step
+        self.config, self.checkpoint, self.origin, self.device = config, checkpoint, origin, device
+        self.progress, self.step = origin.progress, origin.progress.step
         self.preprocessing = Preprocessing.of(config)
 
     @cached_property
@@ -170,30 +196,78 @@ class TrainedModel:
                 bar.update(len(feature))
         return Features.of(torch.cat(parts), images, images.paths)
 
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        license: str | None = None,
+        data_license: str | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Write a folder that can be given to others: :func:`vareid_ext.load` reads it, as it does a run.
+
+        It holds the weights (model.safetensors), everything needed to use them (config.json) and a model card
+        (README.md). The names of the training identities are in it, the paths of files on this machine are not.
+
+        Args:
+            folder: appears as a whole or, where something fails, not at all.
+            license: of the weights, an identifier of the Hugging Face Hub such as "apache-2.0"; None: as it was loaded,
+                else unknown.
+            data_license: of the training data, in words; None likewise.
+            overwrite: replace a model that the folder holds.
+
+        Raises:
+            FileExistsError: the folder holds a model and `overwrite` is off, or it holds other files.
+            OSError: it cannot be written.
+        """
+        path = pretrained.check_target(folder, overwrite)
+        origin, config = self.origin, self.config.without_folders()
+        description = {
+            "version": __version__,
+            "license": license or origin.license,
+            "preprocessing": asdict(self.preprocessing),
+            "feature_dim": self.feature_dim,
+            "identity_names": list(origin.identity_names),
+            "num_viewpoints": origin.num_viewpoints,
+            "progress": asdict(origin.progress),
+            "training_data": {"name": config.data.kind, "license": data_license or origin.data_license},
+            "metrics": origin.metrics,
+            "config": config.plain(),
+        }
+        size = sum(parameter.numel() for parameter in self.method.parameters())
+        card = model_card(description, name=path.absolute().name, parameters=size)
+        pretrained.write_pretrained(path, self.method, description, card)
+
 
 def load_trained(run: str | os.PathLike[str], device: str | torch.device = "auto") -> TrainedModel:
     """See :func:`vareid_ext.load`."""
     if not isinstance(run, str | os.PathLike):
         raise TypeError(f"run: {type(run).__name__} was given; a run's folder or its checkpoint is needed")
-    path = Path(run)
-    if path.is_dir():
-        path = path / "last.pt"
-        if not path.is_file():
-            raise FileNotFoundError(f"run: {str(run)!r} holds no checkpoint (there is no last.pt)")
     place = device_named(str(device), "device")
+    path = pretrained.download(run) if isinstance(run, str) and run.startswith(pretrained.HUB) else Path(run)
+    if not path.is_dir():
+        return _load_checkpoint(path, place)
+    if (path / "last.pt").is_file():
+        return _load_checkpoint(path / "last.pt", place)
+    if pretrained.is_pretrained(path):
+        return _load_pretrained(path, place)
+    raise FileNotFoundError(
+        f"run: {str(run)!r} holds no checkpoint (there is no last.pt) and no model ({pretrained.DESCRIPTION}, "
+        f"{pretrained.WEIGHTS})"
+    )
+
+
+_DAMAGED = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+
+
+def _load_checkpoint(path: Path, device: torch.device) -> TrainedModel:
     state = load_checkpoint(path)
     wrong = f"checkpoint: {str(path)!r} is not a run's checkpoint: "
     missing = [key for key in ("config", "identity_names", "num_viewpoints", "method", "average") if key not in state]
     if missing:
         raise ValueError(f"{wrong}it has no {missing[0]!r}")
     try:
-        config = to_config(state["config"])
-        # All weights are the checkpoint's.
-        config = replace(config, model=replace(config.model, pretrained=False, weights=None))
-        identities, viewpoints = len(state["identity_names"]), state["num_viewpoints"]
-        method = build_method(
-            config, TrainingClasses(identities, viewpoints, torch.ones(identities, viewpoints, dtype=torch.bool))
-        )
+        config, method = _build(state["config"], state["identity_names"], state["num_viewpoints"])
         weights = state["method"]
         if state["average"] is not None:
             weights = {
@@ -201,11 +275,51 @@ def load_trained(run: str | os.PathLike[str], device: str | torch.device = "auto
             }
         method.load_state_dict(weights)
         progress = Progress(**state["progress"] | {"step": int(state["progress"]["step"])})
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        metrics = _metrics(path, [e for e in progress.evaluations if e["step"] == progress.step])
+        origin = Origin(tuple(state["identity_names"]), state["num_viewpoints"], progress, metrics)
+    except _DAMAGED as error:
         raise ValueError(f"{wrong}{str(error).strip().partition(chr(10))[0]}") from error
-    if config.run.channels_last:
-        method.to(memory_format=torch.channels_last)
-    return TrainedModel(method, config, path, progress, place)
+    return TrainedModel(method, config, path, origin, device)
+
+
+def _load_pretrained(folder: Path, device: torch.device) -> TrainedModel:
+    found = pretrained.read_description(folder)
+    try:
+        how, plain = dict(found["preprocessing"]), found["config"]
+        evaluation = {name: how.pop(name) for name in ("flip", "normalize")}
+        plain = plain | {"data": plain["data"] | how, "evaluation": plain["evaluation"] | evaluation}
+        config, method = _build(plain, found["identity_names"], found["num_viewpoints"])
+        origin = Origin(
+            tuple(found["identity_names"]), found["num_viewpoints"],
+            Progress(**found["progress"] | {"step": int(found["progress"]["step"])}), dict(found["metrics"]),
+            found["training_data"]["license"], found["license"],
+        )  # fmt: skip
+    except _DAMAGED as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"model: {str(folder / pretrained.DESCRIPTION)!r} describes no model: {reason}") from error
+    pretrained.load_weights(folder, method)
+    return TrainedModel(method, config, folder / pretrained.WEIGHTS, origin, device)
+
+
+def _build(plain: Mapping[str, Any], identity_names: Sequence[str], viewpoints: int) -> tuple[Config, Method]:
+    """The configuration of plain values, and its method without its weights."""
+    config = to_config(plain)
+    config = replace(config, model=replace(config.model, pretrained=False, weights=None))
+    identities = len(identity_names)
+    classes = TrainingClasses(identities, viewpoints, torch.ones(identities, viewpoints, dtype=torch.bool))
+    return config, build_method(config, classes)
+
+
+def _metrics(checkpoint: Path, evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The metrics of a checkpoint's weights: metrics.json beside it if it is about them, else of its own evaluation."""
+    if not evaluations:
+        return {}
+    trained = {name: value for name, value in evaluations[-1].items() if name not in ("step", "epoch")}
+    try:
+        found = json.loads((checkpoint.parent / "metrics.json").read_text())
+    except (OSError, ValueError):
+        found = {}
+    return found if isinstance(found, dict) and found.get("trained") == trained else {"trained": trained}
 
 
 def _pictures(images: Any, colour: str) -> list[str | Image.Image]:

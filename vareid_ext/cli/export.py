@@ -1,4 +1,4 @@
-"""``vareid export RUN --onnx FILE``: the test feature of a trained model as a graph, compared with PyTorch."""
+"""``vareid export RUN``: the test feature of a trained model as a graph, compared with PyTorch; the model to share."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from vareid_ext.cli.common import Parser, Result, command_parser, run_command
 from vareid_ext.cli.extract import read_images
 from vareid_ext.data import UNKNOWN, Batch, build_transform
 from vareid_ext.files.atomic import atomic_file, check_writable
+from vareid_ext.files.pretrained import FILES, check_target
 from vareid_ext.trained import TrainedModel, load_trained
 from vareid_ext.training.program import load_run_data
 
@@ -37,13 +38,17 @@ image and the feature's normalisation inside as in the run's evaluation. "images
 Methods that read an input beside each image, such as a parsing, have it as a further input of that name, in the form
 that vareid_ext.data.EXTRAS says, of the images' height and width.
 
-Each file is compared with PyTorch on images of the run's test set (or of --images) in batches of 1, 2 and 17 before it
+--pretrained DIR writes the model itself, to share it: weights (safetensors), their description and a model card. All
+commands and vareid_ext.load take the folder as they take a run.
+
+Each graph is compared with PyTorch on images of the run's test set (or of --images) in batches of 1, 2 and 17 before it
 appears. FILE.json says what was found and what the graph takes. A difference above 1e-4 is an error and leaves no file.
 """
 _EXAMPLES = """\
   vareid export runs/mine --onnx mine.onnx
   vareid export runs/mine --onnx mine.onnx --image-input uint8 --images photos/
   vareid export runs/mine --torch-export mine.pt2 --size 256x128
+  vareid export runs/mine --pretrained mine --license cc-by-4.0
 """
 _BATCHES = (1, 2, 17)
 _TOLERANCE = 1e-4
@@ -55,6 +60,10 @@ def _parser() -> Parser:
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint")
     parser.add_argument("--onnx", metavar="FILE", help="write an .onnx file")
     parser.add_argument("--torch-export", metavar="FILE", help="write a program of torch.export, .pt2")
+    parser.add_argument("--pretrained", metavar="DIR", help="write a folder with the model and a model card")
+    parser.add_argument("--license", metavar="ID", help="of the weights, for the card, such as apache-2.0")
+    parser.add_argument("--data-license", metavar="TEXT", help="of the training data, for the card")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model that the folder holds")
     parser.add_argument(
         "--image-input", choices=("float32", "uint8"), default="float32", help="what it takes (default: %(default)s)"
     )
@@ -105,16 +114,30 @@ def _run(options: argparse.Namespace) -> Result:
         for name, given, suffix in (("onnx", options.onnx, ".onnx"), ("torch_export", options.torch_export, ".pt2"))
         if given is not None
     }
-    if not files:
-        raise ValueError("--onnx, --torch-export: none was given; one of the two is needed")
+    if not files and options.pretrained is None:
+        raise ValueError("--onnx, --torch-export, --pretrained: none was given; one of them is needed")
+    if options.pretrained is not None:
+        check_target(options.pretrained, options.overwrite)
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if "onnx" in files and missing:
         raise ValueError(f"--onnx: {', '.join(missing)} is not installed; type: pip install 'vareid_ext[export]'")
     model = load_trained(options.run, "cpu")
-    model.method.to(memory_format=torch.contiguous_format)
     if options.size is not None:
         height, width = options.size
         model.preprocessing = replace(model.preprocessing, height=height, width=width)
+    result = _export(model, files, options) if files else Result("", {})
+    if options.pretrained is None:
+        return result
+    folder = Path(options.pretrained)
+    terms = {"license": options.license, "data_license": options.data_license}
+    model.save_pretrained(folder, **terms, overwrite=options.overwrite)
+    text = f"{result.text}\n{folder}: {', '.join(FILES)}".lstrip()
+    return Result(text, {**result.values, "pretrained": {"folder": str(folder), **terms}})
+
+
+def _export(model: TrainedModel, files: Mapping[str, Path], options: argparse.Namespace) -> Result:
+    """Write the graphs."""
+    model.method.to(memory_format=torch.contiguous_format)
     samples = _samples(model, options)
     names = ("images", *model.method.test_inputs)
     inputs = dict(zip(names, _inputs(model, samples, options.image_input), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -201,6 +202,7 @@ def _fingerprint(model: TrainedModel, images: ImageList, options: argparse.Names
     digest = hashlib.sha256(model.checkpoint.read_bytes())
     extras = {name: getattr(options, name) for name in (*EXTRAS, "keypoints_order", "missing")}
     how = {"flip": options.flip, "precision": options.precision, "paths": images.paths, **extras}
+    how["preprocessing"] = dataclasses.asdict(model.preprocessing)
     digest.update(json.dumps(how).encode())
     return digest.hexdigest()
 

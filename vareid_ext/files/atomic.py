@@ -8,6 +8,7 @@ import io
 import os
 import re
 import secrets
+import shutil
 import stat
 import zlib
 from collections.abc import Iterable, Iterator
@@ -41,6 +42,37 @@ def atomic_file(path: str | os.PathLike[str], *, tidy: bool = True) -> Iterator[
                 os.replace(raw.name, target)  # before the file is closed, and with that unlocked
         finally:
             Path(raw.name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill with files in a ``with`` block; then it stands at `path` as a whole, in place of what did.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
+    """
+    target = Path(os.path.realpath(path))
+    draft, old = (target.with_name(f".{target.name}.{secrets.token_hex(4)}.{kind}") for kind in ("part", "old"))
+    with naming(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+        try:
+            yield draft
+            for file in draft.iterdir():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            if target.exists():
+                os.rename(target, old)
+            try:
+                os.rename(draft, target)
+            except OSError:
+                if old.exists():
+                    os.rename(old, target)
+                raise
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+            if target.exists():
+                shutil.rmtree(old, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ stand in the docstrings; fractions are in [0, 1].
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -329,18 +330,24 @@ class Config:
 
     def with_absolute_paths(self) -> Config:
         """The same run, also from another working directory."""
+        return self._with_paths(lambda path: str(Path(path).absolute()))
 
-        def absolute(path: str | None) -> str | None:
-            return str(Path(path).absolute()) if path else path
+    def without_folders(self) -> Config:
+        """The same run without the folders that its files lie in, which are one machine's."""
+        return self._with_paths(lambda path: Path(path).name)
 
-        paths: dict[str, Any] = {name: absolute(getattr(self.data.extras, name)) for name in EXTRAS}
+    def _with_paths(self, change: Callable[[str], str]) -> Config:
+        def changed(path: str | None) -> str | None:
+            return change(path) if path else path
+
+        paths: dict[str, Any] = {name: changed(getattr(self.data.extras, name)) for name in EXTRAS}
         data = replace(
             self.data,
-            root=absolute(self.data.root),
-            viewpoint_file=absolute(self.data.viewpoint_file),
+            root=changed(self.data.root),
+            viewpoint_file=changed(self.data.viewpoint_file),
             extras=replace(self.data.extras, **paths),
         )
-        return replace(self, data=data, model=replace(self.model, weights=absolute(self.model.weights)))
+        return replace(self, data=data, model=replace(self.model, weights=changed(self.model.weights)))
 
 
 def _plain(value: Any) -> Any:

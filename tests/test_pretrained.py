@@ -1,0 +1,344 @@
+"""Models to share: what is written is what is loaded, as a whole or not at all; and folders that are no models."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import vareid_ext
+from _vareid_cli import run
+from vareid_ext.files import atomic, pretrained
+from vareid_ext.training.program import load_run_data
+
+
+@pytest.fixture(scope="module")
+def model(trained_run):
+    return vareid_ext.load(trained_run, "cpu")
+
+
+@pytest.fixture(scope="module")
+def shared(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "nested" / "mine"
+    model.save_pretrained(folder, license="cc-by-4.0", data_license="rendered, no rights reserved")
+    return folder
+
+
+@pytest.fixture
+def copied(shared, tmp_path):
+    """A folder that a test may spoil."""
+    return Path(shutil.copytree(shared, tmp_path / "copied"))
+
+
+def changed(folder, **entries):
+    """The folder, its description with other entries."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    return folder
+
+
+def test_a_saved_model_is_the_model_of_the_run_bit_for_bit(model, shared, trained_run):
+    loaded = vareid_ext.load(shared, "cpu")
+    assert not loaded.method.training
+    state = model.method.state_dict()
+    assert state.keys() == loaded.method.state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.method.state_dict().items())
+    images = load_run_data(loaded.config).query  # rendered as for the run
+    assert torch.equal(loaded.features(images).feature, model.features(images).feature)
+    assert loaded.preprocessing == model.preprocessing
+    assert loaded.origin.identity_names == model.origin.identity_names
+    assert loaded.origin.metrics == json.loads((trained_run / "metrics.json").read_text())
+    assert (loaded.progress, loaded.feature_dim) == (model.progress, model.feature_dim)
+
+
+def test_the_folder_holds_no_pickle_and_no_path_of_this_machine(shared, trained_run):
+    assert sorted(path.name for path in shared.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert [path.name for path in shared.parent.iterdir()] == ["mine"]
+    assert len({path.stat().st_mode & 0o777 for path in shared.iterdir()}) == 1
+    for path in shared.iterdir():
+        with pytest.raises((pickle.UnpicklingError, ValueError, EOFError, KeyError, IndexError)):
+            pickle.loads(path.read_bytes())
+    description = json.loads((shared / "config.json").read_text())
+    assert description["version"] == vareid_ext.__version__
+    assert description["config"]["model"]["backbone"] == "resnet10t"
+    assert description["num_viewpoints"] == 3
+    assert len(description["identity_names"]) == 8
+
+
+def test_files_are_named_without_their_folders(model, tmp_path):
+    data = replace(model.config.data, kind="market1501", root="/home/me/Market-1501", viewpoint_file="/data/v.pkl")
+    config = replace(model.config, data=data)
+    other = vareid_ext.load(model.checkpoint, "cpu")
+    other.config = config
+    other.save_pretrained(tmp_path / "m")
+    text = (tmp_path / "m" / "config.json").read_text()
+    assert '"Market-1501"' in text
+    assert '"v.pkl"' in text
+    assert "/home" not in text
+    assert "/data" not in text
+    assert vareid_ext.load(tmp_path / "m", "cpu").config.data.kind == "market1501"
+
+
+def test_the_card_has_the_hubs_header_and_says_what_is_not_known(model, shared, tmp_path):
+    text = (shared / "README.md").read_text()
+    card = huggingface_hub.ModelCard(text)
+    assert (card.data.license, card.data.library_name) == ("cc-by-4.0", "vareid_ext")
+    header = yaml.safe_load(text.split("---\n")[1])
+    results = header["model-index"][0]["results"]
+    values = {metric["name"]: metric["value"] for metric in results[0]["metrics"]}
+    metrics = model.origin.metrics
+    assert values["mAP, % (as trained)"] == pytest.approx(100 * metrics["trained"]["mAP"], abs=0.005)
+    assert values["rank1, % (k-reciprocal re-ranking)"] == pytest.approx(100 * metrics["reranked"]["rank1"], abs=0.005)
+    assert "rendered, no rights reserved" in card.text
+    model.save_pretrained(tmp_path / "m")
+    text = (tmp_path / "m" / "README.md").read_text()
+    assert yaml.safe_load(text.split("---\n")[1])["license"] == "unknown"
+    assert "| licence of the training data | unknown |" in text
+    vareid_ext.load(shared, "cpu").save_pretrained(tmp_path / "again")  # what was said once is kept
+    for name in ("README.md", "config.json"):
+        again = (tmp_path / "again" / name).read_text()
+        assert again.replace("again", "mine") == (shared / name).read_text()
+
+
+def test_weights_of_an_earlier_epoch_have_their_own_metrics(trained_run, tmp_path):
+    state = torch.load(trained_run / "last.pt", weights_only=True)
+    first, last = state["progress"]["evaluations"]
+    assert first["step"] < last["step"] == state["progress"]["step"]
+    for name in ("metrics.json", "best.pt"):
+        shutil.copy(trained_run / name, tmp_path)
+
+    def metrics_at(step):
+        torch.save(state | {"progress": state["progress"] | {"step": step}}, tmp_path / "x.pt")
+        return vareid_ext.load(tmp_path / "x.pt", "cpu").origin.metrics
+
+    names = ("mAP", "mINP", "rank1", "rank5", "rank10")
+    assert metrics_at(first["step"]) == {"trained": {name: first[name] for name in names}}
+    assert "reranked" in metrics_at(last["step"])
+    assert metrics_at(1) == {}
+
+
+def test_changed_preprocessing_is_saved(model, tmp_path):
+    other = vareid_ext.load(model.checkpoint, "cpu")
+    other.preprocessing = replace(other.preprocessing, height=48, flip=True)
+    other.save_pretrained(tmp_path / "m")
+    loaded = vareid_ext.load(tmp_path / "m", "cpu")
+    assert loaded.preprocessing == other.preprocessing
+    image = Image.new("RGB", (16, 32), (90, 20, 200))
+    assert torch.equal(loaded.embed(image), other.embed(image))
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_something_is_left_alone(model, copied, tmp_path):
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    with pytest.raises(FileExistsError, match=r"copied' holds 'README.md' already; overwrite=True"):
+        model.save_pretrained(copied)
+    (copied / "notes.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"holds 'notes.txt', which is no part of a model"):
+            model.save_pretrained(copied, overwrite=overwrite)
+    assert before.items() <= {path.name: path.read_bytes() for path in copied.iterdir()}.items()
+    (copied / "notes.txt").unlink()
+    changed(copied, num_viewpoints=-1)
+    model.save_pretrained(copied, overwrite=True)
+    assert vareid_ext.load(copied, "cpu").step == model.step
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+    assert vareid_ext.load(tmp_path / "empty", "cpu").step == model.step
+    with pytest.raises(NotADirectoryError, match="is a file; a folder is needed"):
+        model.save_pretrained(copied / "README.md")
+    assert sorted(os.listdir(tmp_path)) == ["copied", "empty"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("place", ["weights", "rename"])
+def test_a_model_that_cannot_be_written_leaves_what_was_there(model, copied, tmp_path, monkeypatch, existing, place):
+    if not existing:
+        shutil.rmtree(copied)
+    before = {path.name: path.read_bytes() for path in copied.iterdir()} if existing else None
+    rename = os.rename
+
+    def full(*arguments, **options):
+        raise pretrained.SafetensorError("I/O error: No space left on device")
+
+    def stopped(source, target):
+        if str(source).endswith(".part"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    if place == "weights":
+        monkeypatch.setattr(pretrained, "save_model", full)
+    else:
+        monkeypatch.setattr(atomic.os, "rename", stopped)
+    with pytest.raises(OSError, match=r"copied"):
+        model.save_pretrained(copied, overwrite=True)
+    assert (os.listdir(tmp_path) == ["copied"]) == existing
+    if existing:
+        assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_ctrl_c_leaves_nothing(model, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrained, "save_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- folders that are no models --------------------------------------------------------------------------------------
+
+
+def spoil_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def cut(folder, name, count):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:count])
+
+
+KEY = "backbone.trunk.conv1.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: cut(f, "model.safetensors", -100), r"model.safetensors' cannot be loaded: "),
+        (lambda f: cut(f, "model.safetensors", 4), r"model.safetensors' cannot be loaded: "),
+        (lambda f: cut(f, "model.safetensors", 0), r"model.safetensors' cannot be loaded: "),
+        (lambda f: cut(f, "config.json", 200), r"config.json' is not JSON"),
+        (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), r"config.json' is not JSON"),
+        (lambda f: (f / "config.json").write_text("[" * 200_000), r"config.json' is not JSON"),
+        (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), r"config.json' is of another program"),
+        (lambda f: (f / "config.json").write_text("[1]"), r"config.json' is of another program"),
+        (lambda f: changed(f, format=2, version="9.1"), r"has format 2 of vareid_ext 9.1; this is .* reads format 1"),
+        (lambda f: changed(f, config={}), r"config.json' describes no model: "),
+        (lambda f: changed(f, config=None), r"config.json' describes no model: "),
+        (lambda f: changed(f, preprocessing={}), r"config.json' describes no model: 'flip'"),
+        (lambda f: changed(f, identity_names=7), r"config.json' describes no model: "),
+        (lambda f: changed(f, num_viewpoints="many"), r"config.json' describes no model: "),
+        (lambda f: changed(f, progress={}), r"config.json' describes no model: 'step'"),
+        (lambda f: changed(f, metrics=5), r"config.json' describes no model: "),
+        (lambda f: changed(f, training_data=None), r"config.json' describes no model: "),
+        (lambda f: changed(f, identity_names=["a"]), r"model.safetensors' cannot be loaded: .*size mismatch"),
+        (lambda f: spoil_weights(f, lambda w: w.pop(KEY)), rf"cannot be loaded: .*Missing key.*{KEY}"),
+        (lambda f: spoil_weights(f, lambda w: w.update(x=torch.ones(1))), r"cannot be loaded: .*Unexpected key.*x"),
+    ],
+)
+def test_a_damaged_foreign_or_newer_folder_is_refused(copied, spoil, message):
+    spoil(copied)
+    with pytest.raises(ValueError, match=message) as error:
+        vareid_ext.load(copied, "cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change", [{"height": "128"}, {"std": [0, 0, 0]}, {"normalize": "half"}, {"flip": 3}])
+def test_preprocessing_that_is_not_allowed_is_named(copied, change):
+    how = json.loads((copied / "config.json").read_text())["preprocessing"]
+    changed(copied, preprocessing=how | change)
+    if change == {"height": "128"}:  # a number for a configuration
+        assert vareid_ext.load(copied, "cpu").preprocessing.height == 128
+        return
+    with pytest.raises(ValueError, match=rf"config.json' describes no model: .*{next(iter(change))}"):
+        vareid_ext.load(copied, "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(copied, name):
+    (copied / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"copied' holds no {name}"):
+        vareid_ext.load(copied, "cpu")
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_the_hub_is_downloaded_without_what_else_lies_there(shared, model, monkeypatch):
+    asked = []
+
+    def snapshot(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        return str(shared)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    for name in ("hf://me/market-1.0", "hf://me/market-1.0@v1", "hf://me/m@refs/pr/1"):
+        assert vareid_ext.load(name, "cpu").step == model.step
+    files = ["config.json", "model.safetensors"]
+    assert asked == [("me/market-1.0", None, files), ("me/market-1.0", "v1", files), ("me/m", "refs/pr/1", files)]
+
+
+@pytest.mark.parametrize("name", ["hf://", "hf://me", "hf://me/a/b", "hf://me/m@", "hf:///m", "hf://me /m"])
+def test_a_name_that_is_none_of_the_hub_is_refused(name):
+    with pytest.raises(ValueError, match=r"was given; a model of the Hub is hf://owner/name"):
+        vareid_ext.load(name, "cpu")
+
+
+def hub_error(kind, cause=None):
+    """An error as the Hub's library raises it, whatever its version wants to know."""
+    error = kind.__new__(kind)
+    Exception.__init__(error, "some\nlong text")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause", "message"),
+    [
+        ("GatedRepoError", None, "its owner must give you access first"),
+        ("RepositoryNotFoundError", None, "the Hub has no such model, or it is private"),
+        ("RevisionNotFoundError", None, "the model has no revision 'v1'"),
+        ("LocalEntryNotFoundError", ConnectionError("no route to host"), r"cannot be reached.*\(no route to host\)"),
+    ],
+)
+def test_what_the_hub_says_no_to_is_said_in_a_line(monkeypatch, kind, cause, message):
+    def fail(*arguments, **options):
+        raise hub_error(getattr(huggingface_hub.errors, kind), cause)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(OSError, match=f"hf://me/m@v1: .*{message}") as error:
+        vareid_ext.load("hf://me/m@v1", "cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_another_programs_model_of_the_hub_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **o: str(tmp_path))
+    with pytest.raises(ValueError, match="is of another program"):
+        vareid_ext.load("hf://me/bert", "cpu")
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_exported_and_used_by_the_commands(trained_run, tmp_path, capsys):
+    folder = tmp_path / "m"
+    export = ["export", str(trained_run), "--pretrained", str(folder), "--quiet"]
+    assert run([*export, "--license", "mit", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pretrained"]["license"] == "mit"
+    assert vareid_ext.load(folder, "cpu").origin.license == "mit"
+    assert run(export) == 2
+    assert re.search(r"holds 'README.md' already; .*--overwrite", capsys.readouterr().err)
+    assert run([*export, "--overwrite"]) == 0
+    values = []
+    for what in (trained_run, folder):
+        capsys.readouterr()
+        assert run(["evaluate", str(what), "--device=cpu", "--json", "--quiet"]) == 0
+        values.append(json.loads(capsys.readouterr().out))
+    assert values[0] == values[1]
