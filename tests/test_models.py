@@ -242,7 +242,7 @@ def test_backbone_weights_of_other_programs_are_taken(tmp_path, prefix, counters
     torch.save({prefix + key: value for key, value in weights.items()}, tmp_path / "weights.pth")
     torch.manual_seed(2)
     loaded = tiny()
-    assert load_backbone_weights(loaded.backbone.trunk, str(tmp_path / "weights.pth")) == ("fc.weight",)
+    assert load_backbone_weights(loaded.backbone.trunk, str(tmp_path / "weights.pth")) == (f"{prefix}fc.weight",)
     for key, value in loaded.backbone.trunk.state_dict().items():
         if not key.endswith("num_batches_tracked"):
             assert torch.equal(value, weights[key]), key

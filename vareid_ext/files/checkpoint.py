@@ -51,13 +51,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, what: str) -> Any:
     """A file of ``torch.save``, to the CPU, without running code; a ValueError that begins with `what` if damaged."""
     try:
-        _check_zip(path)
+        check_zip(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch fail with whatever it runs into
-        raise ValueError(f"{what}: {str(path)!r} cannot be read: {_in_short(error)}") from error
+        raise ValueError(f"{what}: {str(path)!r} cannot be read: {in_short(error)}") from error
 
 
-def _check_zip(path: Path) -> None:
+def check_zip(path: Path) -> None:
     """An error if a zip file of ``torch.save`` is not as it was written: ``torch.load`` looks at no checksum."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # torch's own criterion: the format before PyTorch 1.6 has no checksums
@@ -74,7 +74,7 @@ def _check_zip(path: Path) -> None:
             raise ValueError(f"{damaged!r} in it is not what was written")
 
 
-def _in_short(error: Exception) -> str:
+def in_short(error: Exception) -> str:
     """The first line of an error. Of torch's long one, which advises to run what the file holds, what is wrong."""
     _, unpickling, wrong = str(error).partition("WeightsUnpickler error:")
     if unpickling:

@@ -26,11 +26,31 @@ _GET = frozenset(["GET", "BINGET", "LONG_BINGET"])
 _TUPLE = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
+class Unread:
+    """What stands for an object whose name the reader was not given: nothing is imported or called for it.
+
+    Attributes:
+        name: ``module.name`` of its class or function.
+        state: what the pickle sets as its state, such as the attributes of an object.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.state = name, None
+
+    def __call__(self, *_: Any) -> Unread:
+        """The object that the class or function would make."""
+        return Unread(self.name)
+
+    def build(self, state: Any) -> None:
+        """Take the state that the pickle sets."""
+        self.state = state
+
+
 class _Machine:
     """The stack of a pickle, and the instructions that change it."""
 
-    def __init__(self, names: Mapping[str, Any], persistent: Callable[[Any], Any] | None) -> None:
-        self.names, self.persistent = names, persistent
+    def __init__(self, names: Mapping[str, Any], persistent: Callable[[Any], Any] | None, unread: bool) -> None:
+        self.names, self.persistent, self.unread = names, persistent, unread
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -52,6 +72,8 @@ class _Machine:
     def extend(self, kind: type, items: list[Any]) -> None:
         """Put items into the list or the dictionary on top of the stack."""
         target = self.stack[-1] if self.stack else None
+        if isinstance(target, Unread):
+            return
         if type(target) is not kind:
             raise ValueError(f"items that belong to no {kind.__name__}")
         if isinstance(target, list):
@@ -72,6 +94,8 @@ class _Machine:
             target[key] = value
 
     def named(self, name: str) -> Any:
+        if name not in self.names and self.unread:
+            return Unread(name[:200])
         if name not in self.names:
             raise ValueError(f"it names {name[:200]!r}, which is not plain data")
         return self.names[name]
@@ -118,6 +142,11 @@ class _Machine:
             if not callable(function) or type(arguments) is not tuple:
                 raise ValueError("a call of what cannot be called")
             stack.append(function(*arguments))
+        elif name == "NEWOBJ" and self.unread:
+            kind, arguments = self.pop(2)
+            if not isinstance(kind, Unread):
+                raise ValueError("an object of what is no class")
+            stack.append(kind())
         elif name == "BUILD":
             target, state = self.pop(2)
             if not isinstance(target, dict):  # an OrderedDict's attributes are of no use here
@@ -134,6 +163,7 @@ def read_pickle(
     names: Mapping[str, Any] = MappingProxyType({}),
     persistent: Callable[[Any], Any] | None = None,
     max_steps: int = MAX_STEPS,
+    unread: bool = False,
 ) -> Any:
     """The value of the pickle that begins at the file's position; the position is behind it afterwards.
 
@@ -145,11 +175,12 @@ def read_pickle(
             function returns may have a method ``build`` that takes the state the pickle sets.
         persistent: makes a value of a persistent id; None refuses them.
         max_steps: the most instructions taken; each costs at most 128 bytes beside the data it carries.
+        unread: an :class:`Unread` stands for an object of another name, which otherwise is an error.
 
     Raises:
         ValueError: the pickle is cut short, damaged, longer, or holds anything else; the message names the byte.
     """
-    machine = _Machine(names, persistent)
+    machine = _Machine(names, persistent, unread)
     for number, (opcode, argument, at) in enumerate(pickletools.genops(file)):
         if number >= max_steps:
             raise ValueError(f"byte {at}: more than {max_steps:,} pickle instructions")

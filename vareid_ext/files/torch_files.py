@@ -87,7 +87,15 @@ def _names(path: Path, limit: Limit) -> dict[str, Any]:
 
 def open_pt(path: Path, limit: Limit) -> dict[str, Entry]:
     """The tensors and arrays of a file of ``torch.save``, of today's format or the one before PyTorch 1.6."""
-    return _open_zip(path, limit) if zipfile.is_zipfile(path) else _open_legacy(path, limit)
+    return entries_of(read_pt(path, limit))
+
+
+def read_pt(path: Path, limit: Limit, *, unread: bool = False) -> Any:
+    """What a file of ``torch.save`` holds, an :class:`Entry` in place of each tensor and array.
+
+    With `unread`, objects of other classes are :class:`vareid_ext.files.pickles.Unread`, not errors.
+    """
+    return (_read_zip if zipfile.is_zipfile(path) else _read_legacy)(path, limit, unread)
 
 
 def _check_key(key: Any) -> None:
@@ -100,7 +108,7 @@ def _check_order(order: str) -> None:
         raise ValueError(f"its numbers are {order}-endian, this machine's {sys.byteorder}-endian")
 
 
-def _open_zip(path: Path, limit: Limit) -> dict[str, Entry]:
+def _read_zip(path: Path, limit: Limit, unread: bool) -> Any:
     with zipfile.ZipFile(path) as archive:
         members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
 
@@ -123,14 +131,16 @@ def _open_zip(path: Path, limit: Limit) -> dict[str, Entry]:
             file.seek(stored_at(path, members["byteorder"]))
             _check_order(file.read(members["byteorder"].file_size).decode())
         file.seek(stored_at(path, members["data.pkl"]))
-        return entries_of(read_pickle(file, _names(path, limit), storage, limit.steps))
+        return read_pickle(file, _names(path, limit), storage, limit.steps, unread)
 
 
-def _open_legacy(path: Path, limit: Limit) -> dict[str, Entry]:
+def _read_legacy(path: Path, limit: Limit, unread: bool) -> Any:
     storages: dict[str, _Storage] = {}
     positions: dict[str, int] = {}
 
-    def storage(identifier: Any) -> _Storage:
+    def storage(identifier: Any) -> Any:
+        if identifier[0] == "module":  # a class, with its source
+            return identifier[1]
         _, dtype, key, _, count, view = identifier
         _check_key(key)
         if view is not None:
@@ -143,11 +153,11 @@ def _open_legacy(path: Path, limit: Limit) -> dict[str, Entry]:
         read_pickle(file, max_steps=limit.steps)  # the format's number
         system = read_pickle(file, max_steps=limit.steps)
         _check_order("little" if system["little_endian"] else "big")
-        value = read_pickle(file, _names(path, limit), storage, limit.steps)
+        value = read_pickle(file, _names(path, limit), storage, limit.steps, unread)
         for key in read_pickle(file, max_steps=limit.steps):
             held = int.from_bytes(file.read(8), sys.byteorder) * storages[key].dtype.itemsize
             if held != storages[key].nbytes:
                 raise ValueError(f"{storages[key].nbytes:,} bytes are declared, but {held:,} are there")
             positions[key] = file.tell()
             file.seek(held, os.SEEK_CUR)
-    return entries_of(value)
+    return value

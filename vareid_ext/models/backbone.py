@@ -15,12 +15,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from vareid_ext.files.weights import load_backbone_weights
+from vareid_ext.files.weights import HEADS, load_backbone_weights
 from vareid_ext.models.inception import PdcInception
 
 NETWORKS: dict[str, type[nn.Module]] = {"pdc-inception": PdcInception}
 """Trunks beside timm's, by name; they begin with random weights."""
-_HEADS = ("global_pool", "fc", "last_linear", "classifier", "head", "head_drop")  # of timm's networks; identities here
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class ModelConfig:
     pretrained: bool = True
     """start from timm's pretrained weights (downloaded on first use)"""
     weights: str | None = None
-    """file to start from instead: backbone weights (.pth, .pt, .safetensors), or the checkpoint of another run"""
+    """file to start from instead: backbone weights (.pth, .pt, .safetensors), also of fast-reid, torchreid and
+    reid-strong-baseline; or the checkpoint of another run"""
     last_stride: Literal[1, 2] = 1
     """1: the last stage keeps the resolution (its strides are set to 1); 2: the backbone as it is"""
     pooling: Literal["avg", "gem"] = "avg"
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         Raises:
             ValueError: there is no such stage, or the stages in their order are not the network.
         """
-        children = {name: child for name, child in self.trunk.named_children() if name not in _HEADS}
+        children = {name: child for name, child in self.trunk.named_children() if name not in HEADS}
         names, training = list(children), self.trunk.training
         blocks = {name: [*child._modules] for name, child in children.items() if isinstance(child, nn.Sequential)}
         cuts = [*names[1:], *(f"{name}.{block}" for name in blocks for block in blocks[name][1:])]

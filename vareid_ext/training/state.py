@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vareid_ext.data import Batch, ReidData
 from vareid_ext.files.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
-from vareid_ext.files.weights import load_method_weights
+from vareid_ext.files.weights import forget_weights, load_method_weights
 from vareid_ext.methods import METHODS, Method, TrainingClasses
 from vareid_ext.models import Backbone, ModelConfig
 from vareid_ext.training.config import Config, OptimizerConfig
@@ -249,6 +249,7 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
     classes = TrainingClasses(data.num_identities, data.num_viewpoints, torch.from_numpy(data.subclass_mask()))
     check_inputs(config, data)
     method = begin_method(config, classes, load_weights_file=load_weights_file)
+    forget_weights()
     method.to(device)
     if config.run.channels_last:
         method.to(memory_format=torch.channels_last)
