@@ -21,7 +21,7 @@ ROW = (
     "tests/test_{op}.py",
     "benchmarks/bench_{op}.py",
 )
-HEAVY = ("timm", "torchvision", "matplotlib", "tensorboard", "PIL", "jsonargparse", "tqdm", "scipy")
+HEAVY = ("timm", "torchvision", "matplotlib", "tensorboard", "PIL", "jsonargparse", "tqdm", "scipy", "wandb", "mlflow")
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = (
     ("_version", "_interrupt", "_native", "_arrays", "_text", "_labels", "_limits"),

@@ -235,11 +235,14 @@ class RunConfig:
     compile: bool = False
     """compile the network with torch.compile"""
     log_every: int = 20
-    """steps between lines of log.jsonl and points of TensorBoard"""
+    """steps between lines of log.jsonl and points of TensorBoard and the loggers"""
     save_every: int = 1
     """epochs between saves of last.pt (the last epoch is always saved)"""
     tensorboard: bool = True
     """write TensorBoard event files to the run folder"""
+    loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """where values are written besides, such as [wandb, mlflow]: Weights & Biases, MLflow; each is an extra of the
+    package"""
 
     def __post_init__(self) -> None:
         check_limits("run", self, seed=(0, 2**63 - 1), threads=(0, 1024))

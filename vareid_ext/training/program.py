@@ -25,6 +25,7 @@ from vareid_ext.training.config import Config, OptimizerConfig
 from vareid_ext.training.console import one_line, tell
 from vareid_ext.training.device import device_named
 from vareid_ext.training.evaluation import Scores, metrics_of, per_viewpoint
+from vareid_ext.training.loggers import check_loggers
 from vareid_ext.training.loop import train
 from vareid_ext.training.run import Run, StagePlan, plan_stages
 from vareid_ext.training.run_folder import RunFolder, default_folder, environment
@@ -52,9 +53,10 @@ def run(request: Request) -> tuple[RunFolder, ReidData]:
             tell(introduction(request, run))
             if not request.resume:
                 measure_baselines(run)
-        train(run)
-        with signals.immediate(f"everything was saved; go on with --resume {run.folder.path}"):
-            conclude(run)
+        with run.logging():
+            train(run)
+            with signals.immediate(f"everything was saved; go on with --resume {run.folder.path}"):
+                conclude(run)
     return run.folder, run.data
 
 
@@ -100,9 +102,10 @@ def check(config: Config, *, resume: bool = False) -> torch.device:
 
     Raises:
         ValueError, OSError: as :func:`choose_device` and :func:`vareid_ext.training.state.check_method`; an extra that
-            the method reads is not given.
+            the method reads is not given; a logger is not installed.
     """
     device = choose_device(config)
+    check_loggers(config.run.loggers)
     if not renders_extras(config.data.kind):
         names = METHODS[config.method.name].inputs_with(config.method)
         check_given(config.data.extras, [name for name in names if name in EXTRAS], prefix="data.extras.")

@@ -27,8 +27,9 @@ from vareid_ext.training.config import DEFAULT_IDENTITIES, Config, SamplerConfig
 from vareid_ext.training.console import TrainingBar, one_line, tell
 from vareid_ext.training.device import AUTOCAST
 from vareid_ext.training.evaluation import metrics_of
+from vareid_ext.training.loggers import Loggers
 from vareid_ext.training.optimizers import set_learning_rate, set_training_mode
-from vareid_ext.training.run_folder import RunFolder, TensorBoard, unused_path
+from vareid_ext.training.run_folder import RunFolder, unused_path
 from vareid_ext.training.schedule import learning_rate
 from vareid_ext.training.signals import RunInterruptedError, Signals, ignore_in_worker
 from vareid_ext.training.state import TrainingState
@@ -126,15 +127,25 @@ class Run:
         self._plan = plans[state.progress.stage]
         self._batch: Batch
         self._values: dict[str, float] = {}
+        self._loggers = Loggers()
 
     @contextlib.contextmanager
     def showing(self) -> Iterator[None]:
-        """A block with a progress bar and, where wanted, TensorBoard."""
-        step = self.state.progress.step
-        self._bar = TrainingBar(self.total_steps, step)
-        self._writer = TensorBoard(self.folder.tensorboard if self.config.run.tensorboard else None, after=step)
-        with contextlib.closing(self._bar), contextlib.closing(self._writer):
+        """A block with a progress bar."""
+        self._bar = TrainingBar(self.total_steps, self.state.progress.step)
+        with contextlib.closing(self._bar):
             yield
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """A block in which values go to TensorBoard and the loggers of the configuration."""
+        self._loggers = Loggers.open(self.folder, self.config, self.state.progress.step)
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            self._loggers.close(finished)
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, the method prepared for each.
@@ -211,7 +222,7 @@ class Run:
         state.progress.step += 1
 
     def log(self, terms: Mapping[str, Term]) -> None:
-        """Show the step, and write some of them to the log and TensorBoard: each term as what it adds to the total."""
+        """Show the step, and write some of them to the log and the loggers: each term as what it adds to the total."""
         step, values = self.state.progress.step, self._values
         self._bar.update(len(self._batch), values, self._rate)
         if step == 1:
@@ -220,8 +231,8 @@ class Run:
         if step == 1 or step % self.config.run.log_every == 0 or step == self.total_steps:
             entry = {"step": step, "epoch": self._plan.epoch_at(step), "lr": self._rate, "loss": values}
             self.folder.append_log({**entry, "images_per_second": round(self._bar.images_per_second, 1)})
-            self._writer.add("loss", values, step)
-            self._writer.add("optimizer", {"lr": self._rate}, step)
+            self._loggers.add("loss", values, step)
+            self._loggers.add("optimizer", {"lr": self._rate}, step)
 
     def stop_if_asked(self) -> None:
         """Save and raise RunInterruptedError where a signal came."""
@@ -242,7 +253,6 @@ class Run:
                 query, gallery = self.extract(self.state.evaluated, f"epoch {epoch + 1}")
                 values = metrics_of(evaluation.score(query, gallery))
             self.record(epoch + 1, values)
-            self._writer.add("metrics", values, self.state.progress.step)
             tell(one_line(f"epoch {epoch + 1}", values))
 
     def extract(self, method: Method, what: str) -> tuple[Features, Features]:
@@ -271,10 +281,11 @@ class Run:
         return query, gallery
 
     def record(self, epoch: int, values: Mapping[str, float]) -> None:
-        """Note an evaluation in the log and the checkpoint, and keep the weights if they are the best so far."""
+        """Note an evaluation in log, loggers and checkpoint, and keep the weights if they are the best so far."""
         progress = self.state.progress
         entry = {"step": progress.step, "epoch": epoch, **values}
         self.folder.append_log(entry)
+        self._loggers.add("metrics", values, progress.step)
         progress.evaluations.append(entry)
         # The best weights first: a run killed between the two evaluates again when it is resumed.
         if values["mAP"] >= max(e["mAP"] for e in progress.evaluations):

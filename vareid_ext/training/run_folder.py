@@ -50,7 +50,10 @@ class RunFolder:
         self.curves, self.ranking = path / "curves.png", path / "ranking.png"
         self.query_features, self.gallery_features = path / "query.npz", path / "gallery.npz"
         self.non_finite_batch = path / "non_finite_batch.pt"
-        self.tensorboard = path / "tensorboard"
+        self.tensorboard, self.wandb = path / "tensorboard", path / "wandb"
+        self.loggers = path / "loggers.json"
+        self.logged: dict[str, int] = {}
+        """the last step that log.jsonl held of each group of values when the run was resumed"""
         if resume and not self.last.is_file():
             raise FileNotFoundError(f"resume: {str(path)!r} holds no checkpoint to go on from (there is no last.pt)")
         self._check_that_it_can_be_written()
@@ -147,7 +150,11 @@ class RunFolder:
             step: steps that the checkpoint has done.
             evaluations: those the checkpoint knows of.
         """
-        kept = [e for e in self.read_log() if (e["step"] <= step if "loss" in e else e in evaluations)]
+        entries = self.read_log()
+        for e in entries:
+            for group in ("loss", "optimizer") if "loss" in e else ("metrics",):
+                self.logged[group] = max(e["step"], self.logged.get(group, 0))
+        kept = [e for e in entries if (e["step"] <= step if "loss" in e else e in evaluations)]
         self.write_text(self.log, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
@@ -191,33 +198,3 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "backends": vareid_ext.backends(),
         "backend": _native.unavailable_reason(device) or "native",
     }
-
-
-class TensorBoard:
-    """Scalars for TensorBoard.
-
-    Args:
-        path: folder of the event files; None writes nothing.
-        after: events of later steps, which a resumed run writes again, are dropped.
-    """
-
-    def __init__(self, path: Path | None, *, after: int) -> None:
-        self._writer: Any = None
-        self._path = path or ""
-        if path is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(path), purge_step=after + 1 if after else None)
-
-    def add(self, group: str, values: Mapping[str, float], step: int) -> None:
-        """Add the values of a step under the group's name."""
-        if self._writer is not None:
-            with naming(self._path):
-                for name, value in values.items():
-                    self._writer.add_scalar(f"{group}/{name}", value, step)
-
-    def close(self) -> None:
-        """Write what is left."""
-        if self._writer is not None:
-            with naming(self._path):
-                self._writer.close()
