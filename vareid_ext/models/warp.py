@@ -21,7 +21,11 @@ def affine_crop(x: Tensor, theta: Tensor, size: Sequence[int]) -> Tensor:
     Returns:
         Float32 [N, C, h, w], bilinear, 0 outside `x`.
     """
-    grid = F.affine_grid(theta, [x.shape[0], x.shape[1], *size], align_corners=True)
+    height, width = size
+    # In place of F.affine_grid, which PyTorch 2.6 does not export for any number of images.
+    down, across = (torch.linspace(-1, 1, side).to(theta) if side > 1 else theta.new_zeros(1) for side in size)
+    point = torch.cartesian_prod(down, across).flip(1)
+    grid = (F.pad(point, (0, 1), value=1) @ theta.transpose(1, 2)).unflatten(1, (height, width))
     return F.grid_sample(x, grid, align_corners=True)
 
 
