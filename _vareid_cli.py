@@ -20,6 +20,7 @@ COMMANDS = {
     "ablate": "the losses of the paper's Table 2, or methods, trained and compared",
     "evaluate": "CMC, mAP and mINP of trained models, or of features in files",
     "compare": "which of several models is better, by how much, and how sure that is",
+    "report": "what a model does, or features in files: one HTML page with numbers, plots and ranked lists",
     "extract": "features of images by a trained model",
     "views": "pictures of the people on images in eight poses, drawn by a trained PN-GAN",
     "export": "the feature of a trained model as an ONNX file or a torch.export program",

@@ -21,7 +21,10 @@ ROW = (
     "tests/test_{op}.py",
     "benchmarks/bench_{op}.py",
 )
-HEAVY = ("timm", "torchvision", "matplotlib", "tensorboard", "PIL", "jsonargparse", "tqdm", "scipy", "wandb", "mlflow")
+HEAVY = (
+    "timm", "torchvision", "matplotlib", "jinja2", "tensorboard", "PIL", "jsonargparse", "tqdm", "scipy", "wandb",
+    "mlflow",
+)  # fmt: skip
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = (
     ("_version", "_interrupt", "_native", "_arrays", "_text", "_labels", "_limits"),

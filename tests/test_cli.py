@@ -87,7 +87,15 @@ def test_a_command_does_not_import_what_others_need(tmp_path, name):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = set(done.stdout.splitlines()[-1].split())
     assert f"vareid_ext.cli.{name}" in loaded
-    assert not loaded & {"torchvision", "timm", "matplotlib", "jsonargparse", "vareid_ext.data", "vareid_ext.training"}
+    assert not loaded & {
+        "torchvision",
+        "timm",
+        "matplotlib",
+        "jinja2",
+        "jsonargparse",
+        "vareid_ext.data",
+        "vareid_ext.training",
+    }
 
 
 def test_the_spellings_of_a_command_are_one(tmp_path):

@@ -80,6 +80,7 @@ ADDED = {
     "vareid rerank": ["--quiet", "--topk=10"],
     "vareid evaluate": ["--quiet"],
     "vareid compare": ["--quiet", "--resamples=50"],
+    "vareid report": ["--quiet", "--resamples=50", "--queries=3"],
     "vareid doctor": [],
     "vareid methods": [],
     "python -m benchmarks.bench_ranking --quick": ["--rounds=1"],

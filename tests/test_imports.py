@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HEAVY = ("torch._dynamo", "torch._inductor", "torchvision", "timm", "matplotlib", "sympy")
+HEAVY = ("torch._dynamo", "torch._inductor", "torchvision", "timm", "matplotlib", "jinja2", "sympy")
 CALLS = """
 import sys
 import torch

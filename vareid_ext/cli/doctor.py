@@ -18,7 +18,18 @@ from vareid_ext import _native
 from vareid_ext._version import __version__
 from vareid_ext.cli.common import Result, command_parser, run_command
 
-REQUIRED = ("numpy", "torch", "torchvision", "timm", "PIL", "matplotlib", "tqdm", "tensorboard", "jsonargparse")
+REQUIRED = (
+    "numpy",
+    "torch",
+    "torchvision",
+    "timm",
+    "PIL",
+    "matplotlib",
+    "tqdm",
+    "tensorboard",
+    "jsonargparse",
+    "jinja2",
+)
 OPTIONAL = {
     "cupy": "CuPy arrays in retrieval",
     "psutil": "memory in the benchmarks",
