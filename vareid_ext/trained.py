@@ -275,7 +275,7 @@ def _load_checkpoint(path: Path, device: torch.device) -> TrainedModel:
             }
         method.load_state_dict(weights)
         progress = Progress(**state["progress"] | {"step": int(state["progress"]["step"])})
-        metrics = _metrics(path, [e for e in progress.evaluations if e["step"] == progress.step])
+        metrics = _metrics(path, [e for e in progress.evaluations if e.get("step") == progress.step])
         origin = Origin(tuple(state["identity_names"]), state["num_viewpoints"], progress, metrics)
     except _DAMAGED as error:
         raise ValueError(f"{wrong}{str(error).strip().partition(chr(10))[0]}") from error
