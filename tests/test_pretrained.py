@@ -179,7 +179,7 @@ def test_a_model_that_cannot_be_written_leaves_what_was_there(model, copied, tmp
         rename(source, target)
 
     if place == "weights":
-        monkeypatch.setattr(pretrained, "save_model", full)
+        monkeypatch.setattr(pretrained, "save_file", full)
     else:
         monkeypatch.setattr(atomic.os, "rename", stopped)
     with pytest.raises(OSError, match=r"copied"):
@@ -193,7 +193,7 @@ def test_ctrl_c_leaves_nothing(model, tmp_path, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrained, "save_model", interrupted)
+    monkeypatch.setattr(pretrained, "save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path / "m")
     assert not list(tmp_path.iterdir())

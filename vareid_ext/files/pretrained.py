@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
 from torch import nn
 
 from vareid_ext._version import __version__
@@ -65,7 +65,9 @@ def write_pretrained(folder: Path, module: nn.Module, description: Mapping[str, 
         (draft / DESCRIPTION).write_text(f"{text}\n", encoding="utf-8")
         (draft / CARD).write_text(card, encoding="utf-8")
         try:
-            save_model(module, str(draft / WEIGHTS))
+            # Each tensor once, also where parts share it; safetensors' own save_model fails on those in channels_last.
+            once = {id(value): (name, value) for name, value in module.state_dict(keep_vars=True).items()}
+            save_file({name: value.detach().contiguous() for name, value in once.values()}, draft / WEIGHTS)
         except SafetensorError as error:  # a full disk
             raise OSError(f"folder: {str(folder)!r} cannot be written: {error}") from error
         # safetensors gives its file to the user alone.
