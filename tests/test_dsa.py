@@ -10,8 +10,8 @@ import torch
 from tests.tiny import batch_of, method_of, without_gradient, without_heads
 from vareid_ext.data import SURFACE_PAIRS
 from vareid_ext.losses import batch_hard_triplet
-from vareid_ext.methods.dsa import GROUPS, Guide
 from vareid_ext.models import ModelConfig
+from vareid_ext.models.guide import GROUPS, Guide
 
 
 def small(**settings):

@@ -13,12 +13,11 @@ from tests.tiny import BACKBONE, batch_of
 from vareid_ext.data.extras import BODY_PAIRS
 from vareid_ext.methods import METHODS, TrainingClasses
 from vareid_ext.methods.pdc import with_own_norms
-from vareid_ext.methods.pgr import body_regions
-from vareid_ext.methods.pie import draw_posebox
-from vareid_ext.methods.pngan_generated import draw_pose, partners, standing_poses
+from vareid_ext.methods.pngan_generated import partners
 from vareid_ext.models import Backbone, ModelConfig
-from vareid_ext.models.joints import HEAD_LINES, bones, box_along, compose, part_images, to_canvas
-from vareid_ext.models.pose_gan import PatchDiscriminator, PoseGenerator
+from vareid_ext.models.joints import HEAD_LINES, body_regions, bones, box_along, compose, part_images, to_canvas
+from vareid_ext.models.pose_gan import PatchDiscriminator, PoseGenerator, draw_pose, standing_poses
+from vareid_ext.models.posebox import draw_posebox
 from vareid_ext.training.command_line import parse
 from vareid_ext.training.optimizers import train_only
 

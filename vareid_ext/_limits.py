@@ -9,3 +9,11 @@ def check_limits(section: str, config: object, **limits: tuple[float, float]) ->
         value = getattr(config, name)
         if value is not None and not low <= value <= high:  # NaN is in none
             raise ValueError(f"{section}.{name}: {value!r} was given; allowed are values from {low:,} to {high:,}")
+
+
+def check_below(section: str, config: object, **limits: float) -> None:
+    """ValueError unless every named number of a section lies in [0, its limit)."""
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        if not 0 <= value < limit:
+            raise ValueError(f"{section}.{name}: {value!r} was given; allowed are values in [0, {limit})")

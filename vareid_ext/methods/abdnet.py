@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vareid_ext._limits import check_limits
+from vareid_ext._limits import check_below, check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import batch_hard_triplet
 from vareid_ext.losses.orthogonality import exact_spectral_gap, spectral_gap
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
 from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import POOLING, Backbone, ModelConfig
-from vareid_ext.models.attention import ChannelAttention, ConvNormAct, PositionAttention
+from vareid_ext.models.attention import ChannelAttention, ConvNormAct, PositionAttention, attended, initialise
 from vareid_ext.models.parts import embedding
 from vareid_ext.models.rows import equal_rows
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
@@ -53,17 +53,9 @@ class AbdNetConfig:
     """whose orthogonality: the backbone's first convolution (the published code), or all of them (the paper)"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon < 1:
-            raise ValueError(f"method.epsilon: {self.epsilon!r} was given; allowed are values in [0, 1)")
+        check_below("method", self, epsilon=1)
         weights = ("triplet_weight", "triplet_margin", "feature_weight", "kernel_weight")
         check_limits("method", self, dim=(2, 8192), feature_from=(0, 100_000), **dict.fromkeys(weights, (0, 10_000)))
-
-
-def attended(dim: int, attention: nn.Module) -> nn.Sequential:
-    """An attention between two convolutions that halve the channels, [N, dim, H, W] -> the same."""
-    inner = dim // 2
-    around = ConvNormAct(dim, inner, 3), attention, ConvNormAct(inner, inner, 3)
-    return nn.Sequential(*around, nn.Dropout2d(0.1), nn.Conv2d(inner, dim, 1))
 
 
 class AbdNet(Method):
@@ -156,17 +148,3 @@ class AbdNet(Method):
     def features(self, batch: Batch) -> list[Tensor]:
         """The global feature and those of the halves, each [N, dim]."""
         return self._maps(batch)[0]
-
-
-def initialise(module: nn.Module) -> None:
-    """The weights that the published code begins with."""
-    if isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out")
-    elif isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.01)
-    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1, 0.02)
-    else:
-        return
-    if module.bias is not None:
-        nn.init.zeros_(module.bias)

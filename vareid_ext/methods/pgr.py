@@ -1,9 +1,8 @@
 """PGR: joints teach a network that does without them at test, in the manner of Li et al. (TPAMI 2019).
 
 Two teachers see the joints: one the upright parts of a person, one the regions of head, upper and lower body. The
-student learns to give both their features from the photograph alone. What the paper does beyond that was not to be had;
-the networks, the regions and the distillation are our reading. The latter is 2 - 2 cos, the squared distance of vectors
-of length 1, summed over their entries and not averaged, so that its weight does not depend on their length.
+student learns to give both their features from the photograph alone. The paper was not to be had: networks, regions and
+distillation are our reading. The latter is 2 - 2 cos, summed over entries, so that its weight is that of any length.
 """
 
 from __future__ import annotations
@@ -16,14 +15,11 @@ from torch import Tensor, nn
 
 from vareid_ext._limits import check_limits
 from vareid_ext.data import Batch
-from vareid_ext.losses import distillation
+from vareid_ext.losses import distillation, part_cross_entropy
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision, is_trained
 from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
 from vareid_ext.models import POOLING, Backbone, ModelConfig, PartHeads, identity_head, pool_masks
-from vareid_ext.models.joints import HEAD_LINES, LOWER_LINES, UPPER_LINES, bones, check_joints, compose, part_images
-from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
-
-REGIONS = (HEAD_LINES, UPPER_LINES, LOWER_LINES)
+from vareid_ext.models.joints import REGIONS, body_regions, check_joints, compose, part_images
 
 
 @dataclass(frozen=True)
@@ -45,15 +41,6 @@ class PgrConfig:
 
     def __post_init__(self) -> None:
         check_limits("method", self, region_dim=(1, 8192), region_width=(0.1, 1000), distance_weight=(0, 10_000))
-
-
-def body_regions(keypoints: Tensor, image_size: tuple[int, int], size: tuple[int, int], width: float) -> Tensor:
-    """Head, upper and lower body as soft regions around their lines: float32 [N, 3, *size] in [0, 1].
-
-    Args:
-        keypoints, image_size, size, width: as of :func:`vareid_ext.models.joints.bones`.
-    """
-    return torch.stack([bones(keypoints, lines, image_size, size, width).amax(1) for lines in REGIONS], 1)
 
 
 class _PartTeacher(nn.Module):
@@ -130,7 +117,7 @@ class Pgr(Method):
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         """The identity losses of what the stage trains, and for a student the distances to its teachers."""
-        keypoints, features = batch.extras["keypoints"], []
+        keypoints, identity, features = batch.extras["keypoints"], batch.identity, []
         check_joints(keypoints, batch.image)
         for teacher in (self.part_teacher, self.region_teacher):
             with torch.set_grad_enabled(is_trained(teacher)):
@@ -139,32 +126,25 @@ class Pgr(Method):
         terms: dict[str, Term] = {}
         with full_precision(upright):
             if is_trained(self.part_teacher):
-                terms["part teacher"] = Term(_identity_loss(self.part_teacher.head(upright)[:, None], batch))
+                logits = self.part_teacher.head(upright)[:, None]
+                terms["part teacher"] = Term(part_cross_entropy(logits, identity))
             if is_trained(self.region_teacher):
-                terms["region teacher"] = Term(_identity_loss(self.region_teacher.parts.logits(regions), batch))
+                logits = self.region_teacher.parts.logits(regions)
+                terms["region teacher"] = Term(part_cross_entropy(logits, identity))
         if is_trained(self.student):
             invariant, local = self.student(batch.image)
             with full_precision(invariant):
                 if self.config.viewpoint_aware:
                     terms |= self.student.head(invariant, batch)
                 else:
-                    terms["invariant"] = Term(_identity_loss(self.student.head(invariant)[:, None], batch))
-                terms["local"] = Term(_identity_loss(self.student.parts.logits(local), batch))
-                distances = (
-                    distillation(invariant, upright),
-                    distillation(torch.stack(local, 1), torch.stack(regions, 1)),
-                )
-                for name, distance in zip(("invariant distance", "local distance"), distances, strict=True):
-                    terms[name] = Term(distance, self.config.distance_weight)
+                    terms["invariant"] = Term(part_cross_entropy(self.student.head(invariant)[:, None], identity))
+                terms["local"] = Term(part_cross_entropy(self.student.parts.logits(local), identity))
+                weight = self.config.distance_weight
+                terms["invariant distance"] = Term(distillation(invariant, upright), weight)
+                terms["local distance"] = Term(distillation(torch.stack(local, 1), torch.stack(regions, 1)), weight)
         return terms
 
     def features(self, batch: Batch) -> list[Tensor]:
         """The whole [N, C], and head, upper and lower body [N, d] each."""
         invariant, local = self.student(batch.image)
         return [invariant, *local]
-
-
-def _identity_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Logits [N, P, K] -> the mean cross-entropy."""
-    identity = batch.identity.repeat_interleave(logits.shape[1])
-    return identity_cross_entropy(logits.flatten(0, 1), identity, smoothing="none")

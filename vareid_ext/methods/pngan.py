@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vareid_ext._limits import check_limits
+from vareid_ext._limits import check_below, check_limits
 from vareid_ext.data import Batch
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision, is_trained
 from vareid_ext.methods.viewpoint_aware import ViewpointAwareTerms
@@ -39,8 +39,7 @@ class PnganConfig:
 def check_networks(config: Any) -> None:
     """ValueError for settings of the two networks outside what is allowed."""
     check_limits("method", config, embed_dim=(1, 8192))
-    if not 0 <= config.dropout < 1:
-        raise ValueError(f"method.dropout: {config.dropout!r} was given; allowed are values in [0, 1)")
+    check_below("method", config, dropout=1)
 
 
 class _Network(nn.Module):

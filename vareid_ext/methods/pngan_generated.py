@@ -7,7 +7,6 @@ sides, so that test images need no keypoints; the paper takes those of eight clu
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,12 +20,10 @@ from vareid_ext.data import Batch
 from vareid_ext.methods.base import About, Term, TrainingClasses, full_precision, is_trained
 from vareid_ext.methods.pngan import Pngan, check_networks
 from vareid_ext.models import ModelConfig
-from vareid_ext.models.joints import HEAD_LINES, LOWER_LINES, UPPER_LINES, bones, check_joints
-from vareid_ext.models.pose_gan import PatchDiscriminator, PoseGenerator
+from vareid_ext.models.joints import check_joints
+from vareid_ext.models.pose_gan import PatchDiscriminator, PoseGenerator, draw_pose, standing_poses
 
-LINES = HEAD_LINES + UPPER_LINES + LOWER_LINES
 _RANGE = 3.0  # normalised images lie in [-3, 3], the generator's in [-1, 1]
-_POSES = 8
 
 
 @dataclass(frozen=True)
@@ -54,34 +51,6 @@ class PnganGeneratedConfig:
         check_networks(self)
         check_limits("method", self, generator_width=(1, 1024), generator_blocks=(0, 100))
         check_limits("method", self, difference_weight=(0, 10_000))
-
-
-def standing_poses() -> Tensor:
-    """Joints float32 [8, 14, 3] of a person in an image of 256 x 128, seen from eight sides, the front first."""
-    # To the person's left, ahead, and down from the top of the image, in pixels.
-    middle = [(0, 0, 24), (0, 0, 48)]
-    limbs = [[(side * 22, 0, 56), (side * 28, side * 4, 92), (side * 28, side * 12, 124)] for side in (-1, 1)] + [
-        [(side * 13, 0, 128), (side * 13, side * -6, 180), (side * 13, side * -12, 236)] for side in (-1, 1)
-    ]
-    left, ahead, down = torch.tensor([*middle, *(joint for limb in limbs for joint in limb)]).float().unbind(1)
-    turn = torch.arange(_POSES)[:, None] * (2 * math.pi / _POSES)
-    x = 63.5 + left * turn.cos() + ahead * turn.sin()
-    return torch.stack([x, down.expand_as(x), torch.ones_like(x)], 2)
-
-
-def draw_pose(keypoints: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """The picture of a pose, each line between joints in a colour of its own: float32 [N, 3, *size] in [-1, 1].
-
-    Args:
-        keypoints: float32 [N, 14, 3] in images of `image_size` (height, width) pixels.
-        image_size, size: (height, width) of the images, and of the pictures.
-    """
-    phase = (
-        torch.arange(len(LINES), device=keypoints.device)[:, None] / len(LINES) + keypoints.new_tensor([0, 1, 2]) / 3
-    )
-    colour = (1 + (2 * math.pi * phase).cos()) / 2
-    drawn = bones(keypoints, LINES, image_size, size, width=3.0)
-    return 2 * (drawn[:, :, None] * colour[:, :, None, None]).amax(1) - 1
 
 
 def partners(identity: Tensor) -> Tensor:

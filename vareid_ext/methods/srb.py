@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from vareid_ext._limits import check_limits
+from vareid_ext._limits import check_below, check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import batch_hard_triplet
 from vareid_ext.losses.center import CenterLoss
@@ -38,8 +38,7 @@ class SrbConfig:
     """learning rate of the centres of the center loss, which the weight does not change"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon < 1:
-            raise ValueError(f"method.epsilon: {self.epsilon!r} was given; allowed are values in [0, 1)")
+        check_below("method", self, epsilon=1)
         limits = dict.fromkeys(("triplet_weight", "triplet_margin", "center_weight"), (0, 10_000))
         check_limits("method", self, center_rate=(0, 1), **limits)
 

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from vareid_ext._limits import check_limits
+from vareid_ext._limits import check_below, check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import batch_hard_triplet, smoothed_viewpoint_cross_entropy
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
-from vareid_ext.methods.va_reid import view_weight_at
+from vareid_ext.methods.viewpoint_aware import view_weight_at
 from vareid_ext.models import POOLING, Backbone, ModelConfig, batch_norm_neck
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy
 
@@ -43,9 +43,7 @@ class TwoBranchConfig:
     """margin of the triplet terms, in Euclidean distance of features before the neck"""
 
     def __post_init__(self) -> None:
-        for name, high in (("epsilon", 1), ("other_views", 0.5), ("all_pairs", 0.5)):
-            if not 0 <= getattr(self, name) < high:
-                raise ValueError(f"method.{name}: {getattr(self, name)!r} was given; allowed are values in [0, {high})")
+        check_below("method", self, epsilon=1, other_views=0.5, all_pairs=0.5)
         weights = ("view_weight", "view_weight_late", "triplet_weight", "triplet_margin")
         check_limits("method", self, view_weight_drop=(0, 100_000), **dict.fromkeys(weights, (0, 10_000)))
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
-from vareid_ext._limits import check_limits
+from vareid_ext._limits import check_below, check_limits
 from vareid_ext.data import Batch
 from vareid_ext.losses import ViewpointAwareLoss, batch_hard_triplet, part_cross_entropy
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
+from vareid_ext.methods.viewpoint_aware import view_weight_at
 from vareid_ext.models import POOLING, Backbone, ModelConfig, PartHeads, batch_norm_neck, equal_rows, pool_rows
 
 STRIPES = (1, 2, 3)
@@ -55,20 +56,10 @@ class VaReidConfig:
     """margin of the triplet term, in Euclidean distance of features before the neck"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha < 0.5:
-            raise ValueError(f"method.alpha: {self.alpha!r} was given; allowed are values in [0, 0.5)")
-        if not 0 <= self.epsilon < 1:
-            raise ValueError(f"method.epsilon: {self.epsilon!r} was given; allowed are values in [0, 1)")
+        check_below("method", self, alpha=0.5, epsilon=1)
         weights = ("view_weight", "view_weight_late", "beta", "triplet_weight", "triplet_margin", "stripe_weight")
-        check_limits(
-            "method", self, view_weight_drop=(0, 100_000), stripe_dim=(1, 8192), **dict.fromkeys(weights, (0, 10_000))
-        )
-
-
-def view_weight_at(config: Any, epoch: int) -> float:
-    """The weight of the viewpoint loss in an epoch, of settings with ``view_weight``, ``_late`` and ``_drop``."""
-    dropped = config.view_weight_drop is not None and epoch >= config.view_weight_drop
-    return config.view_weight_late if dropped else config.view_weight
+        limits = dict.fromkeys(weights, (0, 10_000))
+        check_limits("method", self, view_weight_drop=(0, 100_000), stripe_dim=(1, 8192), **limits)
 
 
 class VaReid(Method):
@@ -99,8 +90,7 @@ class VaReid(Method):
     def __init__(self, config: VaReidConfig, model: ModelConfig, classes: TrainingClasses) -> None:
         super().__init__()
         self.config = config
-        self.backbone = Backbone.of(model)
-        self.pool = POOLING[model.pooling]()
+        self.backbone, self.pool = Backbone.of(model), POOLING[model.pooling]()
         self.neck = batch_norm_neck(self.backbone.channels)
         self.stripes = (
             PartHeads(sum(STRIPES), self.backbone.channels, config.stripe_dim, classes.identities, relu=False)
@@ -132,8 +122,7 @@ class VaReid(Method):
 
     def forward(self, batch: Batch) -> dict[str, Term]:
         """L_y, L_v and L_R of the feature behind the neck, and the terms of the stripes."""
-        config = self.config
-        feature_map = self.backbone(batch.image)
+        config, feature_map = self.config, self.backbone(batch.image)
         pooled = self.pool(feature_map)
         with full_precision(pooled):
             feature = self.neck(pooled)

@@ -1,6 +1,8 @@
-"""The viewpoint-aware loss as an option of any method: `viewpoint_aware` of its settings."""
+"""The viewpoint-aware loss as an option of any method, `viewpoint_aware` of its settings; its weight over time."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,3 +37,9 @@ class ViewpointAwareTerms(nn.Module):
             "viewpoint": Term(losses.viewpoint, self.loss.view_weight),
             "regularizer": Term(losses.regularizer, self.loss.beta),
         }
+
+
+def view_weight_at(config: Any, epoch: int) -> float:
+    """The weight of the viewpoint loss in an epoch, of settings with ``view_weight``, ``_late`` and ``_drop``."""
+    dropped = config.view_weight_drop is not None and epoch >= config.view_weight_drop
+    return config.view_weight_late if dropped else config.view_weight

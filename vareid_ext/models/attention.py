@@ -56,6 +56,13 @@ class ConvNormAct(nn.Sequential):
         super().__init__(convolution, nn.BatchNorm2d(out), nn.ReLU())
 
 
+def attended(dim: int, attention: nn.Module) -> nn.Sequential:
+    """An attention between two convolutions that halve the channels, [N, dim, H, W] -> the same."""
+    inner = dim // 2
+    around = ConvNormAct(dim, inner, 3), attention, ConvNormAct(inner, inner, 3)
+    return nn.Sequential(*around, nn.Dropout2d(0.1), nn.Conv2d(inner, dim, 1))
+
+
 class HarmoniousAttention(nn.Module):
     """Soft attention over space and channels together, and where to look for parts (Li et al., CVPR 2018).
 
@@ -86,3 +93,17 @@ class HarmoniousAttention(nn.Module):
         pooled = x.mean((2, 3), keepdim=True)
         soft = self.both(mix(space) * self.channel(pooled)).sigmoid()
         return soft * x, self.where(pooled.flatten(1)).tanh().unflatten(1, (-1, 2))
+
+
+def initialise(module: nn.Module) -> None:
+    """The weights that ABD-Net's code begins with, of a layer (Chen et al., ICCV 2019)."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1, 0.02)
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -23,6 +23,7 @@ HEAD_LINES = ((0, 1),)
 UPPER_LINES = ((1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (1, 8), (1, 11))
 LOWER_LINES = ((8, 9), (9, 10), (11, 12), (12, 13))
 """The lines between joints: of the head, of arms and torso, of the legs."""
+REGIONS = (HEAD_LINES, UPPER_LINES, LOWER_LINES)
 
 _CANVAS = (256, 128)  # height and width of the pixels that the margins below are counted in
 
@@ -137,3 +138,12 @@ def bones(
     distance = (cell - begin - share.clamp(0, 1)[..., None] * along).square().sum(-1)
     present = (seen[:, first] & seen[:, second])[:, :, None, None]
     return (-distance / (2 * width**2)).exp() * present
+
+
+def body_regions(keypoints: Tensor, image_size: tuple[int, int], size: tuple[int, int], width: float) -> Tensor:
+    """Head, upper and lower body as soft regions around their lines: float32 [N, 3, *size] in [0, 1].
+
+    Args:
+        keypoints, image_size, size, width: as of :func:`bones`.
+    """
+    return torch.stack([bones(keypoints, lines, image_size, size, width).amax(1) for lines in REGIONS], 1)

@@ -1,9 +1,16 @@
-"""The networks that put a photographed person into another pose (Qian et al., ECCV 2018)."""
+"""The networks that put a photographed person into another pose, and pictures of poses (Qian et al., ECCV 2018)."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from vareid_ext.models.joints import REGIONS, bones
+
+_LINES = sum(REGIONS, ())
+_POSES = 8
 
 
 def _block(convolution: nn.Module, channels: int, activation: nn.Module | None = None) -> list[nn.Module]:
@@ -69,3 +76,31 @@ class PatchDiscriminator(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """[N, 3, H, W] in [-1, 1], H and W at least 56 -> [N, 1, H // 8 - 6, W // 8 - 6]."""
         return self.layers(image)
+
+
+def standing_poses() -> Tensor:
+    """Joints float32 [8, 14, 3] of a person in an image of 256 x 128, seen from eight sides, the front first."""
+    # To the person's left, ahead, and down from the top of the image, in pixels.
+    middle = [(0, 0, 24), (0, 0, 48)]
+    limbs = [[(side * 22, 0, 56), (side * 28, side * 4, 92), (side * 28, side * 12, 124)] for side in (-1, 1)] + [
+        [(side * 13, 0, 128), (side * 13, side * -6, 180), (side * 13, side * -12, 236)] for side in (-1, 1)
+    ]
+    left, ahead, down = torch.tensor([*middle, *(joint for limb in limbs for joint in limb)]).float().unbind(1)
+    turn = torch.arange(_POSES)[:, None] * (2 * math.pi / _POSES)
+    x = 63.5 + left * turn.cos() + ahead * turn.sin()
+    return torch.stack([x, down.expand_as(x), torch.ones_like(x)], 2)
+
+
+def draw_pose(keypoints: Tensor, image_size: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The picture of a pose, each line between joints in a colour of its own: float32 [N, 3, *size] in [-1, 1].
+
+    Args:
+        keypoints: float32 [N, 14, 3] in images of `image_size` (height, width) pixels.
+        image_size, size: (height, width) of the images, and of the pictures.
+    """
+    phase = (
+        torch.arange(len(_LINES), device=keypoints.device)[:, None] / len(_LINES) + keypoints.new_tensor([0, 1, 2]) / 3
+    )
+    colour = (1 + (2 * math.pi * phase).cos()) / 2
+    drawn = bones(keypoints, _LINES, image_size, size, width=3.0)
+    return 2 * (drawn[:, :, None] * colour[:, :, None, None]).amax(1) - 1
