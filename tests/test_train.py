@@ -340,7 +340,7 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(tmp_path, capsys, mo
     assert "Traceback" not in error
     assert name in error.splitlines()[-1]
     assert not (tmp_path / "run" / "last.pt").exists()
-    assert not list((tmp_path / "run").glob(".*"))
+    assert [file.name for file in (tmp_path / "run").glob(".*")] == [".lock"]
 
 
 @pytest.mark.usefixtures("no_figures")
