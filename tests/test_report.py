@@ -408,6 +408,19 @@ def test_two_stand_side_by_side_with_the_differences_of_compare(sides, tmp_path,
     assert f"{low} to {high}" in text
 
 
+def test_names_of_files_are_shown_as_they_are(sides, tmp_path, capsys):
+    names = [str(tmp_path / f"{name}.npz") for name in ("_a$b$c", "<i>&'$")]
+    for name in names:
+        shutil.copy(sides[0], name)
+    make(capsys, tmp_path / "r.html", "--features", names[0], sides[1], "--features", names[1], sides[1])
+    elements = Elements((tmp_path / "r.html").read_text())
+    assert elements.all("i") == []
+    legends = [text.strip() for text in elements.texts if text.startswith("\u200b")]
+    for name in ("_a$b$c.npz gallery.npz", "<i>&'$.npz gallery.npz"):
+        assert legends.count(f"\u200b{name}") == 2
+        assert name in elements.texts
+
+
 def test_re_ranked_lists_can_be_shown(sides, tmp_path, capsys):
     found = make(capsys, tmp_path / "r.html", "--features", *sides, "--rerank", "--k1", "5")
     assert found["metrics"] != make(capsys, tmp_path / "s.html", "--features", *sides)["metrics"]

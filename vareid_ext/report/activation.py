@@ -17,7 +17,7 @@ from vareid_ext.models import Backbone
 if TYPE_CHECKING:
     from vareid_ext.trained import TrainedModel
 
-_BATCH = 32
+_BATCH = 16
 
 
 def grad_cam(embed: Callable[[Tensor], Tensor], trunk: nn.Module, images: Tensor, reference: Tensor) -> Tensor:

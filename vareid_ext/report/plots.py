@@ -86,8 +86,9 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def _label(name: str) -> str:
-    """A name short enough for a legend."""
-    return name if len(name) <= 26 else f"\u2026{name[-25:]}"
+    """A name for a legend: short, without formulas, and shown, which Matplotlib's are not that begin with "_"."""
+    short = name if len(name) <= 26 else f"\u2026{name[-25:]}"
+    return f"\u200b{short}".replace("$", r"\$")
 
 
 def _thinned(count: int) -> np.ndarray:
@@ -195,7 +196,7 @@ def histogram_plot(result: VerificationMetrics, name: str) -> Plot:
         threshold = result.recommended.point.threshold
         axes.axvline(threshold, color=_INK, linestyle=_DASHES[1], linewidth=1.4, label="recommended")
         said.append(f"the recommended threshold is {threshold:.4g}")
-    _legend(axes)
+    _legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     description = f"{name}: {'; '.join(said)}."
     return Plot(_svg(figure, f"histogram {name}"), f"Distances: {name}", description)
 
@@ -210,7 +211,7 @@ def map_plot(found: FeatureMap, name: str, title: str) -> Plot:
     for colour, identity in zip(itertools.cycle(_COLOURS), identities):
         for view, marker in shapes.items():
             of = (found.identity == identity) & (found.viewpoint == view)
-            for kind, size, edge in (("image", 16, "none"), ("viewpoint centre", 90, _INK)):
+            for kind, size, edge in (("image", 22, "none"), ("viewpoint centre", 90, _INK)):
                 x, y = found.points[of & (found.kind == kind)].T
                 axes.scatter(x, y, s=size, c=colour, marker=marker, edgecolors=edge, linewidths=1.2, alpha=0.9)
         x, y = found.points[(found.identity == identity) & (found.kind == "identity centre")].T
