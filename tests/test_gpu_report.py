@@ -266,12 +266,14 @@ def test_bad_labels_are_refused_where_operators_run_on_copies(monkeypatch: pytes
         ([], "folder"),
         (["OUT", "--wheels", "EMPTY", "--dry-run"], "EMPTY"),
         (["OUT", "--wheels", "HALF", "--dry-run"], "half-1.0"),
+        (["OUT", "--wheels", "NOWHERE", "--dry-run"], "NOWHERE"),
+        (["/proc/report"], "/proc/report"),
         (["OUT", "--fast"], "--fast"),
         pytest.param(
             ["OUT"], "GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
         ),
     ],
-    ids=["no folder", "no wheels", "half a wheel", "unknown option", "no GPU"],
+    ids=["no folder", "no wheels", "half a wheel", "no folder of wheels", "no place", "unknown option", "no GPU"],
 )
 def test_what_cannot_work_is_one_line_that_names_it(tmp_path: Path, arguments: list[str], named: str) -> None:
     (tmp_path / "EMPTY").mkdir()

@@ -146,6 +146,18 @@ def _ranking(distances: Tensor, labels: tuple[Tensor, ...], reference: bool) -> 
     return Case("rank_queries", size, ours, eager if reference else None, distances.nbytes, compiled=False)
 
 
+def _verification(distances: Tensor, labels: tuple[Tensor, ...]) -> Case:
+    def ours() -> Any:
+        return vareid_ext.evaluate_verification(distances, *labels)
+
+    def eager() -> Any:
+        with vareid_ext.reference_backend():
+            return ours()
+
+    size = f"{distances.shape[0]} x {distances.shape[1]}, {_name(distances.dtype)}"
+    return Case("evaluate_verification", size, ours, eager, 2 * distances.nbytes, compiled=False)
+
+
 def cases() -> Iterator[Case]:
     """The operators at the sizes of the report; each case's arrays live until the next is asked for."""
     f32, bf16 = torch.float32, torch.bfloat16
@@ -165,6 +177,7 @@ def cases() -> Iterator[Case]:
     distances = vareid_ext.pairwise_distance(query, gallery)
     yield _ranking(distances, labels, reference=True)
     yield _ranking(distances.bfloat16(), labels, reference=False)
+    yield _verification(distances, labels)
 
 
 def market_size() -> tuple[int, int, int]:

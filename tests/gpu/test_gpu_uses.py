@@ -20,7 +20,7 @@ import vareid_ext
 from tests.cuda_on_cpu.representative import REPRESENTATIVE
 from tests.gpu import gpu_backend
 from tests.gpu.gpu_backend import DEVICE
-from vareid_ext import ViewpointAwareLoss
+from vareid_ext import ViewpointAwareLoss, metrics
 
 pytestmark = pytest.mark.skipif(
     bool(gpu_backend.missing_reason()), reason=gpu_backend.missing_reason() or "a GPU is here"
@@ -64,6 +64,12 @@ def _labels(a: dict[str, Any]) -> list[Any]:
     return [a[name] for name in ("query_identity", "gallery_identity", "query_camera", "gallery_camera")]
 
 
+def _verification(result: Any) -> dict[str, Any]:
+    values = result.as_dict()
+    del values["roc"]  # as many points as there are different distances, which rounding may make equal
+    return values
+
+
 FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "pairwise_distance": lambda a: vareid_ext.pairwise_distance(a["query"], a["gallery"]),
     "pairwise_distance, one set": lambda a: vareid_ext.pairwise_distance(a["feature"], metric="cosine"),
@@ -79,6 +85,18 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     ),
     "rank_features": lambda a: vareid_ext.rank_features(a["query"], a["gallery"], *_labels(a)),
     "KReciprocal, rows": lambda a: vareid_ext.KReciprocal(a["query"], a["gallery"]).rows(1, 4),
+    "evaluate_verification": lambda a: _verification(vareid_ext.evaluate_verification(a["q_g"], *_labels(a))),
+    "verify_features": lambda a: _verification(vareid_ext.verify_features(a["query"], a["gallery"], *_labels(a))),
+    "evaluate_by_group": lambda a: metrics.evaluate_by_group(
+        a["query"], a["gallery"], *_labels(a), query_group=a["query_camera"], gallery_group=a["gallery_camera"]
+    ).mAP.tolist(),
+    "compare_rankings": lambda a: {
+        name: difference.as_dict()
+        for name, difference in metrics.compare_rankings(
+            vareid_ext.rank_features(a["query"], a["gallery"], *_labels(a)),
+            vareid_ext.rank_features(a["query"], a["gallery"], *_labels(a), metric="cosine"),
+        ).items()
+    },
     "ranked_lists": lambda a: vareid_ext.ranked_lists(a["query"], a["gallery"], *_labels(a), queries=[0, 3]),
     "ranked_lists, rerank": lambda a: vareid_ext.ranked_lists(
         a["query"], a["gallery"], *_labels(a), queries=[0, 3], rerank=True
@@ -117,6 +135,14 @@ def _compare(got: Any, xp: Any, expected: Any) -> None:
             assert isinstance(ours, xp.ndarray)
             ours = ours if xp is np else xp.asnumpy(ours)
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_every_function_of_arrays_is_among_them() -> None:
+    public = {name for name in (*vareid_ext.__all__, *metrics.__all__) if name.islower()}
+    modules = ("vareid_ext.metrics", "vareid_ext.retrieval")
+    found = {name: getattr(vareid_ext, name, None) or getattr(metrics, name) for name in public}
+    of_arrays = {name for name, value in found.items() if getattr(value, "__module__", "").startswith(modules)}
+    assert of_arrays <= {name.partition(",")[0] for name in FUNCTIONS}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
