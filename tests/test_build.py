@@ -28,6 +28,8 @@ def configure(tmp_path, mode, *options, python=sys.executable, **environment):
     environment = {**os.environ, "CUDAARCHS": "80-real", **environment}
     command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), *options]
     command += [] if mode is None else [f"-DVAREID_CUDA={mode}"]
+    if not any("VAREID_DRIVER_FILE" in option for option in options):
+        command += [f"-DVAREID_DRIVER_FILE={tmp_path / 'no driver'}"]
     command += [f"-DPython_EXECUTABLE={python}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     result.stderr = re.sub(r"\s+", " ", result.stderr)  # CMake breaks the lines of an error
@@ -123,6 +125,27 @@ def test_without_nvcc_auto_prints_the_command_where_cuda_could_be(tmp_path, brok
     assert (PYPI in result.stdout) == told
 
 
+@pytest.mark.parametrize("mode", ["AUTO", "ON"])
+@pytest.mark.parametrize(
+    ("driver", "gpus", "told"),
+    [
+        ("550.54.14", "9.0", "update driver 550.54.14 to 580 or newer"),
+        ("580.65.06", "9.0\n7.0", "compute capability 7.0"),
+    ],
+)
+def test_an_nvcc_of_pypi_that_could_not_serve_this_machine_is_not_all_that_is_told(
+    tmp_path, broken_nvcc, mode, driver, gpus, told
+):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{gpus}'\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    result = configure(tmp_path, mode, install_driver(tmp_path, driver), CUDACXX=broken_nvcc, PATH=path)
+    (line,) = [line for line in [*result.stdout.splitlines(), result.stderr] if "CUDACXX=/path/to/nvcc" in line]
+    assert told in line
+    assert (PYPI in line) == (driver == "550.54.14")  # once the driver is newer
+
+
 def test_without_the_packages_pypi_says_what_to_type(tmp_path, python):
     result = configure(tmp_path, "pypi", python=python[0])
     assert result.returncode != 0
@@ -132,8 +155,8 @@ def test_without_the_packages_pypi_says_what_to_type(tmp_path, python):
 PARTS = ("bin/nvcc", "nvvm/bin/cicc", "include/crt/host_config.h", "include/cuda_runtime.h", "lib/libcudart_static.a")
 
 
-@pytest.mark.parametrize("missing", PARTS[1:])
-def test_a_half_installed_nvcc_of_pypi_is_named(tmp_path, python, missing):
+@pytest.mark.parametrize("missing", [*PARTS[1:], None])
+def test_an_nvcc_of_pypi_that_cannot_work_is_told(tmp_path, python, missing):
     executable, packages = python
     for part in PARTS:
         path = packages / "nvidia" / "cu13" / part
@@ -142,8 +165,29 @@ def test_a_half_installed_nvcc_of_pypi_is_named(tmp_path, python, missing):
             path.touch(mode=0o755)
     result = configure(tmp_path, "PYPI", python=executable)
     assert result.returncode != 0
-    assert missing in result.stderr
-    assert "pip install" in result.stderr
+    if missing:
+        assert f"lacks {missing}; type: pip install --force-reinstall 'cuda-toolkit[nvcc,cccl]==13.*'" in result.stderr
+    else:  # whole, but compiles nothing: PyPI once more is no help
+        assert "set CUDAHOSTCXX" in result.stderr
+        assert "pip install" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("installed", "named"),
+    [
+        (["cuda_toolkit-13.0.3", "nvidia_cuda_runtime-13.0.96"], "13.0.3"),
+        (["nvidia_cuda_runtime-13.0.96"], "13.0.*"),
+        (["cuda_toolkit-12.9.1"], "13.*"),
+    ],
+)
+def test_the_repair_keeps_the_toolkit_that_is_there(tmp_path, python, installed, named):
+    for distribution in installed:
+        name, version = distribution.split("-")
+        folder = python[1] / f"{distribution}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Name: {name.replace('_', '-')}\nVersion: {version}\n")
+    result = configure(tmp_path, "PYPI", python=python[0])
+    assert f"pip install 'cuda-toolkit[nvcc,cccl]=={named}'" in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -176,16 +220,42 @@ def test_nvcc_is_found_off_path_and_the_architectures_are_respected(tmp_path, to
 
 
 @pytest.mark.parametrize("mode", ["AUTO", "ON"])
-def test_an_architecture_that_nvcc_does_not_know_is_refused(tmp_path, toolkit, mode):
-    result = configure(tmp_path, mode, CUDACXX=str(toolkit / "bin" / "nvcc"), CUDAARCHS="80-real;12-real")
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [("80-real;12-real", "12-real"), ("80a-real", "80a-real"), ("90-real;", ""), ("90,80", "90,80"), ("90;all", "all")],
+)
+def test_an_architecture_that_nvcc_does_not_know_is_refused(tmp_path, toolkit, mode, given, wrong):
+    result = configure(tmp_path, mode, CUDACXX=str(toolkit / "bin" / "nvcc"), CUDAARCHS=given)
     assert result.returncode != 0
-    assert "CUDAARCHS: '12-real'" in result.stderr
+    assert f"CUDAARCHS: '{given}' was given, of which this nvcc does not take '{wrong}'; allowed are" in result.stderr
+    assert "no nvcc" not in result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(("gpu", "architectures"), [((9, 0), "90-real"), ((1, 2), "all-major"), (None, "all-major")])
-def test_without_a_choice_the_visible_gpu_decides(tmp_path, python, toolkit, gpu, architectures):
-    """The GPU is the one that CMake's own test program is told of by macros."""
+def test_an_architecture_with_its_own_features_is_taken(tmp_path, toolkit):
+    result = configure(tmp_path, "ON", CUDACXX=str(toolkit / "bin" / "nvcc"), CUDAARCHS="80-virtual;90a-real")
+    assert result.returncode == 0, result.stderr
+    assert "architectures 80-virtual;90a-real)" in result.stdout
+
+
+def test_each_build_in_a_folder_decides_its_architectures_anew(tmp_path, toolkit):
     header = tmp_path / "gpu.h"
+    environment = {"CUDACXX": str(toolkit / "bin" / "nvcc"), "CUDAFLAGS": f"-include {header}"}
+    for given, gpu, architectures in [
+        ("80-real", (9, 0), "80-real"),
+        ("90-real", (8, 0), "90-real"),
+        ("", (9, 0), "90-real"),
+        ("", (8, 0), "80-real"),  # another machine over the same folder
+        ("", None, "all-major"),
+    ]:
+        write_gpu(header, gpu)
+        result = configure(tmp_path, "ON", CUDAARCHS=given, **environment)
+        assert result.returncode == 0, result.stderr
+        assert f"architectures {architectures})" in result.stdout
+        header.unlink()
+
+
+def write_gpu(header, gpu):
+    """A GPU that CMake's own test program is told of by macros."""
     if gpu is None:
         header.write_text("#include <cuda_runtime.h>\n#define cudaGetDeviceCount(n) (*(n) = 0, cudaErrorNoDevice)\n")
     else:
@@ -193,11 +263,18 @@ def test_without_a_choice_the_visible_gpu_decides(tmp_path, python, toolkit, gpu
             "#include <cuda_runtime.h>\n#define cudaGetDeviceCount(n) (*(n) = 1, cudaSuccess)\n"
             f"#define cudaGetDeviceProperties(p, n) ((p)->major = {gpu[0]}, (p)->minor = {gpu[1]}, cudaSuccess)\n"
         )
+
+
+@pytest.mark.parametrize(("gpu", "architectures"), [((9, 0), "90-real"), ((1, 2), "all-major"), ((99, 0), "all-major")])
+def test_without_a_choice_the_visible_gpu_decides(tmp_path, python, toolkit, gpu, architectures):
+    header = tmp_path / "gpu.h"
+    write_gpu(header, gpu)
     environment = {"CUDACXX": str(toolkit / "bin" / "nvcc"), "CUDAARCHS": "", "CUDAFLAGS": f"-include {header}"}
     result = configure(tmp_path, "ON", python=python[0], **environment)
     assert result.returncode == 0, result.stderr
     assert f"architectures {architectures})" in result.stdout
-    assert (PYPI in result.stdout) == (gpu == (1, 2))  # an nvcc that does not know the GPU
+    assert (PYPI in result.stdout) == (gpu == (99, 0))  # newer than this nvcc
+    assert ("install a toolkit of CUDA 12" in result.stdout) == (gpu == (1, 2))  # older than it
 
 
 @pytest.mark.parametrize(("driver", "torch", "told"), [("418.1", "13.0", "418.1"), ("999.1", "99.1", PYPI)])
