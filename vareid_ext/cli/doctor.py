@@ -7,7 +7,9 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +38,8 @@ OPTIONAL = {
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "vareid export --onnx"),
 }
 DISTRIBUTION = {"PIL": "pillow"}
-GPU_DRIVERS = ("/proc/driver/nvidia/version", "/dev/dxg")  # the second in Windows' Linux
+GPU_DRIVERS = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1")  # the second in Windows' Linux
+OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # by CUDA version
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
@@ -65,25 +68,68 @@ def _cpu() -> tuple[str, list[str]]:
     return fields.get("model name", platform.machine()), [name for name in CPU_FEATURES if name in flags]
 
 
+def _driver_too_old(cuda: int) -> str:
+    """ "" if the driver runs this version of CUDA or its version is unknown, else how to update it."""
+    path = Path(GPU_DRIVERS[0])
+    found = re.search(r"Module.*?  (\d+)\.[\d.]+", path.read_text()) if path.is_file() else None
+    oldest = OLDEST_DRIVER.get(cuda, 0)
+    if found is None or int(found[1]) >= oldest:
+        return ""
+    return f"driver {found[0].split()[-1]} does not run CUDA {cuda}; update it to {oldest} or newer"
+
+
+def _nvcc_cuda() -> int | None:
+    """The CUDA version of the nvcc on PATH."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)", said)
+    return int(found[1]) if found else None
+
+
+def _how_to_build() -> str:
+    """What to type for kernels that this machine's GPUs and driver run."""
+    with_cuda_12 = "install a toolkit of CUDA 12 and type: CUDACXX=/path/to/nvcc VAREID_CUDA=ON pip install ."
+    nvcc = _nvcc_cuda()
+    cuda = nvcc or 13  # PyPI's nvcc is of CUDA 13
+    capability = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+    if cuda >= 13 and capability < (7, 5):
+        return f"CUDA 13 does not know sm_{capability[0]}{capability[1]}; {with_cuda_12}"
+    too_old = _driver_too_old(cuda)
+    if too_old:
+        instead = f", or {with_cuda_12}" if cuda >= 13 and not _driver_too_old(12) else ""
+        return f"{too_old} and call vareid doctor again{instead}"
+    if nvcc:  # ON, as AUTO goes on without where nvcc compiles nothing
+        return "type in the source folder: VAREID_CUDA=ON pip install ."
+    return "type in the source folder: VAREID_CUDA=PYPI pip install ."
+
+
 def _cuda_advice() -> str:
     """Whether the CUDA kernels can run on this machine's GPUs and, if not, which case this is and what to type."""
     if not _native.loaded():
         return "not built; type in the source folder: pip install ."
-    build = "pip install ." if shutil.which("nvcc") else "VAREID_CUDA=PYPI pip install ."
     if torch.cuda.is_available():
         module = _native.module()
         if not module.with_cuda:
-            return f"left out of this build; type in the source folder: {build}"
+            return f"left out of this build; {_how_to_build()}"
         reasons = map(module.cuda_unusable_reason, range(torch.cuda.device_count()))
         unfit = next(filter(None, reasons), "")
-        if not unfit:
-            return "they can run"
-        return f"{unfit}; update the driver or, to build for this GPU, type in the source folder: {build}"
+        return f"{unfit}; {_how_to_build()}" if unfit else "they can run"
     if not any(map(os.path.exists, GPU_DRIVERS)):
         return "not needed: there is no NVIDIA driver"
     if torch.version.cuda is None:
-        return "there is a GPU, but PyTorch is a CPU build; type: pip install --force-reinstall torch torchvision"
-    return f"PyTorch's CUDA {torch.version.cuda} does not run on this driver; update it (nvidia-smi shows its version)"
+        too_old = _driver_too_old(13)  # of the PyTorch that pip installs
+        install = "pip install --force-reinstall torch torchvision"
+        update = f"{too_old} (or install a PyTorch for CUDA 12), then " if too_old else ""
+        return f"there is an NVIDIA driver, but PyTorch is a CPU build; {update}type: {install}"
+    too_old = _driver_too_old(int(torch.version.cuda.split(".")[0]))
+    if too_old:
+        return f"PyTorch is for CUDA {torch.version.cuda}; {too_old}, or install a PyTorch for an older CUDA"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return f"PyTorch sees no GPU: CUDA_VISIBLE_DEVICES is {visible!r}; type: unset CUDA_VISIBLE_DEVICES"
+    return "there is an NVIDIA driver, but PyTorch sees no GPU; type: nvidia-smi (a container needs --gpus all)"
 
 
 def report() -> tuple[list[tuple[str, str]], list[str]]:
