@@ -96,7 +96,7 @@ def test_a_run_folder_is_cleared_of_what_a_killed_run_left(tmp_path, writer):
     kill(writer)
     (left,) = tmp_path.iterdir()
     left.rename(left.with_name(left.name.replace("result", "best.pt")))
-    RunFolder(tmp_path, resume=False).create()
+    RunFolder(tmp_path, resume=False).remove_unfinished()
     assert names(tmp_path) == []
 
 

@@ -12,6 +12,7 @@ import pytest
 from tests.test_train import SMALL
 from vareid_ext.cli import ablate, train
 from vareid_ext.files import lock
+from vareid_ext.training import program
 
 HOLDER = """
 import os, runpy, sys, time
@@ -51,6 +52,21 @@ def test_a_second_ablation_ends_before_any_work_and_a_kill_frees_the_folder(tmp_
     kill()
     with lock.locked(tmp_path):
         pass
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    read = program.load_run_data
+
+    def meanwhile(*args, **options):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.json").write_text("{}")
+        return read(*args, **options)
+
+    monkeypatch.setattr(program, "load_run_data", meanwhile)
+    assert train.main([*SMALL, "--workers=0", "--output", str(tmp_path / "run")]) == 2
+    assert "metrics.json" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.json").read_text() == "{}"
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_run_is_resumed_once_at_a_time(trained_run, monkeypatch, capsys, hold):

@@ -329,7 +329,7 @@ def test_a_file_that_cannot_be_written_is_named_in_one_line(tmp_path, capsys, mo
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     if limit is None:
         (tmp_path / "run").mkdir()
-        monkeypatch.setattr(RunFolder, "_check_that_nothing_is_lost", lambda *arguments: None)
+        monkeypatch.setattr(RunFolder, "check_that_nothing_is_lost", lambda *arguments: None)
         (tmp_path / "run" / "log.jsonl").symlink_to("/dev/full")
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit or hard, hard))

@@ -46,9 +46,9 @@ def _run(options: argparse.Namespace) -> Result:
         raise ValueError(f"--seeds: {options.seeds} was given; allowed are values from 1 on")
     _check_arguments(options.arguments, options.methods)
     arguments = [*_DEFAULTS, *options.arguments]
-    general, settings = split_method_settings(arguments) if options.methods else (arguments, {})
+    general, settings = split_method_settings(arguments) if options.methods is not None else (arguments, {})
     request = parse(general)
-    names = [name.strip() for name in options.methods.split(",")] if options.methods else []
+    names = [name.strip() for name in options.methods.split(",")] if options.methods is not None else []
     rows = rows_of_methods(arguments, names) if names else rows_of_losses(request.config)
     runs = plan(rows, seeds, output)
     without = {field: [row.run for row in rows if not hasattr(row.config.method, field)] for field in settings}

@@ -375,7 +375,8 @@ def _ranked(options: argparse.Namespace, items: Sequence[_Item]) -> tuple[list[R
                      item.query_pictures.uri(q), maps[0])
             )  # fmt: skip
             ap = float(item.measured.ranking.average_precision[q])
-            line = f"AP {100 * ap:.1f} %; {found[i].missed} of {int(matches[q])} matches behind the first {options.top}"
+            total = int(item.measured.ranking.num_matches[q])
+            line = f"AP {100 * ap:.1f} %; {found[i].missed} of {total} matches behind the first {options.top}"
             if found[i].more_junk:
                 line += f"; {found[i].more_junk} more junk images not shown"
             shown.append((item.name, line, tiles))

@@ -183,6 +183,12 @@ class VerificationMetrics:
                 f"FNMR {_percent(best.point.fnmr)} ({_interval(best.fnmr_interval)}): 95 % intervals of "
                 f"{best.resamples} bootstrap draws of the queries' identities"
             )
+            if best.point.fpr == 0:
+                most = _percent(min(1, 3 / self.num_non_matches))
+                lines.append(
+                    "no non-match is within that threshold, which the interval cannot see beyond: with as many "
+                    f"independent pairs the true FMR may be up to {most}"
+                )
         return lines
 
     def __str__(self) -> str:

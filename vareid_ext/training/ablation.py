@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vareid_ext.files.lock import locked
 from vareid_ext.methods import METHODS, VaReid
 from vareid_ext.training import program
 from vareid_ext.training.command_line import (
@@ -199,8 +200,9 @@ def finish_run(config: Config, folder: Path, command: str) -> None:
     if not resume and (folder / "config.yaml").is_file():
         # Renamed first: half of a folder could not begin again.
         abandoned = folder.with_name(f"{folder.name}.abandoned")
-        shutil.rmtree(abandoned, ignore_errors=True)
-        shutil.rmtree(folder.rename(abandoned))
+        with locked(folder):
+            shutil.rmtree(abandoned, ignore_errors=True)
+            shutil.rmtree(folder.rename(abandoned))
     program.run(Request(config, folder.name, folder, resume, command))
 
 

@@ -301,6 +301,8 @@ class Config:
         stages = []
         for number, stage in enumerate(self.stages):
             sections = {}
+            if stage.epochs < 1:
+                raise ValueError(f"stages[{number}].epochs: {stage.epochs} was given; allowed are values from 1 on")
             if stage.train is not None and not stage.train:
                 raise ValueError(
                     f"stages[{number}].train: [] was given, which trains nothing; allowed are parts of the method, or "

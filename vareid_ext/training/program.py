@@ -78,13 +78,17 @@ def prepare(request: Request, signals: Signals, started: float, locks: contextli
     state = build(config, data, device, load_weights_file=not request.resume)
     if folder is None:
         folder = RunFolder(default_folder(request.name), resume=False, command=request.command)
-    folder.create()
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if not request.resume:
+        locks.enter_context(locked(folder.path))
+        # Another run may have begun and ended here while the data set was read.
+        folder.check_that_nothing_is_lost(text)
+    folder.remove_unfinished()
     if request.resume:
         state.restore(folder.last)
         check_steps(state, plans, folder)
         folder.rewind_log(state.progress.step, state.progress.evaluations)
     else:
-        locks.enter_context(locked(folder.path))
         folder.write_config(text)
     folder.write_json(folder.environment, environment(device, request.command))
     return Run(config, data, plans, state, folder, device, signals, started)

@@ -58,11 +58,10 @@ class RunFolder:
             raise FileNotFoundError(f"resume: {str(path)!r} holds no checkpoint to go on from (there is no last.pt)")
         self._check_that_it_can_be_written()
         if not resume:
-            self._check_that_nothing_is_lost(config_text)
+            self.check_that_nothing_is_lost(config_text)
 
-    def create(self) -> None:
-        """Make the folder where it does not exist, and remove half-written files that a killed run has left."""
-        self.path.mkdir(parents=True, exist_ok=True)
+    def remove_unfinished(self) -> None:
+        """Remove half-written files that a killed run has left."""
         for path in self._files():
             remove_unfinished(path)
 
@@ -76,7 +75,8 @@ class RunFolder:
         if not os.access(place, os.W_OK | os.X_OK):
             raise PermissionError(f"output: {str(self.path)!r} was given, but {str(place)!r} cannot be written to")
 
-    def _check_that_nothing_is_lost(self, config_text: str) -> None:
+    def check_that_nothing_is_lost(self, config_text: str) -> None:
+        """FileExistsError where a new run of this configuration would overwrite something."""
         if self.last.exists():
             raise FileExistsError(
                 f"output: {str(self.path)!r} holds a run already; go on with it by --resume {self.path}, or choose "
