@@ -129,7 +129,7 @@ def _run(options: argparse.Namespace) -> Result:
         check_count(f"--{name}", getattr(options, name), least)
     check_method(options.map)
     sources = open_sources(options, ["identity"], wanted=["viewpoint"], paths=True)
-    items = [_item(options, *pair) for pair in zip(_short([s.name for s in sources]), sources, strict=True)]
+    items = [_item(options, *pair) for pair in zip(_short(options.runs or options.features), sources, strict=True)]
     measured = {item.source.name: item.measured for item in items}
     check_same_queries({name: result.query for name, result in measured.items()})
     first, *others = measured
@@ -160,10 +160,11 @@ def _run(options: argparse.Namespace) -> Result:
     return Result("\n".join(text), values)
 
 
-def _short(names: Sequence[str]) -> list[str]:
-    """The names without folders, where they are different then."""
-    short = [" ".join(Path(word).name for word in name.split(" ")) for name in names]
-    return short if len(set(short)) == len(short) and all(short) else list(names)
+def _short(given: Sequence[str | Sequence[str]]) -> list[str]:
+    """What to call runs, or the files of each: without folders, where they are different then."""
+    paths = [[one] if isinstance(one, str) else one for one in given]
+    short = [" ".join(Path(path).name for path in of_one) for of_one in paths]
+    return short if len(set(short)) == len(short) and all(short) else [" ".join(of_one) for of_one in paths]
 
 
 def _item(options: argparse.Namespace, name: str, source: Source) -> _Item:

@@ -14,7 +14,8 @@ def locked(folder: Path) -> Iterator[None]:
     """A block in which no other process has `folder`, an existing one, locked.
 
     The lock is on the file .lock in it. The system takes it away with the process, however that ends, and processes
-    that this one has forked do not keep it. On file systems without locks nobody is kept out.
+    that this one has forked do not keep it. On file systems without locks nobody is kept out, nor are
+    the threads of one process.
 
     Raises:
         BlockingIOError: another process has it.

@@ -154,6 +154,7 @@ def roc_plot(results: Mapping[str, VerificationMetrics]) -> Plot:
     """The ROC curves with the recommended points, by name."""
     figure, axes = _axes("false positive rate", "true positive rate, %")
     said = []
+    left = min(1 / result.num_non_matches for result in results.values()) / 2
     for number, (name, result) in enumerate(results.items()):
         _, fpr, tpr = result.roc
         at = _thinned(len(fpr))
@@ -162,16 +163,15 @@ def roc_plot(results: Mapping[str, VerificationMetrics]) -> Plot:
         text = f"{name}: true positive rate {', '.join(points)}; equal error rate {100 * result.eer:.2f} %"
         if result.recommended is not None:
             best = result.recommended.point
-            if best.fpr > 0:
-                axes.plot(
-                    [best.fpr], [100 * best.tpr], "D", color=_COLOURS[number % SERIES], markersize=8,
-                    markeredgecolor=_INK, label="recommended" if number == len(results) - 1 else None,
-                )  # fmt: skip
-            text += f"; recommended distance {best.threshold:.4g}: {100 * best.tpr:.1f} % at {best.fpr:.2e}"
+            axes.plot(
+                [best.fpr or left], [100 * best.tpr], "D", color=_COLOURS[number % SERIES], markersize=8, clip_on=False,
+                markeredgecolor=_INK, label="recommended" if number == len(results) - 1 else None,
+            )  # fmt: skip
+            text += f"; recommended distance {best.threshold:.4g}: {100 * best.tpr:.1f} % at {best.fpr:.2g}"
+            text += "" if best.fpr else " (at the left edge)"
         said.append(f"{text}.")
     axes.set_xscale("log")
-    low = min(1 / result.num_non_matches for result in results.values())
-    axes.set_xlim(max(low / 2, 1e-9), 1.2)
+    axes.set_xlim(left, 1.2)
     _legend(axes, loc="best")
     return Plot(_svg(figure, "roc"), "ROC", " ".join(said))
 

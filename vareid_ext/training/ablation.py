@@ -85,7 +85,9 @@ def rows_of_losses(config: Config) -> list[Row]:
         ValueError: `config` is of another method.
     """
     if not isinstance(config.method, VaReid.Config):
-        raise ValueError(f"method.name: {config.method.name!r} was given; the losses of 'va-reid' are compared")
+        raise ValueError(
+            f"method.name: {config.method.name!r} was given; the losses of 'va-reid' are compared, methods by --methods"
+        )
     rows = []
     for line in TABLE_2:
         losses: dict[str, Any] = dict(zip(SET_BY_THE_ROWS, _LOSSES[line.run], strict=True))
