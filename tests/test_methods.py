@@ -328,7 +328,7 @@ def test_a_stage_that_is_over_cannot_be_changed(tmp_path, monkeypatch, capsys):
         interrupt_at(patch, 6, 15)
         assert start(tmp_path, "--stages=[{epochs: 1}, {epochs: 2}]") == 128 + 15
     resume = ["--resume", str(tmp_path)]
-    for stages in ("[{epochs: 0}, {epochs: 4}]", "[{epochs: 1, sampler: {batches_per_epoch: 3}}, {epochs: 2}]"):
+    for stages in ("[{epochs: 2}, {epochs: 4}]", "[{epochs: 1, sampler: {batches_per_epoch: 3}}, {epochs: 2}]"):
         assert train.main([*resume, "--stages", stages]) == 2
         assert "stages[0]: other epochs or batches were given" in capsys.readouterr().err
     assert train.main([*resume, "--stages=[{epochs: 1}, {epochs: 3}]"]) == 0
