@@ -134,28 +134,18 @@ def _nearest_neighbors(x: Tensor, y: Tensor, k: int) -> Case:
     )  # fmt: skip
 
 
-def _ranking(distances: Tensor, labels: tuple[Tensor, ...], reference: bool) -> Case:
+def _of_distances(
+    function: str, distances: Tensor, labels: tuple[Tensor, ...], *, reference: bool = True, readings: int = 1
+) -> Case:
     def ours() -> Any:
-        return vareid_ext.rank_queries(distances, *labels)
+        return getattr(vareid_ext, function)(distances, *labels)
 
     def eager() -> Any:
         with vareid_ext.reference_backend():
             return ours()
 
     size = f"{distances.shape[0]} x {distances.shape[1]}, {_name(distances.dtype)}"
-    return Case("rank_queries", size, ours, eager if reference else None, distances.nbytes, compiled=False)
-
-
-def _verification(distances: Tensor, labels: tuple[Tensor, ...]) -> Case:
-    def ours() -> Any:
-        return vareid_ext.evaluate_verification(distances, *labels)
-
-    def eager() -> Any:
-        with vareid_ext.reference_backend():
-            return ours()
-
-    size = f"{distances.shape[0]} x {distances.shape[1]}, {_name(distances.dtype)}"
-    return Case("evaluate_verification", size, ours, eager, 2 * distances.nbytes, compiled=False)
+    return Case(function, size, ours, eager if reference else None, readings * distances.nbytes, compiled=False)
 
 
 def cases() -> Iterator[Case]:
@@ -175,9 +165,9 @@ def cases() -> Iterator[Case]:
     yield _nearest_neighbors(query, gallery, 50)
     labels = tuple(x.to(DEVICE) for x in (data.identity[:Q], data.identity[Q:], data.camera[:Q], data.camera[Q:]))
     distances = vareid_ext.pairwise_distance(query, gallery)
-    yield _ranking(distances, labels, reference=True)
-    yield _ranking(distances.bfloat16(), labels, reference=False)
-    yield _verification(distances, labels)
+    yield _of_distances("rank_queries", distances, labels)
+    yield _of_distances("rank_queries", distances.bfloat16(), labels, reference=False)
+    yield _of_distances("evaluate_verification", distances, labels, readings=2)
 
 
 def market_size() -> tuple[int, int, int]:

@@ -125,13 +125,19 @@ def check_same_queries(sides: Mapping[str, Features]) -> None:
                 )
 
 
-def comparison_text(first: str, differences: Mapping[str, Mapping[str, PairedDifference]], resamples: int) -> str:
-    """Differences against the ranking called `first`, by ranking and metric, as a table in percentage points."""
+def difference_rows(differences: Mapping[str, Mapping[str, PairedDifference]]) -> list[list[str]]:
+    """A row of a table for each ranking and metric: both, percentage points, interval, queries won, lost and tied."""
     rows = []
     for name, by_metric in differences.items():
         for metric, found in by_metric.items():
             low, high = (f"{100 * end:+.2f}" for end in found.interval)
             counts = map(str, (found.won, found.lost, found.tied))
-            rows.append((name, metric, f"{100 * found.difference:+.2f}", f"{low} to {high}", *counts))
+            rows.append([name, metric, f"{100 * found.difference:+.2f}", f"{low} to {high}", *counts])
+    return rows
+
+
+def comparison_text(first: str, differences: Mapping[str, Mapping[str, PairedDifference]], resamples: int) -> str:
+    """Differences against the ranking called `first`, by ranking and metric, as a table in percentage points."""
     header = (f"against {first}", "metric", "points", "95 % interval", "queries won", "lost", "tied")
+    rows = difference_rows(differences)
     return f"{table(header, rows)}\nintervals: {resamples:,} bootstrap draws of the queries, percentiles"

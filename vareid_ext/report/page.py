@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from vareid_ext._text import viewpoint_name
 from vareid_ext.metrics import GroupMetrics
-from vareid_ext.metrics.comparison import PairedDifference
+from vareid_ext.metrics.comparison import PairedDifference, difference_rows
 from vareid_ext.report.history import History
 from vareid_ext.report.measure import Measured
 from vareid_ext.report.plots import Plot
@@ -135,14 +135,9 @@ def metrics_table(measured: Mapping[str, Measured]) -> Table:
 
 def difference_table(first: str, differences: Mapping[str, Mapping[str, PairedDifference]], resamples: int) -> Table:
     """Differences against the first, in percentage points."""
-    rows = []
-    for name, by_metric in differences.items():
-        for metric, found in by_metric.items():
-            low, high = (f"{100 * end:+.2f}" for end in found.interval)
-            counts = map(str, (found.won, found.lost, found.tied))
-            rows.append([name, metric, f"{100 * found.difference:+.2f}", f"{low} to {high}", *counts])
     caption = f"Differences to {first}, in percentage points; intervals of {resamples:,} bootstrap draws of the queries"
-    return Table(caption, ["", "metric", "points", "95 % interval", "won", "lost", "tied"], rows)
+    header = ["", "metric", "points", "95 % interval", "won", "lost", "tied"]
+    return Table(caption, header, difference_rows(differences))
 
 
 def heat_map(name: str, label: str, cells: GroupMetrics) -> Table:
