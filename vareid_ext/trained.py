@@ -25,7 +25,7 @@ from vareid_ext.files.features import Features
 from vareid_ext.methods import Method, TrainingClasses
 from vareid_ext.model_card import model_card
 from vareid_ext.ops._checks import check_count
-from vareid_ext.training.command_line import to_config
+from vareid_ext.training.command_line import pairs, to_config
 from vareid_ext.training.config import Config
 from vareid_ext.training.device import AUTOCAST, device_named
 from vareid_ext.training.evaluation import inference_batches
@@ -287,16 +287,19 @@ def _load_pretrained(folder: Path, device: torch.device) -> TrainedModel:
     try:
         how, plain = dict(found["preprocessing"]), found["config"]
         evaluation = {name: how.pop(name) for name in ("flip", "normalize")}
-        plain = plain | {"data": plain["data"] | how, "evaluation": plain["evaluation"] | evaluation}
-        config, method = _build(plain, found["identity_names"], found["num_viewpoints"])
+        changed = plain | {"data": plain["data"] | how, "evaluation": plain["evaluation"] | evaluation}
+        config, method = _build(changed, found["identity_names"], found["num_viewpoints"])
+        given = dict(pairs(plain))
+        missing = [(name, value) for name, value in pairs(config.plain()) if name not in given]
+        if missing and found["version"] == __version__:  # fields that are newer than the file have their defaults
+            raise ValueError(f"{missing[0][0]}: nothing was given; a value is needed, such as {missing[0][1]!r}")
         origin = Origin(
-            tuple(found["identity_names"]), found["num_viewpoints"],
-            Progress(**found["progress"] | {"step": int(found["progress"]["step"])}), dict(found["metrics"]),
+            tuple(found["identity_names"]), found["num_viewpoints"], Progress(**found["progress"]), found["metrics"],
             found["training_data"]["license"], found["license"],
         )  # fmt: skip
     except _DAMAGED as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"model: {str(folder / pretrained.DESCRIPTION)!r} describes no model: {reason}") from error
+        raise ValueError(f"model: {str(folder / pretrained.DESCRIPTION)!r}: config: {reason}") from error
     pretrained.load_weights(folder, method)
     return TrainedModel(method, config, folder / pretrained.WEIGHTS, origin, device)
 

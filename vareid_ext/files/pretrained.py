@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,73 @@ HUB = "hf://"
 """What the name of a model on the Hugging Face Hub begins with."""
 
 _HUB_NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@(.+))?")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _holds_numbers(value: Any) -> bool:
+    return _is_number(value) or (isinstance(value, dict) and all(map(_holds_numbers, value.values())))
+
+
+def _is_list_of(kind: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and all(map(kind, value))
+
+
+_KINDS: Mapping[str, Callable[[Any], bool]] = {
+    "a text": lambda v: isinstance(v, str),
+    "a text or null": lambda v: v is None or isinstance(v, str),
+    "a text of 64 hexadecimal digits": lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) is not None,
+    "true or false": lambda v: isinstance(v, bool),
+    "a whole number from 0 on": lambda v: type(v) is int and v >= 0,
+    "a whole number from 1 on": lambda v: type(v) is int and v >= 1,
+    "a number": _is_number,
+    "a list of numbers": lambda v: _is_list_of(_is_number, v),
+    "a list of texts": lambda v: _is_list_of(lambda t: isinstance(t, str), v),
+    "a list of objects of numbers": lambda v: _is_list_of(lambda o: isinstance(o, dict) and _holds_numbers(o), v),
+    "an object of numbers and such objects": lambda v: isinstance(v, dict) and _holds_numbers(v),
+    "an object": lambda v: isinstance(v, dict),
+    "a list of objects": lambda v: _is_list_of(lambda o: isinstance(o, dict), v),
+}
+_ENTRIES: Mapping[str, Any] = {
+    "library": "a text",
+    "format": "a whole number from 1 on",
+    "sha256": "a text of 64 hexadecimal digits",
+    "version": "a text",
+    "license": "a text or null",
+    "preprocessing": {
+        "height": "a whole number from 1 on",
+        "width": "a whole number from 1 on",
+        "mean": "a list of numbers",
+        "std": "a list of numbers",
+        "flip": "true or false",
+        "normalize": "a text",
+    },
+    "feature_dim": "a whole number from 1 on",
+    "identity_names": "a list of texts",
+    "num_viewpoints": "a whole number from 1 on",
+    "progress": {
+        "step": "a whole number from 0 on",
+        "stage": "a whole number from 0 on",
+        "seconds": "a number",
+        "baselines": "an object of numbers and such objects",
+        "evaluations": "a list of objects of numbers",
+    },
+    "training_data": {"name": "a text", "license": "a text or null"},
+    "metrics": "an object of numbers and such objects",
+    "config": {
+        "data": "an object",
+        "sampler": "an object",
+        "model": "an object",
+        "method": "an object",
+        "optimizer": "an object",
+        "stages": "a list of objects",
+        "evaluation": "an object",
+        "run": "an object",
+    },
+}
+"""What a description holds: of each entry what it must be, or its own entries."""
 
 
 def is_pretrained(folder: Path) -> bool:
@@ -60,9 +128,7 @@ def write_pretrained(folder: Path, module: nn.Module, description: Mapping[str, 
     Raises:
         OSError: it cannot be written.
     """
-    text = json.dumps({"library": LIBRARY, "format": FORMAT, **description}, indent=2)
     with atomic_folder(folder) as draft:
-        (draft / DESCRIPTION).write_text(f"{text}\n", encoding="utf-8")
         (draft / CARD).write_text(card, encoding="utf-8")
         try:
             # Each tensor once, also where parts share it; safetensors' own save_model fails on those in channels_last.
@@ -70,6 +136,9 @@ def write_pretrained(folder: Path, module: nn.Module, description: Mapping[str, 
             save_file({name: value.detach().contiguous() for name, value in once.values()}, draft / WEIGHTS)
         except SafetensorError as error:  # a full disk
             raise OSError(f"folder: {str(folder)!r} cannot be written: {error}") from error
+        begin = {"library": LIBRARY, "format": FORMAT, "sha256": _sha256(draft / WEIGHTS)}
+        text = json.dumps({**begin, **description}, indent=2)
+        (draft / DESCRIPTION).write_text(f"{text}\n", encoding="utf-8")
         # safetensors gives its file to the user alone.
         (draft / WEIGHTS).chmod((draft / DESCRIPTION).stat().st_mode)
 
@@ -79,7 +148,8 @@ def read_description(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the description or the weights are missing.
-        ValueError: the description is damaged, of another program, or of a newer version of this one.
+        ValueError: the description is damaged, of another program, or of a newer version of this one; an entry is
+            missing, unknown or not what it must be; the weights are not those that it was written for.
     """
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
@@ -96,7 +166,40 @@ def read_description(folder: Path) -> dict[str, Any]:
             f"model: {path!r} has format {found.get('format')!r} of {LIBRARY} {found.get('version')!s:.20}; this is "
             f"{LIBRARY} {__version__}, which reads format {FORMAT}"
         )
+    _check_entries(found, _ENTRIES, path)
+    if _sha256(folder / WEIGHTS) != found["sha256"]:
+        raise ValueError(
+            f"model: {str(folder / WEIGHTS)!r} is not the file that {path!r} was written with: its SHA-256 is another; "
+            "copy or download the folder again"
+        )
     return found
+
+
+def _check_entries(found: Mapping[str, Any], entries: Mapping[str, Any], path: str, section: str = "") -> None:
+    """ValueError where an entry is missing, unknown, or not what it must be."""
+    for name in [*entries, *found]:
+        key = f"model: {path!r}: {section}{name:.60}"
+        if name not in entries:
+            raise ValueError(f"{key} was given; allowed are {', '.join(section + known for known in entries)}")
+        if name not in found:
+            raise ValueError(f"{key}: nothing was given; {_allowed(entries[name])} is needed")
+        value, kind = found[name], entries[name]
+        if not (isinstance(value, dict) if isinstance(kind, dict) else _KINDS[kind](value)):
+            raise ValueError(f"{key}: {json.dumps(value):.60} was given; {_allowed(kind)} is needed")
+        if isinstance(kind, dict):
+            _check_entries(value, kind, path, f"{section}{name}.")
+
+
+def _allowed(kind: Any) -> str:
+    return f"an object of {', '.join(kind)}" if isinstance(kind, dict) else kind
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def load_weights(folder: Path, module: nn.Module) -> None:
