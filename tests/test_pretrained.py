@@ -17,10 +17,15 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import vareid_ext
 from _vareid_cli import run
+from tests.test_train import start
+from vareid_ext.cli import train
 from vareid_ext.files import atomic, pretrained
+from vareid_ext.files.weights import load_backbone_weights, load_method_weights
+from vareid_ext.models import Backbone
 from vareid_ext.training.program import load_run_data
 
 
@@ -383,3 +388,52 @@ def test_a_run_is_exported_and_used_by_the_commands(trained_run, tmp_path, capsy
         assert run(["evaluate", str(what), "--device=cpu", "--json", "--quiet"]) == 0
         values.append(json.loads(capsys.readouterr().out))
     assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/model.safetensors"])
+def test_training_begins_with_a_shared_model_as_with_the_run(shared, trained_run, tmp_path, monkeypatch, form):
+    monkeypatch.setattr(train, "draw_figures", lambda *args: None)
+    arguments = ["--local", "--epochs=0", "--baselines=false", f"--weights={form.format(shared)}"]
+    assert start(tmp_path / "again", *arguments) == 0
+    scores = [json.loads((run / "metrics.json").read_text())["trained"] for run in (trained_run, tmp_path / "again")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "model.safetensors").unlink(), r"copied' was given, which holds no last.pt and no model.saf"),
+        (lambda f: cut(f, "model.safetensors", -100), r"'.*model.safetensors' cannot be read: .* is not the file that"),
+        (lambda f: cut(f, "config.json", 200), r"model.safetensors' cannot be read: .*config.json' is not JSON"),
+        (lambda f: changed(f, config__model__pooling="max"), r"was trained with model.pooling 'max'; 'avg' was given"),
+    ],
+)
+def test_training_does_not_begin_with_a_damaged_or_another_model(copied, tmp_path, capsys, spoil, message):
+    spoil(copied)
+    assert start(tmp_path / "run", "--local", f"--weights={copied}") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_that_share_a_tensor_are_both_filled(copied):
+    def tied():
+        module = nn.ModuleDict({name: nn.Linear(3, 2) for name in "abc"})
+        module["b"].weight = module["a"].weight
+        return module
+
+    source, target = tied(), tied()
+    pretrained.write_pretrained(copied.with_name("tied"), source, {}, "")
+    shutil.copy(copied.with_name("tied") / "model.safetensors", copied)
+    signed(copied)
+    assert load_method_weights(target, str(copied), heads=(), settings={})
+    for key, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[key], value), key
+
+
+def test_weights_of_another_program_beside_its_own_description_are_weights(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "resnet10t"}')
+    trunk = Backbone("resnet10t").trunk
+    save_file({name: value + 1 for name, value in trunk.state_dict().items()}, tmp_path / "model.safetensors")
+    before = {key: value.clone() for key, value in trunk.state_dict().items()}
+    load_backbone_weights(trunk, str(tmp_path))
+    assert all(torch.equal(value, before[key] + 1) for key, value in trunk.state_dict().items())

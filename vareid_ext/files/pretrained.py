@@ -155,12 +155,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"model: {str(folder)!r} holds no {name}")
     path = str(folder / DESCRIPTION)
-    try:
-        found = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"model: {path!r} is not JSON: {error}") from error
-    if not isinstance(found, dict) or found.get("library") != LIBRARY:
+    if not is_of_this_program(folder):
         raise ValueError(f'model: {path!r} is of another program: it does not say "library": "{LIBRARY}"')
+    found = _parse(folder / DESCRIPTION)
     if found.get("format") != FORMAT:
         raise ValueError(
             f"model: {path!r} has format {found.get('format')!r} of {LIBRARY} {found.get('version')!s:.20}; this is "
@@ -173,6 +170,19 @@ def read_description(folder: Path) -> dict[str, Any]:
             "copy or download the folder again"
         )
     return found
+
+
+def is_of_this_program(folder: Path) -> bool:
+    """Whether a folder has the description of a model of :func:`write_pretrained`; ValueError where it is no JSON."""
+    found = _parse(folder / DESCRIPTION) if (folder / DESCRIPTION).is_file() else None
+    return isinstance(found, dict) and found.get("library") == LIBRARY
+
+
+def _parse(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"model: {str(path)!r} is not JSON: {error}") from error
 
 
 def _check_entries(found: Mapping[str, Any], entries: Mapping[str, Any], path: str, section: str = "") -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vareid_ext.files import pretrained
 from vareid_ext.files.checkpoint import FORMAT, check_zip, in_short
 from vareid_ext.files.entries import MAX_UNPACKED, Entry, Limit
 from vareid_ext.files.pickles import Unread
@@ -73,16 +74,16 @@ def load_method_weights(method: nn.Module, path: str, *, heads: tuple[str, ...],
 
     Args:
         method: all of it is filled, but for the heads.
-        path: the file.
+        path: the file; a run folder, for its last.pt; or the folder of a model that was saved to share it.
         heads: names of the parts that belong to the training identities; they stay as they are.
         settings: section `model` of the configuration, which that of the checkpoint must equal.
 
     Returns:
-        Whether the file is a checkpoint.
+        Whether it is one of these.
 
     Raises:
         OSError: there is no such file.
-        ValueError: the file is damaged, or the checkpoint is of another network.
+        ValueError: the file is damaged, or of another network.
     """
     found = _read_weights(path)
     if not _is_checkpoint(found):
@@ -90,6 +91,10 @@ def load_method_weights(method: nn.Module, path: str, *, heads: tuple[str, ...],
     _check_settings(settings, found["config"].get("model"), path)
     weights = found.get("average") or found["method"]
     named = {_WRAPPER.sub("", str(key)): (str(key), value) for key, value in weights.items() if key != "n_averaged"}
+    once = {id(value): key for key, value in method.state_dict(keep_vars=True).items() if key in named}
+    for key, value in method.state_dict(keep_vars=True).items():
+        if key not in named and id(value) in once:  # parts that share a tensor, which a shared model has once
+            named[key] = named[once[id(value)]]
     _fill(method, named, path, skip=heads)
     return True
 
@@ -215,11 +220,15 @@ def _entries(network: Unread, prefix: str, seen: set[int]) -> Iterator[tuple[str
 
 
 def _read_weights(path: str) -> Any:
-    """What a file of weights holds; FileNotFoundError, or ValueError where it cannot be read."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"weights: there is no file {path!r}")
-    stat = Path(path).stat()
-    return _read_version(path, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    """What a file of weights holds, or that of a folder; FileNotFoundError, or ValueError where it cannot be read."""
+    file = Path(path)
+    if file.is_dir():
+        file = next((file / name for name in ("last.pt", pretrained.WEIGHTS) if (file / name).is_file()), file)
+    if not file.is_file():
+        nothing = f"which holds no last.pt and no {pretrained.WEIGHTS}" if file.is_dir() else "which does not exist"
+        raise FileNotFoundError(f"weights: {path!r} was given, {nothing}; a file, a run or a shared model is needed")
+    stat = file.stat()
+    return _read_version(str(file), stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)
@@ -232,7 +241,11 @@ def _read_file(path: str) -> Any:
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
 
-            return load_file(path)
+            file = Path(path)
+            if file.name != pretrained.WEIGHTS or not pretrained.is_of_this_program(file.parent):
+                return load_file(path)
+            config = pretrained.read_description(file.parent)["config"]
+            return {"format": FORMAT, "config": config, "method": load_file(path)}
         check_zip(Path(path))
         return read_pt(Path(path), Limit(Path(path), MAX_UNPACKED), unread=True)
     except Exception as error:  # a damaged file makes its reader fail with whatever it runs into

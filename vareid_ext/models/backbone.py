@@ -34,7 +34,7 @@ class ModelConfig:
     """start from timm's pretrained weights (downloaded on first use)"""
     weights: str | None = None
     """file to start from instead: backbone weights (.pth, .pt, .safetensors), also of fast-reid, torchreid and
-    reid-strong-baseline; or the checkpoint of another run"""
+    reid-strong-baseline; or another run, its checkpoint, or the folder of a shared model"""
     last_stride: Literal[1, 2] = 1
     """1: the last stage keeps the resolution (its strides are set to 1); 2: the backbone as it is"""
     pooling: Literal["avg", "gem"] = "avg"
