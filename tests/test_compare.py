@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -98,7 +99,11 @@ def test_the_two_orders_mirror_each_other():
     ("other", "options", "message"),
     [
         (ranking_of([0.1], [1]), {}, "other: 1 queries were given; 2 are needed"),
-        (ranking_of([0.1, 0], [1, 0], [1, 0]), {}, "query 1 has a match in the gallery of one ranking only"),
+        (
+            ranking_of([0.1, 0], [1, 0], [1, 0]),
+            {},
+            "other: query 1 has no match in the gallery, but one in that of first",
+        ),
         (ranking_of([0.1, 1], [1, 1]), {"resamples": 0}, "resamples: 0 was given"),
         (ranking_of([0.1, 1], [1, 1]), {"seed": -1}, "seed: -1 was given"),
     ],
@@ -198,7 +203,35 @@ def test_another_number_of_queries_is_refused_and_another_gallery_is_said(two, t
     assert (
         run(["compare", "--features", query, gallery, "--features", query, str(tmp_path / "less.npz"), "--quiet"]) == 0
     )
-    assert "galleries differ" in capsys.readouterr().out
+    assert f"galleries differ: {query} {gallery} has 60 images, {query} {tmp_path / 'less.npz'} has 50" in (
+        capsys.readouterr().out
+    )
+
+
+def test_galleries_of_one_size_with_other_images_are_said(tmp_path, capsys):
+    a, b = files(tmp_path, "a", 3), files(tmp_path, "b", 3)
+    other = dict(np.load(b[1]))
+    other["path"] = np.where(np.arange(60) % 20 == 7, "x/other.jpg", other["path"])
+    np.savez(b[1], **other)
+    assert run(["compare", "--features", *a, "--features", *b, "--quiet"]) == 0
+    text = capsys.readouterr().out
+    assert f"galleries differ: path of image 7 is g7.jpg in {' '.join(a)}, other.jpg in {' '.join(b)} (3 of 60" in text
+    assert run(["compare", "--features", *a, "--features", *files(tmp_path, "c", 3), "--quiet"]) == 0
+    assert "galleries differ" not in capsys.readouterr().out
+
+
+def test_a_match_in_one_gallery_only_is_said_with_both_files_and_what_to_do(tmp_path, capsys):
+    a, b = files(tmp_path, "a", 3), files(tmp_path, "b", 3)
+    gallery, query = dict(np.load(b[1])), np.load(b[0])
+    gallery["identity"] = np.where(gallery["identity"] == query["identity"][2], 77, gallery["identity"])
+    np.savez(b[1], **gallery)
+    for first, second in ((a, b), (b, a)):
+        assert run(["compare", "--features", *first, "--features", *second, "--quiet"]) == 2
+        error = capsys.readouterr().err
+        assert re.search(
+            rf"{' '.join(b)}: query \d+ has no match in the gallery, but one in that of {' '.join(a)} ", error
+        )
+        assert "measure both with one gallery" in error
 
 
 @pytest.mark.parametrize(

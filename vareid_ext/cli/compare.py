@@ -13,7 +13,13 @@ from vareid_ext.cli.sources import ABOUT_FILES, Source, add_source_arguments, ch
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import Features
 from vareid_ext.metrics import QueryRanking, rank_features
-from vareid_ext.metrics.comparison import COMPARED, check_same_queries, compare_rankings, comparison_text
+from vareid_ext.metrics.comparison import (
+    COMPARED,
+    check_same_queries,
+    compare_rankings,
+    comparison_text,
+    gallery_notes,
+)
 from vareid_ext.metrics.ranking import results_table
 from vareid_ext.ops._checks import check_count
 
@@ -74,8 +80,8 @@ def _limit(text: str) -> tuple[str, float]:
     raise argparse.ArgumentTypeError(f"{text!r} was given; mAP=POINTS or rank1=POINTS is needed: mAP=-0.5")
 
 
-def _measure(options: argparse.Namespace, source: Source) -> tuple[Features, QueryRanking, list[str], int]:
-    """The queries of a source, what each reached, what is to be said, and the size of the gallery."""
+def _measure(options: argparse.Namespace, source: Source) -> tuple[Features, QueryRanking, list[str], Features]:
+    """The queries of a source, what each reached, what is to be said, and the gallery."""
     sides = source.read()
     how: dict[str, Any] = {"rerank": source.rerank} if options.rerank else {"metric": options.metric}
     ranking = rank_features(
@@ -83,7 +89,7 @@ def _measure(options: argparse.Namespace, source: Source) -> tuple[Features, Que
         sides.query.camera, sides.gallery.camera, **how, junk_identity=options.junk_identity,
         block_rows=options.block_rows, progress=not options.quiet,
     )  # fmt: skip
-    return sides.query, ranking, sides.notes, len(sides.gallery)
+    return sides.query, ranking, sides.notes, sides.gallery
 
 
 def _run(options: argparse.Namespace) -> Result:
@@ -97,7 +103,9 @@ def _run(options: argparse.Namespace) -> Result:
     check_same_queries({name: query for name, (query, *_) in found.items()})
     first, *others = found
     differences = {
-        name: compare_rankings(found[first][1], found[name][1], resamples=options.resamples, seed=options.seed)
+        name: compare_rankings(
+            found[first][1], found[name][1], resamples=options.resamples, seed=options.seed, names=(first, name)
+        )
         for name in others
     }
     metrics = {name: ranking.metrics() for name, (_, ranking, *_) in found.items()}
@@ -115,9 +123,7 @@ def _run(options: argparse.Namespace) -> Result:
         "below": below,
     }  # fmt: skip
     notes = [note for _, _, notes, _ in found.values() for note in notes]
-    galleries = {name: size for name, (*_, size) in found.items()}
-    if len(set(galleries.values())) > 1:
-        notes.append("galleries differ: " + ", ".join(f"{name} {size} images" for name, size in galleries.items()))
+    notes += gallery_notes({name: gallery for name, (*_, gallery) in found.items()})
     if output is not None:
         with atomic_file(output) as file:
             file.write((json.dumps(values, indent=2) + "\n").encode())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -44,7 +44,12 @@ class PairedDifference:
 
 
 def compare_rankings(
-    first: QueryRanking, other: QueryRanking, *, resamples: int = 10_000, seed: int = 0
+    first: QueryRanking,
+    other: QueryRanking,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    names: tuple[str, str] = ("first", "other"),
 ) -> dict[str, PairedDifference]:
     """Paired differences between two rankings of the same queries, ``other - first``, by the names of ``COMPARED``.
 
@@ -56,6 +61,7 @@ def compare_rankings(
         other: results of the same queries, in the same order.
         resamples: draws of the bootstrap, at least 1.
         seed: of these draws.
+        names: what the errors call the two.
 
     Raises:
         ValueError: another number of queries; a query has a match in one ranking only; no query has one.
@@ -65,14 +71,18 @@ def compare_rankings(
     resamples, seed = check_count("resamples", resamples, 1), check_count("seed", seed, 0)
     matched = [_numbers(ranking.num_matches) > 0 for ranking in (first, other)]
     if len(matched[0]) != len(matched[1]):
-        raise ValueError(f"other: {len(matched[1])} queries were given; {len(matched[0])} are needed, as first has")
+        raise ValueError(
+            f"{names[1]}: {len(matched[1])} queries were given; {len(matched[0])} are needed, as {names[0]} has"
+        )
     unequal = np.flatnonzero(matched[0] != matched[1])
     if len(unequal):
+        there, lacking = names if matched[0][unequal[0]] else names[::-1]
         raise ValueError(
-            f"other: query {unequal[0]} has a match in the gallery of one ranking only ({len(unequal)} such queries)"
+            f"{lacking}: query {unequal[0]} has no match in the gallery, but one in that of {there} ({len(unequal)} of "
+            f"{len(matched[0])} queries differ so); measure both with one gallery, or leave these queries out"
         )
     if not matched[0].any():
-        raise ValueError(f"first: none of the {len(matched[0])} queries has a match in the gallery")
+        raise ValueError(f"{names[0]}: none of the {len(matched[0])} queries has a match in the gallery")
     of_first, of_other = (_values(ranking)[matched[0]] for ranking in (first, other))
     differences = of_other - of_first
     rng, n = np.random.default_rng(seed), len(differences)
@@ -105,10 +115,22 @@ def check_same_queries(sides: Mapping[str, Features]) -> None:
 
     Of paths the names of the files are compared, as folders may have been moved.
     """
+    for difference in _differences(sides, "query"):
+        raise ValueError(f"queries: {difference}; the same queries in the same order are needed")
+
+
+def gallery_notes(sides: Mapping[str, Features]) -> list[str]:
+    """A line for each gallery that is not that of the first, compared as by :func:`check_same_queries`."""
+    return [f"galleries differ: {difference}" for difference in _differences(sides, "image")]
+
+
+def _differences(sides: Mapping[str, Features], one: str) -> Iterator[str]:
+    """How images differ from the first of some: a line for each that does; `one` is what an image is called."""
     (name, first), *others = sides.items()
     for other_name, other in others:
         if len(other) != len(first):
-            raise ValueError(f"queries: {name} has {len(first)}, {other_name} has {len(other)}; the same are needed")
+            yield f"{name} has {len(first)} images, {other_name} has {len(other)}"
+            continue
         columns: dict[str, tuple[Any, Any]] = {
             label: (getattr(first, label), getattr(other, label)) for label in ("identity", "camera")
         }
@@ -118,11 +140,12 @@ def check_same_queries(sides: Mapping[str, Features]) -> None:
         for what, (mine, theirs) in columns.items():
             unequal = np.flatnonzero(mine != theirs)
             if len(unequal):
-                q = unequal[0]
-                raise ValueError(
-                    f"queries: {what} of query {q} is {mine[q]} in {name}, {theirs[q]} in {other_name}; the same "
-                    f"queries in the same order are needed ({len(unequal)} of {len(first)} differ)"
+                i = unequal[0]
+                yield (
+                    f"{what} of {one} {i} is {mine[i]} in {name}, {theirs[i]} in {other_name} ({len(unequal)} of "
+                    f"{len(first)} differ)"
                 )
+                break
 
 
 def difference_rows(differences: Mapping[str, Mapping[str, PairedDifference]]) -> list[list[str]]:
