@@ -152,6 +152,7 @@ def test_lists_are_those_of_a_loop_over_the_sorted_distances(junk, rerank):
         assert [(i.index, i.kind, i.rank) for i in found.images] == expected + missed[:MOST_MISSED]
         assert found.missed == len(missed)
         assert found.more_junk == max(0, junk_seen - MOST_JUNK)
+        assert found.more_missed == max(0, len(missed) - MOST_MISSED)
         for image in found.images:
             assert image.distance == pytest.approx(distances[q, image.index], rel=1e-5)
 
@@ -372,7 +373,13 @@ def test_files_without_paths_viewpoints_and_cameras_show_everything_else(sides, 
         np.savez(tmp_path / f"{name}.npz", feature=arrays["feature"], identity=arrays["identity"])
     found = make(capsys, tmp_path / "r.html", "--features", tmp_path / "q.npz", tmp_path / "g.npz")
     gaps = "\n".join(found["gaps"])
-    for words in ("holds no paths", "metrics by viewpoint", "metrics by camera", "activation maps"):
+    for words in (
+        "holds no paths",
+        "an array `path` of texts",
+        "metrics by viewpoint",
+        "metrics by camera",
+        "activation maps",
+    ):
         assert words in gaps
     elements = Elements((tmp_path / "r.html").read_text())
     assert elements.all("img") == []
@@ -408,6 +415,67 @@ def test_two_stand_side_by_side_with_the_differences_of_compare(sides, tmp_path,
     assert f"{low} to {high}" in text
 
 
+def test_galleries_that_differ_are_said(sides, tmp_path, capsys):
+    arrays = {key: value[:48] for key, value in np.load(sides[1]).items()}
+    np.savez(tmp_path / "less.npz", **arrays)
+    both = ["--features", *sides, "--features", sides[0], str(tmp_path / "less.npz")]
+    said = "galleries differ: query.npz gallery.npz has 50 images, query.npz less.npz has 48"
+    assert make(capsys, tmp_path / "r.html", *both)["notes"] == [said]
+    assert said in Elements((tmp_path / "r.html").read_text()).texts
+    assert run(["report", *both, "--quiet", "--force", "--output", str(tmp_path / "r.html")]) == 0
+    assert said in capsys.readouterr().out.splitlines()
+    make(capsys, tmp_path / "s.html", "--features", *sides)
+    assert "galleries differ" not in (tmp_path / "s.html").read_text()
+
+
+def test_missed_matches_that_are_not_shown_are_counted(sides, tmp_path, capsys):
+    make(capsys, tmp_path / "r.html", "--features", *sides, "--top", "1")
+    articles = (tmp_path / "r.html").read_text().split("<article")[1:]
+    more = 0
+    for article in articles:
+        missed = int(re.search(r"(\d+) of \d+ matches behind the first 1", article)[1])
+        shown = article.count('class="tile missed"')
+        said = re.search(r"; (\d+) more missed matches not shown", article)
+        assert missed == shown + (int(said[1]) if said else 0)
+        more += said is not None
+    assert more > 0
+
+
+def test_without_queries_the_lists_are_left_out_and_that_is_said(sides, tmp_path, capsys):
+    found = make(capsys, tmp_path / "r.html", "--features", *sides, "--queries", "0")
+    assert found["notes"] == ["ranked lists: left out, by --queries 0"]
+    elements = Elements((tmp_path / "r.html").read_text())
+    assert found["notes"][0] in elements.texts
+    assert "#ranked" not in [a["href"] for a in elements.all("a")]
+    assert "Ranked lists" not in elements.texts
+    assert elements.all("form") == elements.all("script") == elements.all("img") == []
+
+
+def test_rates_that_rest_on_no_non_match_are_marked_in_the_table(sides, tmp_path, capsys):
+    make(capsys, tmp_path / "r.html", "--features", *sides)
+    text = (tmp_path / "r.html").read_text()
+    pairs = int(re.search(r"pairs: matches, non-matches</th><td>\d+, (\d+)", text)[1])
+    assert 100 <= pairs < 1000
+    cells = dict(re.findall(r"TPR@FPR=(1e-\d), % \(threshold\)</th><td>([^<]*)<", text))
+    assert cells.keys() == {"1e-2", "1e-3", "1e-4", "1e-5"}
+    for target, cell in cells.items():
+        assert cell.endswith("; not measured: too few non-matches)") == (target != "1e-2")
+
+
+def test_a_shared_model_lacks_nothing_that_it_cannot_have(plain_run, tmp_path, capsys):
+    load_trained(plain_run[0], "cpu").save_pretrained(tmp_path / "shared")
+    arguments = ("--workers", "0", "--queries", "2", "--device", "cpu")
+    found = make(capsys, tmp_path / "r.html", tmp_path / "shared", *arguments)
+    assert found["gaps"] == []
+    assert found["notes"] == ["shared: a shared model, without the log, the command and the environment of its run"]
+    text = " ".join(Elements((tmp_path / "r.html").read_text()).texts)
+    metrics = json.loads((plain_run[0] / "metrics.json").read_text())
+    assert found["notes"][0] in text
+    for name in ("trained", "reranked"):
+        assert f"{100 * metrics[name]['mAP']:.2f}" in text
+    assert "beta: 0.1" in text
+
+
 def test_names_of_files_are_shown_as_they_are(sides, tmp_path, capsys):
     names = [str(tmp_path / f"{name}.npz") for name in ("_a$b$c", "<i>&'$")]
     for name in names:
@@ -439,15 +507,6 @@ def test_a_folder_of_an_older_version_lacks_what_it_lacks(trained_run, tmp_path,
     (tmp_path / "metrics.json").write_text("{")
     error = make(capsys, tmp_path / "r.html", tmp_path, "--workers", "0", "--force", status=2)
     assert "metrics.json: is damaged" in error
-
-
-def test_a_model_that_was_shared_has_its_own_configuration_and_metrics(plain_run, tmp_path, capsys):
-    load_trained(plain_run[0], "cpu").save_pretrained(tmp_path / "shared")
-    make(capsys, tmp_path / "r.html", tmp_path / "shared", "--workers", "0", "--queries", "2", "--activations", "0")
-    text = " ".join(Elements((tmp_path / "r.html").read_text()).texts)
-    metrics = json.loads((plain_run[0] / "metrics.json").read_text())
-    assert f"{100 * metrics['reranked']['mAP']:.2f}" in text
-    assert "beta: 0.1" in text
 
 
 def test_a_page_that_exists_is_kept_unless_forced(sides, tmp_path, capsys, monkeypatch):

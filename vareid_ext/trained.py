@@ -102,6 +102,11 @@ class TrainedModel:
         self.progress, self.step = origin.progress, origin.progress.step
         self.preprocessing = Preprocessing.of(config)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether it was read from a folder of :meth:`save_pretrained`, not from a run."""
+        return self.checkpoint.name == pretrained.WEIGHTS
+
     @cached_property
     def feature_dim(self) -> int:
         """D, the length of a feature."""

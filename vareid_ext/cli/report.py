@@ -7,8 +7,9 @@ import dataclasses
 import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,10 +31,9 @@ from vareid_ext.cli.sources import (
 from vareid_ext.data.types import open_image
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import Features
-from vareid_ext.metrics.comparison import PairedDifference, check_same_queries, compare_rankings
+from vareid_ext.metrics.comparison import PairedDifference, check_same_queries, compare_rankings, gallery_notes
 from vareid_ext.ops._checks import check_count
 from vareid_ext.report import plots
-from vareid_ext.report.activation import activation_maps, why_no_activation
 from vareid_ext.report.feature_map import (
     METHODS,
     MOST_IMAGES,
@@ -45,21 +45,20 @@ from vareid_ext.report.feature_map import (
     learned_centers,
     mean_centers,
 )
-from vareid_ext.report.history import read_history
-from vareid_ext.report.measure import Found, Measured, chosen_queries, found_lists, measure
+from vareid_ext.report.history import History, read_history
+from vareid_ext.report.measure import measure
 from vareid_ext.report.page import (
     Page,
     Part,
-    Ranked,
     Table,
-    Tile,
     difference_table,
     heat_map,
     history_tables,
     metrics_table,
     render,
 )
-from vareid_ext.report.pictures import Pictures, data_uri, overlay
+from vareid_ext.report.pictures import Pictures
+from vareid_ext.report.ranked import Compared, ranked_lists
 
 if TYPE_CHECKING:
     from vareid_ext.data import ReidData
@@ -81,7 +80,6 @@ _EXAMPLES = """\
   vareid report runs/mine runs/yours --output both.html --queries 20
   vareid report --features query.npz gallery.npz --output features.html
 """
-_MARKS = {"right": "\u2713", "wrong": "\u2717", "missed": "\u25cb", "junk": "\u2013"}
 
 
 def _parser() -> Parser:
@@ -105,17 +103,12 @@ def _parser() -> Parser:
     return parser
 
 
-class _Item(NamedTuple):
+@dataclass(frozen=True)
+class _Item(Compared):
     """One of the compared, with all that its part of the page is made of."""
 
-    name: str
-    """what the page calls it"""
     source: Source
     sides: Sides
-    measured: Measured
-    query_pictures: Pictures
-    gallery_pictures: Pictures
-    part: Part
 
 
 def _run(options: argparse.Namespace) -> Result:
@@ -135,7 +128,11 @@ def _run(options: argparse.Namespace) -> Result:
     first, *others = measured
     differences = {
         name: compare_rankings(
-            measured[first].ranking, measured[name].ranking, resamples=options.resamples, seed=options.seed
+            measured[first].ranking,
+            measured[name].ranking,
+            resamples=options.resamples,
+            seed=options.seed,
+            names=(first, name),
         )
         for name in others
     }
@@ -154,9 +151,9 @@ def _run(options: argparse.Namespace) -> Result:
         "output": str(output), "bytes": len(html),
         "metrics": {name: result.metrics.as_dict() for name, result in measured.items()},
         "differences": {name: {m: d.as_dict() for m, d in by.items()} for name, by in differences.items()},
-        "missing_pictures": len(missing), "gaps": gaps,
+        "missing_pictures": len(missing), "gaps": gaps, "notes": list(page.notes),
     }  # fmt: skip
-    text = [f"{output}: {len(html) / 2**20:.1f} MiB, {time.monotonic() - started:.0f} s", *gaps]
+    text = [f"{output}: {len(html) / 2**20:.1f} MiB, {time.monotonic() - started:.0f} s", *page.notes, *gaps]
     return Result("\n".join(text), values)
 
 
@@ -179,14 +176,17 @@ def _item(options: argparse.Namespace, name: str, source: Source) -> _Item:
     if source.data is None:
         pictures = [_pictures(side) for side in (sides.query, sides.gallery)]
         if not any(picture.load for picture in pictures):
-            part.gaps.append(f"pictures: {name} holds no paths of images")
+            part.gaps.append(
+                f"pictures: {name} holds no paths of images; `vareid extract` writes them, and an array `path` of "
+                "texts beside the features is read"
+            )
         counts: dict[str, Labels] = {"query": sides.query, "gallery": sides.gallery}
     else:
         data = source.data()
         pictures = [Pictures(images.load) for images in (data.query, data.gallery)]
         counts = {**data.splits}
     part.made = [_counts(counts), Table("Read for this report", ["", ""], [[note, ""] for note in sides.notes])]
-    return _Item(name, source, sides, measured, pictures[0], pictures[1], part)
+    return _Item(name, source.model, measured, pictures[0], pictures[1], part, source, sides)
 
 
 def _pictures(side: Features) -> Pictures:
@@ -214,7 +214,7 @@ def _page(
     differences = {by_name[name]: by_metric for name, by_metric in differences.items()}
     for item in items:
         _fill(options, item)
-    ranked, note = _ranked(options, items)
+    ranked, note = ranked_lists(items, queries=options.queries, top=options.top, activations=options.activations)
     verified = {name: result.verification for name, result in measured.items() if result.verification is not None}
     shown = [plots.cmc_plot({name: np.asarray(result.metrics.cmc) for name, result in measured.items()})]
     if verified:
@@ -231,9 +231,23 @@ def _page(
         plots=shown,
         ranked=ranked,
         ranked_note=note,
+        notes=_notes(options, items),
         has_pictures=any(item.query_pictures.load for item in items),
         has_activation=any(tile.activation for row in ranked for tile in row.query),
     )
+
+
+def _notes(options: argparse.Namespace, items: Sequence[_Item]) -> list[str]:
+    """What is to be known when reading the page."""
+    notes = gallery_notes({item.name: item.measured.gallery for item in items})
+    notes += [
+        f"{item.name}: a shared model, without the log, the command and the environment of its run"
+        for item in items
+        if item.model is not None and item.model.is_shared
+    ]
+    if not options.queries:
+        notes.append("ranked lists: left out, by --queries 0")
+    return notes
 
 
 def _fill(options: argparse.Namespace, item: _Item) -> None:
@@ -243,14 +257,13 @@ def _fill(options: argparse.Namespace, item: _Item) -> None:
     if measured.verification is not None:
         part.histogram = plots.histogram_plot(measured.verification, name)
     part.maps = [_test_map(options, item)]
-    model = item.source.model
+    model = item.model
     if model is None:
         return
     from vareid_ext.training.command_line import to_yaml  # what feature files do not need
 
-    history = read_history(model.checkpoint.parent)
+    history = History() if model.is_shared else read_history(model.checkpoint.parent)
     part.gaps += history.gaps
-    # A model that was shared has no run folder, and knows these itself.
     history = dataclasses.replace(
         history, config=history.config or to_yaml(model.config), metrics=history.metrics or model.origin.metrics
     )
@@ -342,106 +355,6 @@ def _training_map(
         what = _what(images, data.num_identities, "training identities; centres are the learned ones")
     found = feature_map(features.feature.float(), images, learned, method=options.map, what=what)
     return plots.map_plot(found, name, "Training images and centres")
-
-
-def _ranked(options: argparse.Namespace, items: Sequence[_Item]) -> tuple[list[Ranked], str]:
-    """The ranked lists of all, and what is said above them."""
-    first = items[0].measured
-    precision, matches = (
-        np.asarray(values.cpu()) for values in (first.ranking.average_precision, first.ranking.num_matches)
-    )
-    chosen = chosen_queries(precision, matches > 0, options.queries)
-    lists = [found_lists(item.measured, chosen.tolist(), options.top) for item in items]
-    with_activation = _activation_items(options, items)
-    rows = []
-    for i, q in enumerate(chosen.tolist()):
-        query = first.query
-        view = viewpoint_name(int(query.viewpoint[q])) if query.viewpoint[q] >= 0 else "unknown"
-        camera = str(query.camera[q]) if query.camera[q] >= 0 else "unknown"
-        outcome = ""
-        shown: list[tuple[str, str, list[Tile]]] = []
-        query_tiles: list[Tile] = []
-        for item, found in zip(items, lists, strict=True):
-            counted = [image for image in found[i].images if image.kind in ("right", "wrong")]
-            outcome = outcome or counted[0].kind
-            maps: Sequence[str] = [""] * (1 + len(found[i].images))
-            if item in with_activation and i < options.activations:
-                maps = _activations(item, q, found[i].images)
-            tiles = [
-                _tile(item, image, activation) for image, activation in zip(found[i].images, maps[1:], strict=True)
-            ]
-            details = f"camera {camera}, {view}"
-            query_tiles.append(
-                Tile("query", "query", details, f"Query {q}: identity {query.identity[q]}, {details}",
-                     item.query_pictures.uri(q), maps[0])
-            )  # fmt: skip
-            ap = float(item.measured.ranking.average_precision[q])
-            total = int(item.measured.ranking.num_matches[q])
-            line = f"AP {100 * ap:.1f} %; {found[i].missed} of {total} matches behind the first {options.top}"
-            if found[i].more_junk:
-                line += f"; {found[i].more_junk} more junk images not shown"
-            shown.append((item.name, line, tiles))
-        title = f"Query {q}: identity {query.identity[q]}, camera {camera}, {view}"
-        rows.append(Ranked(q, title, view, camera, outcome, query_tiles, shown))
-    for item in items:
-        for side, pictures in (("query", item.query_pictures), ("gallery", item.gallery_pictures)):
-            if pictures.missing:
-                example = next(iter(pictures.missing.values()))
-                item.part.gaps.append(
-                    f"pictures: {len(pictures.missing)} {side} images cannot be read and are placeholders: {example}"
-                )
-    with_match = int((matches > 0).sum())
-    note = f"{len(chosen)} of {with_match:,} queries with a match, the hardest first (lowest average precision)"
-    if len(chosen) < with_match:
-        note += "; half of them are the hardest of all, the others are spread evenly over the rest"
-    note += ". Under each image is its distance to the query."
-    if with_activation and options.activations:
-        note += (
-            f" The first {min(options.activations, len(chosen))} have activation maps: what in an image makes it like "
-            "the query, and in the query what makes it like the nearest image."
-        )
-    return rows, note
-
-
-def _tile(item: _Item, found: Found, activation: str) -> Tile:
-    gallery, index = item.sides.gallery, found.index
-    camera = str(gallery.camera[index]) if gallery.camera[index] >= 0 else "unknown"
-    view = viewpoint_name(int(gallery.viewpoint[index])) if gallery.viewpoint[index] >= 0 else "view unknown"
-    rank = f"rank {found.rank}" if found.rank else "not ranked"
-    labels = f"identity {gallery.identity[index]}, camera {camera}, {view}"
-    alt = f"{found.kind}, {rank}, distance {found.distance:.3f}, {labels}"
-    label = f"{_MARKS[found.kind]} {found.kind}" + (f" {found.rank}" if found.rank else "")
-    return Tile(found.kind, label, f"{found.distance:.3f}", alt, item.gallery_pictures.uri(index), activation)
-
-
-def _activation_items(options: argparse.Namespace, items: Sequence[_Item]) -> list[_Item]:
-    """Those whose models have activation maps; why the others have none is said."""
-    found = []
-    for item in items:
-        why = "features in files have no network"
-        if item.source.model is not None:
-            why = why_no_activation(item.source.model)
-        if not why and options.activations:
-            found.append(item)
-        elif why:
-            item.part.gaps.append(f"activation maps: {why}")
-    return found
-
-
-def _activations(item: _Item, q: int, found: Sequence[Found]) -> list[str]:
-    """Pictures of the query and of what was found for it with activation maps over them, "" where there is none."""
-    model, query, gallery = item.source.model, item.sides.query, item.sides.gallery
-    assert model is not None
-    nearest = next(image.index for image in found if image.kind in ("right", "wrong"))
-    pictures = [item.query_pictures.image(q), *(item.gallery_pictures.image(image.index) for image in found)]
-    reference = torch.stack([gallery.feature[nearest], *(query.feature[q] for _ in found)])
-    there = [i for i, picture in enumerate(pictures) if picture is not None]
-    result = [""] * len(pictures)
-    if there:
-        maps = activation_maps(model, [pictures[i] for i in there], reference[there])  # type: ignore[misc]
-        for i, activation in zip(there, maps, strict=True):
-            result[i] = data_uri(overlay(pictures[i], activation))  # type: ignore[arg-type]
-    return result
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -76,6 +76,11 @@ class FoundList:
     more_junk: int
     """junk before the last that is not in `images`"""
 
+    @property
+    def more_missed(self) -> int:
+        """Missed matches that are not in `images`."""
+        return self.missed - sum(image.kind == "missed" for image in self.images)
+
 
 def measure(
     query: Features,

@@ -88,7 +88,10 @@ class Page:
     parts: Sequence[Part]
     plots: Sequence[Plot]
     ranked: Sequence[Ranked]
+    """empty: the section is left out"""
     ranked_note: str
+    notes: Sequence[str]
+    """what is to be known when reading the results, a line each"""
     has_pictures: bool
     has_activation: bool
 
@@ -114,8 +117,15 @@ def metrics_table(measured: Mapping[str, Measured]) -> Table:
         rows = {"queries counted": cells.pop("queries")} | {f"{name}, %": value for name, value in cells.items()}
         if result.verification is not None:
             thresholds = result.verification.threshold_cells()
-            for name, value in result.verification.cells().items():
-                rows[f"{name}, % (threshold)"] = f"{value} ({thresholds[name]})"
+            rates, points = result.verification.cells(), result.verification.points
+            few = {
+                name
+                for name, point in zip(list(rates)[1:], points, strict=False)
+                if point.target * result.verification.num_non_matches < 1
+            }
+            for name, value in rates.items():
+                said = "; not measured: too few non-matches" if name in few else ""
+                rows[f"{name}, % (threshold)"] = f"{value} ({thresholds[name]}{said})"
             best = result.verification.recommended
             if best is not None:
                 rows[f"recommended threshold for FPR {best.point.target:g}"] = f"{best.point.threshold:.6g}"
