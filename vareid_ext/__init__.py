@@ -29,10 +29,18 @@ from vareid_ext.ops.viewpoint_aware_cross_entropy import (
     viewpoint_aware_cross_entropy,
     viewpoint_cross_entropy,
 )
-from vareid_ext.retrieval import KReciprocal, k_reciprocal_rerank, nearest_neighbors, pairwise_distance, re_ranking
+from vareid_ext.retrieval import (
+    GalleryIndex,
+    KReciprocal,
+    k_reciprocal_rerank,
+    nearest_neighbors,
+    pairwise_distance,
+    re_ranking,
+)
 
 __all__ = [
     "ByViewpoint",
+    "GalleryIndex",
     "KReciprocal",
     "LossParts",
     "QueryRanking",

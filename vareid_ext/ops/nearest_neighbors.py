@@ -69,6 +69,18 @@ class _Scan:
             new(self.rows).fill_(torch.inf), self.row_max,
         ]  # fmt: skip
 
+    def start_from(self, index: Tensor, distance: Tensor, row_max: Tensor) -> None:
+        """Makes known lists the candidates of the first rows; ``distance`` is float64."""
+        rows, width = index.shape
+        lower, candidate, count, threshold, _, largest = self.candidates
+        lower[:rows, :width] = torch.nextafter(distance.float(), distance.new_tensor(-torch.inf, dtype=torch.float32))
+        candidate[:rows, :width] = index
+        count[:rows], largest[:rows] = width, row_max
+        if width == self.k and rows:
+            window = self.left_bounds[1]
+            reach = torch.stack([window[index[:, place].long()] for place in range(width)]).amax(0)
+            threshold[:rows] = lower[:rows, width - 1] + 2 * (window[:rows] + reach)
+
     def scan(self, block: Tensor, row: int, column: int, *, both: bool, write: bool) -> None:
         """Takes the candidates of a block of products; ``both``: for its columns too."""
         _native.launch(
@@ -164,8 +176,10 @@ class _Scan:
         return same.to(torch.int32)
 
 
-def _symmetric_scan(filtered: Filter, scans: Sequence[_Scan], block_rows: int, out: Tensor | None) -> None:
-    """Every block on and above the diagonal of all parts against themselves.
+def _symmetric_scan(
+    filtered: Filter, scans: Sequence[_Scan], block_rows: int, out: Tensor | None = None, known: int = 0
+) -> None:
+    """Every block on and above the diagonal of all parts against themselves, but for those among ``known`` first parts.
 
     The first of ``scans`` looks at all of them, a second one at those of the first part against the second, which also
     go into ``out``.
@@ -177,7 +191,8 @@ def _symmetric_scan(filtered: Filter, scans: Sequence[_Scan], block_rows: int, o
     with full_float32(buffer.device.type):
         for at, (which, first, last, offset) in enumerate(blocks):
             rows, size = filtered.block(which, first, last, 0), last - first
-            for strip in _strips(blocks[at:], together):
+            right = [block for block in blocks[at:] if which >= known or block[0] >= known]
+            for strip in _strips(right, together):
                 other, begin, end = strip[0][0], strip[0][1], strip[-1][2]
                 alone, crossed = end - begin == size and strip[0][3] == offset, which != other
                 columns = rows if alone else filtered.block(other, begin, end, 1)
@@ -235,7 +250,7 @@ def _native_nearest_neighbors(
     if y is None:
         filtered = Filter([x], ["x"], metric)
         scan = _Scan(filtered, [0], [0], k, metric, block_rows)
-        _symmetric_scan(filtered, [scan], block_rows, None)
+        _symmetric_scan(filtered, [scan], block_rows)
     else:
         filtered = Filter([x, y], ["x", "y"], metric)
         scan = _Scan(filtered, [0], [1], k, metric, block_rows)
@@ -297,6 +312,42 @@ joint_neighbors = define(
 """Neighbour lists of both; see :func:`vareid_ext.reference.nearest_neighbors.joint_neighbors`.
 
 ``scale`` must be what :func:`vareid_ext.ops._filter.common_scale` gives for the two.
+"""
+
+
+def _native_extended_neighbors(
+    old: Tensor, new: Tensor, scale: float, k: int, index: Tensor, distance: Tensor, row_max: Tensor
+) -> Any:
+    if k > MAX_NEIGHBORS[old.device.type]:
+        return NotImplemented
+    names, parts = ["old", "new"], [old, new]
+    if not old.shape[0]:  # the kernels look for the factors at the first part
+        names, parts = names[1:], parts[1:]
+    filtered, side, every = Filter(parts, names, "sqeuclidean", scale=scale), block_side(old.device), range(len(parts))
+    scan = _Scan(filtered, every, every, k, "sqeuclidean", side)
+    scan.start_from(index, distance, row_max)
+    _symmetric_scan(filtered, [scan], side, known=len(parts) - 1)
+    filtered.drop_buffers()
+    return *scan.select(torch.float64), scan.row_max
+
+
+def _fake_extended_neighbors(
+    old: Tensor, new: Tensor, scale: float, k: int, index: Tensor, distance: Tensor, row_max: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    M = old.shape[0] + new.shape[0]
+    return index.new_empty((M, k)), distance.new_empty((M, k)), row_max.new_empty((M,))
+
+
+extended_neighbors = define(
+    "extended_neighbors(Tensor old, Tensor new, float scale, SymInt k, Tensor index, Tensor distance, Tensor row_max) "
+    "-> (Tensor, Tensor, Tensor)",
+    fake=_fake_extended_neighbors,
+    reference=reference.extended_neighbors,
+    native=_native_extended_neighbors,
+)
+"""Neighbour lists of a gallery that has grown; see :func:`vareid_ext.reference.nearest_neighbors.extended_neighbors`.
+
+Only products of new rows are made. ``scale`` must be what :func:`vareid_ext.ops._filter.common_scale` gives for both.
 """
 
 

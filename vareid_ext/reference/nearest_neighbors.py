@@ -80,6 +80,38 @@ def joint_neighbors(
     return neighbor, distance, row_max, gallery_index, gallery_distance
 
 
+def extended_neighbors(
+    old: Tensor, new: Tensor, scale: float, k: int, index: Tensor, distance: Tensor, row_max: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbour lists and row maxima of a gallery that has grown.
+
+    Args:
+        old: [N, D], floating point, the rows whose lists are known; N may be 0.
+        new: [A, D], the rows that follow them.
+        scale: a power of two, as for :func:`joint_neighbors`.
+        k: 1 to N + A.
+        index: int32 [N, at most k], the lists of ``old`` alone (a shortcut, as the next two; the result does not depend
+            on them).
+        distance: float64, theirs, at this scale.
+        row_max: float32 [N].
+
+    Returns:
+        index int32 [N+A, k], the k nearest rows of each in order, ties by index, each among its own; distance float64
+        [N+A, k]; row_max float32 [N+A], each row's largest distance.
+    """
+    every = torch.cat([old, new]).to(torch.float64) * scale
+    M = every.shape[0]
+    index, distance = index.new_empty((M, k)), distance.new_empty((M, k))
+    row_max = row_max.new_empty((M,))
+    step = rows_per_block(M)
+    for begin in range(0, M, step):
+        at = slice(begin, begin + step)
+        block = exact_distance(every[at], every, "sqeuclidean")
+        ordered, order = torch.sort(block, dim=1, stable=True)
+        index[at], distance[at], row_max[at] = order[:, :k].to(torch.int32), ordered[:, :k], block.amax(1)
+    return index, distance, row_max
+
+
 def listed_distance(
     query: Tensor,
     gallery: Tensor,

@@ -5,6 +5,7 @@ kinds on one device, and returns the kind of its first argument.
 """
 
 from vareid_ext.retrieval.distance import pairwise_distance
+from vareid_ext.retrieval.gallery_index import GalleryIndex
 from vareid_ext.retrieval.neighbors import nearest_neighbors
 from vareid_ext.retrieval.plan import RerankPlan, rerank_plan
 from vareid_ext.retrieval.rerank import RERANKERS, Reranker, fit_reranker
@@ -13,6 +14,7 @@ from vareid_ext.retrieval.rerank.matrices import re_ranking
 
 __all__ = [
     "RERANKERS",
+    "GalleryIndex",
     "KReciprocal",
     "RerankPlan",
     "Reranker",
