@@ -220,7 +220,10 @@ HEAD = "path,identity,split\na,1,train\n"
         (HEAD + "c\\b,1,query\nc/b,2,query\n", "line 4: path"),
         (HEAD + "b,,query\n", "line 3: identity is empty"),
         (HEAD + ",1,query\n", "line 3: path is empty"),
-        ("path,identity,split,viewpoint\na,1,train,above\n", "line 2: viewpoint must be empty or one of front"),
+        (
+            "path,identity,split,viewpoint\na,1,train,noise\nb,1,query,above\n",
+            "line 3: viewpoint 'above' was given beside names out of front, side",
+        ),
         (HEAD + '"b,1,query\n', "not a readable CSV"),
         (b"path,identity,split\n\xff\xfe\x00,1,train\n", "not a readable CSV"),
         (HEAD, "the query split has no images"),

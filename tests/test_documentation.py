@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -130,6 +131,11 @@ def folder(trained_run, tmp_path_factory) -> Path:
     data = synthetic_data(SyntheticSettings(**size, height=32, width=16))
     write_manifest(data, folder / "my")
     shutil.copytree(folder / "my", folder / "coil20")
+    people = (folder / "my" / "manifest.csv").read_text()
+    for file, views in (("cars", ("front", "front_left", "left:0.5 rear:0.5")), ("angles", ("0", "90.5", "359"))):
+        places = itertools.cycle(views)
+        text = re.sub(r"(?<=,)(front|side|back)\w*(?=,)", lambda _, of=places: next(of), people)
+        (folder / "my" / f"{file}.csv").write_text(text)
     for place in ("photos", "photos-schp"):
         (folder / place).mkdir()
     for name, image in zip("ab", range(2), strict=True):

@@ -128,7 +128,7 @@ def test_all_of_a_manifest_comes_without_identities(trained_run, data, tmp_path)
     manifest = write_manifest(data, tmp_path / "set")
     assert call(trained_run, manifest, "--output", tmp_path / "all.npz") == 0
     found = content(tmp_path / "all.npz")
-    assert sorted(found) == ["camera", "feature", "path", "viewpoint"]
+    assert sorted(found) == ["camera", "feature", "path", "viewpoint", "viewpoint_class"]
     expected = np.concatenate([images.viewpoint for images in (data.train, data.query, data.gallery)])
     np.testing.assert_array_equal(found["viewpoint"], expected)
     assert len(set(found["path"].tolist())) == len(expected)

@@ -350,7 +350,8 @@ def test_evaluate_says_from_where_to_where_and_what_each_query_has_reached(sides
     for name, reranking in (("original", False), ("reranked", True)):
         for label in ("viewpoint", "camera"):
             groups = {"query_group": query[label], "gallery_group": gallery[label]}
-            cells = evaluate_by_group(*features, *labels(query, gallery), rerank=reranking, **groups)
+            names = ("front", "side", "back") if label == "viewpoint" else ()
+            cells = evaluate_by_group(*features, *labels(query, gallery), rerank=reranking, **groups, names=names)
             assert found[name][f"by_{label}"] == cells.as_dict()
             assert f"{name}, by {label}" in output.err
         mine = [dict(zip(rows[0], row, strict=True)) for row in rows if row[0] == name]

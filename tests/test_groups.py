@@ -101,11 +101,13 @@ def test_without_a_junk_identity_no_image_is_left_out(rerank):
 def test_a_cell_without_a_match_is_empty_and_said_so():
     feature = torch.eye(4)
     found = evaluate_by_group(
-        feature[:2], feature, [0, 1], [0, 5, 1, 5], query_group=[0, 1], gallery_group=[0, 0, 1, 1]
+        feature[:2], feature, [0, 1], [0, 5, 1, 5], query_group=[0, 1], gallery_group=[0, 0, 1, 1], names=("front",)
     )
     assert found.queries.tolist() == [[1, 0], [0, 1]]
     assert found.as_dict()["mAP"] == [[1.0, None], [None, 1.0]]  # the second by index: all are as far
-    lines = found.text(["front", "back"], ["front", "back"]).splitlines()
+    assert found.as_dict()["query_names"] == found.as_dict()["gallery_names"] == ["front", "1"]
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["query", "\\", "gallery", "front", "1"]
     assert lines[2].split() == ["front", "100.0", "/", "100.0", "(1)", "\u2013"]
 
 

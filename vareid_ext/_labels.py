@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from vareid_ext._text import VIEWPOINTS, viewpoint_name
+
 UNKNOWN = -1
 """Label that is not known."""
 
@@ -42,15 +44,17 @@ class Labels:
     Attributes:
         identity: whole numbers, int64 [N].
         camera: int64 [N], -1 where unknown.
-        viewpoint: int64 [N], 0..V-1 (front, side, back), -1 where unknown.
+        viewpoint: int64 [N], 0..V-1, -1 where unknown.
         viewpoint_weight: float32 [N, V] with soft labels, else None. Every row is a distribution over the viewpoints;
             where the viewpoint is unknown it is uniform over those that occur for the identity.
+        viewpoints: what the V viewpoints are called, in the order of their numbers.
     """
 
     identity: np.ndarray
     camera: np.ndarray
     viewpoint: np.ndarray
     viewpoint_weight: np.ndarray | None = None
+    viewpoints: tuple[str, ...] = VIEWPOINTS
 
     def __post_init__(self) -> None:
         for name in ("identity", "camera", "viewpoint"):
@@ -79,6 +83,24 @@ class Labels:
         weight = self.viewpoint_weight
         labels = {name: getattr(self, name)[chosen] for name in ("identity", "camera", "viewpoint")}
         return {**labels, "viewpoint_weight": None if weight is None else weight[chosen]}
+
+    def viewpoint_classes(self) -> np.ndarray:
+        """What the viewpoint of each image is called, text [N]; "" where it is unknown."""
+        names = np.array([*(viewpoint_name(v, self.viewpoints) for v in range(self.viewpoint.max(initial=-1) + 1)), ""])
+        return names[self.viewpoint]
+
+    def with_viewpoints(self: Self, names: Sequence[str]) -> Self:
+        """The same with viewpoints numbered as in `names`, which hold all that occur."""
+        if tuple(names) == self.viewpoints:
+            return self
+        place = {name: number for number, name in enumerate(names)}
+        number = np.array([place.get(name, UNKNOWN) for name in self.viewpoints] + [UNKNOWN])
+        weight = self.viewpoint_weight
+        if weight is not None:
+            weight = np.zeros((len(self), len(names)), np.float32)
+            weight[:, number[: len(self.viewpoints)]] = self.viewpoint_weight
+        changes = {"viewpoint": number[self.viewpoint], "viewpoint_weight": weight, "viewpoints": tuple(names)}
+        return replace(self, **changes)
 
     def select(self: Self, indices: Sequence[int] | np.ndarray) -> Self:
         """The images at `indices` (integers or a boolean mask [N]), in that order, labels unchanged."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 VIEWPOINTS = ("front", "side", "back")
-"""The viewpoint classes in label order: front 0, side 1, back 2."""
+"""The viewpoints of the paper in the order of their numbers: front 0, side 1, back 2."""
 
 
-def viewpoint_name(label: int) -> str:
-    """The name of a viewpoint's number: that of :data:`VIEWPOINTS`, or the number itself beyond them."""
-    return VIEWPOINTS[label] if 0 <= label < len(VIEWPOINTS) else str(label)
+def viewpoint_name(label: int, names: Sequence[str] = VIEWPOINTS) -> str:
+    """The name of a viewpoint's number, the number itself beyond the names, "unknown" below 0."""
+    return "unknown" if label < 0 else names[label] if label < len(names) else str(label)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

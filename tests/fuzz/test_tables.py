@@ -7,12 +7,13 @@ from pathlib import Path
 
 from tests.fuzz import runner
 from vareid_ext.data.readers.manifest import read_manifest
-from vareid_ext.data.viewpoints import HARD_LABELS, read_viewpoint_labels
+from vareid_ext.data.viewpoint_classes import PERSON
+from vareid_ext.data.viewpoints import read_viewpoint_labels
 
 
 def seeds() -> dict[str, bytes]:
     """Both tables as CSV, and the labels in every protocol of pickle."""
-    views = list(HARD_LABELS.items())
+    views = [(name, PERSON.number(name)) for name in (*PERSON.names, *PERSON.between)]
     labels = {f"{i:04}_c1s1_{i:06}_00.jpg": views[i % 6] for i in range(12)}
     splits = ("train", "query", "gallery")
     rows = [f"{name},{i % 4},{i % 3},{view},{splits[i % 3]}" for i, (name, (view, _)) in enumerate(labels.items())]

@@ -158,6 +158,7 @@ def _evaluate(
                 label: evaluate_by_group(
                     query.feature, gallery.feature, **labels, **variant, junk_identity=options.junk_identity,
                     query_group=getattr(query, label), gallery_group=getattr(gallery, label),
+                    names=query.viewpoints if label == "viewpoint" else (),
                 )
                 for label in options.by
             }  # fmt: skip
@@ -171,7 +172,8 @@ def _evaluate(
         else:
             draws = {"repeats": options.repeats, "seed": options.seed}
             by_viewpoint = evaluate_single_viewpoint(**images, **variant, **common, **draws)
-        results.ranking.update({f"{name} {viewpoint_name(view)}": result for view, result in by_viewpoint.items()})
+        called = {view: viewpoint_name(view, query.viewpoints) for view in by_viewpoint}
+        results.ranking.update({f"{name} {called[view]}": result for view, result in by_viewpoint.items()})
     left_out = is_junk(images["identity"], options.junk_identity) | (images["viewpoint"] < 0)
     results.notes.append(f"{len(left_out)} images, {'one set' if same else 'of query and gallery'}")
     if left_out.any():
@@ -220,9 +222,7 @@ def _uncounted(results: Mapping[str, RankingMetrics | RepeatedMetrics]) -> list[
 
 def _group_text(name: str, label: str, cells: GroupMetrics) -> str:
     """The table of one ranking by one label, and what was left out of it."""
-    called = viewpoint_name if label == "viewpoint" else str
-    names = ([called(group) for group in groups] for groups in (cells.query_groups, cells.gallery_groups))
-    lines = [f"\n{name}, by {label}: mAP / rank-1, % (queries with a match)", cells.text(*names)]
+    lines = [f"\n{name}, by {label}: mAP / rank-1, % (queries with a match)", str(cells)]
     for side, count in zip(("queries", "gallery images"), cells.left_out, strict=True):
         if count:
             lines.append(f"{count} {side} of unknown {label} are left out")

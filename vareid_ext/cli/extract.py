@@ -57,6 +57,7 @@ _EXAMPLES = """\
   vareid extract runs/mine list.txt --output part-1.npz --shard 1/2
   vareid extract --merge part-1.npz part-2.npz --output all.npz
 """
+_WRITTEN = ("path", *LABELS, "viewpoint_class", "shard", "request")  # beside the features
 _PART, _SECONDS = 4096, 60.0  # images and time after which features are written
 
 
@@ -178,6 +179,7 @@ def _all_images(data: ReidData) -> ImageList:
         "viewpoint": np.concatenate([images.viewpoint for images in lists]),
         "paths": tuple(path for images in lists for path in images.paths),
         "viewpoint_name": tuple(name for images in lists for name in images.viewpoint_name),
+        "viewpoints": data.query.viewpoints,
     }
     return ImageList(identity=np.full(len(columns["paths"]), UNKNOWN), loader=data.query.loader, **columns)
 
@@ -290,6 +292,8 @@ def _described(images: ImageList) -> dict[str, np.ndarray]:
     """Paths and labels; without labels that are not known of any image."""
     labels = {name: getattr(images, name) for name in LABELS}
     known = {name: values for name, values in labels.items() if (values != UNKNOWN).any()}
+    if "viewpoint" in known:
+        known["viewpoint_class"] = images.viewpoint_classes()
     return {"path": np.array(images.paths, dtype=np.str_), **known}
 
 
@@ -303,7 +307,7 @@ def _write(output: Path, arrays: dict[str, Any]) -> None:
         with atomic_file(output) as file:
             np.savez(file, **arrays)
         return
-    for name in ("path", *LABELS, "shard", "request"):
+    for name in _WRITTEN:
         _beside(output, name).unlink(missing_ok=True)
     for name in reversed(arrays):  # the features last
         with atomic_file(_beside(output, name)) as file:
@@ -314,8 +318,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     """What :func:`_write` has written."""
     if path.suffix.lower() == ".npz":
         return {name: np.asarray(entry.read()) for name, entry in open_arrays(path).items()}
-    names = ("feature", "path", *LABELS, "shard", "request")
-    files = {name: _beside(path, name) for name in names}
+    files = {name: _beside(path, name) for name in ("feature", *_WRITTEN)}
     return {n: np.asarray(open_arrays(f)[""].read()) for n, f in files.items() if n == "feature" or f.exists()}
 
 
@@ -340,6 +343,8 @@ def _merge(names: Sequence[str], output: Path) -> Result:
     filled = [_filled(shards[i]) for i in range(1, count + 1)]
     merged = {name: np.concatenate([shard[name] for shard in filled]) for name in filled[0]}
     known = {n: v for n, v in merged.items() if n not in LABELS or (v != UNKNOWN).any()}
+    if "viewpoint" not in known:
+        del known["viewpoint_class"]
     _write(output, known)
     shape = known["feature"].shape
     text = f"{output}: features {list(shape)} of {count} shards"
@@ -348,7 +353,8 @@ def _merge(names: Sequence[str], output: Path) -> Result:
 
 def _filled(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     unknown = np.full(len(arrays["feature"]), UNKNOWN)
-    return {**dict.fromkeys(LABELS, unknown), **arrays}
+    unnamed = np.full(len(unknown), "")
+    return {**dict.fromkeys(LABELS, unknown), "viewpoint_class": unnamed, **arrays}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -198,7 +198,7 @@ def _counts(splits: Mapping[str, Labels]) -> Table:
     for name, images in splits.items():
         cameras = np.unique(images.camera[images.camera >= 0])
         views = [
-            f"{viewpoint_name(v) if v >= 0 else 'unknown'} {int((images.viewpoint == v).sum())}"
+            f"{viewpoint_name(v, images.viewpoints)} {int((images.viewpoint == v).sum())}"
             for v in np.unique(images.viewpoint).tolist()
         ]
         identities = len(np.unique(images.identity))
@@ -294,7 +294,8 @@ def _test_map(options: argparse.Namespace, item: _Item) -> plots.Plot:
 
 def _joined(query: Features, gallery: Features) -> Labels:
     names = ("identity", "camera", "viewpoint")
-    return Labels(**{name: np.concatenate([getattr(query, name), getattr(gallery, name)]) for name in names})
+    identity, camera, viewpoint = (np.concatenate([getattr(query, name), getattr(gallery, name)]) for name in names)
+    return Labels(identity, camera, viewpoint, viewpoints=query.viewpoints)
 
 
 def _what(some: Labels, of: int, what: str) -> str:
@@ -319,12 +320,14 @@ def _centers(options: argparse.Namespace, item: _Item, model: TrainedModel) -> N
         part.maps = [*part.maps, _training_map(options, model, data, centers, name)]
     angles = [None if of is None else center_angles(of) for of in (before, centers)]
     part.angles = plots.angle_plot(angles[0], angles[1] or [], name)
+    viewpoints = data.classes.names if options.data is None else ()
     rows = []
     for moment, by_view in zip(("before training", "after training"), angles, strict=True):
         for view, values in enumerate(by_view or []):
             if len(values):
                 cells = (values.min(), np.median(values), values.max())
-                rows.append([f"{moment}, {viewpoint_name(view)}", str(len(values)), *(f"{cell:.1f}" for cell in cells)])
+                called = f"{moment}, {viewpoint_name(view, viewpoints)}"
+                rows.append([called, str(len(values)), *(f"{cell:.1f}" for cell in cells)])
     caption = f"{name}: angles in degrees between the centre of an identity and that of its view"
     part.angle_table = Table(caption, ["", "centres", "least", "median", "greatest"], rows)
 

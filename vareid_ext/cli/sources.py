@@ -185,6 +185,8 @@ def _read_files(
     same = query.feature.dtype == gallery.feature.dtype and torch.equal(query.feature, gallery.feature)
     if same:
         query, gallery = _completed(query, gallery), _completed(gallery, query)
+    names = tuple(dict.fromkeys((*query.viewpoints, *gallery.viewpoints)))
+    query, gallery = (images.with_viewpoints(names) for images in (query, gallery))
     for side, path, found in zip(SIDES, (files[0], files[-1]), (query, gallery), strict=True):
         for label in needed:
             if label not in found.sources:
@@ -200,7 +202,10 @@ def _completed(images: Features, same: Features) -> Features:
     """The images with the labels that only the other set of the same images has."""
     missing = [label for label in LABELS if label not in images.sources]
     sources = {**same.sources, **images.sources}
-    return dataclasses.replace(images, **{label: getattr(same, label) for label in missing}, sources=sources)
+    changes = {label: getattr(same, label) for label in missing}
+    if "viewpoint" in missing:
+        changes["viewpoints"] = same.viewpoints
+    return dataclasses.replace(images, **changes, sources=sources)
 
 
 def _extract(options: argparse.Namespace, model: TrainedModel, data_of: Callable[[], ReidData]) -> Sides:

@@ -1,5 +1,6 @@
 """Data: readers, viewpoint labels, the synthetic set, sampling and augmentation."""
 
+from vareid_ext._text import VIEWPOINTS
 from vareid_ext.data.dataset import Batch, ReidDataset, collate, worker_init
 from vareid_ext.data.export import write_manifest
 from vareid_ext.data.extra_files import FORMATS, ExtraFiles, check_given, join_extras
@@ -11,7 +12,8 @@ from vareid_ext.data.readers.synthetic import synthetic_data
 from vareid_ext.data.sampler import BatchSampler, Draw, PKSampler, ShuffledSampler
 from vareid_ext.data.synthetic.renderer import SyntheticSettings
 from vareid_ext.data.transforms import IMAGENET_MEAN, IMAGENET_STD, build_transform, check_normalisation
-from vareid_ext.data.types import UNKNOWN, VIEWPOINTS, ImageList, ReidData
+from vareid_ext.data.types import UNKNOWN, ImageList, ReidData
+from vareid_ext.data.viewpoint_classes import ViewpointClasses, declared_classes
 from vareid_ext.data.viewpoints import ViewpointLabels, label_images, read_viewpoint_labels, with_soft_labels
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "ReidDataset",
     "ShuffledSampler",
     "SyntheticSettings",
+    "ViewpointClasses",
     "ViewpointLabels",
     "build_transform",
     "check_given",
@@ -42,6 +45,7 @@ __all__ = [
     "check_normalisation",
     "check_readable",
     "collate",
+    "declared_classes",
     "join_extras",
     "label_images",
     "load_data",

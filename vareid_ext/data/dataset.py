@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as TF
 
 from vareid_ext.data.extras import EXTRAS, mirrored
 from vareid_ext.data.sampler import Draw
-from vareid_ext.data.types import ImageList
+from vareid_ext.data.types import UNKNOWN, ImageList
+from vareid_ext.data.viewpoint_classes import mirrored_viewpoints
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,27 @@ class Batch:
         return Batch(**{name: function(value) for name, value in values.items()}, extras=extras)
 
 
+class Seen(tv_tensors.TVTensor):
+    """The viewpoint of an image, int64 [1] or weights [1, V], that changes where the image is mirrored."""
+
+    mirror: tuple[int, ...]
+
+    @classmethod
+    def wrap(cls, tensor: Tensor, mirror: tuple[int, ...]) -> Seen:
+        """`tensor` as a viewpoint; `mirror` as :func:`mirrored_viewpoints` gives it."""
+        seen = tensor.as_subclass(cls)
+        seen.mirror = mirror
+        return seen
+
+
+@TF.register_kernel(TF.horizontal_flip, Seen)
+def _flip_seen(seen: Seen) -> Seen:
+    plain, mirror = seen.as_subclass(Tensor), list(seen.mirror)
+    if plain.is_floating_point():
+        return Seen.wrap(plain[:, mirror], seen.mirror)
+    return Seen.wrap(torch.tensor([*mirror, UNKNOWN])[plain], seen.mirror)
+
+
 class ReidDataset(Dataset[Batch]):
     """The images of a list, transformed, one at a time, as batches of one that `collate` joins.
 
@@ -75,11 +99,15 @@ class ReidDataset(Dataset[Batch]):
 
     Indexed with an integer, random transforms draw from torch's default generator as it stands. Indexed with a
     `Draw`, they draw from one seeded with its key, so that the result is the same in any worker and in any order.
+
+    A transform that mirrors an image also exchanges its viewpoint (see `mirrored_viewpoints`).
     """
 
     def __init__(self, images: ImageList, transform: Callable[..., Any]) -> None:
         self.images = images
         self.transform = transform
+        mirror = mirrored_viewpoints(images.viewpoints)
+        self._mirror = mirror if mirror != tuple(range(len(mirror))) else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,9 +116,13 @@ class ReidDataset(Dataset[Batch]):
         """The image at an index or of a draw. Raises IndexError outside 0..N-1, OSError if it cannot be read."""
         index, key = (item.index, item.key) if isinstance(item, Draw) else (int(item), None)
         picture = self.images.load(index)
-        inputs: tuple[Any, ...] = (picture,)
-        if self.images.extras:
-            inputs = (picture, self.images.load_extras(index, picture.height, picture.width))
+        weight = self.images.viewpoint_weight
+        of_image = self.images.viewpoint[index : index + 1] if weight is None else weight[index : index + 1]
+        viewpoint = torch.from_numpy(of_image.copy())
+        extras = self.images.load_extras(index, picture.height, picture.width) if self.images.extras else {}
+        if self._mirror is not None:
+            extras["viewpoint"] = Seen.wrap(viewpoint, self._mirror)
+        inputs: tuple[Any, ...] = (picture, extras) if extras else (picture,)
         if key is None:
             result = self.transform(*inputs)
         else:
@@ -100,15 +132,12 @@ class ReidDataset(Dataset[Batch]):
                 result = self.transform(*inputs)
             finally:
                 torch.default_generator.set_state(state)
-        image, extras = result if self.images.extras else (result, {})
-        weight = self.images.viewpoint_weight
+        image, extras = result if extras else (result, {})
         return Batch(
             image[None],
             torch.tensor([self.images.identity[index]]),
             torch.tensor([self.images.camera[index]]),
-            torch.tensor([self.images.viewpoint[index]])
-            if weight is None
-            else torch.from_numpy(weight[index][None].copy()),
+            extras.pop("viewpoint", viewpoint),
             torch.tensor([index]),
             {name: value[None] for name, value in extras.items()},
         )

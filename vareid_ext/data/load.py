@@ -17,6 +17,7 @@ from vareid_ext.data.extras import EXTRAS
 from vareid_ext.data.readers import check_kind, needs_root, read, renders_extras
 from vareid_ext.data.synthetic.renderer import SyntheticSettings
 from vareid_ext.data.types import ImageList, ReidData
+from vareid_ext.data.viewpoint_classes import ViewpointClasses
 from vareid_ext.data.viewpoints import MODES, label_images, read_viewpoint_labels, with_soft_labels
 
 _NAMED_AT_MOST = 20
@@ -102,6 +103,7 @@ def load_data(
     *,
     viewpoint_file: str | os.PathLike[str] | None = None,
     viewpoint_labels: str = "hard",
+    viewpoints: ViewpointClasses | None = None,
     skip_bad_images: bool = False,
     check_images: bool = True,
     synthetic: SyntheticSettings | None = None,
@@ -118,7 +120,8 @@ def load_data(
         viewpoint_file: a label file (see `read_viewpoint_labels`); images are looked up by path, or by file name
             where that is enough, and those it does not name keep what the reader knows, if anything.
         viewpoint_labels: "hard" for one class per image; "soft" gives the training list a `viewpoint_weight`, in which
-            ambiguous names share their weight.
+            ambiguous labels share their weight.
+        viewpoints: the viewpoints and what labels mean; None for the data set's own, or those that its labels name.
         skip_bad_images: go on without unreadable images instead of stopping.
         check_images: read every image file once now, so that a bad one stops here and not in the middle of training.
         synthetic: size and seed for "synthetic", the default ones when None.
@@ -141,12 +144,17 @@ def load_data(
     rendered = tuple(name for name in names if name not in given)
     if not renders_extras(kind):
         check_given(files, names, prefix="data.extras.")
-    labels = None if viewpoint_file is None else read_viewpoint_labels(viewpoint_file)
-    data = read(kind, root=root, settings=synthetic, extras=rendered, progress=progress)
+    labels = None if viewpoint_file is None else read_viewpoint_labels(viewpoint_file, viewpoints)
+    data = read(kind, root=root, settings=synthetic, extras=rendered, viewpoints=viewpoints, progress=progress)
     folder = os.path.dirname(root) if root and os.path.isfile(root) else root
     if labels is not None:
         # Before bad images are dropped: a file name must not become unique by that.
         data = label_images(data, labels, folder)
+    if viewpoints is not None and viewpoints != data.classes:
+        raise ValueError(
+            f"viewpoints: {', '.join(viewpoints.names)} were given; {data.name} has its own, "
+            f"{', '.join(data.classes.names)}"
+        )
     wanted = {"train": train_extras, "query": test_extras, "gallery": test_extras}
     lists = {
         split: replace(images, extras={name: images.extras[name] for name in rendered if name in wanted[split]})
@@ -159,5 +167,5 @@ def load_data(
     if check_images and root is not None:
         data = check_readable(data, skip_bad_images=skip_bad_images, progress=progress)
     if viewpoint_labels == "soft":
-        data = replace(data, train=with_soft_labels(data.train))
+        data = replace(data, train=with_soft_labels(data.train, data.classes))
     return data

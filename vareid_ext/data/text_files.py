@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import csv
+import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
+
+
+_MINUS_ONE = re.compile(r"-0*1(\.0*)?")
+_UNKNOWN_WORDS = ("", "nan", "none", "null", "na", "n/a", "unknown", "?")
+
+
+def is_minus_one(text: str) -> bool:
+    """Whether a cell says -1, as programs write it."""
+    return _MINUS_ONE.fullmatch(text) is not None
+
+
+def known(text: str) -> str:
+    """`text`, or "" where it says that there is none: -1, or what programs write for a missing value."""
+    return "" if text.lower() in _UNKNOWN_WORDS or is_minus_one(text) else text
 
 
 def shown(value: object) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from vareid_ext._labels import UNKNOWN, Labels
-from vareid_ext._text import VIEWPOINTS, table
+from vareid_ext._text import table
+from vareid_ext.data.viewpoint_classes import PERSON, ViewpointClasses, mirrored_viewpoints
 
 if TYPE_CHECKING:
     from vareid_ext.data.extras import Extra
@@ -91,7 +92,7 @@ class ImageList(Labels):
 
     Attributes:
         paths: one string per image: a file path, or a stable name when the image is rendered.
-        viewpoint_name: one string per image: the annotators' name (front, front_side, ...), "" where unknown.
+        viewpoint_name: one string per image: the annotators' label (see `ViewpointClasses`), "" where unknown.
         loader: how a path becomes an RGB image.
         extras: further inputs of each image by name.
     """
@@ -148,7 +149,7 @@ class ReidData:
         name: what it is called in logs.
         train, query, gallery: the splits. Junk is gone before this object exists; distractors are in the gallery.
         identity_names: training identity index -> the data set's own name for it.
-        num_viewpoints: V, 3 unless a reader says otherwise.
+        classes: the viewpoints, and what the images' labels mean.
         skipped: paths of unreadable images that were left out.
         notes: one line for everything else that was left out, or does not fit.
     """
@@ -158,7 +159,7 @@ class ReidData:
     query: ImageList
     gallery: ImageList
     identity_names: tuple[str, ...]
-    num_viewpoints: int = len(VIEWPOINTS)
+    classes: ViewpointClasses = PERSON
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -181,6 +182,11 @@ class ReidData:
         return len(self.identity_names)
 
     @property
+    def num_viewpoints(self) -> int:
+        """V."""
+        return len(self.classes)
+
+    @property
     def num_train_viewpoints_known(self) -> int:
         """How many training images have a viewpoint label."""
         return int((self.train.viewpoint >= 0).sum())
@@ -190,7 +196,7 @@ class ReidData:
 
         With soft labels a pair occurs when some image of the identity gives that viewpoint a weight above 0. An image
         whose viewpoint is unknown adds nothing; an identity that has only such images gets all V viewpoints, since
-        its samples are spread over the existing viewpoints and there must be one.
+        its samples are spread over the existing viewpoints and there must be one. What a mirrored image shows occurs.
         """
         mask = np.zeros((self.num_identities, self.num_viewpoints), dtype=bool)
         if self.train.viewpoint_weight is not None:
@@ -199,13 +205,13 @@ class ReidData:
         else:
             known = self.train.viewpoint >= 0
             mask[self.train.identity[known], self.train.viewpoint[known]] = True
+        mask |= mask[:, list(mirrored_viewpoints(self.classes.names))]
         mask[~mask.any(axis=1)] = True
         return mask
 
     def summary(self) -> str:
         """A table of images, identities, cameras and viewpoints per split; how many are labelled; what was left out."""
-        names = VIEWPOINTS if self.num_viewpoints == len(VIEWPOINTS) else range(self.num_viewpoints)
-        header = ("split", "images", "identities", "cameras", *(str(name) for name in names), "unknown")
+        header = ("split", "images", "identities", "cameras", *self.classes.names, "unknown")
         rows = []
         for split, images in self.splits.items():
             cameras = np.unique(images.camera[images.camera >= 0]).size

@@ -1,7 +1,4 @@
-"""Viewpoint labels for images of existing data sets: the pickle files that the authors of VA-reID published, or a CSV.
-
-Both map an image's path or file name to one of six names, the ambiguous ones kept as the annotators gave them.
-"""
+"""Viewpoint labels for images of existing data sets: the pickle files that the authors published, or a CSV file."""
 
 from __future__ import annotations
 
@@ -16,21 +13,9 @@ from typing import Any
 import numpy as np
 
 from vareid_ext.data.plain_pickle import load_label_table
-from vareid_ext.data.text_files import no_file, read_table, shown
-from vareid_ext.data.types import IMAGE_SUFFIXES, UNKNOWN, VIEWPOINTS, ImageList, ReidData, left_out
-
-HARD_LABELS: Mapping[str, int] = {"front": 0, "front_side": 0, "side": 1, "noise": 1, "back_side": 2, "back": 2}
-"""Name -> class, as the authors trained: noise (no clear viewpoint) counts as side."""
-
-SOFT_LABELS: Mapping[str, tuple[float, float, float]] = {
-    "front": (1.0, 0.0, 0.0),
-    "front_side": (0.5, 0.5, 0.0),
-    "side": (0.0, 1.0, 0.0),
-    "back_side": (0.0, 0.5, 0.5),
-    "back": (0.0, 0.0, 1.0),
-    "noise": (1 / 3, 1 / 3, 1 / 3),
-}
-"""Name -> weights of front, side and back."""
+from vareid_ext.data.text_files import known, no_file, read_table, shown
+from vareid_ext.data.types import IMAGE_SUFFIXES, ImageList, ReidData, left_out
+from vareid_ext.data.viewpoint_classes import PERSON, ViewpointClasses, checked_classes
 
 MODES = ("hard", "soft")
 
@@ -70,15 +55,17 @@ def _owners(labels: Mapping[str, str], images: Sequence[str], relative: Sequence
 
 @dataclass(frozen=True)
 class ViewpointLabels:
-    """Image -> viewpoint name.
+    """Image -> viewpoint label.
 
     Attributes:
         names: the labels; its keys are paths or bare file names.
         source: the file they come from.
+        classes: what the labels mean.
     """
 
     names: Mapping[str, str]
     source: str
+    classes: ViewpointClasses = PERSON
 
     def __len__(self) -> int:
         return len(self.names)
@@ -123,21 +110,25 @@ def _labels_from_pickle(path: Path) -> dict[str, str]:
         raise ValueError(
             f"viewpoint labels {path}: not a pickled table of file name -> (label, name): {error}"
         ) from None
+    allowed = {name: PERSON.number(name) for name in (*PERSON.names, *PERSON.between)}
     for name, (label, view) in table.items():
-        if HARD_LABELS.get(view) != label:
-            allowed = ", ".join(repr((number, known)) for known, number in HARD_LABELS.items())
-            raise ValueError(
-                f"viewpoint labels {path}: {shown(name)} has {shown((label, view))}; allowed are {allowed}"
-            )
+        if allowed.get(view) != label:
+            pairs = ", ".join(repr((number, known)) for known, number in allowed.items())
+            raise ValueError(f"viewpoint labels {path}: {shown(name)} has {shown((label, view))}; allowed are {pairs}")
     return {name: view for name, (_, view) in table.items()}
 
 
-def read_viewpoint_labels(path: str | os.PathLike[str]) -> ViewpointLabels:
+def read_viewpoint_labels(path: str | os.PathLike[str], classes: ViewpointClasses | None = None) -> ViewpointLabels:
     """Read viewpoint labels from a `.pkl` or `.csv` file.
 
     A `.pkl` is one of the authors' `*_image_map_direction.pkl`: file name -> (label, name). It is read
     by an unpickler that admits no globals and only plain data, so that a hostile file raises and runs nothing. A `.csv`
-    has the columns `path,viewpoint` with names out of `HARD_LABELS`.
+    has the columns `path,viewpoint` and perhaps `confidence`, which is not read; the viewpoint is a label of `classes`
+    (see `ViewpointClasses`), and unknown where a manifest's would be.
+
+    Args:
+        path: the file.
+        classes: the viewpoints that were declared; None takes those that are found (see `found_classes`).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -155,54 +146,63 @@ def read_viewpoint_labels(path: str | os.PathLike[str]) -> ViewpointLabels:
         rows = ((f"viewpoint labels {path}", name, view) for name, view in _labels_from_pickle(path).items())
     else:
         rows = (
-            (f"viewpoint labels {path}, line {line}", row["path"], row["viewpoint"])
-            for line, row in read_table(path, "viewpoint labels", ("path", "viewpoint"))
+            (f"viewpoint labels {path}, line {line}", row["path"], known(row["viewpoint"]))
+            for line, row in read_table(path, "viewpoint labels", ("path", "viewpoint"), ("confidence",))
         )
+    labels = []
     for where, name, view in rows:
-        if view not in HARD_LABELS:
-            raise ValueError(f"{where}: viewpoint must be one of {', '.join(HARD_LABELS)}, got {shown(view)}")
         if _plain(name) in seen:
             raise ValueError(f"{where}: {shown(name)} is given twice")
         seen.add(_plain(name))
-        names[name] = view
-    return ViewpointLabels(names, str(path))
+        if view:
+            names[name] = view
+            labels.append((where, view))
+    return ViewpointLabels(names, str(path), checked_classes(labels, classes))
 
 
 def label_images(data: ReidData, labels: ViewpointLabels, root: str | os.PathLike[str] | None = None) -> ReidData:
     """`data` with the viewpoints that `labels` gives to its images (see `ViewpointLabels.find`).
 
     Images without a label keep their viewpoint. `notes` counts the labels that fit no image, or more than one.
+
+    Raises:
+        ValueError: an image that keeps its viewpoint has one that is not among those of the labels.
     """
     splits: dict[str, Any] = data.splits
     found, unused = labels.find([path for images in splits.values() for path in images.paths], root)
-    views = iter(found)
+    own = tuple(name for images in splits.values() for name in images.viewpoint_name)
+    names = tuple(label or name for label, name in zip(found, own, strict=True))
+    classes = next((c for c in (labels.classes, data.classes) if c.know(names)), None)
+    if classes is None:
+        raise ValueError(
+            f"viewpoint labels {labels.source}: its viewpoints ({', '.join(labels.classes.names)}) are not those of "
+            f"{data.name} ({', '.join(data.classes.names)}), some of whose images it does not name; declare all "
+            "(--data.viewpoints)"
+        )
+    begin = 0
     for split, images in splits.items():
-        names = tuple(next(views) or known for known in images.viewpoint_name)
-        splits[split] = replace(images, viewpoint=hard_labels(names), viewpoint_name=names, viewpoint_weight=None)
+        of_split = names[begin : begin + len(images)]
+        begin += len(images)
+        splits[split] = replace(images, viewpoint_name=of_split, viewpoint_weight=None, **classes.columns(of_split))
     what = f"viewpoint labels that fit no image, or several, of {len(labels):,} in {labels.source},"
-    return replace(data, **splits, notes=(*data.notes, *left_out(what, unused)))
+    return replace(data, **splits, classes=classes, notes=(*data.notes, *left_out(what, unused)))
 
 
-def hard_labels(names: tuple[str, ...]) -> np.ndarray:
-    """int64 [N]: the class of each viewpoint name, -1 for ""."""
-    return np.array([HARD_LABELS[name] if name else UNKNOWN for name in names], dtype=np.int64)
-
-
-def with_soft_labels(images: ImageList) -> ImageList:
-    """`images` with `viewpoint_weight` from their viewpoint names (see `SOFT_LABELS`).
+def with_soft_labels(images: ImageList, classes: ViewpointClasses = PERSON) -> ImageList:
+    """`images` with `viewpoint_weight` from their viewpoint labels (see `ViewpointClasses.weights`).
 
     Where the viewpoint is unknown the weight is uniform over the viewpoints that occur, with any weight, for the same
     identity in this list; uniform over all when there are none.
     """
-    weight = np.zeros((len(images), len(VIEWPOINTS)), dtype=np.float64)
+    weight = np.zeros((len(images), len(classes)), dtype=np.float64)
     known = np.array([bool(name) for name in images.viewpoint_name], dtype=bool)
     for index in np.flatnonzero(known):
-        weight[index] = SOFT_LABELS[images.viewpoint_name[index]]
+        weight[index] = classes.weights(images.viewpoint_name[index])
     occurs: dict[int, np.ndarray] = {}
     for index in np.flatnonzero(known):
         identity = int(images.identity[index])
-        occurs[identity] = occurs.get(identity, np.zeros(len(VIEWPOINTS), dtype=bool)) | (weight[index] > 0)
-    everywhere = np.ones(len(VIEWPOINTS), dtype=bool)
+        occurs[identity] = occurs.get(identity, np.zeros(len(classes), dtype=bool)) | (weight[index] > 0)
+    everywhere = np.ones(len(classes), dtype=bool)
     for index in np.flatnonzero(~known):
         exists = occurs.get(int(images.identity[index]), everywhere)
         weight[index] = exists / exists.sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 
 from vareid_ext import _arrays
 from vareid_ext._labels import UNKNOWN, Labels
+from vareid_ext._text import VIEWPOINTS
 from vareid_ext.files.atomic import atomic_file
 from vareid_ext.files.entries import MAX_RATIO, MAX_UNPACKED, Entry, FeatureFileError, Limit, PlainValue
 from vareid_ext.files.matlab_files import open_mat
@@ -34,6 +35,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "camera": ("camera", "cameras", "cameraid", "cameraids", "camid", "camids", "cam", "cams"),
     "viewpoint": ("viewpoint", "viewpoints", "view", "views", "viewid", "viewids"),
     "path": ("path", "paths"),
+    "viewpoint_class": ("viewpointclass",),
 }
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DESCRIBED = 20  # keys that an error lists
@@ -214,7 +216,8 @@ class Features(Labels):
     def of(cls, feature: torch.Tensor, images: Labels, paths: tuple[str, ...] = ()) -> Features:
         """The features ``[N, D]`` of `images`."""
         labels = {name: getattr(images, name) for name in LABELS}
-        return cls(**labels, viewpoint_weight=images.viewpoint_weight, feature=feature, paths=paths)
+        weight, names = images.viewpoint_weight, images.viewpoints
+        return cls(**labels, viewpoint_weight=weight, viewpoints=names, feature=feature, paths=paths)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -227,13 +230,15 @@ class Features(Labels):
         return {**super().rows(chosen), "feature": feature, "paths": paths}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write feature, identity, camera, viewpoint and, if known, path to an .npz file, atomically.
+        """Write feature, identity, camera, viewpoint, its name and, if known, path to an .npz file, atomically.
 
         bfloat16, which NumPy lacks, is written as float32.
         """
         feature = self.feature.detach().cpu()
         feature = feature.float() if feature.dtype == torch.bfloat16 else feature
         arrays: dict[str, Any] = {"feature": feature.numpy(), **{name: getattr(self, name) for name in LABELS}}
+        if (self.viewpoint != UNKNOWN).any():
+            arrays["viewpoint_class"] = self.viewpoint_classes()
         if self.paths:
             arrays["path"] = np.array(self.paths)
         with atomic_file(Path(path)) as file:
@@ -302,15 +307,34 @@ def read_features(
             found = entry.read()
         values[what] = _labels(found, f"{file}: {side} {what}", len(feature))
         sources[what] = _address(file, label_key)
+    if "viewpoint" in sources:
+        name_key = _usual(entries, "viewpoint_class", side)
+        named = None
+        if name_key is not None:
+            with _naming(path, name_key):
+                named = _texts(entries[name_key].read(), len(feature))
+        values["viewpoints"] = _called(values["viewpoint"], named, f"{path}: {side} viewpoint_class")
     path_key = _usual(entries, "path", side) if paths else None
     if path_key is not None:
         with _naming(path, path_key):
-            values["paths"] = _paths(entries[path_key].read(), len(feature))
+            values["paths"] = _texts(entries[path_key].read(), len(feature))
         sources["path"] = _address(path, path_key)
     return Features(feature=feature, **values, file=path, sources=sources)
 
 
-def _paths(value: Any, length: int) -> tuple[str, ...]:
+def _called(viewpoint: np.ndarray, named: Sequence[str] | None, where: str) -> tuple[str, ...]:
+    """What the viewpoints 0, 1, ... are called: as the images say, else as in the paper, or by number beyond three."""
+    count = int(viewpoint.max(initial=-1)) + 1
+    pairs = set() if named is None else {(v, n) for v, n in zip(viewpoint.tolist(), named, strict=True) if v >= 0}
+    names = dict(pairs)
+    if len(names) < len(pairs) or len(set(names.values())) < len(pairs):
+        raise FeatureFileError(f"{where}: a viewpoint has two names, or a name belongs to two viewpoints")
+    if count <= len(VIEWPOINTS) and all(VIEWPOINTS[v] == name for v, name in pairs):
+        return VIEWPOINTS
+    return tuple(names.get(v, str(v)) for v in range(count))
+
+
+def _texts(value: Any, length: int) -> tuple[str, ...]:
     array = np.asarray(value)
     if array.dtype.kind != "U" or array.shape != (length,):
         raise ValueError(f"{array.dtype} {list(array.shape)} was found; text [{length}] is needed")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vareid_ext._labels import UNKNOWN
-from vareid_ext._text import table
+from vareid_ext._text import table, viewpoint_name
 from vareid_ext.metrics.features import check_retrieval, rank_features
 from vareid_ext.metrics.ranking import (
     QueryRanking,
@@ -36,6 +36,7 @@ class GroupMetrics:
         queries: int64 [A, B], the queries that have a match there, over which the means are taken.
         images: int64 [B], the gallery images of each group, without junk.
         left_out: the queries, and the gallery images without junk, whose group is unknown (-1).
+        names: what the groups 0, 1, ... are called; beyond them by their numbers.
     """
 
     query_groups: tuple[int, ...]
@@ -45,6 +46,11 @@ class GroupMetrics:
     queries: np.ndarray
     images: np.ndarray
     left_out: tuple[int, int]
+    names: tuple[str, ...] = ()
+
+    def called(self, group: int) -> str:
+        """The name of a group."""
+        return viewpoint_name(group, self.names)
 
     def as_dict(self) -> dict[str, Any]:
         """The groups, the cells and the counts as lists, None for NaN."""
@@ -54,22 +60,21 @@ class GroupMetrics:
         }
         counts = {"queries": self.queries.tolist(), "images": self.images.tolist()}
         return {
-            "query_groups": list(self.query_groups), "gallery_groups": list(self.gallery_groups), **cells, **counts,
+            "query_groups": list(self.query_groups), "gallery_groups": list(self.gallery_groups),
+            "query_names": [*map(self.called, self.query_groups)],
+            "gallery_names": [*map(self.called, self.gallery_groups)], **cells, **counts,
         }  # fmt: skip
 
-    def text(self, query_names: Sequence[str], gallery_names: Sequence[str]) -> str:
-        """A table with a row for each group of queries: mAP / rank-1 in percent, and the number of queries."""
+    def __str__(self) -> str:
 
         def cell(a: int, b: int) -> str:
             if not self.queries[a, b]:
                 return "\u2013"
             return f"{100 * self.mAP[a, b]:.1f} / {100 * self.rank1[a, b]:.1f} ({self.queries[a, b]})"
 
-        rows = [(name, *(cell(a, b) for b in range(len(self.gallery_groups)))) for a, name in enumerate(query_names)]
-        return table(("query \\ gallery", *gallery_names), rows)
-
-    def __str__(self) -> str:
-        return self.text([str(g) for g in self.query_groups], [str(g) for g in self.gallery_groups])
+        columns = range(len(self.gallery_groups))
+        rows = [(self.called(group), *(cell(a, b) for b in columns)) for a, group in enumerate(self.query_groups)]
+        return table(("query \\ gallery", *map(self.called, self.gallery_groups)), rows)
 
 
 def evaluate_by_group(
@@ -82,6 +87,7 @@ def evaluate_by_group(
     *,
     query_group: Any,
     gallery_group: Any,
+    names: Sequence[str] = (),
     metric: str = "sqeuclidean",
     rerank: Rerank = False,
     junk_identity: int | None = -1,
@@ -100,6 +106,7 @@ def evaluate_by_group(
         gallery_camera: ``[G]`` or None.
         query_group: ``[Q]`` whole numbers; -1: unknown, the query is left out.
         gallery_group: ``[G]`` whole numbers; -1: unknown, the image is left out.
+        names: what the groups 0, 1, ... are called in tables, such as viewpoints.
         metric: as in :func:`evaluate_features`.
         rerank: as in :func:`evaluate_features`.
         junk_identity: as in :func:`evaluate_features`.
@@ -146,6 +153,7 @@ def evaluate_by_group(
         queries=counted,
         images=np.array([len(some) for some in members]),
         left_out=(int((~known_query).sum()), int((~known_gallery).sum())),
+        names=tuple(names),
     )
 
 

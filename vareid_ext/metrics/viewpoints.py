@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from vareid_ext import _arrays
 from vareid_ext._labels import UNKNOWN
-from vareid_ext._text import viewpoint_name
+from vareid_ext._text import VIEWPOINTS, viewpoint_name
 from vareid_ext.files.features import Features
 from vareid_ext.metrics.features import evaluate_features
 from vareid_ext.metrics.ranking import RankingMetrics, label_vector, results_table
@@ -60,11 +61,16 @@ _Result = TypeVar("_Result")
 class ByViewpoint(dict[int, _Result]):
     """Results by the numbers that the viewpoints were given as, in order; ``print`` shows a table, in percent.
 
-    There, and in what ``python -m vareid_ext.evaluate`` writes, 0, 1 and 2 are called front, side and back.
+    Attributes:
+        names: what the viewpoints 0, 1, ... are called there.
     """
 
+    def __init__(self, names: Sequence[str] = VIEWPOINTS) -> None:
+        super().__init__()
+        self.names = tuple(names)
+
     def __str__(self) -> str:
-        return results_table({viewpoint_name(view): result for view, result in self.items()})
+        return results_table({viewpoint_name(view, self.names): result for view, result in self.items()})
 
 
 def _images(feature: Any, identity: Any, viewpoint: Any, camera: Any, junk_identity: int | None) -> Features:
@@ -111,6 +117,7 @@ def evaluate_single_viewpoint(
     rerank: Rerank = False,
     max_rank: int = 50,
     junk_identity: int | None = -1,
+    names: Sequence[str] = VIEWPOINTS,
 ) -> ByViewpoint[RepeatedMetrics]:
     """Retrieval among the images of one viewpoint.
 
@@ -128,6 +135,7 @@ def evaluate_single_viewpoint(
         rerank: as in :func:`evaluate_features`.
         max_rank: as in :func:`evaluate_features`.
         junk_identity: images of this identity take no part; None for none.
+        names: what the viewpoints 0, 1, ... are called when the result is printed.
 
     Returns:
         For each viewpoint that occurs, by its number and in order, its :class:`RepeatedMetrics`, with curves in
@@ -144,7 +152,7 @@ def evaluate_single_viewpoint(
     seed = check_count("seed", seed, 0, 2**63 - 1)
     images = _images(feature, identity, viewpoint, camera, junk_identity)
     generator = np.random.default_rng(seed)
-    results: ByViewpoint[RepeatedMetrics] = ByViewpoint()
+    results: ByViewpoint[RepeatedMetrics] = ByViewpoint(names)
     for view in np.unique(images.viewpoint[images.viewpoint >= 0]).tolist():
         members = np.flatnonzero(images.viewpoint == view)
         runs = []
@@ -171,6 +179,7 @@ def evaluate_cross_viewpoint(
     rerank: Rerank = False,
     max_rank: int = 50,
     junk_identity: int | None = -1,
+    names: Sequence[str] = VIEWPOINTS,
 ) -> ByViewpoint[RankingMetrics]:
     """Retrieval from one viewpoint in the others: for every viewpoint, its images are queries, the rest is the gallery.
 
@@ -183,6 +192,7 @@ def evaluate_cross_viewpoint(
         rerank: as in :func:`evaluate_features`.
         max_rank: as in :func:`evaluate_features`.
         junk_identity: images of this identity take no part; None for none.
+        names: what the viewpoints 0, 1, ... are called when the result is printed.
 
     Returns:
         For each viewpoint that occurs, by its number and in order, its :class:`RankingMetrics`, with a curve in
@@ -198,7 +208,7 @@ def evaluate_cross_viewpoint(
     views = np.unique(images.viewpoint[images.viewpoint >= 0]).tolist()
     if len(views) < 2:
         raise ValueError(f"viewpoint: only {views[0]} occurs; two are needed")
-    results: ByViewpoint[RankingMetrics] = ByViewpoint()
+    results: ByViewpoint[RankingMetrics] = ByViewpoint(names)
     for view in views:
         query = images.viewpoint == view
         gallery = (images.viewpoint >= 0) & ~query

@@ -30,6 +30,7 @@ class FeatureMap:
         identity, viewpoint: int64 [n].
         kind: [n], "image", "identity centre" or "viewpoint centre".
         note: how it was made and what it leaves out.
+        viewpoints: what the viewpoints are called.
     """
 
     points: np.ndarray
@@ -37,6 +38,7 @@ class FeatureMap:
     viewpoint: np.ndarray
     kind: np.ndarray
     note: str
+    viewpoints: tuple[str, ...]
 
 
 def check_method(name: str) -> None:
@@ -106,6 +108,7 @@ def feature_map(
         np.concatenate([labels.viewpoint, viewpoint]),
         np.array(kinds),
         f"{what}. {how}.",
+        labels.viewpoints,
     )
 
 

@@ -17,7 +17,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullLocator
 from PIL import Image
 
-from vareid_ext.data import VIEWPOINTS, ImageList
+from vareid_ext._text import viewpoint_name
+from vareid_ext.data import ImageList
 from vareid_ext.files.atomic import atomic_file
 
 _INK, _GREY, _GRID = "#22262b", "#7a828c", "#e4e7eb"
@@ -139,7 +140,8 @@ def _legend(axes: Axes) -> None:
 def _viewpoint_text(images: ImageList, index: int) -> str:
     name = images.viewpoint_name[index]
     label = int(images.viewpoint[index])
-    return name.replace("_", "-") if name else VIEWPOINTS[label] if label >= 0 else "unknown"
+    plain = name and ":" not in name  # not weights of viewpoints
+    return name.replace("_", "-") if plain else viewpoint_name(label, images.viewpoints)
 
 
 def _draw_image(axes: Axes, picture: Image.Image, colour: str, caption: str) -> None:

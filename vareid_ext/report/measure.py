@@ -126,7 +126,8 @@ def measure(
     for label in ("viewpoint", "camera"):
         of: Any = {"query_group": getattr(query, label), "gallery_group": getattr(gallery, label)}
         if all((group >= 0).any() for group in of.values()):
-            groups[label] = evaluate_by_group(query.feature, gallery.feature, **labels, **how, **of)
+            names = query.viewpoints if label == "viewpoint" else ()
+            groups[label] = evaluate_by_group(query.feature, gallery.feature, **labels, **how, **of, names=names)
         else:
             gaps.append(f"metrics by {label}: the {label} of no image is known on one side")
     return Measured(query, gallery, how, ranking, metrics, verification, groups, gaps)

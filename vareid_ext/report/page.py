@@ -11,7 +11,6 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from vareid_ext._text import viewpoint_name
 from vareid_ext.metrics import GroupMetrics
 from vareid_ext.metrics.comparison import PairedDifference, difference_rows
 from vareid_ext.report.history import History
@@ -152,11 +151,10 @@ def difference_table(first: str, differences: Mapping[str, Mapping[str, PairedDi
 
 def heat_map(name: str, label: str, cells: GroupMetrics) -> Table:
     """mAP and rank-1 from each group to each, coloured by mAP."""
-    called = viewpoint_name if label == "viewpoint" else str
     rows, shades = [], []
     low, high = np.nanmin(cells.mAP, initial=1), np.nanmax(cells.mAP, initial=0)
     for a, group in enumerate(cells.query_groups):
-        row = [called(group)]
+        row = [cells.called(group)]
         for b in range(len(cells.gallery_groups)):
             counted = int(cells.queries[a, b])
             values = f"{100 * cells.mAP[a, b]:.1f} / {100 * cells.rank1[a, b]:.1f} ({counted})"
@@ -172,7 +170,7 @@ def heat_map(name: str, label: str, cells: GroupMetrics) -> Table:
     ]
     if left_out:
         caption += f"; left out, as of unknown {label}: {', '.join(left_out)}"
-    return Table(caption, ["query \\ gallery", *map(called, cells.gallery_groups)], rows, shades)
+    return Table(caption, ["query \\ gallery", *map(cells.called, cells.gallery_groups)], rows, shades)
 
 
 def history_tables(history: History) -> list[Table]:

@@ -218,13 +218,13 @@ def map_plot(found: FeatureMap, name: str, title: str) -> Plot:
         axes.scatter(x, y, s=190, c=colour, marker="*", edgecolors=_INK, linewidths=1.2)
         axes.scatter([], [], s=30, c=colour, marker="o", label=f"identity {identity}")
     for view, marker in shapes.items():
-        label = viewpoint_name(int(view)) if view >= 0 else "view unknown"
+        label = viewpoint_name(int(view), found.viewpoints) if view >= 0 else "view unknown"
         axes.scatter([], [], s=30, facecolors="none", edgecolors=_INK, marker=marker, label=label)
     axes.scatter([], [], s=110, facecolors="none", edgecolors=_INK, marker="*", label="identity centre")
     axes.scatter([], [], s=80, c=_GRID, marker="o", edgecolors=_INK, linewidths=1.2, label="large: view centre")
     _legend(axes, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
     images = int((found.kind == "image").sum())
-    spoken = [f"{viewpoint_name(int(v)) if v >= 0 else 'unknown'} {_MARKER_NAMES[m]}" for v, m in shapes.items()]
+    spoken = [f"{viewpoint_name(int(v), found.viewpoints)} {_MARKER_NAMES[m]}" for v, m in shapes.items()]
     said = f"{found.note} {images} images of {len(identities)} identities; shapes: {', '.join(spoken)}."
     return Plot(_svg(figure, f"map {name} {title}"), title, said)
 

@@ -60,7 +60,7 @@ def ranked_lists(items: Sequence[Compared], *, queries: int, top: int, activatio
     rows = []
     for i, q in enumerate(chosen.tolist()):
         query = first.query
-        view = viewpoint_name(int(query.viewpoint[q])) if query.viewpoint[q] >= 0 else "unknown"
+        view = viewpoint_name(int(query.viewpoint[q]), query.viewpoints)
         camera = str(query.camera[q]) if query.camera[q] >= 0 else "unknown"
         outcome = ""
         shown: list[tuple[str, str, list[Tile]]] = []
@@ -112,7 +112,8 @@ def ranked_lists(items: Sequence[Compared], *, queries: int, top: int, activatio
 def _tile(item: Compared, found: Found, activation: str) -> Tile:
     gallery, index = item.measured.gallery, found.index
     camera = str(gallery.camera[index]) if gallery.camera[index] >= 0 else "unknown"
-    view = viewpoint_name(int(gallery.viewpoint[index])) if gallery.viewpoint[index] >= 0 else "view unknown"
+    known = gallery.viewpoint[index] >= 0
+    view = viewpoint_name(int(gallery.viewpoint[index]), gallery.viewpoints) if known else "view unknown"
     rank = f"rank {found.rank}" if found.rank else "not ranked"
     labels = f"identity {gallery.identity[index]}, camera {camera}, {view}"
     alt = f"{found.kind}, {rank}, distance {found.distance:.3f}, {labels}"

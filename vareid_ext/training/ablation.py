@@ -97,7 +97,18 @@ def rows_of_losses(config: Config) -> list[Row]:
     return rows
 
 
-_IMAGES = ("kind", "root", "viewpoint_labels", "viewpoint_file", "skip_bad_images", "synthetic", "extras")
+_IMAGES = (
+    "kind",
+    "root",
+    "viewpoint_labels",
+    "viewpoint_file",
+    "viewpoints",
+    "viewpoints_between",
+    "viewpoint_bins",
+    "skip_bad_images",
+    "synthetic",
+    "extras",
+)
 """The fields of section data that say which images are used, rather than how."""
 
 

@@ -238,7 +238,7 @@ def _full_name(option: str) -> str:
 def _normalise(arguments: Sequence[str]) -> list[str]:
     """Options spelled out as --section.field=value."""
     result: list[str] = []
-    booleans = _names_of(bool)
+    booleans, lists = _names_of(bool), _names_of(tuple)
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -263,6 +263,8 @@ def _normalise(arguments: Sequence[str]) -> list[str]:
             raise CommandLineError(f"--{option}: a value was expected after it, not an empty one")
         if name in booleans:
             value = value.lower()
+        if name in lists and not value.startswith("["):
+            value = f"[{value}]"
         if not own:
             _check_value(name, value)
         result.append(f"--{name}={value}")

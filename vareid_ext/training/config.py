@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vareid_ext._limits import check_limits
-from vareid_ext.data import EXTRAS, ExtraFiles, SyntheticSettings, check_kind, check_normalisation
+from vareid_ext.data import (
+    EXTRAS,
+    ExtraFiles,
+    SyntheticSettings,
+    ViewpointClasses,
+    check_kind,
+    check_normalisation,
+    declared_classes,
+)
 from vareid_ext.methods import VaReid
 from vareid_ext.models import ModelConfig
 
@@ -33,9 +41,15 @@ class DataConfig:
     root: str | None = None
     """the data set's folder, or the CSV file of kind manifest; not used by kind synthetic"""
     viewpoint_labels: Literal["hard", "soft"] = "hard"
-    """hard: front, side, back; soft: the in-between names are split between their two views, noise is uniform"""
+    """hard: one viewpoint an image; soft: a label between viewpoints is shared by them"""
     viewpoint_file: str | None = None
     """file of viewpoint labels (the authors' .pkl, or .csv); none: those of the data set itself, or unknown"""
+    viewpoints: tuple[str, ...] = ()
+    """the viewpoints' names, such as front,rear,left,right; empty: the data set's own, or those that its labels name"""
+    viewpoints_between: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """labels between viewpoints, such as {front_left: [front, left]}; where labels are hard, the first is meant"""
+    viewpoint_bins: int | None = None
+    """number of viewpoints of equal width, where labels are angles in degrees; none: labels are names"""
     skip_bad_images: bool = False
     """go on without unreadable images; otherwise they stop the run before training starts"""
     height: int = 128
@@ -65,6 +79,11 @@ class DataConfig:
         check_limits("data", self, workers=(0, 256))
         check_normalisation(self.mean, self.std, "data.")
         check_kind(self.kind, self.root, "data.")
+        self.declared_viewpoints()
+
+    def declared_viewpoints(self) -> ViewpointClasses | None:
+        """The viewpoints that this section declares, if any."""
+        return declared_classes(self.viewpoints, self.viewpoints_between, self.viewpoint_bins, "data.")
 
     @property
     def processes(self) -> int:

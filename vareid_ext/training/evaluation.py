@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
-from vareid_ext.data import VIEWPOINTS, Batch, ImageList, ReidDataset, collate
+from vareid_ext.data import Batch, ImageList, ReidDataset, collate
 from vareid_ext.files.features import Features
 from vareid_ext.methods import Method
 from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_features, ranked_lists
@@ -174,7 +174,7 @@ def score(query: Features, gallery: Features, rerank: Reranker | None = None) ->
     queries = rank_features(query.feature, gallery.feature, *labels, rerank=rerank or False)
     matched = np.asarray(queries.num_matches.cpu()) > 0
     by_viewpoint = {}
-    for label, name in enumerate(VIEWPOINTS):
+    for label, name in enumerate(query.viewpoints):
         subset = query.viewpoint == label
         if (subset & matched).any():
             by_viewpoint[name] = queries.metrics(subset=torch.from_numpy(subset))

@@ -125,6 +125,7 @@ def load_run_data(config: Config, *, train: bool = False, progress: bool = True)
         config.data.root,
         viewpoint_file=config.data.viewpoint_file,
         viewpoint_labels=config.data.viewpoint_labels,
+        viewpoints=config.data.declared_viewpoints(),
         skip_bad_images=config.data.skip_bad_images,
         synthetic=config.data.synthetic,
         extras=config.data.extras,

@@ -22,7 +22,7 @@ READERS: dict[str, Callable[..., ReidData]] = {
 }
 """Kind -> reader. A reader is given those of these arguments that it names: `root`, the path of the data set;
 `settings`, the `SyntheticSettings` or None; `extras`, names out of `EXTRAS` of what it is to make beside the images;
-`progress`, whether to show a bar."""
+`viewpoints`, the `ViewpointClasses` that the user declares or None; `progress`, whether to show a bar."""
 
 
 def needs_root(kind: str) -> bool:

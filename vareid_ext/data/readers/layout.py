@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, UNKNOWN, ImageList, ReidData, is_litter, left_out
-from vareid_ext.data.viewpoints import hard_labels
+from vareid_ext.data.viewpoint_classes import PERSON, ViewpointClasses
 
 JUNK = -1
 """Identity of images that are neither right nor wrong answers; they are left out."""
@@ -29,7 +29,7 @@ class ImageEntry(NamedTuple):
     """as it is written in the data set"""
     camera: int = UNKNOWN
     viewpoint: str = ""
-    """a name out of `HARD_LABELS`; "" where it is unknown"""
+    """a label (see `ViewpointClasses`); "" where it is unknown"""
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,12 @@ def build_data(
     entries: Mapping[str, Sequence[ImageEntry]],
     number: Callable[[str], int] = int,
     notes: tuple[str, ...] = (),
+    classes: ViewpointClasses = PERSON,
 ) -> ReidData:
     """A data set of the entries of `train`, `query` and `gallery`.
 
-    Training identities are numbered in the order of `number`, which also gives the identities of query and gallery.
+    Training identities are numbered in the order of `number`, which also gives the identities of query and gallery;
+    `classes` are what the entries' viewpoints mean.
     Raises ValueError when a split is empty.
     """
     for split in SPLITS:
@@ -122,8 +124,8 @@ def build_data(
             paths=tuple(entry.path for entry in entries[split]),
             identity=np.array([identity(entry.identity) for entry in entries[split]], dtype=np.int64),
             camera=np.array([entry.camera for entry in entries[split]], dtype=np.int64),
-            viewpoint=hard_labels(views),
             viewpoint_name=views,
+            **classes.columns(views),
         )
 
     return ReidData(
@@ -132,6 +134,7 @@ def build_data(
         images("query", number),
         images("gallery", number),
         tuple(names),
+        classes=classes,
         notes=notes,
     )
 

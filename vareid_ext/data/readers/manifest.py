@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from vareid_ext.data.readers.layout import JUNK_IMAGES, NOT_IMAGES, ImageEntry, build_data
-from vareid_ext.data.text_files import no_file, read_table, shown
+from vareid_ext.data.text_files import is_minus_one, known, no_file, read_table, shown
 from vareid_ext.data.types import SPLITS, UNKNOWN, ReidData, is_litter, left_out
-from vareid_ext.data.viewpoints import HARD_LABELS
+from vareid_ext.data.viewpoint_classes import ViewpointClasses, checked_classes
 
 _REQUIRED = ("path", "identity", "split")
 _OPTIONAL = ("camera", "viewpoint")
 
 _LONGEST_PATH = 4096  # that Linux opens
-_MINUS_ONE = re.compile(r"-0*1(\.0*)?")
-_UNKNOWN_WORDS = ("", "nan", "none", "null", "na", "n/a", "unknown", "?")
-
-
-def _known(text: str) -> str:
-    """`text`, or "" where it says that there is none: -1, or what programs write for a missing value."""
-    return "" if text.lower() in _UNKNOWN_WORDS or _MINUS_ONE.fullmatch(text) else text
 
 
 def _is_number(text: str) -> bool:
@@ -43,20 +35,23 @@ def _file_id(folder: str, path: str) -> str:
     return os.path.realpath(joined) if ".." in Path(path).parts else os.path.normpath(joined)
 
 
-def _read_rows(path: Path) -> tuple[list[tuple[str, str, ImageEntry]], list[str], list[str]]:
-    """(split, camera's name, the rest) of every row, and the paths of junk and of operating systems' own files."""
+def _read_rows(
+    path: Path, declared: ViewpointClasses | None
+) -> tuple[list[tuple[str, str, ImageEntry]], ViewpointClasses, list[str], list[str]]:
+    """(split, camera's name, the rest) of every row, the viewpoints, the paths of junk and of systems' own files."""
     folder = os.path.realpath(path.parent)
     rows: list[tuple[str, str, ImageEntry]] = []
     junk: list[str] = []
     litter: list[str] = []
     lines: dict[str, int] = {}
+    views: list[tuple[str, str]] = []
     for line, row in read_table(path, "manifest", _REQUIRED, _OPTIONAL):
         where = f"manifest {path}, line {line}"
         if row["split"] not in SPLITS:
             raise ValueError(f"{where}: split must be one of {', '.join(SPLITS)}, got {shown(row['split'])}")
-        view = _known(row.get("viewpoint", ""))
-        if view and view not in HARD_LABELS:
-            raise ValueError(f"{where}: viewpoint must be empty or one of {', '.join(HARD_LABELS)}, got {shown(view)}")
+        view = known(row.get("viewpoint", ""))
+        if view:
+            views.append((where, view))
         image = row["path"]
         if "\0" in image or len(image) > _LONGEST_PATH:
             raise ValueError(
@@ -70,23 +65,24 @@ def _read_rows(path: Path) -> tuple[list[tuple[str, str, ImageEntry]], list[str]
         lines[file_id] = line
         if is_litter(image):
             litter.append(image)
-        elif _MINUS_ONE.fullmatch(row["identity"]):
+        elif is_minus_one(row["identity"]):
             junk.append(image)
         else:
-            camera = _known(row.get("camera", ""))
+            camera = known(row.get("camera", ""))
             entry = ImageEntry(str(path.parent / image), row["identity"], viewpoint=view)
             rows.append((row["split"], camera, entry))
-    return rows, junk, litter
+    return rows, checked_classes(views, declared), junk, litter
 
 
-def read_manifest(root: str | os.PathLike[str]) -> ReidData:
+def read_manifest(root: str | os.PathLike[str], *, viewpoints: ViewpointClasses | None = None) -> ReidData:
     """The data set listed in a CSV file with the columns `path,identity,split` and optionally `camera,viewpoint`.
 
     - path: relative to the CSV file's folder, or absolute; every image once. Backslashes separate folders.
     - identity: any text. The same text is the same person in all splits. Images of identity -1 are junk and left out.
     - split: train, query or gallery; each needs at least one image.
     - camera: any text.
-    - viewpoint: front, front_side, side, back_side, back or noise.
+    - viewpoint: front, front_side, side, back_side, back or noise; or any names, which are then the viewpoints; or a
+      label of those that `viewpoints` declares (see `ViewpointClasses`).
 
     Cameras and viewpoints are unknown where they are empty, -1, nan, none, null, na, n/a, unknown or ?. Identities and
     cameras that are all integers, at least 0 and of at most 18 digits, keep their numbers, others are numbered in
@@ -100,11 +96,11 @@ def read_manifest(root: str | os.PathLike[str]) -> ReidData:
     if state := no_file(path):
         tree = "path,identity,camera,viewpoint,split\nimages/a.jpg,anna,1,front,train\n..."
         raise FileNotFoundError(f"manifest: expected a CSV file like\n{tree}\nfound instead: {state}")
-    rows, junk, litter = _read_rows(path)
+    rows, classes, junk, litter = _read_rows(path, viewpoints)
     cameras = _numbers({camera for _, camera, _ in rows if camera})
     identities = _numbers({entry.identity for _, _, entry in rows})
     entries: dict[str, list[ImageEntry]] = {split: [] for split in SPLITS}
     for split, camera, entry in rows:
         entries[split].append(entry._replace(camera=cameras.get(camera, UNKNOWN)))
     notes = (*left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, litter))
-    return build_data(f"manifest {path.name}", entries, identities.__getitem__, notes)
+    return build_data(f"manifest {path.name}", entries, identities.__getitem__, notes, classes)

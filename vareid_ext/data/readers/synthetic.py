@@ -12,13 +12,17 @@ from vareid_ext.data.random_stream import Stream
 from vareid_ext.data.synthetic.drawing import TURN
 from vareid_ext.data.synthetic.renderer import Shot, SyntheticRenderer, SyntheticSettings
 from vareid_ext.data.types import ImageList, ReidData
-from vareid_ext.data.viewpoints import hard_labels
+from vareid_ext.data.viewpoint_classes import PERSON, ViewpointClasses
 
 _SPLIT = 4
 _FIRST_TEST, _FIRST_DISTRACTOR = 1_000_000, 2_000_000
 
 # (largest turn away from the front in degrees, name): the bounds of the views.
 _VIEWS = ((28, "front"), (62, "front_side"), (118, "side"), (152, "back_side"), (180, "back"))
+
+
+def _degrees(facing: int) -> str:
+    return f"{facing % TURN * 360 / TURN:.2f}"
 
 
 def _view(facing: int) -> str:
@@ -39,15 +43,20 @@ class _ExtraLoader:
 
 
 def synthetic_data(
-    settings: SyntheticSettings | None = None, *, extras: Sequence[str] = (), progress: bool = False
+    settings: SyntheticSettings | None = None,
+    *,
+    extras: Sequence[str] = (),
+    viewpoints: ViewpointClasses | None = None,
+    progress: bool = False,
 ) -> ReidData:
     """The synthetic data set of these settings (the default ones when None), rendered in memory.
 
     As in Market-1501 the test people are not among the training ones, each of them has one query per camera (when there
     are more pictures than cameras), the rest is gallery, and the gallery holds distractors of identity 0. The images
-    come with the `extras` named, out of `EXTRAS`, which are exact (see `SyntheticRenderer.extra`). `progress` shows a
-    bar while rendering.
+    come with the `extras` named, out of `EXTRAS`, which are exact (see `SyntheticRenderer.extra`). Where `viewpoints`
+    are angles, the labels are the exact ones; else they are the paper's. `progress` shows a bar while rendering.
     """
+    classes = viewpoints if viewpoints is not None and viewpoints.angles else PERSON
     settings = SyntheticSettings() if settings is None else settings
     shots: dict[str, Shot] = {}
     renderer = SyntheticRenderer(settings, shots)
@@ -81,14 +90,15 @@ def synthetic_data(
     renderer.render_all(extras, progress=progress)
     splits = {}
     for split, entries in lists.items():
-        views = tuple(_view(renderer.facing(shots[path])) for path, _ in entries)
+        view = _degrees if classes.angles else _view
+        views = tuple(view(renderer.facing(shots[path])) for path, _ in entries)
         paths = tuple(path for path, _ in entries)
         splits[split] = ImageList(
             paths=paths,
             identity=np.array([identity for _, identity in entries], dtype=np.int64),
             camera=np.array([shots[path].camera for path, _ in entries], dtype=np.int64),
-            viewpoint=hard_labels(views),
             viewpoint_name=views,
+            **classes.columns(views),
             loader=renderer,
             extras={
                 name: Extra(EXTRAS[name].kind, paths, EXTRAS[name].pairs, _ExtraLoader(renderer, name))
@@ -96,4 +106,4 @@ def synthetic_data(
             },
         )
     names = tuple(f"{identity:04d}" for identity in range(settings.identities_train))
-    return ReidData("synthetic", splits["train"], splits["query"], splits["gallery"], names)
+    return ReidData("synthetic", splits["train"], splits["query"], splits["gallery"], names, classes)
