@@ -70,7 +70,7 @@ class GalleryIndex:
             ordered = indptr[0] == 0 and indptr[-1] == sets and (np.diff(indptr) >= 0).all()
             if not ordered or len(arrays["path"]) not in (0, G) or arrays["path"].dtype.kind != "S":
                 raise ValueError("its arrays do not fit each other")
-            self.labels = Labels(*(arrays[name] for name in _LABELS))
+            self.labels = Labels(arrays["identity"], arrays["camera"], arrays["viewpoint"])
             self.labels.check_lengths(features=stored.feature)
             lists = {name: to_tensor(arrays[name], name) for name in _LISTS}
             self._gallery = KnownGallery(
@@ -268,7 +268,7 @@ def _columns(rows: int, labels: Mapping[str, Any], paths: Sequence[str]) -> dict
         name: unknown if values is None else to_tensor(np.asarray(values), name).numpy()
         for name, values in labels.items()
     }
-    checked = Labels(*(given[name] for name in _LABELS))
+    checked = Labels(given["identity"], given["camera"], given["viewpoint"])
     checked.check_lengths(feature=range(rows), paths=paths or None)
     named = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
     return {name: getattr(checked, name) for name in _LABELS} | {"path": named}
