@@ -22,6 +22,8 @@ COMMANDS = {
     "compare": "which of several models is better, by how much, and how sure that is",
     "report": "what a model does, or features in files: one HTML page with numbers, plots and ranked lists",
     "extract": "features of images by a trained model",
+    "index": "a gallery on disk, whose neighbour lists are made once",
+    "search": "the best images of an index for each query",
     "views": "pictures of the people on images in eight poses, drawn by a trained PN-GAN",
     "export": "the feature of a trained model as an ONNX file or a torch.export program",
     "rerank": "k-reciprocal re-ranking of features in files",

@@ -78,6 +78,8 @@ ADDED = {
     "python -m vareid_ext.train": TINY,
     "vareid extract": ["--quiet"],
     "vareid export": ["--quiet"],
+    "vareid index": ["--quiet"],
+    "vareid search": ["--quiet"],
     "vareid rerank": ["--quiet", "--topk=10"],
     "vareid evaluate": ["--quiet"],
     "vareid compare": ["--quiet", "--resamples=50"],
@@ -104,6 +106,7 @@ PYTHON: dict[tuple[str, str], Any] = {
     ("docs/your-model.md", "import vareid_ext"): ("tests/test_trained.py", "def test_the_documented_uses_of_a_model"),
     ("docs/your-model.md", "import numpy"): ("tests/test_export.py", "def test_the_documented_use_of_an_onnx_file"),
     ("docs/your-own-data.md", "from vareid_ext import evaluate_features"): lambda: features(),
+    ("docs/your-own-data.md", "from vareid_ext import GalleryIndex"): lambda: features(),
     ("docs/your-own-data.md", "from vareid_ext import pairwise_distance, verify_features"): lambda: features(),
 }
 

@@ -66,14 +66,20 @@ def _parser() -> Parser:
     parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint")
     parser.add_argument("images", nargs="?", metavar="IMAGES", help="folder, image, list (.txt), manifest (.csv), root")
     parser.add_argument("--output", required=True, metavar="OUTPUT", help="the features: .npz or .npy")
+    add_image_arguments(parser)
+    parser.add_argument("--shard", metavar="I/N", type=_shard, help="take the I-th of N equal parts of the images")
+    parser.add_argument("--merge", nargs="+", metavar="SHARD", help="put the outputs of all shards together")
+    return parser
+
+
+def add_image_arguments(parser: Parser, *, flip: bool = True) -> None:
+    """How images are found, read and embedded; `flip` as for the inference arguments."""
     parser.add_argument("--data", choices=READERS, metavar="KIND", help=f"a data set's kind: {', '.join(READERS)}")
     parser.add_argument(
         "--split", choices=SPLITS, help="of a data set or a manifest (default: all of it, without identities)"
     )
     parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
-    parser.add_argument("--shard", metavar="I/N", type=_shard, help="take the I-th of N equal parts of the images")
-    parser.add_argument("--merge", nargs="+", metavar="SHARD", help="put the outputs of all shards together")
-    add_inference_arguments(parser)
+    add_inference_arguments(parser, flip=flip)
     group = parser.add_argument_group("inputs beside the images, for methods that need them")
     for name, formats in FORMATS.items():
         group.add_argument(f"--{name}", metavar="PATH", help=formats)
@@ -82,7 +88,6 @@ def _parser() -> Parser:
         "--missing", choices=("error", "neutral"), default="error",
         help="what happens to images without one (default: %(default)s)",
     )  # fmt: skip
-    return parser
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -101,16 +106,8 @@ def _run(options: argparse.Namespace) -> Result:
     if options.images is None:
         raise ValueError("RUN, IMAGES: both are needed")
     model = load_trained(options.run, options.device)
-    files = ExtraFiles(**{field.name: getattr(options, field.name) for field in fields(ExtraFiles)})
-    inputs = model.method.test_inputs
-    check_given(files, inputs, f"method {model.config.method.name!r}")
-    images = read_images(options.images, options.data, options.split, progress=not options.quiet)
-    lists, missing = join_extras({"": images}, files, {"": inputs}, folder_of(options.images))
-    images, notes, skipped = readable(lists[""], options.skip_bad_images, progress=not options.quiet)
-    unread = [f"{name} are given, but the method does not read them" for name in EXTRAS
-              if getattr(files, name) is not None and name not in inputs]  # fmt: skip
-    notes = (*notes, *missing, *unread)
-    request = _fingerprint(model, images, options)
+    images, notes, skipped = gather_images(model, options.images, options)
+    request = fingerprint(model, images, options)
     arrays: dict[str, Any] = {}
     if options.shard is not None:
         number, count = options.shard
@@ -119,15 +116,33 @@ def _run(options: argparse.Namespace) -> Result:
         images = images.select(np.arange(*bounds))
         request = f"{request} {number}/{count}"
     parts = Parts(Path(f"{output}.parts"), request)
-    kept = parts.done
-    _extract(model, images, parts, inference_options(options), progress=not options.quiet)
-    feature = parts.read(len(images), model.feature_dim)
+    notes = (*parts.notes(), *notes)
+    feature = parts.complete(model, images, options)
     _write(output, {"feature": feature, **_described(images), **arrays})
     parts.remove()
-    if kept:
-        notes = (f"{kept} of them by an earlier start", *notes)
     text = "\n".join([f"{output}: features {list(feature.shape)}", *notes])
     return Result(text, {"output": str(output), "images": len(feature), "D": feature.shape[1], "skipped": skipped})
+
+
+def gather_images(
+    model: TrainedModel, source: str, options: argparse.Namespace
+) -> tuple[ImageList, tuple[str, ...], list[str]]:
+    """The images that can be read, with what the model reads beside them; what is to be said; and those left out.
+
+    Args:
+        model: of the run.
+        source: as :func:`read_images` takes it.
+        options: of :func:`add_image_arguments`.
+    """
+    files = ExtraFiles(**{field.name: getattr(options, field.name) for field in fields(ExtraFiles)})
+    inputs = model.method.test_inputs
+    check_given(files, inputs, f"method {model.config.method.name!r}")
+    images = read_images(source, options.data, options.split, progress=not options.quiet)
+    lists, missing = join_extras({"": images}, files, {"": inputs}, folder_of(source))
+    images, notes, skipped = readable(lists[""], options.skip_bad_images, progress=not options.quiet)
+    unread = [f"{name} are given, but the method does not read them" for name in EXTRAS
+              if getattr(files, name) is not None and name not in inputs]  # fmt: skip
+    return images, (*notes, *missing, *unread), skipped
 
 
 def folder_of(source: str) -> str:
@@ -199,7 +214,7 @@ def readable(images: ImageList, skip: bool, *, progress: bool) -> tuple[ImageLis
     return images.select(keep), left_out(unreadable_of(images), paths), paths
 
 
-def _fingerprint(model: TrainedModel, images: ImageList, options: argparse.Namespace) -> str:
+def fingerprint(model: TrainedModel, images: ImageList, options: argparse.Namespace) -> str:
     """A text that differs where the features would."""
     digest = hashlib.sha256(model.checkpoint.read_bytes())
     extras = {name: getattr(options, name) for name in (*EXTRAS, "keypoints_order", "missing")}
@@ -249,6 +264,15 @@ class Parts:
             file.write(feature.tobytes())
         self.done += len(feature)
 
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said about what was there before."""
+        return (f"{self.done} of them by an earlier start",) if self.done else ()
+
+    def complete(self, model: TrainedModel, images: ImageList, options: argparse.Namespace) -> np.ndarray:
+        """All features, of which those that are not there yet are made: float32 [N, D]."""
+        _extract(model, images, self, inference_options(options), progress=not options.quiet)
+        return self.read(len(images), model.feature_dim)
+
     def read(self, count: int, dim: int) -> np.ndarray:
         """All features, float32 [count, dim]. Raises ValueError where some are gone, which another process may do."""
         parts = [*self._parts(), np.empty((0, dim), np.float32)]
@@ -275,8 +299,12 @@ def _extract(model: TrainedModel, images: ImageList, parts: Parts, how: dict[str
                 held.append(feature.cpu())
                 bar.update(len(feature))
                 if sum(map(len, held)) >= _PART or time.monotonic() - written >= _SECONDS:
-                    parts.add(torch.cat(held).numpy())
-                    held, written = [], time.monotonic()
+                    whole, held, written = (
+                        torch.cat(held),
+                        [],
+                        time.monotonic(),
+                    )  # an interruption must not add it twice
+                    parts.add(whole.numpy())
     except (KeyboardInterrupt, TerminatedError):
         print(
             f"{parts.done + sum(map(len, held))} of {len(images)} images are done; the same command goes on there",

@@ -89,7 +89,7 @@ def size_in_bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; 200M and 1.5G are") from None
 
 
-def add_max_unpacked(parser: argparse.ArgumentParser) -> None:
+def add_max_unpacked(parser: argparse._ActionsContainer) -> None:
     """The limit on compressed files."""
     parser.add_argument(
         "--max-unpacked", type=size_in_bytes, default=MAX_UNPACKED, metavar="SIZE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,40 @@ def draw_ranking(
                 axes = place(left + rank * step, image_y)
                 _draw_image(axes, gallery.load(index), colour, _viewpoint_text(gallery, index))
     _save(figure, path)
+
+
+_VERDICTS = {"yes": _RIGHT, "no": _WRONG, "unsure": _COLOURS[1], "": _INK}
+
+
+def draw_results(
+    path: str | os.PathLike[str],
+    rows: Sequence[tuple[Image.Image | None, Sequence[tuple[Image.Image | None, str, str]]]],
+    *,
+    title: str,
+) -> None:
+    """Draw queries and the images that a search has found for them, and write them as PNG.
+
+    Args:
+        path: the file.
+        rows: of each query its image and, of each that was found, the image, a caption, and "yes", "no", "unsure" (the
+            colour of its frame) or "". None is an image that cannot be read.
+        title: of the whole figure.
+    """
+    first = next((image for query, found in rows for image in (query, *(f[0] for f in found)) if image), None)
+    cell_width = 0.8
+    cell_height = cell_width * (2 if first is None else min(max(first.height / first.width, 0.75), 3.0))
+    step, top, row_height, left = cell_width + 0.1, 0.5, cell_height + 0.4, cell_width + 0.5
+    width = max(4.0, left + step * max((len(found) for _, found in rows), default=0) + 0.1)
+    height = top + len(rows) * row_height
+    figure = Figure(figsize=(width, height), dpi=120, facecolor="white")
+    figure.text(0.15 / width, 1 - 0.25 / height, title, va="center", fontsize=10, color=_INK, fontweight="bold")
+    for line, (query, found) in enumerate(rows):
+        cells = [(0.15, query, "query", ""), *((left + i * step, *cell) for i, cell in enumerate(found))]
+        for x, image, caption, same in cells:
+            y = 1 - (top + line * row_height + cell_height) / height
+            axes = figure.add_axes((x / width, y, cell_width / width, cell_height / height))
+            caption = f"{caption}  {same}" if same else caption
+            _draw_image(axes, image or Image.new("RGB", (1, 2), _GRID), _VERDICTS[same], caption)
+            if image is None:
+                axes.text(0.5, 0.5, "missing", transform=axes.transAxes, ha="center", fontsize=7, color=_GREY)
+    _save(figure, Path(path))

@@ -1,0 +1,211 @@
+"""``vareid index RUN IMAGES --output gallery.index``: a gallery on disk that ``vareid search`` searches."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vareid_ext._labels import Labels
+from vareid_ext.cli.common import Parser, Result, command_parser, run_command
+from vareid_ext.cli.extract import Parts, add_image_arguments, fingerprint, gather_images
+from vareid_ext.cli.rerank import RERANKING, add_max_unpacked
+from vareid_ext.files.features import LABELS, Features, read_features
+from vareid_ext.files.gallery_folder import check_new
+from vareid_ext.retrieval import GalleryIndex, check_parameters
+from vareid_ext.trained import TrainedModel, load_trained
+
+_DESCRIPTION = """\
+A gallery on disk: its features, the neighbour lists of re-ranking, labels and paths. `vareid search` opens it in no
+time, and with --rerank gives for a query what re-ranking it with the whole gallery gives.
+
+The features are those of images by a trained model, RUN and IMAGES as for `vareid extract`, or of a file, --features.
+INDEX is a folder. With --add images are added to one that is there: only their distances are computed, and those whose
+path it has already are left out. An index that is being searched goes on with what it had; one that is being written
+refuses a second writer; whatever is interrupted leaves it as it was.
+"""
+_EXAMPLES = """\
+  vareid index runs/mine photos/ --output gallery.index
+  vareid index runs/mine more-photos/ --output gallery.index --add
+  vareid index --features gallery.npz --output features.index
+  vareid index runs/mine Market-1501 --data market1501 --split gallery --output market.index
+"""
+
+
+def _parser() -> Parser:
+    parser = command_parser("index", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint")
+    parser.add_argument("images", nargs="?", metavar="IMAGES", help="folder, image, list (.txt), manifest (.csv), root")
+    parser.add_argument("--output", required=True, metavar="INDEX", help="the index, a folder")
+    parser.add_argument("--add", action="store_true", help="add to the index that is there")
+    for name in ("k1", "k2"):
+        parser.add_argument(
+            f"--{name}", type=int, metavar="K", help=f"of re-ranking, once for all (default: {RERANKING[name]})"
+        )
+    group = parser.add_argument_group("features in a file")
+    group.add_argument("--features", metavar="FILE", help="a file in place of RUN and IMAGES: .npz, .npy, .pt, .mat")
+    group.add_argument("--key", metavar="KEY", help="key of the features (default: the usual names)")
+    for label in LABELS:
+        group.add_argument(f"--{label}", metavar="SOURCE", help="key, file or file:key (default: the usual names)")
+    add_max_unpacked(group)
+    add_image_arguments(parser)
+    return parser
+
+
+_OF_FILES = ("key", *LABELS, "max_unpacked")
+
+
+def model_identity(model: TrainedModel, flip: bool | None) -> dict[str, Any]:
+    """What says whose features an index holds.
+
+    Args:
+        model: of the run.
+        flip: whether the mirrored image's feature is added; None as the run.
+    """
+    how = dataclasses.asdict(model.preprocessing) | ({} if flip is None else {"flip": flip})
+    return {
+        "checkpoint": os.path.abspath(model.checkpoint),
+        "sha256": hashlib.sha256(model.checkpoint.read_bytes()).hexdigest(),
+        "preprocessing": {name: list(value) if isinstance(value, tuple) else value for name, value in how.items()},
+    }
+
+
+def check_model(index: GalleryIndex, found: dict[str, Any]) -> tuple[str, ...]:
+    """What is to be said about a model whose features are compared with an index's; ValueError if they are another's.
+
+    Args:
+        index: of the gallery.
+        found: of :func:`model_identity`.
+    """
+    if index.about is None:
+        return ("the index was made of a file of features: whether by this model is not known",)
+    for name, what in (("sha256", "weights"), ("preprocessing", "preprocessing (or --flip)")):
+        if found[name] != index.about[name]:
+            raise ValueError(
+                f"RUN: {found['checkpoint']} has other {what} than {index.about['checkpoint']}, which made the index "
+                f"{index.folder}; features of two models cannot be compared"
+            )
+    return ()
+
+
+def read_file(options: argparse.Namespace) -> Features:
+    """The features that --features names."""
+    labels: dict[str, Any] = {label: getattr(options, label, None) for label in LABELS}
+    return read_features(
+        options.features, "gallery", key=options.key, max_unpacked=options.max_unpacked, paths=True, **labels
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    if (options.images is None) == (options.features is None) or (options.features and options.run):
+        raise ValueError("RUN IMAGES, --features: one of the two is needed, RUN together with IMAGES")
+    given = [n for n in _OF_FILES if options.features is None and getattr(options, n) != _parser().get_default(n)]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')}: is for --features, which was not given")
+
+
+def _run(options: argparse.Namespace) -> Result:
+    _check(options)
+    output = Path(options.output)
+    index = GalleryIndex(output) if options.add else None
+    if index is None:
+        check_new(output)
+        for name in ("k1", "k2"):
+            setattr(options, name, RERANKING[name] if getattr(options, name) is None else getattr(options, name))
+        check_parameters(options.k1, options.k2, 0.0)
+        if not Path(os.path.realpath(output)).parent.is_dir():
+            raise ValueError(f"{output}: the folder {Path(os.path.realpath(output)).parent} does not exist")
+    else:
+        for name in ("k1", "k2"):
+            if getattr(options, name) not in (None, getattr(index, name)):
+                raise ValueError(
+                    f"--{name}: {getattr(options, name)} was given, but {output} was made with {getattr(index, name)}"
+                )
+    if options.features is not None:
+        return _index_file(options, index)
+    model = load_trained(options.run, options.device)
+    if index is not None and options.flip is None and index.about is not None:
+        options.flip = index.about["preprocessing"]["flip"]
+    about = model_identity(model, options.flip)
+    said = () if index is None else check_model(index, about)
+    images, notes, skipped = gather_images(model, options.images, options)
+    paths = [os.path.abspath(path) if os.path.exists(path) else path for path in images.paths]
+    new = _new(index, paths)
+    images = images.select(new)
+    if not len(images):
+        return _result(options, index, 0, len(new), notes, skipped)
+    parts = Parts(Path(f"{output}.parts"), fingerprint(model, images, options))
+    notes = (*said, *parts.notes(), *notes)
+    index = _write(options, index, images, parts.complete(model, images, options), paths, new, about)
+    parts.remove()
+    return _result(options, index, len(images), len(new), notes, skipped)
+
+
+def _index_file(options: argparse.Namespace, index: GalleryIndex | None) -> Result:
+    found = read_file(options)
+    notes = [found.used()]
+    if not found.paths:
+        notes.append("paths: not known, so there will be no pictures")
+    if index is not None and index.about is not None:
+        notes.append(f"whether they are of the index's model, {index.about['checkpoint']}, is not known")
+    new = _new(index, found.paths) if found.paths else np.ones(len(found), dtype=bool)
+    if new.any():
+        index = _write(options, index, found.select(new), found.select(new).feature, found.paths, new, None)
+    return _result(options, index, int(new.sum()), len(new), notes, ())
+
+
+def _new(index: GalleryIndex | None, paths: Sequence[str]) -> np.ndarray:
+    """bool [N]: which images the index does not have yet, by their paths."""
+    known = set() if index is None or not index.has_paths else {index.path(row) for row in range(len(index))}
+    return np.array([path not in known for path in paths], dtype=bool)
+
+
+def _write(
+    options: argparse.Namespace,
+    index: GalleryIndex | None,
+    labels: Labels,
+    feature: Any,
+    paths: Sequence[str],
+    new: np.ndarray,
+    about: Any,
+) -> GalleryIndex:
+    """The index with these images, of whose `paths` those are theirs that are `new`."""
+    rows: dict[str, Any] = {name: getattr(labels, name) for name in LABELS}
+    rows["paths"] = [path for path, is_new in zip(paths, new.tolist(), strict=False) if is_new]
+    rows["progress"] = not options.quiet
+    if index is None:
+        return GalleryIndex.build(options.output, feature, k1=options.k1, k2=options.k2, about=about, **rows)
+    index.add(feature, **rows)
+    return index
+
+
+def _result(
+    options: argparse.Namespace,
+    index: GalleryIndex | None,
+    added: int,
+    given: int,
+    notes: Sequence[str],
+    skipped: Sequence[str],
+) -> Result:
+    if index is None:
+        raise ValueError("--features: no rows were given; at least one is needed")
+    images, D = index.feature.shape
+    lines = [f"{options.output}: {images} images, features of {D} elements"]
+    if options.add:
+        lines.append(f"{added} of {given} images are new; the others were there, by their paths")
+    values = {
+        "output": options.output, "images": images, "D": D, "added": added, "known": given - added,
+        "skipped": list(skipped),
+    }  # fmt: skip
+    return Result("\n".join([*lines, *notes]), values)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; returns its exit status."""
+    return run_command(_parser(), _run, arguments)
