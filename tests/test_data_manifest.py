@@ -72,6 +72,24 @@ def test_an_unknown_camera_is_no_camera_among_numbers_or_names(tmp_path, named):
     assert data.query.camera.tolist() == data.gallery.camera.tolist() == [-1]
 
 
+def test_further_columns_are_numbered_as_cameras_are_and_written_back(tmp_path):
+    rows = ["a,1,train,red,4", "b,1,train,,9", "c,2,query,blue,-1", "d,2,gallery,red,4", "e,-1,gallery,x,1"]
+    for row in rows:
+        Image.new("RGB", (3, 6)).save(tmp_path / f"{row[0]}.png")
+    text = "\n".join(["path,identity,split,column_clothes,column_day", *(row.replace(",", ".png,", 1) for row in rows)])
+    data = load_data("manifest", write(tmp_path, text), progress=False)
+    again = load_data("manifest", write_manifest(data, tmp_path / "out"), progress=False)
+    for found in (data, again):
+        clothes, day = (
+            [images.columns[name].tolist() for images in found.splits.values()] for name in ("clothes", "day")
+        )
+        assert clothes == [[2, -1], [1], [2]]  # by their texts, blue and red; then by their numbers
+        assert day == [[4, 9], [-1], [4]]
+    assert "column clothes with 2 values" in data.summary()
+    assert "column day with 2 values" in data.summary()
+    assert data.train.select([1]).columns["day"].tolist() == [9]
+
+
 def test_an_unknown_viewpoint_is_spelled_as_an_unknown_camera_is(tmp_path):
     text = "path,identity,viewpoint,split\nq.png,1,,query\ng.png,1,back,gallery\n"
     text += "".join(f"{place}.png,1,{view},train\n" for place, view in enumerate(("side", *UNKNOWN_SPELLINGS)))
@@ -207,6 +225,12 @@ HEAD = "path,identity,split\na,1,train\n"
     ("text", "message"),
     [
         ("", "line 1: missing column path, identity, split"),
+        (
+            "path,identity,split,clothes\na,1,train,2",
+            r"line 1: unknown column 'clothes'; .* and column_NAME for further",
+        ),
+        ("path,identity,split,column_camera\na,1,train,2", "line 1: columns: 'camera' was given; allowed are names"),
+        ("path,identity,split,column_\na,1,train,2", "line 1: columns: '' was given"),
         ("path,identity\n", "line 1: missing column split; columns are path, identity, split and optionally camera"),
         ("path,identity,split,colour\n", "line 1: unknown column 'colour'"),
         ("path,path,identity,split\n", "line 1: column 'path' is given twice"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -132,6 +133,29 @@ def test_all_of_a_manifest_comes_without_identities(trained_run, data, tmp_path)
     expected = np.concatenate([images.viewpoint for images in (data.train, data.query, data.gallery)])
     np.testing.assert_array_equal(found["viewpoint"], expected)
     assert len(set(found["path"].tolist())) == len(expected)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".npy"])
+def test_further_columns_of_a_manifest_come_along(trained_run, data, tmp_path, suffix):
+    """Also where a shard knows none of them; and those of an earlier output go."""
+    count = len(data.query)
+    clothes = np.where(np.arange(count) < count // 2, -1, np.arange(count) % 3)
+    query = dataclasses.replace(data.query, columns={"clothes": clothes})
+    manifest = write_manifest(dataclasses.replace(data, query=query), tmp_path / "set")
+    shards = [tmp_path / f"{i}{suffix}" for i in (1, 2)]
+    for i, shard in enumerate(shards, start=1):
+        assert call(trained_run, manifest, "--split", "query", "--output", shard, "--shard", f"{i}/2") == 0
+    merged = tmp_path / f"merged{suffix}"
+    assert call("--merge", *shards, "--output", merged) == 0
+    found = content(merged)["column_clothes"] if suffix == ".npz" else np.load(tmp_path / "merged.column_clothes.npy")
+    np.testing.assert_array_equal(found, clothes)
+    assert call(trained_run, manifest, "--output", merged) == 0
+    every = content(merged)["column_clothes"] if suffix == ".npz" else np.load(tmp_path / "merged.column_clothes.npy")
+    first = len(data.train)
+    np.testing.assert_array_equal(every[first : first + count], clothes)
+    assert (np.delete(every, np.arange(first, first + count)) == -1).all()
+    assert call(trained_run, tmp_path / "set" / "query" / "000000.png", "--output", merged) == 0
+    assert not list(tmp_path.glob("merged.column_*"))
 
 
 class Stopped:

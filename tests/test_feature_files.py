@@ -6,6 +6,7 @@ import io
 import itertools
 import os
 import pickle
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -743,6 +744,7 @@ def labelled(dtype=torch.float32, count=5):
     return Features(
         **{name: arrays[name] for name in ("identity", "camera", "viewpoint")},
         feature=torch.from_numpy(arrays["feature"]).to(dtype), paths=tuple(f"b\u00e4r/{i}.jpg" for i in range(count)),
+        columns={"clothes": np.arange(count) - 1},
     )  # fmt: skip
 
 
@@ -756,6 +758,10 @@ def test_features_are_read_as_they_were_saved(tmp_path, dtype):
     for name in ("identity", "camera", "viewpoint"):
         np.testing.assert_array_equal(getattr(found, name), getattr(written, name))
     assert found.paths == written.paths
+    assert found.columns == {}
+    found = read_features(tmp_path / "a.npz", "gallery", columns={"clothes": None, "day": None})
+    assert {name: values.tolist() for name, values in found.columns.items()} == {"clothes": [-1, 0, 1, 2, 3]}
+    assert found.sources["clothes"] == f"{tmp_path / 'a.npz'}:column_clothes"
     assert read_features(tmp_path / "a.npz", "query").paths == ()
     replace(written, paths=()).save(tmp_path / "b.npz")
     assert read_features(tmp_path / "b.npz", "query", paths=True).paths == ()
@@ -765,6 +771,7 @@ def test_features_are_selected_with_their_labels():
     some = labelled().select([4, 0])
     assert torch.equal(some.feature, labelled().feature[[4, 0]])
     assert some.identity.tolist() == labelled().identity[[4, 0]].tolist()
+    assert some.columns["clothes"].tolist() == [3, -1]
     assert some.paths == ("b\u00e4r/4.jpg", "b\u00e4r/0.jpg")
     assert len(labelled().select(np.arange(5) > 2)) == 2
 
@@ -774,10 +781,43 @@ def test_features_take_the_labels_of_images():
     found = Features.of(feature, labelled())
     assert found.feature is feature
     assert found.camera.tolist() == labelled().camera.tolist()
+    assert found.columns["clothes"].tolist() == labelled().columns["clothes"].tolist()
     with pytest.raises(ValueError, match="feature: 4 entries were given; 5 are needed"):
         Features.of(feature[:4], labelled())
     with pytest.raises(ValueError, match="paths: 1 entries were given"):
         Features.of(feature, labelled(), paths=("a",))
+
+
+def test_a_further_column_of_another_name_or_file_is_found(tmp_path):
+    np.savez(tmp_path / "a.npz", **images(6, 5), Clothes=np.arange(5), query_day=[[3.0], [3], [3], [3], [3]])
+    np.save(tmp_path / "b.npy", np.arange(5) * 2)
+    found = read_features(
+        tmp_path / "a.npz", "query", columns={"clothes": None, "day": None, "bag": str(tmp_path / "b.npy")}
+    )
+    assert {name: values.tolist() for name, values in found.columns.items()} == {
+        "clothes": [0, 1, 2, 3, 4], "day": [3] * 5, "bag": [0, 2, 4, 6, 8],
+    }  # fmt: skip
+    assert read_features(tmp_path / "a.npz", "gallery", columns={"day": None}).columns == {}
+    np.savez(tmp_path / "c.npz", **images(6, 5), clothes=np.arange(4))
+    with pytest.raises(FeatureFileError, match="query clothes: length 4"):
+        read_features(tmp_path / "c.npz", "query", columns={"clothes": None})
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"camera": np.arange(5)}, "columns: 'camera' was given"),
+        ({"none": np.arange(5)}, "columns: 'none' was given"),
+        ({"a|b": np.arange(5)}, "columns: 'a|b' was given"),
+        ({3: np.arange(5)}, "columns: 3 was given"),
+        ({"day": np.arange(4)}, "day: 4 entries were given; 5 are needed"),
+        ({"day": np.arange(5) / 2}, "day: values of type float64"),
+        ({"day": np.zeros((5, 1), dtype=int)}, "day: shape"),
+    ],
+)
+def test_further_columns_that_are_none_are_named(columns, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        replace(labelled(), columns=columns)
 
 
 @pytest.mark.parametrize("path", [np.arange(5), np.array(["a", "b"]), np.array([["a"]] * 5)])

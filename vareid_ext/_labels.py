@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,6 +12,9 @@ from vareid_ext._text import VIEWPOINTS, viewpoint_name
 
 UNKNOWN = -1
 """Label that is not known."""
+
+COLUMN = "column_"
+"""What a further column's name begins with where it stands among other things: in a manifest, in a file of features."""
 
 Self = TypeVar("Self", bound="Labels")
 
@@ -37,6 +40,22 @@ def _frozen(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def _vector(name: str, values: Any) -> np.ndarray:
+    array = _whole(name, values)
+    if array.ndim != 1:
+        raise ValueError(f"{name}: shape {list(array.shape)} was given; [N] is needed")
+    return _frozen(array)
+
+
+def check_column(name: object) -> None:
+    """ValueError unless `name` can be that of a further column."""
+    if not isinstance(name, str) or not name.isidentifier() or name in ("identity", "camera", "viewpoint", "none"):
+        raise ValueError(
+            f"columns: {name!r} was given; allowed are names of letters, digits and _ (clothes), but for identity, "
+            "camera, viewpoint and none"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Labels:
     """Who is on each of N images, by which camera, from which side. All arrays are read-only.
@@ -48,6 +67,7 @@ class Labels:
         viewpoint_weight: float32 [N, V] with soft labels, else None. Every row is a distribution over the viewpoints;
             where the viewpoint is unknown it is uniform over those that occur for the identity.
         viewpoints: what the V viewpoints are called, in the order of their numbers.
+        columns: further labels by name (clothes, say), int64 [N] each, -1 where unknown.
     """
 
     identity: np.ndarray
@@ -55,19 +75,22 @@ class Labels:
     viewpoint: np.ndarray
     viewpoint_weight: np.ndarray | None = None
     viewpoints: tuple[str, ...] = VIEWPOINTS
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("identity", "camera", "viewpoint"):
-            array = _whole(name, getattr(self, name))
-            if array.ndim != 1:
-                raise ValueError(f"{name}: shape {list(array.shape)} was given; [N] is needed")
-            object.__setattr__(self, name, _frozen(array))
+            object.__setattr__(self, name, _vector(name, getattr(self, name)))
+        for name in self.columns:
+            check_column(name)
+        columns = {name: _vector(name, values) for name, values in self.columns.items()}
+        object.__setattr__(self, "columns", columns)
         if self.viewpoint_weight is not None:
             weight = np.asarray(self.viewpoint_weight, dtype=np.float32)
             if weight.ndim != 2:
                 raise ValueError(f"viewpoint_weight: shape {list(weight.shape)} was given; [N, V] is needed")
             object.__setattr__(self, "viewpoint_weight", _frozen(weight))
         self.check_lengths(camera=self.camera, viewpoint=self.viewpoint, viewpoint_weight=self.viewpoint_weight)
+        self.check_lengths(**columns)
 
     def check_lengths(self, **values: Sized | None) -> None:
         """ValueError, naming it, for one that is not None and has not N entries."""
@@ -82,7 +105,8 @@ class Labels:
         """What of the images at the indices `chosen` differs from what is known of all, by field."""
         weight = self.viewpoint_weight
         labels = {name: getattr(self, name)[chosen] for name in ("identity", "camera", "viewpoint")}
-        return {**labels, "viewpoint_weight": None if weight is None else weight[chosen]}
+        columns = {name: values[chosen] for name, values in self.columns.items()}
+        return {**labels, "viewpoint_weight": None if weight is None else weight[chosen], "columns": columns}
 
     def viewpoint_classes(self) -> np.ndarray:
         """What the viewpoint of each image is called, text [N]; "" where it is unknown."""

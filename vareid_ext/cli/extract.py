@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from vareid_ext._labels import COLUMN
 from vareid_ext.cli.common import (
     Parser,
     Result,
@@ -43,7 +44,8 @@ The features of images by a trained model, with its preprocessing: what its own 
 RUN is a run folder or a checkpoint. IMAGES is a folder (and what lies in it at any depth), an image, a text file with a
 path a line, a manifest (.csv), or with --data the root of a data set.
 
-OUTPUT.npz holds feature float32 [N, D], path, and what is known of identity, camera and viewpoint. OUTPUT.npy holds the
+OUTPUT.npz holds feature float32 [N, D], path, and what is known of identity, camera, viewpoint and further columns
+(column_clothes). OUTPUT.npy holds the
 features alone, which can be memory-mapped; path and labels lie beside it in OUTPUT.path.npy, OUTPUT.identity.npy, ...
 
 A command that was interrupted goes on where it was when it is given again. --shard 2/5 takes the second fifth of the
@@ -189,7 +191,12 @@ def read_images(source: str, kind: str | None, split: str | None, *, progress: b
 def _all_images(data: ReidData) -> ImageList:
     """The images of all splits, without identities, whose numbers in training and test are not the same people."""
     lists = data.splits.values()
+    further = dict.fromkeys(name for images in lists for name in images.columns)
     columns: dict[str, Any] = {
+        "columns": {
+            name: np.concatenate([images.columns.get(name, np.full(len(images), UNKNOWN)) for images in lists])
+            for name in further
+        },
         "camera": np.concatenate([images.camera for images in lists]),
         "viewpoint": np.concatenate([images.viewpoint for images in lists]),
         "paths": tuple(path for images in lists for path in images.paths),
@@ -319,6 +326,7 @@ def _extract(model: TrainedModel, images: ImageList, parts: Parts, how: dict[str
 def _described(images: ImageList) -> dict[str, np.ndarray]:
     """Paths and labels; without labels that are not known of any image."""
     labels = {name: getattr(images, name) for name in LABELS}
+    labels |= {COLUMN + name: values for name, values in images.columns.items()}
     known = {name: values for name, values in labels.items() if (values != UNKNOWN).any()}
     if "viewpoint" in known:
         known["viewpoint_class"] = images.viewpoint_classes()
@@ -330,13 +338,21 @@ def _beside(output: Path, name: str) -> Path:
     return output if name == "feature" else output.with_suffix(f".{name}.npy")
 
 
+def _there(output: Path) -> list[str]:
+    """The arrays that lie beside a .npy file of features."""
+    begin, end = f"{output.stem}.", ".npy"
+    found = (file.name for file in output.parent.iterdir() if file.name.startswith(begin) and file.suffix == end)
+    names = (name.removeprefix(begin).removesuffix(end) for name in found)
+    return sorted(name for name in names if name in _WRITTEN or name.startswith(COLUMN))
+
+
 def _write(output: Path, arrays: dict[str, Any]) -> None:
     if output.suffix.lower() == ".npz":
         with atomic_file(output) as file:
             np.savez(file, **arrays)
         return
-    for name in _WRITTEN:
-        _beside(output, name).unlink(missing_ok=True)
+    for name in _there(output):
+        _beside(output, name).unlink()
     for name in reversed(arrays):  # the features last
         with atomic_file(_beside(output, name)) as file:
             np.save(file, arrays[name])
@@ -346,8 +362,8 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     """What :func:`_write` has written."""
     if path.suffix.lower() == ".npz":
         return {name: np.asarray(entry.read()) for name, entry in open_arrays(path).items()}
-    files = {name: _beside(path, name) for name in ("feature", *_WRITTEN)}
-    return {n: np.asarray(open_arrays(f)[""].read()) for n, f in files.items() if n == "feature" or f.exists()}
+    files = {name: _beside(path, name) for name in ("feature", *_there(path))}
+    return {name: np.asarray(open_arrays(file)[""].read()) for name, file in files.items()}
 
 
 def _merge(names: Sequence[str], output: Path) -> Result:
@@ -368,21 +384,21 @@ def _merge(names: Sequence[str], output: Path) -> Result:
     if missing:
         raise ValueError(f"--merge: shards {', '.join(missing)} are missing")
     # A shard's labels may all be unknown where another's are not.
-    filled = [_filled(shards[i]) for i in range(1, count + 1)]
+    known = (*LABELS, "viewpoint_class")
+    labels = [name for shard in shards.values() for name in shard if name in known or name.startswith(COLUMN)]
+    filled = [_filled(shards[i], labels) for i in range(1, count + 1)]
     merged = {name: np.concatenate([shard[name] for shard in filled]) for name in filled[0]}
-    known = {n: v for n, v in merged.items() if n not in LABELS or (v != UNKNOWN).any()}
-    if "viewpoint" not in known:
-        del known["viewpoint_class"]
-    _write(output, known)
-    shape = known["feature"].shape
+    _write(output, merged)
+    shape = merged["feature"].shape
     text = f"{output}: features {list(shape)} of {count} shards"
     return Result(text, {"output": str(output), "images": shape[0], "D": shape[1], "shards": count})
 
 
-def _filled(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _filled(arrays: dict[str, np.ndarray], labels: Iterable[str]) -> dict[str, np.ndarray]:
     unknown = np.full(len(arrays["feature"]), UNKNOWN)
     unnamed = np.full(len(unknown), "")
-    return {**dict.fromkeys(LABELS, unknown), "viewpoint_class": unnamed, **arrays}
+    filled = {name: unnamed if name == "viewpoint_class" else unknown for name in labels}
+    return {**filled, **arrays}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -41,13 +41,14 @@ def no_file(path: Path) -> str:
 
 
 def read_table(
-    path: Path, title: str, required: Sequence[str], optional: Sequence[str] = ()
+    path: Path, title: str, required: Sequence[str], optional: Sequence[str] = (), further: str = ""
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, column -> cell) for each row of a CSV file in UTF-8, with or without a byte order mark.
 
-    The first line names the columns, in any order. Cells lose the blanks around them; blank lines are passed over.
-    `title` is what errors call the file. Raises ValueError, with the line, for unknown, repeated or missing columns, a
-    wrong number of cells, an empty cell in a `required` column, and a file that is no CSV.
+    The first line names the columns, in any order; beside those named, all that begin with `further` are allowed.
+    Cells lose the blanks around them; blank lines are passed over. `title` is what errors call the file. Raises
+    ValueError, with the line, for unknown, repeated or missing columns, a wrong number of cells, an empty cell in a
+    `required` column, and a file that is no CSV.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -57,8 +58,9 @@ def read_table(
             allowed = f"columns are {', '.join(required)}" + (
                 f" and optionally {', '.join(optional)}" if optional else ""
             )
+            allowed += f", and {further}NAME for further ones" if further else ""
             for column in header:
-                if column not in (*required, *optional):
+                if column not in (*required, *optional) and not (further and column.startswith(further)):
                     raise ValueError(f"{where}: unknown column {shown(column)}; {allowed}")
                 if header.count(column) > 1:
                     raise ValueError(f"{where}: column {column!r} is given twice; {allowed}")

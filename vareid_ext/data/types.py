@@ -222,6 +222,10 @@ class ReidData:
         known, total = self.num_train_viewpoints_known, len(self.train)
         kind = "soft " if self.train.viewpoint_weight is not None else ""
         lines.append(f"{self.name}: {known:,} of {total:,} training images have {kind}viewpoint labels")
+        lists = self.splits.values()
+        for column in dict.fromkeys(name for images in lists for name in images.columns):
+            values = {v for images in lists for v in images.columns.get(column, ())} - {UNKNOWN}
+            lines.append(f"{self.name}: column {column} with {len(values):,} values")
         notes = (*left_out(unreadable_of(self.train, self.query), self.skipped), *self.notes)
         lines += [f"{self.name}: {note}" for note in notes]
         return "\n".join(lines)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vareid_ext import _arrays
-from vareid_ext._labels import UNKNOWN, Labels
+from vareid_ext._labels import COLUMN, UNKNOWN, Labels
 from vareid_ext._text import VIEWPOINTS
 from vareid_ext.files.atomic import atomic_file
 from vareid_ext.files.entries import MAX_RATIO, MAX_UNPACKED, Entry, FeatureFileError, Limit, PlainValue
@@ -128,7 +128,8 @@ def _plain(key: str) -> str:
 
 
 def _names(what: str, side: str) -> list[str]:
-    return [prefix + name for prefix in (side, side[0], "") for name in _NAMES[what]]
+    usual = _NAMES.get(what) or (_plain(COLUMN + what), _plain(what))  # of a further column
+    return [prefix + name for prefix in (side, side[0], "") for name in usual]
 
 
 def _usual(entries: Mapping[str, Entry], what: str, side: str) -> str | None:
@@ -215,9 +216,8 @@ class Features(Labels):
     @classmethod
     def of(cls, feature: torch.Tensor, images: Labels, paths: tuple[str, ...] = ()) -> Features:
         """The features ``[N, D]`` of `images`."""
-        labels = {name: getattr(images, name) for name in LABELS}
-        weight, names = images.viewpoint_weight, images.viewpoints
-        return cls(**labels, viewpoint_weight=weight, viewpoints=names, feature=feature, paths=paths)
+        labels: dict[str, Any] = {f.name: getattr(images, f.name) for f in fields(Labels)}
+        return cls(**labels, feature=feature, paths=paths)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,15 +230,16 @@ class Features(Labels):
         return {**super().rows(chosen), "feature": feature, "paths": paths}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write feature, identity, camera, viewpoint, its name and, if known, path to an .npz file, atomically.
+        """Write feature, identity, camera, viewpoint, its name, further columns and, if known, path to an .npz file.
 
-        bfloat16, which NumPy lacks, is written as float32.
+        The file is written atomically. bfloat16, which NumPy lacks, is written as float32.
         """
         feature = self.feature.detach().cpu()
         feature = feature.float() if feature.dtype == torch.bfloat16 else feature
         arrays: dict[str, Any] = {"feature": feature.numpy(), **{name: getattr(self, name) for name in LABELS}}
         if (self.viewpoint != UNKNOWN).any():
             arrays["viewpoint_class"] = self.viewpoint_classes()
+        arrays.update({COLUMN + name: values for name, values in self.columns.items()})
         if self.paths:
             arrays["path"] = np.array(self.paths)
         with atomic_file(Path(path)) as file:
@@ -260,6 +261,7 @@ def read_features(
     camera: str | None = None,
     viewpoint: str | None = None,
     labels: Collection[str] = LABELS,
+    columns: Mapping[str, str | None] | None = None,
     paths: bool = False,
     max_unpacked: int = MAX_UNPACKED,
 ) -> Features:
@@ -273,6 +275,8 @@ def read_features(
         camera: likewise.
         viewpoint: likewise.
         labels: which of ``LABELS`` to look for; others are -1.
+        columns: further columns to look for, with what ``identity`` takes: None looks for ``column_NAME`` and ``NAME``.
+            Those that are not there are left out.
         paths: whether to look for the images' paths.
         max_unpacked: as in :func:`open_arrays`, for each file.
 
@@ -297,15 +301,17 @@ def read_features(
     feature = _features(found, f"{path}: {side} features")
     sources = {"feature": _address(path, key)}
     values: dict[str, Any] = {name: np.full(len(feature), UNKNOWN) for name in LABELS}
-    given = {"identity": identity, "camera": camera, "viewpoint": viewpoint}
-    for what in labels:
+    values["columns"] = {}
+    given = {"identity": identity, "camera": camera, "viewpoint": viewpoint, **(columns or {})}
+    for what in (*labels, *(columns or ())):
         source = _label_source(path, entries, what, side, given[what], max_unpacked)
         if source is None:
             continue
         file, label_key, entry = source
         with _naming(file, label_key):
             found = entry.read()
-        values[what] = _labels(found, f"{file}: {side} {what}", len(feature))
+        of = values if what in LABELS else values["columns"]
+        of[what] = _labels(found, f"{file}: {side} {what}", len(feature))
         sources[what] = _address(file, label_key)
     if "viewpoint" in sources:
         name_key = _usual(entries, "viewpoint_class", side)

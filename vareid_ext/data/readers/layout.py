@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ class ImageEntry(NamedTuple):
     camera: int = UNKNOWN
     viewpoint: str = ""
     """a label (see `ViewpointClasses`); "" where it is unknown"""
+    columns: Mapping[str, int] = MappingProxyType({})
+    """further labels by name, such as clothes"""
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ def build_data(
             raise ValueError(f"{name}: the {split} split has no images")
     names = sorted({entry.identity for entry in entries["train"]}, key=lambda identity: (number(identity), identity))
     index = {identity: position for position, identity in enumerate(names)}
+    columns = dict.fromkeys(column for split in SPLITS for entry in entries[split] for column in entry.columns)
 
     def images(split: str, identity: Callable[[str], int]) -> ImageList:
         views = tuple(entry.viewpoint for entry in entries[split])
@@ -126,6 +130,10 @@ def build_data(
             camera=np.array([entry.camera for entry in entries[split]], dtype=np.int64),
             viewpoint_name=views,
             **classes.columns(views),
+            columns={
+                column: np.array([entry.columns.get(column, UNKNOWN) for entry in entries[split]], dtype=np.int64)
+                for column in columns
+            },
         )
 
     return ReidData(

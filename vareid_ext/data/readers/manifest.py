@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from vareid_ext._labels import COLUMN, check_column
 from vareid_ext.data.readers.layout import JUNK_IMAGES, NOT_IMAGES, ImageEntry, build_data
 from vareid_ext.data.text_files import is_minus_one, known, no_file, read_table, shown
 from vareid_ext.data.types import SPLITS, UNKNOWN, ReidData, is_litter, left_out
@@ -35,18 +37,30 @@ def _file_id(folder: str, path: str) -> str:
     return os.path.realpath(joined) if ".." in Path(path).parts else os.path.normpath(joined)
 
 
+def _check_columns(path: Path, columns: Sequence[str]) -> None:
+    for column in columns:
+        try:
+            check_column(column.removeprefix(COLUMN))
+        except ValueError as error:
+            raise ValueError(f"manifest {path}, line 1: {error}") from None
+
+
 def _read_rows(
     path: Path, declared: ViewpointClasses | None
-) -> tuple[list[tuple[str, str, ImageEntry]], ViewpointClasses, list[str], list[str]]:
-    """(split, camera's name, the rest) of every row, the viewpoints, the paths of junk and of systems' own files."""
+) -> tuple[list[tuple[str, dict[str, str], ImageEntry]], ViewpointClasses, list[str], list[str]]:
+    """Of every row split, texts of camera and further columns, and the rest; viewpoints; paths of junk, and of systems'
+    own files."""
     folder = os.path.realpath(path.parent)
-    rows: list[tuple[str, str, ImageEntry]] = []
+    rows: list[tuple[str, dict[str, str], ImageEntry]] = []
     junk: list[str] = []
     litter: list[str] = []
     lines: dict[str, int] = {}
     views: list[tuple[str, str]] = []
-    for line, row in read_table(path, "manifest", _REQUIRED, _OPTIONAL):
+    for line, row in read_table(path, "manifest", _REQUIRED, _OPTIONAL, COLUMN):
         where = f"manifest {path}, line {line}"
+        further = [column for column in row if column.startswith(COLUMN)]
+        if not lines:
+            _check_columns(path, further)
         if row["split"] not in SPLITS:
             raise ValueError(f"{where}: split must be one of {', '.join(SPLITS)}, got {shown(row['split'])}")
         view = known(row.get("viewpoint", ""))
@@ -68,14 +82,14 @@ def _read_rows(
         elif is_minus_one(row["identity"]):
             junk.append(image)
         else:
-            camera = known(row.get("camera", ""))
+            texts = {name: known(row.get(name, "")) for name in ("camera", *further)}
             entry = ImageEntry(str(path.parent / image), row["identity"], viewpoint=view)
-            rows.append((row["split"], camera, entry))
+            rows.append((row["split"], texts, entry))
     return rows, checked_classes(views, declared), junk, litter
 
 
 def read_manifest(root: str | os.PathLike[str], *, viewpoints: ViewpointClasses | None = None) -> ReidData:
-    """The data set listed in a CSV file with the columns `path,identity,split` and optionally `camera,viewpoint`.
+    """The data set in a CSV file with the columns `path,identity,split`, optionally `camera,viewpoint,column_NAME`.
 
     - path: relative to the CSV file's folder, or absolute; every image once. Backslashes separate folders.
     - identity: any text. The same text is the same person in all splits. Images of identity -1 are junk and left out.
@@ -83,10 +97,12 @@ def read_manifest(root: str | os.PathLike[str], *, viewpoints: ViewpointClasses 
     - camera: any text.
     - viewpoint: front, front_side, side, back_side, back or noise; or any names, which are then the viewpoints; or a
       label of those that `viewpoints` declares (see `ViewpointClasses`).
+    - column_NAME: any text; further labels, such as `column_clothes`, which exclusion rules can name (clothes).
 
-    Cameras and viewpoints are unknown where they are empty, -1, nan, none, null, na, n/a, unknown or ?. Identities and
-    cameras that are all integers, at least 0 and of at most 18 digits, keep their numbers, others are numbered in
-    sorted order. Files of operating systems (`._a.jpg`, `Thumbs.db`) are left out. `notes` counts what is left out.
+    Cameras, viewpoints and further labels are unknown where they are empty, -1, nan, none, null, na, n/a, unknown or ?.
+    Identities, cameras and further labels that are all integers, at least 0 and of at most 18 digits, keep their
+    numbers, others are numbered in sorted order. Files of operating systems (`._a.jpg`, `Thumbs.db`) are left out.
+    `notes` counts what is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,10 +113,13 @@ def read_manifest(root: str | os.PathLike[str], *, viewpoints: ViewpointClasses 
         tree = "path,identity,camera,viewpoint,split\nimages/a.jpg,anna,1,front,train\n..."
         raise FileNotFoundError(f"manifest: expected a CSV file like\n{tree}\nfound instead: {state}")
     rows, classes, junk, litter = _read_rows(path, viewpoints)
-    cameras = _numbers({camera for _, camera, _ in rows if camera})
+    numbers = {
+        name: _numbers({texts[name] for _, texts, _ in rows if texts[name]}) for name in (rows[0][1] if rows else ())
+    }
     identities = _numbers({entry.identity for _, _, entry in rows})
     entries: dict[str, list[ImageEntry]] = {split: [] for split in SPLITS}
-    for split, camera, entry in rows:
-        entries[split].append(entry._replace(camera=cameras.get(camera, UNKNOWN)))
+    for split, texts, entry in rows:
+        found = {name.removeprefix(COLUMN): numbers[name].get(text, UNKNOWN) for name, text in texts.items()}
+        entries[split].append(entry._replace(camera=found.pop("camera"), columns=found))
     notes = (*left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, litter))
     return build_data(f"manifest {path.name}", entries, identities.__getitem__, notes, classes)
