@@ -4,9 +4,10 @@
 // distances is [Q, G] of `dtype` with unit column stride; row q starts at element q * row_stride; G < 2^31.
 // gallery_order [G] holds the gallery indices ordered by identity, ties by index; the images of query q's identity are
 // gallery_order[group_begin[q]] to gallery_order[group_end[q] - 1] (an empty range for a query of the junk identity).
-// junk [G] bytes: not 0 for the images that are left out for every query; null if there are none. query_camera [Q] and
-// gallery_camera [G] are both null if cameras are not known; -1 equals no camera. Index arrays are int64; all arrays
-// live where the distances do.
+// junk [G] bytes: not 0 for the images that are left out for every query; null if there are none. query_codes
+// [Q, codes] and gallery_codes [G, codes], null if there are none: images of the query's identity are left out that
+// have one of its codes in the same column; -1 equals none. Index arrays are int64; all arrays live where the distances
+// do.
 //
 // Written for each query: average_precision, inverse_negative_penalty (float64), first_match_rank and num_matches
 // (int64). A row with NaN or Inf gets num_matches -1 and 0 elsewhere.
@@ -24,8 +25,9 @@ struct RankingLabels {
   const int64_t* group_begin;
   const int64_t* group_end;
   const uint8_t* junk;
-  const int64_t* query_camera;
-  const int64_t* gallery_camera;
+  const int64_t* query_codes;
+  const int64_t* gallery_codes;
+  int64_t codes;
 };
 
 struct RankingResults {

@@ -20,8 +20,8 @@ RankingResults make_results(const Results& arrays, int64_t Q, const Array& dista
     check_device(arrays[i], "average_precision", distances.device_type, distances.device_id);
     if (arrays[i].type_code != 2 || arrays[i].type_bits != 64) refuse("average_precision", "must be float64");
   }
-  check_labels(arrays[2], "first_match_rank", Q, distances);
-  check_labels(arrays[3], "num_matches", Q, distances);
+  check_labels(arrays[2], "first_match_rank", {Q}, distances);
+  check_labels(arrays[3], "num_matches", {Q}, distances);
   return {arrays[0].as<double>(), arrays[1].as<double>(), arrays[2].as<int64_t>(), arrays[3].as<int64_t>()};
 }
 

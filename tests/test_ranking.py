@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vareid_ext import evaluate_ranking, rank_queries, reference_backend
+from vareid_ext.metrics import QueryRanking
 from vareid_ext.ops.ranking import ranking_forward
+
+
+def in_common(code, other):
+    """Whether two cameras, or one of several codes, are the same and known."""
+    return any(a == b != -1 for a, b in zip(np.atleast_1d(code), np.atleast_1d(other), strict=True))
 
 
 def by_definition(distances, query_identity, gallery_identity, query_camera=None, gallery_camera=None, junk=-1):
@@ -24,7 +30,7 @@ def by_definition(distances, query_identity, gallery_identity, query_camera=None
             same = query_identity[q] == gallery_identity[g]
             if gallery_identity[g] == junk:
                 continue
-            if query_camera is not None and same and query_camera[q] == gallery_camera[g] != -1:
+            if query_camera is not None and same and in_common(query_camera[q], gallery_camera[g]):
                 continue
             rank += 1
             if same:
@@ -144,6 +150,21 @@ def test_an_unknown_camera_equals_no_camera(backend):
     assert evaluate_ranking(distances, [1], [1, 2], [-1], [-1, 0]).mAP == 1.0
     with pytest.raises(ValueError, match="none of the 1 queries"):
         evaluate_ranking(distances, [1], [1, 2], [0], [0, 0])
+
+
+# As in SIZES: few matches for each query, and many.
+@pytest.mark.parametrize(("G", "identities"), [(60, 5), (1031, 40), (2100, 3)])
+@pytest.mark.parametrize("codes", [2, 3])
+def test_an_image_with_any_code_of_the_query_is_left_out(backend, codes, G, identities):
+    Q, rng = 4, np.random.default_rng(codes)
+    distances, *identity = problem(14, Q, G, identities, levels=50)[:3]
+    of_query, of_gallery = (rng.integers(-1, 4, (n, codes)) for n in (Q, G))
+    of_query[0] = -1
+    of_gallery[identity[1] == identity[0][1]] = of_query[1] = 2  # nothing is left
+    labels = (*identity, of_query, of_gallery)
+    got = QueryRanking(*ranking_forward(distances, *map(torch.from_numpy, labels), -1))
+    assert_same(got, distances, *labels)
+    assert got.num_matches[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -337,6 +358,7 @@ def test_a_block_without_rows_changes_nothing(backend):
 def test_the_operator_passes_opcheck_and_compiles():
     distances, *labels = problem(10, 5, 40, 3)
     tensors = [torch.from_numpy(label) for label in labels]
+    tensors[2:] = [torch.stack([camera, camera // 2], 1) for camera in tensors[2:]]
     torch.library.opcheck(ranking_forward, (distances, *tensors, -1))
     torch.library.opcheck(ranking_forward, (distances, *tensors[:2], None, None, None))
 

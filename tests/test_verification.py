@@ -11,18 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.factories import people
-from tests.test_ranking import DTYPES, Foreign, problem
+from tests.test_ranking import DTYPES, Foreign, in_common, problem
 from vareid_ext import KReciprocal, evaluate_verification, pairwise_distance, verify_features
 from vareid_ext.ops.verification import verification_accepted, verification_histogram, verification_refine
 from vareid_ext.reference.verification import distances_of, keys_of
 
 
-def pairs_of(distances, query_identity, gallery_identity, query_camera=None, gallery_camera=None, junk=-1):
+def pairs_of(
+    distances, query_identity, gallery_identity, query_camera=None, gallery_camera=None, junk=-1, left_out=None
+):
     """Every pair as (query, gallery index, distance, whether it is a match), by the rule word by word."""
     for q, row in enumerate(distances.double().tolist()):
         for g, distance in enumerate(row):
             match = bool(query_identity[q] == gallery_identity[g])
-            own = match and query_camera is not None and query_camera[q] == gallery_camera[g] != -1
+            own = match and query_camera is not None and in_common(query_camera[q], gallery_camera[g])
+            if left_out is not None:
+                own = left_out[q][g]
             if gallery_identity[g] != junk and not own:
                 yield q, g, distance, match
 
@@ -30,6 +34,7 @@ def pairs_of(distances, query_identity, gallery_identity, query_camera=None, gal
 def assert_counted(distances, *labels, junk=-1):
     """The operators' results, against the pairs one by one."""
     tensors = [None if label is None else torch.as_tensor(label) for label in labels]
+    tensors[2:] = [codes if codes is None else codes.reshape(len(codes), -1) for codes in tensors[2:]]
     pairs = list(pairs_of(distances, *labels, junk=junk))
     counts, nearest, index = (result.numpy() for result in verification_histogram(distances, *tensors, junk))
     total = counts.cumsum(1)
@@ -86,6 +91,16 @@ def test_any_range_of_distances_is_counted(backend):
         assert_counted(scaled, *labels)
 
 
+@pytest.mark.parametrize("codes", [2, 3])
+def test_pairs_with_any_code_in_common_are_no_matches(backend, codes):
+    distances, *identity = problem(15, 5, 300, 4, levels=50)[:3]
+    rng = np.random.default_rng(codes)
+    of_query, of_gallery = (rng.integers(-1, 3, (n, codes)) for n in (5, 300))
+    of_query[0] = -1
+    of_query[1] = of_gallery[identity[1] == identity[0][1]] = 2
+    assert_counted(distances, *identity, of_query, of_gallery)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("bad", "column"), [(math.nan, 0), (math.inf, 299), (-math.inf, 150)])
 def test_nan_and_inf_are_refused_by_row(backend, dtype, bad, column):
@@ -98,6 +113,7 @@ def test_nan_and_inf_are_refused_by_row(backend, dtype, bad, column):
 def test_the_operators_pass_opcheck():
     distances, *labels = problem(10, 3, 40, 3)
     tensors = [torch.from_numpy(label) for label in labels]
+    tensors[2:] = [torch.stack([camera, camera // 2], 1) for camera in tensors[2:]]
     torch.library.opcheck(verification_histogram, (distances, *tensors, -1))
     torch.library.opcheck(verification_refine, (distances, *tensors[:2], None, None, None, [3, 16000], 1))
     torch.library.opcheck(verification_accepted, (distances.t().contiguous().t(), *tensors, -1, 0.5))
@@ -105,6 +121,7 @@ def test_the_operators_pass_opcheck():
 
 def test_threads_change_nothing():
     distances, *labels = problem(5, 60, 14000, 9)  # enough pairs for three threads
+    labels[2:] = [camera[:, None] for camera in labels[2:]]
     arguments = distances, *map(torch.from_numpy, labels), -1
     before = torch.get_num_threads()
     results = []
@@ -120,13 +137,13 @@ def test_threads_change_nothing():
 TARGETS, ALARMS = (0.3, 0.1, 1e-4), (0.5, 0.1)
 
 
-def assert_follows_the_definition(distances, *labels, junk=-1):
+def assert_follows_the_definition(distances, *labels, junk=-1, left_out=None, **rule):
     """All metrics, by trying every threshold on a list of all pairs."""
-    pairs = [pair for pair in pairs_of(distances, *labels, junk=junk) if labels[0][pair[0]] != junk]
+    pairs = [pair for pair in pairs_of(distances, *labels, junk=junk, left_out=left_out) if labels[0][pair[0]] != junk]
     values = sorted({distance for _, _, distance, _ in pairs})
     matches, others = (np.array([d for *_, d, match in pairs if match == kind]) for kind in (True, False))
     rates = [(0.0, 0.0), *((float((others <= t).mean()), float((matches <= t).mean())) for t in values)]
-    got = evaluate_verification(distances, *labels, fpr_targets=TARGETS, far_targets=ALARMS, junk_identity=junk)
+    got = evaluate_verification(distances, *labels, **rule, fpr_targets=TARGETS, far_targets=ALARMS, junk_identity=junk)
     assert (got.num_matches, got.num_non_matches) == (len(matches), len(others))
     for target, point in zip(TARGETS, got.points, strict=True):
         assert (point.fpr, point.tpr) == max(rate for rate in rates if rate[0] <= target)

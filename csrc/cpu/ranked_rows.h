@@ -40,20 +40,24 @@ VAREID_INLINE void prefetch(const T* x, int64_t n) {
   for (int64_t j = 0; j < n; j += kLine) __builtin_prefetch(x + j);
 }
 
-// The images of a query's identity, in order of index, of which those by its own camera are left out.
+// The images of a query's identity, in order of index, of which those with one of its codes are left out.
 struct Group {
   const int64_t* index;
   int64_t size;
-  const int64_t* gallery_camera;  // null: none is left out
-  int64_t camera;
+  const int64_t* query_codes;
+  const int64_t* gallery_codes;
+  int64_t codes;  // 0: none is left out
 
-  VAREID_INLINE bool left_out(int64_t i) const { return gallery_camera && gallery_camera[index[i]] == camera; }
+  VAREID_INLINE bool left_out(int64_t i) const {
+    for (int64_t c = 0; c < codes; ++c)
+      if (query_codes[c] != -1 && gallery_codes[index[i] * codes + c] == query_codes[c]) return true;
+    return false;
+  }
 };
 
 VAREID_INLINE Group group_of(const RankingLabels& labels, int64_t q) {
-  const int64_t camera = labels.query_camera ? labels.query_camera[q] : -1;
   return {labels.gallery_order + labels.group_begin[q], labels.group_end[q] - labels.group_begin[q],
-          camera == -1 ? nullptr : labels.gallery_camera, camera};
+          labels.query_codes + q * labels.codes, labels.gallery_codes, labels.codes};
 }
 
 }  // namespace vareid

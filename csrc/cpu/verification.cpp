@@ -77,7 +77,7 @@ Group junk_group(const RankingLabels& labels, int64_t G) {
   const auto is_junk = [&](int64_t index) { return labels.junk && labels.junk[index]; };
   const int64_t* const end = labels.gallery_order + G;
   const int64_t* const first = std::find_if(labels.gallery_order, end, is_junk);
-  return {first, std::find_if_not(first, end, is_junk) - first, nullptr, -1};
+  return {first, std::find_if_not(first, end, is_junk) - first, nullptr, nullptr, 0};
 }
 
 // matches, others and odd, whose counts are part of the others', point to the count of digit 0. False if a distance is

@@ -5,6 +5,7 @@
 #include "cuda/distance_key.cuh"
 #include "cuda/exact_distance.cuh"
 #include "cuda/launch.h"
+#include "cuda/left_out.cuh"
 
 namespace vareid {
 namespace {
@@ -133,18 +134,18 @@ __global__ void ranking_kernel(Source sources, RankingLabels labels, RankingResu
   const Source source = sources.of(q);
   const int64_t begin = labels.group_begin[q];
   const int64_t size = labels.group_end[q] - begin;
-  const int64_t camera = labels.query_camera ? labels.query_camera[q] : -1;
+  const int64_t* const own_codes = labels.query_codes + q * labels.codes;
   if (slot == 0) {
     first_rank = static_cast<int>(G);
     last_rank = matches = not_finite = 0;
   }
   double precision[1] = {0};
   for (int64_t base = 0; base == 0 || base < size; base += kThreads) {
-    // This pass's matches, sorted. Images by the query's own camera are left out.
+    // This pass's matches, sorted.
     const bool here = base + item < size;
     const int64_t own_image = here ? labels.gallery_order[begin + base + item] : 0;
     const K own_key = source.key(own_image, here);
-    const bool is_match = here && (camera == -1 || labels.gallery_camera[own_image] != camera);
+    const bool is_match = here && !left_out(labels, own_codes, own_image);
     const K key = is_match ? own_key : kLast;
     const int index = static_cast<int>(is_match ? own_image : G);
     match_key[item] = key;
@@ -229,10 +230,10 @@ __global__ void ranking_kernel(Source sources, RankingLabels labels, RankingResu
         const K value = from == base ? own_key : source.key(image, inside);
         const int at = inside ? position(value, static_cast<int>(image), match_key, match_index, in_pass) : in_pass;
         if (at == in_pass) continue;
-        if (camera == -1 || labels.gallery_camera[image] != camera)
-          atomicAdd(&matches_before[at], 1);
-        else
+        if (left_out(labels, own_codes, image))
           atomicAdd(&images_before[at], -1);
+        else
+          atomicAdd(&matches_before[at], 1);
       }
       __syncthreads();
       const int rank = running_sum(images_before) + 1;

@@ -5,6 +5,7 @@
 
 #include "cuda/distance_key.cuh"
 #include "cuda/launch.h"
+#include "cuda/left_out.cuh"
 #include "cuda/reduce.cuh"
 
 namespace vareid {
@@ -39,7 +40,7 @@ __device__ __forceinline__ bool visit_row(const T* __restrict__ row, const Ranki
   constexpr int kTile = kLoads * kWarp;
   const int lane = threadIdx.x % kWarp;
   const int64_t begin = labels.group_begin[q], end = labels.group_end[q];
-  const int64_t camera = labels.query_camera ? labels.query_camera[q] : -1;
+  const int64_t* const own_codes = labels.query_codes + q * labels.codes;
   bool finite = true;
   int64_t next = begin;
   for (int64_t start = 0; start < G; start += kTile) {
@@ -62,9 +63,10 @@ __device__ __forceinline__ bool visit_row(const T* __restrict__ row, const Ranki
     for (int u = 0; u < kLoads; ++u)
       if (counts >> u & 1u) other(value[u], start + u * kWarp + lane);
   }
+#pragma unroll 1  // a few images; registers are dearer
   for (int64_t i = begin + lane; i < end; i += kWarp) {
     const int64_t image = labels.gallery_order[i];
-    if (camera == -1 || labels.gallery_camera[image] != camera) match(row[image], image);
+    if (!left_out(labels, own_codes, image)) match(row[image], image);
   }
   return finite;
 }

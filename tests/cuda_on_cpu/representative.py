@@ -115,6 +115,7 @@ def _verification(dtype: torch.dtype) -> Callable[[torch.device], list[Tensor]]:
         Q, G, rng = 8, 8192, torch.Generator().manual_seed(0)
         distances = torch.rand(Q, G, generator=rng).to(device, dtype)
         labels = [torch.randint(high, (size,), generator=rng).to(device) for high in (400, 6) for size in (Q, G)]
+        labels[2:] = [camera[:, None] for camera in labels[2:]]
         results = [*verification_histogram(distances, *labels, -1), verification_accepted(distances, *labels, -1, 0.1)]
         if dtype == torch.float32:
             results.append(verification_refine(distances, *labels, -1, [15500, 15747], 1))  # from 0.015 and 0.1 on

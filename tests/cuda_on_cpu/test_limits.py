@@ -25,7 +25,7 @@ TOO_MANY = [
     ("linear_viewpoint_aware_cross_entropy_project_cuda", 3, GRID, r"at most 2\^31 - 1 centres"),
     ("pairwise_distance_block_cuda", 4, 2_097_121, "block: more rows than a grid holds"),
     ("pairwise_distance_tiled_cuda", 6, 4_194_241, "block: more rows than a grid holds"),
-    ("ranking_forward_cuda", 14, GRID, r"distances: at most 2\^31 - 1 rows"),
+    ("ranking_forward_cuda", 15, GRID, r"distances: at most 2\^31 - 1 rows"),
     ("k_reciprocal_blend_cuda", 2, GRID, r"launch: 2147483648 blocks"),
     ("nearest_neighbors_rescan_cuda", 3, GRID, r"launch: 2147483648 blocks"),
 ]

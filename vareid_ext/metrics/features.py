@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _arrays
+from vareid_ext.metrics.exclusion import Columns, RankingLabels, check_labels
 from vareid_ext.metrics.ranking import (
     QueryRanking,
-    RankingLabels,
     RankingMetrics,
     check_junk_identity,
-    check_labels,
     check_max_rank,
     check_subset,
-    rank_queries,
+    rank_labelled,
 )
 from vareid_ext.ops._checks import check_choice, check_count, check_values
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
@@ -44,7 +43,7 @@ class Retrieval(NamedTuple):
 
 
 def check_retrieval(
-    query: Any, gallery: Any, labels: tuple[Any, ...], metric: str, rerank: Rerank, junk_identity: int | None,
+    query: Any, gallery: Any, labels: RankingLabels, metric: str, rerank: Rerank, junk_identity: int | None,
     drop_junk: bool,
 ) -> Retrieval:  # fmt: skip
     """The arguments of :func:`evaluate_features`, checked, and the re-ranker that they ask for."""
@@ -57,19 +56,20 @@ def check_retrieval(
     if rerank is not False and metric == "cosine":
         raise ValueError("metric: 'cosine' was given, but re-ranking is defined on squared Euclidean distances")
     check_junk_identity(junk_identity)
-    checked = check_labels(*labels).on(query.device)
-    for name, features, identity in (("query", query, checked[0]), ("gallery", gallery, checked[1])):
+    labels = labels.on(query.device)
+    sides = (("query", query, labels.query_identity), ("gallery", gallery, labels.gallery_identity))
+    for name, features, identity in sides:
         if len(features) != len(identity):
             raise ValueError(f"{name}_identity: length {len(identity)} was given, expected {len(features)} (as {name})")
     kept = torch.arange(len(gallery), device=query.device)
     if drop_junk and junk_identity is not None:
-        kept = (checked.gallery_identity != junk_identity).nonzero()[:, 0]
+        kept = (labels.gallery_identity != junk_identity).nonzero()[:, 0]
     if len(kept) < len(gallery):
         row_magnitudes("gallery", gallery)  # names rows by their numbers as given
         if len(kept) == 0:
             raise ValueError(f"gallery_identity: every image has the junk identity {junk_identity}")
-        gallery, checked = gallery[kept], checked.of_gallery(kept)
-    return Retrieval(query, gallery, checked, fit_reranker(rerank, query, gallery), kept)
+        gallery, labels = gallery[kept], labels.of_gallery(kept)
+    return Retrieval(query, gallery, labels, fit_reranker(rerank, query, gallery), kept)
 
 
 def rank_features(
@@ -80,6 +80,8 @@ def rank_features(
     query_camera: Any = None,
     gallery_camera: Any = None,
     *,
+    exclude: str | None = None,
+    columns: Columns | None = None,
     metric: str = "sqeuclidean",
     rerank: Rerank = False,
     junk_identity: int | None = -1,
@@ -90,17 +92,16 @@ def rank_features(
     back = _arrays.returner(query)
     if block_rows is not None:
         block_rows = check_count("block_rows", block_rows, 1)
-    labels = (query_identity, gallery_identity, query_camera, gallery_camera)
+    labels = check_labels(query_identity, gallery_identity, query_camera, gallery_camera, exclude, columns)
     # Junk must not be in anybody's neighbourhood; the original ranking leaves it out at the end.
     query, gallery, labels, fit, _ = check_retrieval(
         query, gallery, labels, metric, rerank, junk_identity, drop_junk=rerank is not False
     )
-    Q, G = len(query), len(gallery)
     if fit is None:
-        step = block_rows or rows_in_block(G, query.device)
-        with query_bar(progress, Q) as advance, listen(lambda pairs: advance(pairs // G)):
-            found = ranking_features(query, gallery, metric, *labels, junk_identity, step)
+        with query_bar(progress, len(query)) as advance:
+            found = rank_by_features(query, gallery, labels, metric, junk_identity, block_rows, advance)
         return QueryRanking(*map(back, found))
+    Q, G = len(query), len(gallery)
     distances: Any = fit.rows
     with progress_bar(progress, fit):
         if block_rows is None and Q * G <= _DENSE_ELEMENTS:
@@ -108,8 +109,22 @@ def rank_features(
         else:
             fit.prepare()
     with query_bar(progress, Q) as advance:
-        results = rank_queries(distances, *labels, junk_identity=junk_identity, block_rows=block_rows, progress=advance)
+        results = rank_labelled(distances, labels, junk_identity, block_rows, advance)
     return QueryRanking(*map(back, vars(results).values()))
+
+
+def rank_by_features(
+    query: Tensor, gallery: Tensor, labels: RankingLabels, metric: str, junk_identity: int | None,
+    block_rows: int | None = None, progress: Callable[[int], object] = lambda _queries: None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The fields of :class:`QueryRanking`, of what is checked and not re-ranked."""
+    step = block_rows or rows_in_block(len(gallery), query.device)
+    if labels.query_marks is not None:
+        row_magnitudes("query", query, nonzero=metric == "cosine")  # names rows by their numbers as given
+    with listen(lambda pairs: progress(pairs // len(gallery))):
+        return labels.results(
+            junk_identity, lambda rows, operands: ranking_features(query[rows], gallery, metric, *operands, step)
+        )
 
 
 def ranked_lists(
@@ -120,6 +135,8 @@ def ranked_lists(
     query_camera: Any = None,
     gallery_camera: Any = None,
     *,
+    exclude: str | None = None,
+    columns: Columns | None = None,
     queries: Any,
     top: int = 10,
     metric: str = "sqeuclidean",
@@ -128,8 +145,8 @@ def ranked_lists(
 ) -> list[Any]:
     """The nearest gallery images of some queries, in order, without those that the evaluation leaves out.
 
-    These are the images that :func:`rank_features` ranks: neither junk nor, where cameras are known, images with the
-    query's identity and camera. Ties by the lower index. No Q x G distances are held.
+    These are the images that :func:`rank_features` ranks: neither junk nor those that the rule leaves out. Ties by the
+    lower index. No Q x G distances are held.
 
     Args:
         query: as in :func:`evaluate_features`, like all that are not named here.
@@ -138,6 +155,8 @@ def ranked_lists(
         gallery_identity: ``[G]``.
         query_camera: ``[Q]`` or None.
         gallery_camera: ``[G]`` or None.
+        exclude: as in :func:`evaluate_features`.
+        columns: as in :func:`evaluate_features`.
         queries: indices of queries, or a boolean ``[Q]`` array.
         top: length of the lists, at least 1; a list is shorter where the gallery has fewer images left.
         metric: as in :func:`evaluate_features`.
@@ -153,7 +172,7 @@ def ranked_lists(
     """
     back = _arrays.returner(query)
     top = check_count("top", top, 1)
-    labels = (query_identity, gallery_identity, query_camera, gallery_camera)
+    labels = check_labels(query_identity, gallery_identity, query_camera, gallery_camera, exclude, columns)
     query, gallery, labels, fit, kept = check_retrieval(
         query, gallery, labels, metric, rerank, junk_identity, drop_junk=True
     )
@@ -163,7 +182,7 @@ def ranked_lists(
     step = rows_in_block(len(gallery), torch.device("cpu"))  # whose rows are sorted whole
     for begin in range(0, len(chosen), step):
         some = chosen[begin : begin + step]
-        left_out = labels.left_out(some)
+        left_out = labels.left_out(some[:, None], slice(None))
         if fit is None:
             k = min(len(gallery), top + int(left_out.sum(1).amax()))
             order = nearest_neighbors(query[some], gallery, k, metric)[1]
@@ -193,6 +212,8 @@ def evaluate_features(
     query_camera: Any = None,
     gallery_camera: Any = None,
     *,
+    exclude: str | None = None,
+    columns: Columns | None = None,
     metric: str = "sqeuclidean",
     rerank: Rerank = False,
     max_rank: int = 50,
@@ -213,6 +234,9 @@ def evaluate_features(
         gallery_identity: ``[G]`` whole numbers.
         query_camera: ``[Q]`` whole numbers, or None if cameras are not known; -1: this one is not known.
         gallery_camera: ``[G]`` whole numbers; given if and only if ``query_camera`` is.
+        exclude: which images are left out, as in :func:`evaluate_ranking`: None, "none", "identity&camera |
+            identity&clothes", ...
+        columns: what ``exclude`` can name beside identity and camera, as in :func:`evaluate_ranking`.
         metric: "sqeuclidean", "euclidean" (the same order) or "cosine".
         rerank: True for k-reciprocal re-ranking; a mapping with some of its ``k1`` (20), ``k2`` (6) and
             ``lambda_value`` (0.3), say; the name of another re-ranker (:data:`vareid_ext.retrieval.RERANKERS`), in a
@@ -239,6 +263,8 @@ def evaluate_features(
         gallery_identity,
         query_camera,
         gallery_camera,
+        exclude=exclude,
+        columns=columns,
         metric=metric,
         rerank=rerank,
         junk_identity=junk_identity,

@@ -13,13 +13,9 @@ from torch import Tensor
 
 from vareid_ext._labels import UNKNOWN
 from vareid_ext._text import table, viewpoint_name
-from vareid_ext.metrics.features import check_retrieval, rank_features
-from vareid_ext.metrics.ranking import (
-    QueryRanking,
-    RankingLabels,
-    label_vector,
-    rank_queries,
-)
+from vareid_ext.metrics.exclusion import Columns, RankingLabels, check_labels, label_vector
+from vareid_ext.metrics.features import check_retrieval, rank_by_features
+from vareid_ext.metrics.ranking import QueryRanking, rank_labelled
 from vareid_ext.retrieval.distance import rows_in_block
 from vareid_ext.retrieval.rerank import Rerank, Reranker
 
@@ -85,6 +81,8 @@ def evaluate_by_group(
     query_camera: Any = None,
     gallery_camera: Any = None,
     *,
+    exclude: str | None = None,
+    columns: Columns | None = None,
     query_group: Any,
     gallery_group: Any,
     names: Sequence[str] = (),
@@ -104,6 +102,8 @@ def evaluate_by_group(
         gallery_identity: ``[G]``.
         query_camera: ``[Q]`` or None.
         gallery_camera: ``[G]`` or None.
+        exclude: as in :func:`evaluate_features`.
+        columns: as in :func:`evaluate_features`.
         query_group: ``[Q]`` whole numbers; -1: unknown, the query is left out.
         gallery_group: ``[G]`` whole numbers; -1: unknown, the image is left out.
         names: what the groups 0, 1, ... are called in tables, such as viewpoints.
@@ -119,7 +119,7 @@ def evaluate_by_group(
         ValueError: as :func:`evaluate_features`; groups of another length; no query, or no gallery image, of a known
             group.
     """
-    given = (query_identity, gallery_identity, query_camera, gallery_camera)
+    given = check_labels(query_identity, gallery_identity, query_camera, gallery_camera, exclude, columns)
     of_query = label_vector(query_group, "query_group").cpu()
     of_gallery = label_vector(gallery_group, "gallery_group").cpu()
     checked = check_retrieval(query, gallery, given, metric, rerank, junk_identity, drop_junk=True)
@@ -134,20 +134,20 @@ def evaluate_by_group(
     for name, known in (("query_group", known_query), ("gallery_group", known_gallery)):
         if not known.any():
             raise ValueError(f"{name}: no image has a known group (other than -1)")
-    rows, columns = of_query[known_query].unique().tolist(), of_gallery[known_gallery].unique().tolist()
-    members = [(of_gallery == group).nonzero()[:, 0].to(query.device) for group in columns]
+    of_rows, of_columns = of_query[known_query].unique().tolist(), of_gallery[known_gallery].unique().tolist()
+    members = [(of_gallery == group).nonzero()[:, 0].to(query.device) for group in of_columns]
     if fit is None:
         rankings = [
-            rank_features(query, gallery[some], *labels.of_gallery(some), metric=metric, junk_identity=None)
+            QueryRanking(*rank_by_features(query, gallery[some], labels.of_gallery(some), metric, junk_identity=None))
             for some in members
         ]
     else:
         rankings = _reranked(fit, labels, members)
-    cells = [[_cell(ranking, of_query == group) for ranking in rankings] for group in rows]
+    cells = [[_cell(ranking, of_query == group) for ranking in rankings] for group in of_rows]
     mAP, rank1, counted = (np.array([[cell[i] for cell in row] for row in cells]) for i in range(3))
     return GroupMetrics(
-        query_groups=tuple(rows),
-        gallery_groups=tuple(columns),
+        query_groups=tuple(of_rows),
+        gallery_groups=tuple(of_columns),
         mAP=mAP,
         rank1=rank1,
         queries=counted,
@@ -166,7 +166,7 @@ def _reranked(fit: Reranker, labels: RankingLabels, members: Sequence[Tensor]) -
         block = fit.distances(begin, min(begin + step, Q))
         of_block = labels.of_queries(slice(begin, begin + step))
         for ranking, some in zip(found, members, strict=True):
-            ranking.append(rank_queries(block[:, some], *of_block.of_gallery(some), junk_identity=None))
+            ranking.append(rank_labelled(block[:, some], of_block.of_gallery(some), junk_identity=None))
     names = QueryRanking.__dataclass_fields__
     return [QueryRanking(*(torch.cat([getattr(part, name) for part in parts]) for name in names)) for parts in found]
 

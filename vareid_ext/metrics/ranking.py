@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vareid_ext import _arrays
 from vareid_ext._text import table
+from vareid_ext.metrics.exclusion import Columns, RankingLabels, check_labels, label_vector
 from vareid_ext.ops._checks import check_count, check_values
 from vareid_ext.ops.ranking import ranking_forward
 from vareid_ext.retrieval.distance import rows_in_block
@@ -130,7 +131,7 @@ class QueryRanking:
         if num_valid == 0:
             raise ValueError(
                 f"query_identity: none of the {len(matches)} queries has a match in the gallery (an image of its "
-                "identity, by another camera where cameras are given)"
+                "identity that is not left out: by default those by its camera are)"
             )
         first = first[counted].clamp(max=max_rank + 1)
         hits = torch.bincount(first, minlength=max_rank + 2)[1 : max_rank + 1]
@@ -169,79 +170,6 @@ def check_junk_identity(junk_identity: int | None) -> None:
     """TypeError unless ``junk_identity`` is a whole number or None."""
     if junk_identity is not None:
         check_count("junk_identity", junk_identity, -(2**63), 2**63 - 1)
-
-
-def label_vector(value: Any, name: str) -> Tensor:
-    """Identities, cameras or viewpoints as an int64 vector; TypeError or ValueError if they are not one."""
-    if isinstance(value, list | tuple | range):
-        try:
-            value = np.asarray(value, dtype=np.int64 if len(value) == 0 else None)
-        except ValueError:
-            raise ValueError(f"{name}: lists of different lengths were given, expected one dimension") from None
-    tensor = _arrays.to_tensor(value, name)
-    check_values(name, tensor)
-    if tensor.dtype == torch.bool or tensor.is_floating_point() or tensor.is_complex():
-        raise TypeError(f"{name}: dtype {tensor.dtype} was given; allowed are whole-number types")
-    if tensor.dim() != 1:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)} was given, expected one dimension")
-    whole = tensor.to(torch.int64).contiguous()
-    if tensor.dtype == torch.uint64 and bool((whole < 0).any()):
-        raise ValueError(f"{name}: holds numbers of 2^63 or more; allowed are those that int64 holds")
-    return whole
-
-
-class RankingLabels(NamedTuple):
-    """The identities and cameras of one evaluation, as int64 vectors; made by :func:`check_labels`."""
-
-    query_identity: Tensor
-    gallery_identity: Tensor
-    query_camera: Tensor | None
-    gallery_camera: Tensor | None
-
-    def on(self, device: torch.device) -> RankingLabels:
-        """The same on a device."""
-        return RankingLabels._make(None if label is None else label.to(device) for label in self)
-
-    def left_out(self, queries: Tensor) -> Tensor:
-        """bool [queries, G]: the gallery's images of these queries' identity by their camera, where it is known."""
-        if self.query_camera is None:
-            return torch.zeros((len(queries), len(self.gallery_identity)), dtype=torch.bool, device=queries.device)
-        identity, camera = self.query_identity[queries, None], self.query_camera[queries, None]
-        return (identity == self.gallery_identity) & (camera == self.gallery_camera) & (camera != -1)
-
-    def of_queries(self, rows: slice | Tensor) -> RankingLabels:
-        """The same for some of the queries."""
-        camera = None if self.query_camera is None else self.query_camera[rows]
-        return self._replace(query_identity=self.query_identity[rows], query_camera=camera)
-
-    def of_gallery(self, kept: Tensor) -> RankingLabels:
-        """The same for some of the gallery's images."""
-        camera = None if self.gallery_camera is None else self.gallery_camera[kept]
-        return self._replace(gallery_identity=self.gallery_identity[kept], gallery_camera=camera)
-
-
-def check_labels(query_identity: Any, gallery_identity: Any, query_camera: Any, gallery_camera: Any) -> RankingLabels:
-    """The labels as vectors, or an error that names the argument."""
-    given = dict(
-        zip(RankingLabels._fields, (query_identity, gallery_identity, query_camera, gallery_camera), strict=True)
-    )
-    for name in ("query_identity", "gallery_identity"):
-        if given[name] is None:
-            raise TypeError(f"{name}: None was given; whole numbers are needed")
-    labels = RankingLabels._make(None if value is None else label_vector(value, name) for name, value in given.items())
-    Q, G = len(labels.query_identity), len(labels.gallery_identity)
-    if Q == 0:
-        raise ValueError("query_identity: the query set is empty")
-    if G == 0:
-        raise ValueError("gallery_identity: the gallery is empty")
-    if (query_camera is None) != (gallery_camera is None):
-        names = "query_camera", "gallery_camera"
-        missing, present = names if query_camera is None else names[::-1]
-        raise ValueError(f"{missing}: is missing, but {present} is given; give both or neither")
-    for name, camera, expected in (("query", labels.query_camera, Q), ("gallery", labels.gallery_camera, G)):
-        if camera is not None and len(camera) != expected:
-            raise ValueError(f"{name}_camera: length {len(camera)} was given, expected {expected} (as {name}_identity)")
-    return labels
 
 
 def _check_block(tensor: Tensor, num_gallery: int) -> None:
@@ -333,6 +261,8 @@ def rank_queries(
     query_camera: Any = None,
     gallery_camera: Any = None,
     *,
+    exclude: str | None = None,
+    columns: Columns | None = None,
     junk_identity: int | None = -1,
     block_rows: int | None = None,
     progress: Callable[[int], object] | None = None,
@@ -349,15 +279,28 @@ def rank_queries(
     Raises:
         ValueError: as :func:`evaluate_ranking`, but for queries without a match, which have ``num_matches`` 0.
     """
+    labels = check_labels(query_identity, gallery_identity, query_camera, gallery_camera, exclude, columns)
+    return rank_labelled(distances, labels, junk_identity, block_rows, progress)
+
+
+def rank_labelled(
+    distances: Any,
+    labels: RankingLabels,
+    junk_identity: int | None,
+    block_rows: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> QueryRanking:
+    """:func:`rank_queries` with labels that are checked."""
     if block_rows is not None:
         check_count("block_rows", block_rows, 1)
     check_junk_identity(junk_identity)
-    labels = check_labels(query_identity, gallery_identity, query_camera, gallery_camera)
     parts: list[tuple[Tensor, ...]] = []
     back: Callable[[Tensor], Any] | None = None
     for begin, block, tensor, of_block in labelled_blocks(distances, labels, block_rows):
         back = back or _arrays.returner(block)
-        result = ranking_forward(tensor, *of_block, junk_identity)
+        result = of_block.results(
+            junk_identity, lambda rows, operands, tensor=tensor: ranking_forward(tensor[rows], *operands)
+        )
         refuse_not_finite(tensor, result[3] < 0, begin)
         parts.append(result)
         if progress is not None:
@@ -374,6 +317,8 @@ def evaluate_ranking(
     query_camera: Any = None,
     gallery_camera: Any = None,
     *,
+    exclude: str | None = None,
+    columns: Columns | None = None,
     max_rank: int = 50,
     junk_identity: int | None = -1,
     block_rows: int | None = None,
@@ -381,9 +326,10 @@ def evaluate_ranking(
 ) -> RankingMetrics:
     """CMC, mAP and mINP of a retrieval.
 
-    For each query, gallery images with its identity AND its camera are left out (when cameras are given), and so are
-    those of ``junk_identity``; the rest is ordered by distance, ties by gallery index. Queries without a match are not
-    counted. The definition stands in :mod:`vareid_ext.reference.ranking`; nothing is sorted to compute it.
+    For each query, gallery images are left out by a rule, by default those with its identity AND its camera (when
+    cameras are given), and so are those of ``junk_identity``; the rest is ordered by distance, ties by gallery index.
+    Queries without a match are not counted. The definition stands in :mod:`vareid_ext.reference.ranking`; nothing is
+    sorted to compute it.
 
     Args:
         distances: smaller is nearer. A ``[Q, G]`` array (NumPy, PyTorch or DLPack; float32, float64, float16 or
@@ -393,6 +339,12 @@ def evaluate_ranking(
         gallery_identity: ``[G]`` whole numbers.
         query_camera: ``[Q]`` whole numbers, or None if cameras are not known; -1: this one is not known.
         gallery_camera: ``[G]`` whole numbers; given if and only if ``query_camera`` is.
+        exclude: which images are left out: names of columns joined by ``&``, of which all must be equal and known (not
+            -1), and such terms joined by ``|``, such as "identity&camera | identity&clothes"; "none" leaves none out.
+            Terms without the identity leave out images of other people, too. None is "identity&camera" where cameras
+            are given, else "none".
+        columns: what a rule can name beside identity and camera, by name: a pair of ``[Q]`` and ``[G]`` whole numbers,
+            ``{"clothes": (query_clothes, gallery_clothes)}``.
         max_rank: length of the CMC curve, 1 to 2^20; a gallery shorter than that repeats its last value.
         junk_identity: the identity of gallery images to leave out; None for none.
         block_rows: rows asked of a function at a time (default: as many as make 2^23 distances, more on a large GPU).
@@ -402,8 +354,9 @@ def evaluate_ranking(
         :class:`RankingMetrics`; sums in float64.
 
     Raises:
-        ValueError: shapes or lengths that do not fit, an empty query set or gallery, one
-            camera argument without the other, NaN or Inf in ``distances`` (named by row), no query with a match.
+        ValueError: shapes or lengths that do not fit, an empty query set or gallery, one camera argument without the
+            other, a rule that is none or names a column that is not given, NaN or Inf in ``distances`` (named by row),
+            no query with a match.
         TypeError: an array of a wrong kind or dtype.
 
     Source: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015; Ye et al., "Deep Learning for
@@ -416,6 +369,8 @@ def evaluate_ranking(
         gallery_identity,
         query_camera,
         gallery_camera,
+        exclude=exclude,
+        columns=columns,
         junk_identity=junk_identity,
         block_rows=block_rows,
         progress=progress,

@@ -17,14 +17,9 @@ import torch
 from torch import Tensor
 
 from vareid_ext._text import table
+from vareid_ext.metrics.exclusion import Columns, RankingLabels, check_labels
 from vareid_ext.metrics.features import check_retrieval, query_bar
-from vareid_ext.metrics.ranking import (
-    RankingLabels,
-    check_junk_identity,
-    check_labels,
-    labelled_blocks,
-    refuse_not_finite,
-)
+from vareid_ext.metrics.ranking import check_junk_identity, labelled_blocks, refuse_not_finite
 from vareid_ext.ops._checks import check_count, check_number
 from vareid_ext.ops.pairwise_distance import pairwise_distance
 from vareid_ext.ops.verification import (
@@ -296,19 +291,24 @@ class _Pairs:
         self.identity = labels.query_identity[self.kept]
         self.dtype: torch.dtype | None = None
 
-    def read(self) -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
-        """Blocks of distances, and what the operators take behind them."""
+    def read(self) -> Iterator[tuple[np.ndarray, Tensor, tuple[Any, ...]]]:
+        """Which of the queries that are kept, their distances, and what the operators take behind these."""
+        first = 0
         for begin, _, tensor, labels in labelled_blocks(self.distances, self.labels, self.block_rows):
             self.dtype = self.dtype or tensor.dtype
             if tensor.dtype != self.dtype:
                 raise TypeError(f"distances: blocks of {self.dtype} and {tensor.dtype} were given; one is needed")
             rows = len(tensor)
             kept = self.kept[begin : begin + rows].to(tensor.device)
-            if not bool(kept.all()):
+            if labels.query_marks is not None or not bool(kept.all()):
                 refuse_not_finite(tensor, ~torch.isfinite(tensor).all(1), begin)  # whose rows are numbered as given
+            if not bool(kept.all()):
                 tensor, labels = tensor[kept], labels.of_queries(kept)
             self.begin = begin
-            yield tensor, (*labels, self.junk_identity)
+            queries = torch.arange(first, first + len(tensor), device=tensor.device)
+            for some, operands in labels.parts(self.junk_identity):
+                yield queries[some].cpu().numpy(), tensor[some], operands
+            first += len(tensor)
             del tensor
             if self.progress is not None:
                 self.progress(rows)
@@ -321,6 +321,8 @@ def evaluate_verification(
     query_camera: Any = None,
     gallery_camera: Any = None,
     *,
+    exclude: str | None = None,
+    columns: Columns | None = None,
     fpr_targets: Sequence[float] = FPR_TARGETS,
     far_targets: Sequence[float] = FAR_TARGETS,
     recommend_fpr: float | None = None,
@@ -343,6 +345,8 @@ def evaluate_verification(
         gallery_identity: ``[G]`` whole numbers.
         query_camera: ``[Q]`` whole numbers, or None if cameras are not known; -1: this one is not known.
         gallery_camera: ``[G]`` whole numbers; given if and only if ``query_camera`` is.
+        exclude: which pairs are left out, as in :func:`vareid_ext.evaluate_ranking`.
+        columns: what ``exclude`` can name, as in :func:`vareid_ext.evaluate_ranking`.
         fpr_targets: false positive rates above 0 and below 1 of :attr:`VerificationMetrics.points`.
         far_targets: false alarm rates above 0 and below 1 of :attr:`VerificationMetrics.open_set`.
         recommend_fpr: a false positive rate for whose threshold confidence intervals are made, or None.
@@ -362,6 +366,24 @@ def evaluate_verification(
     Vendor Test", NIST IR 8238 (FNMR at fixed FMR); Phillips, Grother and Micheals, "Evaluation Methods in Face
     Recognition", Handbook of Face Recognition, 2011 (open-set identification).
     """
+    return _verify_labelled(
+        distances, check_labels(query_identity, gallery_identity, query_camera, gallery_camera, exclude, columns),
+        fpr_targets, far_targets, recommend_fpr, resamples, seed, junk_identity, block_rows, progress,
+    )  # fmt: skip
+
+
+def _verify_labelled(
+    distances: Any,
+    labels: RankingLabels,
+    fpr_targets: Sequence[float],
+    far_targets: Sequence[float],
+    recommend_fpr: float | None,
+    resamples: int,
+    seed: int,
+    junk_identity: int | None,
+    block_rows: int | None,
+    progress: Callable[[int], object] | None,
+) -> VerificationMetrics:
     fpr_targets, far_targets = check_rates("fpr_targets", fpr_targets), check_rates("far_targets", far_targets)
     if recommend_fpr is not None:
         (recommend_fpr,) = check_rates("recommend_fpr", [recommend_fpr])
@@ -374,8 +396,7 @@ def evaluate_verification(
             f"distances: {type(distances).__name__} was given, which can be read once only; allowed are a [Q, G] "
             "array, a list of row blocks and a function of (begin, end)"
         )
-    labels = check_labels(query_identity, gallery_identity, query_camera, gallery_camera).on(torch.device("cpu"))
-    pairs = _Pairs(distances, labels, junk_identity, block_rows, progress)
+    pairs = _Pairs(distances, labels.on(torch.device("cpu")), junk_identity, block_rows, progress)
     if recommend_fpr is not None and len(pairs.identity.unique()) < 2:
         raise ValueError("query_identity: one identity was given; a confidence interval needs two or more")
 
@@ -385,7 +406,7 @@ def evaluate_verification(
     if M == 0:
         raise ValueError(
             f"query_identity: none of the {len(pairs.identity)} queries has a match in the gallery (an image of its "
-            "identity, by another camera where cameras are given)"
+            "identity that is not left out: by default those by its camera are)"
         )
     if N == 0:
         raise ValueError("gallery_identity: there are no non-matches; images of two identities or more are needed")
@@ -431,15 +452,14 @@ def _exceeds(count: int) -> Callable[[int, int], bool]:
 def _histogram(pairs: _Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first reading: counts [2, 65536] by first digit, and each query's nearest pairs, [2, queries] twice."""
     counts = np.zeros((2, DIGIT_VALUES), dtype=np.int64)
-    nearest = []
-    for block, arguments in pairs.read():
+    nearest_distance, nearest_index = np.empty((2, len(pairs.identity))), np.empty((2, len(pairs.identity)), np.int64)
+    for queries, block, arguments in pairs.read():
         found, distance, index = verification_histogram(block, *arguments)
         refuse_not_finite(block, distance[0].isnan(), pairs.begin)
         counts += found.cpu().numpy()
-        nearest.append((distance.cpu(), index.cpu()))
+        nearest_distance[:, queries], nearest_index[:, queries] = distance.cpu().numpy(), index.cpu().numpy()
         del block
-    distance, index = (torch.cat(part, 1).numpy() for part in zip(*nearest, strict=True))
-    return counts, distance, index
+    return counts, nearest_distance, nearest_index
 
 
 def _refine(pairs: _Pairs, counts: np.ndarray, searches: Sequence[_Search]) -> None:
@@ -451,7 +471,7 @@ def _refine(pairs: _Pairs, counts: np.ndarray, searches: Sequence[_Search]) -> N
         prefixes = sorted({search.key for search in searches})
         parts = [prefixes[first : first + MOST_PREFIXES] for first in range(0, len(prefixes), MOST_PREFIXES)]
         tables: list[Any] = [0] * len(parts)
-        for block, arguments in pairs.read():
+        for _, block, arguments in pairs.read():
             for number, part in enumerate(parts):
                 tables[number] += verification_refine(block, *arguments, part, digits).cpu().numpy()
             del block
@@ -488,15 +508,14 @@ def _open_set(
 def _with_intervals(pairs: _Pairs, point: OperatingPoint, resamples: int, seed: int) -> RecommendedThreshold:
     """Percentile intervals from draws of identities, whose pairs are counted together."""
     names, identity = torch.unique(pairs.identity, return_inverse=True)
-    of_query = []
-    for block, arguments in pairs.read():
+    of_identity = torch.zeros((len(names), 4), dtype=torch.float64)
+    for queries, block, arguments in pairs.read():
         accepted = verification_accepted(block, *arguments, point.threshold)
         # All pairs do not depend on the distances: one row for all of them stays in the cache.
         everything = verification_accepted(block[:1].expand_as(block), *arguments, np.inf)
-        of_query.append(torch.cat([accepted, everything]).cpu())
+        of_query = torch.cat([accepted, everything]).cpu().T.double()
+        of_identity.index_add_(0, identity[torch.from_numpy(queries)], of_query)
         del block
-    of_identity = torch.zeros((len(names), 4), dtype=torch.float64)
-    of_identity.index_add_(0, identity, torch.cat(of_query, 1).T.double())
     rng = np.random.default_rng(seed)
     rates = np.empty((resamples, 2))
     for draw in range(resamples):
@@ -517,6 +536,8 @@ def verify_features(
     query_camera: Any = None,
     gallery_camera: Any = None,
     *,
+    exclude: str | None = None,
+    columns: Columns | None = None,
     metric: str = "sqeuclidean",
     rerank: Rerank = False,
     fpr_targets: Sequence[float] = FPR_TARGETS,
@@ -541,6 +562,8 @@ def verify_features(
         gallery_identity: ``[G]``.
         query_camera: ``[Q]`` or None.
         gallery_camera: ``[G]`` or None.
+        exclude: as in :func:`vareid_ext.evaluate_features`.
+        columns: as in :func:`vareid_ext.evaluate_features`.
         metric: "sqeuclidean", "euclidean" or "cosine"; without effect on re-ranked distances.
         rerank: False, True, a name, a mapping or a fitted re-ranker.
         fpr_targets: this and what follows as in :func:`evaluate_verification`.
@@ -556,9 +579,9 @@ def verify_features(
         TypeError: as :func:`vareid_ext.evaluate_features`.
         ValueError: as :func:`vareid_ext.evaluate_features` and :func:`evaluate_verification`.
     """
-    given = (query_identity, gallery_identity, query_camera, gallery_camera)
+    labels = check_labels(query_identity, gallery_identity, query_camera, gallery_camera, exclude, columns)
     query, gallery, labels, fit, _ = check_retrieval(
-        query, gallery, given, metric, rerank, junk_identity, drop_junk=rerank is not False
+        query, gallery, labels, metric, rerank, junk_identity, drop_junk=rerank is not False
     )
 
     def rows(begin: int, end: int) -> Tensor:
@@ -569,7 +592,6 @@ def verify_features(
             fit.prepare()
     readings = (4 if query.dtype == torch.float64 and fit is None else 2) + (recommend_fpr is not None)
     with query_bar(progress, readings * len(query)) as advance:
-        return evaluate_verification(
-            rows, *labels, fpr_targets=fpr_targets, far_targets=far_targets, recommend_fpr=recommend_fpr,
-            resamples=resamples, seed=seed, junk_identity=junk_identity, block_rows=block_rows, progress=advance,
-        )  # fmt: skip
+        return _verify_labelled(
+            rows, labels, fpr_targets, far_targets, recommend_fpr, resamples, seed, junk_identity, block_rows, advance
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -13,8 +13,9 @@ from vareid_ext import _arrays
 from vareid_ext._labels import UNKNOWN
 from vareid_ext._text import VIEWPOINTS, viewpoint_name
 from vareid_ext.files.features import Features
+from vareid_ext.metrics.exclusion import label_arguments, label_vector
 from vareid_ext.metrics.features import evaluate_features
-from vareid_ext.metrics.ranking import RankingMetrics, label_vector, results_table
+from vareid_ext.metrics.ranking import RankingMetrics, results_table
 from vareid_ext.ops._checks import check_count
 from vareid_ext.retrieval.rerank import Rerank
 
@@ -73,14 +74,21 @@ class ByViewpoint(dict[int, _Result]):
         return results_table({viewpoint_name(view, self.names): result for view, result in self.items()})
 
 
-def _images(feature: Any, identity: Any, viewpoint: Any, camera: Any, junk_identity: int | None) -> Features:
+def _images(
+    feature: Any,
+    identity: Any,
+    viewpoint: Any,
+    camera: Any,
+    columns: Mapping[str, Any] | None,
+    junk_identity: int | None,
+) -> Features:
     """The images, those that take no part with viewpoint -1."""
     if identity is None or viewpoint is None:
         raise TypeError("identity, viewpoint: None was given; both are needed")
     tensor = _arrays.to_tensor(feature, "feature")
     if tensor.dim() != 2:
         raise ValueError(f"feature: shape {list(tensor.shape)} was given; [images, D] is needed")
-    labels = {"identity": identity, "viewpoint": viewpoint, "camera": camera}
+    labels = {"identity": identity, "viewpoint": viewpoint, "camera": camera, **(columns or {})}
     vectors = {
         name: np.full(len(tensor), UNKNOWN) if value is None else label_vector(value, name).cpu().numpy()
         for name, value in labels.items()
@@ -94,14 +102,19 @@ def _images(feature: Any, identity: Any, viewpoint: Any, camera: Any, junk_ident
     if not taking_part.any():
         raise ValueError("viewpoint: no image has a known viewpoint (>= 0)")
     viewpoints = np.where(taking_part, vectors["viewpoint"], UNKNOWN)
-    return Features(feature=tensor, identity=vectors["identity"], camera=vectors["camera"], viewpoint=viewpoints)
+    return Features(
+        feature=tensor, identity=vectors["identity"], camera=vectors["camera"], viewpoint=viewpoints,
+        columns={name: vectors[name] for name in columns or ()},
+    )  # fmt: skip
 
 
-def _evaluate(images: Features, query: np.ndarray, gallery: np.ndarray, like: Any, **options: Any) -> RankingMetrics:
+def _evaluate(
+    images: Features, query: np.ndarray, gallery: np.ndarray, like: Any, exclude: str | None, **options: Any
+) -> RankingMetrics:
     """Some images against others, the curve in the kind of array of `like`."""
-    sides = [images.select(chosen) for chosen in (query, gallery)]
-    labels = [getattr(side, name) for name in ("feature", "identity", "camera") for side in sides]
-    metrics = evaluate_features(*labels, **options)
+    ours, theirs = images.select(query), images.select(gallery)
+    labels = label_arguments(ours, theirs, exclude)
+    metrics = evaluate_features(ours.feature, theirs.feature, **labels, **options)
     return replace(metrics, cmc=_arrays.returner(like)(metrics.cmc))
 
 
@@ -111,6 +124,8 @@ def evaluate_single_viewpoint(
     viewpoint: Any,
     camera: Any = None,
     *,
+    exclude: str | None = None,
+    columns: Mapping[str, Any] | None = None,
     repeats: int = 10,
     seed: int = 0,
     metric: str = "sqeuclidean",
@@ -128,7 +143,9 @@ def evaluate_single_viewpoint(
         feature: [N, D], the query and the gallery images together.
         identity: ``[N]`` whole numbers.
         viewpoint: ``[N]`` whole numbers >= 0; images of unknown viewpoint (-1) take no part.
-        camera: ``[N]`` whole numbers or None; gallery images by the query's camera are left out, as always.
+        camera: ``[N]`` whole numbers or None.
+        exclude: which gallery images are left out, as in :func:`evaluate_ranking`.
+        columns: what ``exclude`` can name beside identity, camera and viewpoint, by name: ``[N]`` whole numbers.
         repeats: random draws, 1 to 10,000.
         seed: of the draws, 0 to 2^63 - 1; the same seed draws the same queries everywhere.
         metric: as in :func:`evaluate_features`.
@@ -150,7 +167,7 @@ def evaluate_single_viewpoint(
     """
     repeats = check_count("repeats", repeats, 1, _MAX_REPEATS)
     seed = check_count("seed", seed, 0, 2**63 - 1)
-    images = _images(feature, identity, viewpoint, camera, junk_identity)
+    images = _images(feature, identity, viewpoint, camera, columns, junk_identity)
     generator = np.random.default_rng(seed)
     results: ByViewpoint[RepeatedMetrics] = ByViewpoint(names)
     for view in np.unique(images.viewpoint[images.viewpoint >= 0]).tolist():
@@ -164,7 +181,11 @@ def evaluate_single_viewpoint(
             query, gallery = (np.sort(shuffled[chosen]) for chosen in (is_query, ~is_query))
             if len(gallery) == 0:
                 raise ValueError(f"viewpoint: {view} has one image of each identity, so that no gallery is left")
-            runs.append(_evaluate(images, query, gallery, feature, metric=metric, rerank=rerank, max_rank=max_rank))
+            runs.append(
+                _evaluate(
+                    images, query, gallery, feature, exclude=exclude, metric=metric, rerank=rerank, max_rank=max_rank
+                )
+            )
         results[view] = RepeatedMetrics(tuple(runs))
     return results
 
@@ -175,6 +196,8 @@ def evaluate_cross_viewpoint(
     viewpoint: Any,
     camera: Any = None,
     *,
+    exclude: str | None = None,
+    columns: Mapping[str, Any] | None = None,
     metric: str = "sqeuclidean",
     rerank: Rerank = False,
     max_rank: int = 50,
@@ -187,7 +210,9 @@ def evaluate_cross_viewpoint(
         feature: [N, D], the query and the gallery images together.
         identity: ``[N]`` whole numbers.
         viewpoint: ``[N]`` whole numbers >= 0; images of unknown viewpoint (-1) take no part.
-        camera: ``[N]`` whole numbers or None; gallery images by the query's camera are left out, as always.
+        camera: ``[N]`` whole numbers or None.
+        exclude: which gallery images are left out, as in :func:`evaluate_ranking`.
+        columns: what ``exclude`` can name beside identity, camera and viewpoint, by name: ``[N]`` whole numbers.
         metric: as in :func:`evaluate_features`.
         rerank: as in :func:`evaluate_features`.
         max_rank: as in :func:`evaluate_features`.
@@ -204,7 +229,7 @@ def evaluate_cross_viewpoint(
     Source: the supplement of Zhu et al., "Viewpoint-Aware Loss with Angular Regularization for Person
     Re-Identification", AAAI 2020.
     """
-    images = _images(feature, identity, viewpoint, camera, junk_identity)
+    images = _images(feature, identity, viewpoint, camera, columns, junk_identity)
     views = np.unique(images.viewpoint[images.viewpoint >= 0]).tolist()
     if len(views) < 2:
         raise ValueError(f"viewpoint: only {views[0]} occurs; two are needed")
@@ -212,5 +237,7 @@ def evaluate_cross_viewpoint(
     for view in views:
         query = images.viewpoint == view
         gallery = (images.viewpoint >= 0) & ~query
-        results[view] = _evaluate(images, query, gallery, feature, metric=metric, rerank=rerank, max_rank=max_rank)
+        results[view] = _evaluate(
+            images, query, gallery, feature, exclude=exclude, metric=metric, rerank=rerank, max_rank=max_rank
+        )
     return results

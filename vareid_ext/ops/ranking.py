@@ -34,8 +34,8 @@ class GroupedLabels:
         self,
         query_identity: Tensor,
         gallery_identity: Tensor,
-        query_camera: Tensor | None,
-        gallery_camera: Tensor | None,
+        query_codes: Tensor | None,
+        gallery_codes: Tensor | None,
         junk_identity: int | None,
     ) -> None:
         query_identity = query_identity.contiguous()
@@ -47,13 +47,13 @@ class GroupedLabels:
             junk = gallery_identity == junk_identity
             self.junk = junk if bool(junk.any()) else None
             self.end = torch.where(query_identity == junk_identity, self.begin, self.end)
-        self.query_camera = None if query_camera is None else query_camera.contiguous()
-        self.gallery_camera = None if gallery_camera is None else gallery_camera.contiguous()
+        self.query_codes = None if query_codes is None else query_codes.contiguous()
+        self.gallery_codes = None if gallery_codes is None else gallery_codes.contiguous()
 
     def arrays(self, rows: slice) -> tuple[Tensor | None, ...]:
         """Of some queries, for the compiled module."""
-        camera = None if self.query_camera is None else self.query_camera[rows]
-        return self.order, self.begin[rows], self.end[rows], self.junk, camera, self.gallery_camera
+        codes = None if self.query_codes is None else self.query_codes[rows]
+        return self.order, self.begin[rows], self.end[rows], self.junk, codes, self.gallery_codes
 
     def most_matches(self) -> int:
         """The largest number of images that one query shares its identity with."""
@@ -64,13 +64,13 @@ def _native_forward(
     distances: Tensor,
     query_identity: Tensor,
     gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
+    query_codes: Tensor | None,
+    gallery_codes: Tensor | None,
     junk_identity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if distances.shape[1] > 1 and distances.stride(1) != 1:
         distances = distances.contiguous()
-    labels = GroupedLabels(query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
+    labels = GroupedLabels(query_identity, gallery_identity, query_codes, gallery_codes, junk_identity)
     results = _empty_results(distances)
     _rank_rows(distances, labels, slice(None), results, 0 if distances.is_cuda else labels.most_matches())
     return results
@@ -91,8 +91,8 @@ def _rank_rows(
 
 
 ranking_forward = define(
-    "ranking_forward(Tensor distances, Tensor query_identity, Tensor gallery_identity, Tensor? query_camera, "
-    "Tensor? gallery_camera, SymInt? junk_identity) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ranking_forward(Tensor distances, Tensor query_identity, Tensor gallery_identity, Tensor? query_codes, "
+    "Tensor? gallery_codes, SymInt? junk_identity) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda distances, *_arguments: _empty_results(distances),
     reference=reference.ranking_forward,
     native=_native_forward,
@@ -106,8 +106,8 @@ def _reference_features(
     metric: str,
     query_identity: Tensor,
     gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
+    query_codes: Tensor | None,
+    gallery_codes: Tensor | None,
     junk_identity: int | None,
     block_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -118,7 +118,7 @@ def _reference_features(
         rows = slice(begin, begin + block_rows)
         block = reference.ranking_features(
             query[rows], gallery, scale, metric, query_identity[rows], gallery_identity,
-            None if query_camera is None else query_camera[rows], gallery_camera, junk_identity,
+            None if query_codes is None else query_codes[rows], gallery_codes, junk_identity,
         )  # fmt: skip
         for result, part in zip(results, block, strict=True):
             result[rows] = part
@@ -172,7 +172,7 @@ def _native_features(query: Tensor, gallery: Tensor, metric: str, *given: Any) -
 
 ranking_features = define(
     "ranking_features(Tensor query, Tensor gallery, str metric, Tensor query_identity, Tensor gallery_identity, "
-    "Tensor? query_camera, Tensor? gallery_camera, SymInt? junk_identity, SymInt block_rows) "
+    "Tensor? query_codes, Tensor? gallery_codes, SymInt? junk_identity, SymInt block_rows) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda query, *_arguments: _empty_results(query),
     reference=_reference_features,
@@ -186,8 +186,8 @@ Args:
     metric: "sqeuclidean", "euclidean" (the same order) or "cosine".
     query_identity: as the following, that of :func:`ranking_forward`.
     gallery_identity: [G].
-    query_camera: [Q] or None.
-    gallery_camera: [G] or None.
+    query_codes: [Q, C] or None.
+    gallery_codes: [G, C] or None.
     junk_identity: gallery images of this identity are left out; None leaves none out.
     block_rows: queries handled at once, as far as 1,024 by the native kernel.
 

@@ -17,8 +17,7 @@ from vareid_ext.reference.verification import DIGIT_VALUES
 MOST_PREFIXES = 8  # of verification_refine
 
 _LABELS = (
-    "Tensor query_identity, Tensor gallery_identity, Tensor? query_camera, Tensor? gallery_camera, "
-    "SymInt? junk_identity"
+    "Tensor query_identity, Tensor gallery_identity, Tensor? query_codes, Tensor? gallery_codes, SymInt? junk_identity"
 )
 
 

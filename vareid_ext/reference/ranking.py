@@ -1,12 +1,13 @@
 """Average precision, inverse negative penalty and first hit of every query: the definition, in plain PyTorch.
 
-For query ``q`` the gallery images with its identity and its camera are left out, and so are those whose identity is
-``junk_identity``. The rest is ordered by distance, ties by gallery index (a stable sort). With the hits (images of the
-query's identity) at the ranks ``r_1 < ... < r_n``, counted from 1:
+For query ``q`` the gallery images with its identity and one of its codes are left out, and so are those whose identity
+is ``junk_identity``. The rest is ordered by distance, ties by gallery index (a stable sort). With the hits (images of
+the query's identity) at the ranks ``r_1 < ... < r_n``, counted from 1:
 
     AP  = 1/n sum_i i / r_i          INP = n / r_n          first hit = r_1
 
-Camera -1 is unknown and equals no camera.
+Every image has ``C`` codes, of which the ``c``-th of a query is compared with the ``c``-th of a gallery image; code -1
+is unknown and equals none. The usual code is the camera; those of an exclusion rule are its terms with the identity.
 
 Sources: Zheng et al., "Scalable Person Re-identification: A Benchmark", ICCV 2015 (AP, CMC, the camera rule); Ye et
 al., "Deep Learning for Person Re-identification: A Survey and Outlook", TPAMI 2022, equation 8 (INP).
@@ -22,12 +23,17 @@ from vareid_ext.reference.pairwise_distance import exact_distance
 _BLOCK_ELEMENTS = 1 << 22
 
 
+def share_a_code(query_codes: Tensor, gallery_codes: Tensor) -> Tensor:
+    """Whether queries and gallery images have a code in common, bool ``[...]``, of codes ``[..., C]``; -1 is none."""
+    return ((query_codes == gallery_codes) & (query_codes != -1)).any(-1)
+
+
 def ranking_forward(
     distances: Tensor,
     query_identity: Tensor,
     gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
+    query_codes: Tensor | None,
+    gallery_codes: Tensor | None,
     junk_identity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per-query ranking results.
@@ -36,8 +42,8 @@ def ranking_forward(
         distances: ``[Q, G]``, float32, float64, float16 or bfloat16, smaller is nearer.
         query_identity: ``[Q]`` int64.
         gallery_identity: ``[G]`` int64.
-        query_camera: ``[Q]`` int64 or None; -1 is unknown.
-        gallery_camera: ``[G]`` int64, None if and only if ``query_camera`` is.
+        query_codes: ``[Q, C]`` int64 or None; -1 is unknown.
+        gallery_codes: ``[G, C]`` int64, None if and only if ``query_codes`` is.
         junk_identity: gallery images of this identity are left out; None leaves none out.
 
     Returns:
@@ -58,9 +64,8 @@ def ranking_forward(
         rows = slice(begin, min(Q, begin + step))
         same = query_identity[rows, None] == gallery_identity[None]
         left_out = junk.expand_as(same)
-        if query_camera is not None and gallery_camera is not None:
-            camera = query_camera[rows, None]
-            left_out = left_out | (same & (camera == gallery_camera[None]) & (camera != -1))
+        if query_codes is not None and gallery_codes is not None:
+            left_out = left_out | (same & share_a_code(query_codes[rows, None], gallery_codes))
         order = torch.sort(distances[rows], dim=1, stable=True).indices
         hit = (same & ~left_out).gather(1, order)
         rank = (~left_out).gather(1, order).cumsum(1)
@@ -83,8 +88,8 @@ def ranking_features(
     metric: str,
     query_identity: Tensor,
     gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
+    query_codes: Tensor | None,
+    gallery_codes: Tensor | None,
     junk_identity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`ranking_forward` of the float64 distances of features.
@@ -96,11 +101,11 @@ def ranking_features(
         metric: "sqeuclidean", "euclidean" or "cosine"; the first two give the same order.
         query_identity: ``[Q]`` int64; this and what follows as in :func:`ranking_forward`.
         gallery_identity: ``[G]``.
-        query_camera: ``[Q]`` or None.
-        gallery_camera: ``[G]`` or None.
+        query_codes: ``[Q, C]`` or None.
+        gallery_codes: ``[G, C]`` or None.
         junk_identity: an identity or None.
     """
     metric = "sqeuclidean" if metric == "euclidean" else metric  # a root can make two distances equal
     wide_query, wide_gallery = query.to(torch.float64) * scale, gallery.to(torch.float64) * scale
     distances = exact_distance(wide_query, wide_gallery, metric)
-    return ranking_forward(distances, query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
+    return ranking_forward(distances, query_identity, gallery_identity, query_codes, gallery_codes, junk_identity)

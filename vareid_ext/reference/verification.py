@@ -1,7 +1,7 @@
 """Pairs of queries and gallery images counted by distance: the definition, in plain PyTorch.
 
 A pair is a match if both images show one identity, else a non-match. As in :mod:`vareid_ext.reference.ranking`, gallery
-images of ``junk_identity`` are left out, and so are those with the query's identity and camera (-1 equals no camera).
+images of ``junk_identity`` are left out, and so are those with the query's identity and one of its codes.
 
 The key of a distance is the integer that orders as the distance does: its bits, all but the sign inverted for negative
 ones; -0 has the key of 0. A key's digits are of 16 bits, the first of them signed: one for 16-bit distances, two for
@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from vareid_ext.reference.ranking import share_a_code
 
 DIGIT_VALUES = 1 << 16
 _BLOCK_ELEMENTS = 1 << 22
@@ -43,8 +45,8 @@ def _pairs(
     distances: Tensor,
     query_identity: Tensor,
     gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
+    query_codes: Tensor | None,
+    gallery_codes: Tensor | None,
     junk_identity: int | None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows of queries, and whether each of their pairs is a match or a non-match: bool [2, rows, G]."""
@@ -58,9 +60,8 @@ def _pairs(
         match = query_identity[rows, None] == gallery_identity[None]
         non_match = ~match & ~junk
         match = match & ~junk
-        if query_camera is not None and gallery_camera is not None:
-            camera = query_camera[rows, None]
-            match = match & ((camera != gallery_camera[None]) | (camera == -1))
+        if query_codes is not None and gallery_codes is not None:
+            match = match & ~share_a_code(query_codes[rows, None], gallery_codes)
         yield rows, torch.stack([match, non_match])
 
 
@@ -68,8 +69,8 @@ def verification_histogram(
     distances: Tensor,
     query_identity: Tensor,
     gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
+    query_codes: Tensor | None,
+    gallery_codes: Tensor | None,
     junk_identity: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs by the first digit of their keys, and each query's nearest match and non-match.
@@ -78,8 +79,8 @@ def verification_histogram(
         distances: ``[Q, G]``, float32, float64, float16 or bfloat16, smaller is nearer.
         query_identity: ``[Q]`` int64.
         gallery_identity: ``[G]`` int64.
-        query_camera: ``[Q]`` int64 or None; -1 is unknown.
-        gallery_camera: ``[G]`` int64, None if and only if ``query_camera`` is.
+        query_codes: ``[Q, C]`` int64 or None; -1 is unknown.
+        gallery_codes: ``[G, C]`` int64, None if and only if ``query_codes`` is.
         junk_identity: gallery images of this identity are left out; None leaves none out.
 
     Returns:
@@ -91,7 +92,7 @@ def verification_histogram(
     counts = distances.new_zeros((2, DIGIT_VALUES), dtype=torch.int64)
     nearest_distance = distances.new_full((2, Q), torch.inf, dtype=torch.float64)
     nearest_index = distances.new_full((2, Q), -1, dtype=torch.int64)
-    labels = (query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
+    labels = (query_identity, gallery_identity, query_codes, gallery_codes, junk_identity)
     for rows, pairs in _pairs(distances, *labels) if G else ():
         digit = (keys_of(distances[rows]) >> (8 * distances.element_size() - 16)) + DIGIT_VALUES // 2
         exact = distances[rows].to(torch.float64) + 0.0  # -0 becomes 0
@@ -111,8 +112,8 @@ def verification_refine(
     distances: Tensor,
     query_identity: Tensor,
     gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
+    query_codes: Tensor | None,
+    gallery_codes: Tensor | None,
     junk_identity: int | None,
     prefixes: Sequence[int],
     digits: int,
@@ -123,8 +124,8 @@ def verification_refine(
         distances: ``[Q, G]``, float32 or float64; this and the labels as in :func:`verification_histogram`.
         query_identity: ``[Q]``.
         gallery_identity: ``[G]``.
-        query_camera: ``[Q]`` or None.
-        gallery_camera: ``[G]`` or None.
+        query_codes: ``[Q, C]`` or None.
+        gallery_codes: ``[G, C]`` or None.
         junk_identity: an identity or None.
         prefixes: the first ``digits`` digits of keys, 1 to 8 different ones.
         digits: 1 for float32, 1 to 3 for float64.
@@ -134,7 +135,7 @@ def verification_refine(
     """
     counts = distances.new_zeros((2, len(prefixes), DIGIT_VALUES), dtype=torch.int64)
     below = 8 * distances.element_size() - 16 * digits
-    labels = (query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
+    labels = (query_identity, gallery_identity, query_codes, gallery_codes, junk_identity)
     for rows, pairs in _pairs(distances, *labels) if distances.shape[1] else ():
         keys = keys_of(distances[rows])
         for place, prefix in enumerate(prefixes):
@@ -148,14 +149,14 @@ def verification_accepted(
     distances: Tensor,
     query_identity: Tensor,
     gallery_identity: Tensor,
-    query_camera: Tensor | None,
-    gallery_camera: Tensor | None,
+    query_codes: Tensor | None,
+    gallery_codes: Tensor | None,
     junk_identity: int | None,
     threshold: float,
 ) -> Tensor:
     """Each query's pairs whose distance is at most ``threshold``, int64 ``[2, Q]``; labels as above."""
     accepted = distances.new_zeros((2, distances.shape[0]), dtype=torch.int64)
-    labels = (query_identity, gallery_identity, query_camera, gallery_camera, junk_identity)
+    labels = (query_identity, gallery_identity, query_codes, gallery_codes, junk_identity)
     for rows, pairs in _pairs(distances, *labels):
         accepted[:, rows] = (pairs & (distances[rows].to(torch.float64) <= threshold)).sum(2)
     return accepted

@@ -20,6 +20,7 @@ from vareid_ext.metrics import (
     rank_features,
     verify_features,
 )
+from vareid_ext.metrics.exclusion import check_labels, label_arguments
 from vareid_ext.metrics.features import check_retrieval
 from vareid_ext.ops.nearest_neighbors import nearest_neighbors
 from vareid_ext.retrieval.rerank import Rerank, fit_reranker
@@ -35,18 +36,14 @@ class Measured:
     query: Features
     gallery: Features
     how: Mapping[str, Any]
-    """the metric or the fitted re-ranker, and the junk identity, as the functions of `vareid_ext.metrics` take them"""
+    """the metric or the fitted re-ranker, the junk identity, labels and rule of exclusion, as the functions of
+    `vareid_ext.metrics` take them"""
     ranking: QueryRanking
     metrics: RankingMetrics
     verification: VerificationMetrics | None
     groups: Mapping[str, GroupMetrics]
     """by label"""
     gaps: list[str] = field(default_factory=list)
-
-    @property
-    def labels(self) -> tuple[np.ndarray, ...]:
-        """Identities and cameras, as the functions of `vareid_ext.metrics` take them."""
-        return self.query.identity, self.gallery.identity, self.query.camera, self.gallery.camera
 
 
 @dataclass(frozen=True)
@@ -86,6 +83,7 @@ def measure(
     query: Features,
     gallery: Features,
     *,
+    exclude: str | None = None,
     metric: str = "sqeuclidean",
     rerank: Rerank = False,
     junk_identity: int | None = -1,
@@ -98,18 +96,14 @@ def measure(
     Raises:
         ValueError: as :func:`vareid_ext.evaluate_features`, also where no query has a match.
     """
-    how: dict[str, Any] = {"metric": metric}
+    how: dict[str, Any] = {**label_arguments(query, gallery, exclude), "metric": metric}
     if rerank is not False:
         junk = gallery.identity == junk_identity if junk_identity is not None else np.zeros(len(gallery), dtype=bool)
-        how = {"rerank": fit_reranker(rerank, query.feature, gallery.feature[torch.from_numpy(~junk)])}
-    labels: dict[str, Any] = {
-        f"{side}_{label}": getattr(images, label)
-        for side, images in (("query", query), ("gallery", gallery))
-        for label in ("identity", "camera")
-    }
+        del how["metric"]
+        how["rerank"] = fit_reranker(rerank, query.feature, gallery.feature[torch.from_numpy(~junk)])
     how["junk_identity"] = junk_identity
     streamed: dict[str, Any] = {"block_rows": block_rows, "progress": progress}
-    ranking = rank_features(query.feature, gallery.feature, **labels, **how, **streamed)
+    ranking = rank_features(query.feature, gallery.feature, **how, **streamed)
     metrics = ranking.metrics(50)
     gaps = []
     people = [np.unique(side.identity[side.identity != junk_identity]) for side in (query, gallery)]
@@ -117,9 +111,7 @@ def measure(
     if recommend is None:
         gaps.append("recommended threshold: the queries show one identity; its intervals need two or more")
     if len(np.union1d(*people)) > 1:
-        verification = verify_features(
-            query.feature, gallery.feature, **labels, **how, recommend_fpr=recommend, **streamed
-        )
+        verification = verify_features(query.feature, gallery.feature, **how, recommend_fpr=recommend, **streamed)
     else:
         gaps.append("verification (ROC, histogram, thresholds): all images show one identity; there are no non-matches")
     groups = {}
@@ -127,7 +119,7 @@ def measure(
         of: Any = {"query_group": getattr(query, label), "gallery_group": getattr(gallery, label)}
         if all((group >= 0).any() for group in of.values()):
             names = query.viewpoints if label == "viewpoint" else ()
-            groups[label] = evaluate_by_group(query.feature, gallery.feature, **labels, **how, **of, names=names)
+            groups[label] = evaluate_by_group(query.feature, gallery.feature, **how, **of, names=names)
         else:
             gaps.append(f"metrics by {label}: the {label} of no image is known on one side")
     return Measured(query, gallery, how, ranking, metrics, verification, groups, gaps)
@@ -152,21 +144,21 @@ def chosen_queries(precision: np.ndarray, matched: np.ndarray, count: int) -> np
 
 def found_lists(measured: Measured, queries: Sequence[int], top: int) -> list[FoundList]:
     """What was found for some queries, with its distances, in the order of the ranking metrics."""
-    junk_identity = measured.how["junk_identity"]
-    reranked = "rerank" in measured.how
+    how = dict(measured.how)
+    junk_identity, metric, rerank = how.pop("junk_identity"), how.pop("metric", "sqeuclidean"), how.pop("rerank", False)
     query, gallery, labels, fit, kept = check_retrieval(
-        measured.query.feature, measured.gallery.feature, measured.labels, measured.how.get("metric", "sqeuclidean"),
-        measured.how.get("rerank", False), junk_identity, drop_junk=reranked,
+        measured.query.feature, measured.gallery.feature, check_labels(**how), metric, rerank, junk_identity,
+        drop_junk=rerank is not False,
     )  # fmt: skip
     lists = []
     for q in queries:
         row = torch.tensor([q], device=query.device)
         distance: Tensor
         if fit is None:
-            distance, index = nearest_neighbors(query[row], gallery, len(gallery), measured.how["metric"])
+            distance, index = nearest_neighbors(query[row], gallery, len(gallery), metric)
         else:
             distance, index = fit.distances(q, q + 1).sort(dim=1, stable=True)
-        out = labels.left_out(row)[0]
+        out = labels.left_out(row, slice(None))
         if junk_identity is not None:
             out = out | (labels.gallery_identity == junk_identity)
         match = (labels.gallery_identity == labels.query_identity[q]) & ~out

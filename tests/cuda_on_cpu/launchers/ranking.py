@@ -7,6 +7,11 @@ from typing import Any
 from tests.cuda_on_cpu.harness import InOut, dtype_code, spanned
 
 
+def with_codes(labels: Any) -> list[Any]:
+    """The fields of RankingLabels: the six arrays, and the number of codes."""
+    return [*labels, 0 if labels[4] is None else labels[4].shape[1]]
+
+
 def ranking_workspace_bytes(launch: Any, max_group: int, threads: int) -> int:
     return 0  # the CUDA kernel needs none
 
@@ -16,7 +21,18 @@ def ranking_forward(
 ) -> None:
     Q, G = distances.shape
     memory, row_stride = spanned(distances)
-    launch("ranking_forward_cuda", memory, row_stride, *labels, *results, None, dtype_code(distances), Q, G, max_group)
+    launch(
+        "ranking_forward_cuda",
+        memory,
+        row_stride,
+        *with_codes(labels),
+        *results,
+        None,
+        dtype_code(distances),
+        Q,
+        G,
+        max_group,
+    )
 
 
 def ranking_features_workspace_bytes(launch: Any, max_group: int, G: int, threads: int) -> int:
@@ -32,5 +48,5 @@ def ranking_features(
         sets += [memory, factor, rows.shape[0], stride]
     launch(
         "ranking_features_cuda", InOut(products.contiguous()), products.shape[1], *sets, dtype_code(x[0]),
-        x[0].shape[1], x[2], x[3], y[2], y[3], *labels, *results, None, max_group,
+        x[0].shape[1], x[2], x[3], y[2], y[3], *with_codes(labels), *results, None, max_group,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.cuda_on_cpu.harness import InOut, dtype_code, spanned
+from tests.cuda_on_cpu.launchers.ranking import with_codes
 
 
 def verification_workspace_bytes(launch: Any, prefixes: int, Q: int, G: int, threads: int) -> int:
@@ -17,8 +18,8 @@ def verification_histogram(
 ) -> None:  # fmt: skip
     memory, row_stride = spanned(distances)
     launch(
-        "verification_histogram_cuda", memory, row_stride, *labels, InOut(counts), nearest_distance, nearest_index,
-        None, dtype_code(distances), *distances.shape,
+        "verification_histogram_cuda", memory, row_stride, *with_codes(labels), InOut(counts),
+        nearest_distance, nearest_index, None, dtype_code(distances), *distances.shape,
     )  # fmt: skip
 
 
@@ -28,8 +29,8 @@ def verification_refine(
     memory, row_stride = spanned(distances)
     padded = [*prefixes, *[0] * (8 - len(prefixes))]
     launch(
-        "verification_refine_cuda", memory, row_stride, *labels, *padded, len(prefixes), digits, InOut(counts), None,
-        dtype_code(distances), *distances.shape,
+        "verification_refine_cuda", memory, row_stride, *with_codes(labels), *padded, len(prefixes), digits,
+        InOut(counts), None, dtype_code(distances), *distances.shape,
     )  # fmt: skip
 
 
@@ -38,6 +39,6 @@ def verification_accepted(
 ) -> None:
     memory, row_stride = spanned(distances)
     launch(
-        "verification_accepted_cuda", memory, row_stride, *labels, threshold, accepted, dtype_code(distances),
-        *distances.shape,
+        "verification_accepted_cuda", memory, row_stride, *with_codes(labels), threshold, accepted,
+        dtype_code(distances), *distances.shape,
     )  # fmt: skip
