@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from vareid_ext.methods import METHODS
+from vareid_ext.metrics.exclusion import exclusion_note
 
 _METRICS = ("mAP", "rank1", "rank5", "rank10", "mINP")
 _ROWS = {"trained": "as trained", "reranked": "k-reciprocal re-ranking"}
@@ -47,6 +48,7 @@ def model_card(description: Mapping[str, Any], *, name: str, parameters: int) ->
         model_name=name if results else None,
         eval_results=results or None,
     )
+    note = exclusion_note(config["evaluation"].get("exclude"))
     facts = {
         "method": f"{about.title} ({about.paper}); {about.claim}",
         "network": f"{config['model']['backbone']}, {parameters / 1e6:.2f} M parameters with the training heads",
@@ -55,6 +57,7 @@ def model_card(description: Mapping[str, Any], *, name: str, parameters: int) ->
         "feature": f"{description['feature_dim']} numbers, brought to length 1: {how['normalize']}"
         + ("; the mirrored image's feature is added" if how["flip"] else ""),
         "needs at test": ", ".join(METHODS[config["method"]["name"]].test_inputs) or "images only",
+        **({"evaluation": note} if note else {}),
         "training data": f"{data['name']}, {len(description['identity_names']):,} identities, "
         f"{description['num_viewpoints']} viewpoints",
         "licence of the training data": data["license"] or _UNKNOWN,

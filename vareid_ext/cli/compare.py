@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vareid_ext.cli.common import Parser, Result, command_parser, run_command
-from vareid_ext.cli.sources import ABOUT_FILES, Source, add_source_arguments, check_sources, open_sources
+from vareid_ext.cli.sources import ABOUT_FILES, Source, add_source_arguments, check_sources, one_rule, open_sources
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import Features
 from vareid_ext.metrics import QueryRanking, rank_features
@@ -20,6 +20,7 @@ from vareid_ext.metrics.comparison import (
     comparison_text,
     gallery_notes,
 )
+from vareid_ext.metrics.exclusion import exclusion_note, exclusion_text, label_arguments
 from vareid_ext.metrics.ranking import results_table
 from vareid_ext.ops._checks import check_count
 
@@ -85,9 +86,8 @@ def _measure(options: argparse.Namespace, source: Source) -> tuple[Features, Que
     sides = source.read()
     how: dict[str, Any] = {"rerank": source.rerank} if options.rerank else {"metric": options.metric}
     ranking = rank_features(
-        sides.query.feature, sides.gallery.feature, sides.query.identity, sides.gallery.identity,
-        sides.query.camera, sides.gallery.camera, **how, junk_identity=options.junk_identity,
-        block_rows=options.block_rows, progress=not options.quiet,
+        sides.query.feature, sides.gallery.feature, **label_arguments(sides.query, sides.gallery, source.exclude),
+        **how, junk_identity=options.junk_identity, block_rows=options.block_rows, progress=not options.quiet,
     )  # fmt: skip
     return sides.query, ranking, sides.notes, sides.gallery
 
@@ -99,6 +99,7 @@ def _run(options: argparse.Namespace) -> Result:
     sources = open_sources(options, ["identity"], paths=True)
     if len(sources) < 2:
         raise ValueError(f"{'RUN' if options.runs else '--features'}: one was given; two or more are needed")
+    rule = exclusion_text(one_rule(sources))
     found = {source.name: _measure(options, source) for source in sources}
     check_same_queries({name: query for name, (query, *_) in found.items()})
     first, *others = found
@@ -120,9 +121,10 @@ def _run(options: argparse.Namespace) -> Result:
         "metrics": {name: result.as_dict() for name, result in metrics.items()},
         "differences": {name: {m: d.as_dict() for m, d in by.items()} for name, by in differences.items()},
         "queries": metrics[first].num_valid_queries, "resamples": options.resamples, "seed": options.seed,
-        "below": below,
+        "below": below, **({"exclude": rule} if rule else {}),
     }  # fmt: skip
     notes = [note for _, _, notes, _ in found.values() for note in notes]
+    notes += [exclusion_note(rule)] if rule else []
     notes += gallery_notes({name: gallery for name, (*_, gallery) in found.items()})
     if output is not None:
         with atomic_file(output) as file:

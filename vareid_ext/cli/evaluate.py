@@ -13,9 +13,17 @@ import torch
 from vareid_ext._text import viewpoint_name
 from vareid_ext.cli.common import Parser, Result, command_parser, run_command
 from vareid_ext.cli.rerank import junk_note
-from vareid_ext.cli.sources import ABOUT_FILES, add_source_arguments, check_sources, fpr_rate, is_junk, open_sources
+from vareid_ext.cli.sources import (
+    ABOUT_FILES,
+    Source,
+    add_source_arguments,
+    check_sources,
+    fpr_rate,
+    is_junk,
+    open_sources,
+)
 from vareid_ext.files.atomic import atomic_file, check_writable
-from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, Features
+from vareid_ext.files.features import LABELS, FeatureFileError, Features
 from vareid_ext.metrics import (
     GroupMetrics,
     QueryRanking,
@@ -28,6 +36,7 @@ from vareid_ext.metrics import (
     rank_features,
     verify_features,
 )
+from vareid_ext.metrics.exclusion import check_labels, exclusion_note, exclusion_text, label_arguments
 from vareid_ext.metrics.queries import IDENTITY_COLUMNS, QUERY_COLUMNS, identity_table, query_table
 from vareid_ext.metrics.ranking import check_max_rank, results_table
 from vareid_ext.metrics.verification import verification_text
@@ -51,6 +60,7 @@ _EXAMPLES = """\
   vareid evaluate --features query.npz gallery.npz --rerank
   vareid evaluate --features features.mat --protocol cross-viewpoint
   vareid evaluate runs/mine --by viewpoint camera --per-query queries.csv --per-identity people.csv
+  vareid evaluate runs/mine --exclude "identity&camera | identity&clothes"
   vareid evaluate --features query.npz gallery.npz --recommend-threshold fpr=1e-3
   vareid evaluate --features query.npy gallery.npy --query-identity query.txt --gallery-identity gallery.txt \\
       --no-cameras --json
@@ -100,12 +110,14 @@ class Results(NamedTuple):
     """By ranking and label."""
     queries: dict[str, tuple[Features, QueryRanking]]
     """The queries and what each has reached, of the standard protocol."""
+    rules: dict[str, str]
+    """Of exclusion, of the rankings under one that is not the usual."""
     notes: list[str]
     """What is left out, or what may not be meant."""
 
     def add(self, prefix: str, other: Results) -> None:
         """Take over what another holds, but for its notes."""
-        for mine, theirs in zip(self[:4], other[:4], strict=True):
+        for mine, theirs in zip(self[:5], other[:5], strict=True):
             mine.update({f"{prefix}{name}": result for name, result in theirs.items()})  # type: ignore[attr-defined]
 
 
@@ -120,30 +132,28 @@ def _together(query: Features, gallery: Features, same: bool) -> dict[str, Any]:
         if same and not (torch.equal if name == "feature" else np.array_equal)(*sides):
             raise FeatureFileError(f"--gallery-{name}: differs from query's, but the images are the same")
         images[name] = sides[0] if same else (torch.cat if name == "feature" else np.concatenate)(sides)
+    images["columns"] = {
+        name: query.columns[name] if same else np.concatenate([side.columns[name] for side in (query, gallery)])
+        for name in query.columns
+    }
     return images
 
 
-def _evaluate(
-    options: argparse.Namespace, query: Features, gallery: Features, same: bool, rerank: dict[str, Any]
-) -> Results:
+def _evaluate(options: argparse.Namespace, query: Features, gallery: Features, same: bool, source: Source) -> Results:
     variants: dict[str, dict[str, Any]] = {"original": {"metric": options.metric}}
     if options.rerank:
-        variants["reranked"] = {"rerank": rerank}
+        variants["reranked"] = {"rerank": source.rerank}
     common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": options.junk_identity}
-    results = Results({}, {}, {}, {}, [])
-    if (query.camera == -1).all():
+    results = Results({}, {}, {}, {}, {}, [])
+    if (query.camera == -1).all() and source.exclude is None:
         results.notes.append("no cameras: same-camera images stay in")
     if options.protocol == "standard":
-        labels: dict[str, Any] = {
-            f"{side}_{label}": getattr(found, label)
-            for side, found in zip(SIDES, (query, gallery), strict=True)
-            for label in ("identity", "camera")
-        }
+        labels = label_arguments(query, gallery, source.exclude)
         streamed = {"block_rows": options.block_rows, "progress": not options.quiet}
         for name, variant in variants.items():
             if "rerank" in variant and (options.verification or options.by):  # fitted once for all
                 kept = torch.from_numpy(~is_junk(gallery.identity, options.junk_identity))
-                variant = {"rerank": fit_reranker(rerank, query.feature, gallery.feature[kept])}
+                variant = {"rerank": fit_reranker(source.rerank, query.feature, gallery.feature[kept])}
             if options.verification:  # first, as it needs more of the labels
                 results.verification[name] = verify_features(
                     query.feature, gallery.feature, **labels, **variant, recommend_fpr=options.recommend_threshold,
@@ -162,39 +172,39 @@ def _evaluate(
                 )
                 for label in options.by
             }  # fmt: skip
-        results.notes.extend(_notes(**labels, junk_identity=options.junk_identity, same=same))
-        return results
+        results.notes.extend(_notes(labels, options.junk_identity, same))
+        return _with_rule(results, source.exclude)
     images = _together(query, gallery, same)
     for name, variant in variants.items():
         by_viewpoint: Mapping[int, RankingMetrics | RepeatedMetrics]
         if options.protocol == "cross-viewpoint":
-            by_viewpoint = evaluate_cross_viewpoint(**images, **variant, **common)
+            by_viewpoint = evaluate_cross_viewpoint(**images, exclude=source.exclude, **variant, **common)
         else:
             draws = {"repeats": options.repeats, "seed": options.seed}
-            by_viewpoint = evaluate_single_viewpoint(**images, **variant, **common, **draws)
+            by_viewpoint = evaluate_single_viewpoint(**images, exclude=source.exclude, **variant, **common, **draws)
         called = {view: viewpoint_name(view, query.viewpoints) for view in by_viewpoint}
         results.ranking.update({f"{name} {called[view]}": result for view, result in by_viewpoint.items()})
     left_out = is_junk(images["identity"], options.junk_identity) | (images["viewpoint"] < 0)
     results.notes.append(f"{len(left_out)} images, {'one set' if same else 'of query and gallery'}")
     if left_out.any():
         results.notes.append(f"junk or of unknown viewpoint, left out: {int(left_out.sum())} of them")
+    return _with_rule(results, source.exclude)
+
+
+def _with_rule(results: Results, exclude: str | None) -> Results:
+    if rule := exclusion_text(exclude):
+        results.rules.update(dict.fromkeys(results.ranking, rule))
+        results.notes.append(exclusion_note(exclude))
     return results
 
 
-def _notes(
-    query_identity: np.ndarray,
-    gallery_identity: np.ndarray,
-    query_camera: np.ndarray,
-    gallery_camera: np.ndarray,
-    junk_identity: int | None,
-    same: bool,
-) -> list[str]:
+def _notes(labels: dict[str, Any], junk_identity: int | None, same: bool) -> list[str]:
     """What is to be said about an evaluation of queries against a gallery."""
-    junk = is_junk(gallery_identity, junk_identity)
+    junk = is_junk(labels["gallery_identity"], junk_identity)
     notes = [junk_note(int(junk.sum()), len(junk))] if junk.any() else []
     if same:
-        found = (query_identity == gallery_identity) & ~junk
-        found &= (query_camera != gallery_camera) | (query_camera == -1)
+        found = (labels["query_identity"] == labels["gallery_identity"]) & ~junk
+        found &= ~check_labels(**labels).left_out(slice(None), slice(None)).numpy()
         notes.append(f"query and gallery are the same images: {int(found.sum())} of {len(found)} find themselves")
     return notes
 
@@ -247,10 +257,10 @@ def _check(options: argparse.Namespace) -> None:
 def _evaluate_sources(options: argparse.Namespace) -> Results:
     needed = ["identity"] if options.protocol == "standard" else ["identity", "viewpoint"]
     sources = open_sources(options, [*needed, *options.by])
-    results = Results({}, {}, {}, {}, [])
+    results = Results({}, {}, {}, {}, {}, [])
     for source in sources:
         sides = source.read()
-        found = _evaluate(options, sides.query, sides.gallery, sides.same, source.rerank)
+        found = _evaluate(options, sides.query, sides.gallery, sides.same, source)
         results.add(f"{source.name} " if len(sources) > 1 else "", found)
         results.notes.extend([*sides.notes, *found.notes])
     return results
@@ -265,6 +275,8 @@ def _run(options: argparse.Namespace) -> Result:
     }
     results = _evaluate_sources(options)
     report = {name: _report(result) for name, result in results.ranking.items()}
+    for name, rule in results.rules.items():
+        report[name]["exclude"] = rule
     for name, result in results.verification.items():
         report[name]["verification"] = result.as_dict()
     for name, by in results.groups.items():

@@ -26,12 +26,14 @@ from vareid_ext.cli.sources import (
     add_source_arguments,
     check_sources,
     fpr_rate,
+    one_rule,
     open_sources,
 )
 from vareid_ext.data.types import open_image
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import Features
 from vareid_ext.metrics.comparison import PairedDifference, check_same_queries, compare_rankings, gallery_notes
+from vareid_ext.metrics.exclusion import exclusion_note
 from vareid_ext.ops._checks import check_count
 from vareid_ext.report import plots
 from vareid_ext.report.feature_map import (
@@ -122,6 +124,7 @@ def _run(options: argparse.Namespace) -> Result:
         check_count(f"--{name}", getattr(options, name), least)
     check_method(options.map)
     sources = open_sources(options, ["identity"], wanted=["viewpoint"], paths=True)
+    one_rule(sources)
     items = [_item(options, *pair) for pair in zip(_short(options.runs or options.features), sources, strict=True)]
     measured = {item.source.name: item.measured for item in items}
     check_same_queries({name: result.query for name, result in measured.items()})
@@ -167,9 +170,9 @@ def _short(given: Sequence[str | Sequence[str]]) -> list[str]:
 def _item(options: argparse.Namespace, name: str, source: Source) -> _Item:
     sides = source.read()
     measured = measure(
-        sides.query, sides.gallery, metric=options.metric, rerank=source.rerank if options.rerank else False,
-        junk_identity=options.junk_identity, recommend_fpr=options.recommend_threshold, block_rows=options.block_rows,
-        progress=not options.quiet,
+        sides.query, sides.gallery, exclude=source.exclude, metric=options.metric,
+        rerank=source.rerank if options.rerank else False, junk_identity=options.junk_identity,
+        recommend_fpr=options.recommend_threshold, block_rows=options.block_rows, progress=not options.quiet,
     )  # fmt: skip
     part = Part(name)
     part.gaps += measured.gaps
@@ -222,6 +225,7 @@ def _page(
     names = ", ".join(measured)
     version = importlib.metadata.version("vareid_ext")
     how = "k-reciprocal re-ranked" if options.rerank else f"{options.metric} distance"
+    how = "; ".join(filter(None, [how, exclusion_note(items[0].source.exclude)]))
     return Page(
         title=f"Re-identification: {names}",
         made_by=f"Made by vareid {version} with torch {torch.__version__}, {time.strftime('%Y-%m-%d %H:%M')}; {how}.",

@@ -18,6 +18,7 @@ from vareid_ext._labels import UNKNOWN
 from vareid_ext.cli.common import Parser, add_inference_arguments, inference_options
 from vareid_ext.cli.rerank import RERANKING, add_junk_identity, add_max_unpacked, add_rerank_arguments
 from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, Features, read_features
+from vareid_ext.metrics.exclusion import USUAL, check_exclusion, exclusion_text, parse_exclusion
 from vareid_ext.metrics.ranking import check_junk_identity
 from vareid_ext.retrieval import check_parameters
 
@@ -31,7 +32,8 @@ ABOUT_FILES = """\
 Features, identities, cameras and viewpoints are looked for under the usual names in the same file (feature, feat,
 embedding; identity, pid, label, id; camera, camid, cam; viewpoint, view, viewid; singular or plural, also with query_,
 gallery_, q_ and g_ before them), and the names that were used are printed. Otherwise name a key of that file, a file of
-their own (.npy, .txt with whole numbers, ...), or FILE:KEY. Camera -1 is unknown; viewpoint -1 is unknown. One file may
+their own (.npy, .txt with whole numbers, ...), or FILE:KEY. A column that --exclude names (clothes) is looked for under
+its own name, also with column_ before it. Camera -1 is unknown; viewpoint -1 is unknown. One file may
 hold both sides."""
 
 
@@ -53,6 +55,7 @@ class Source:
     Attributes:
         name: the run, or the files, as given.
         rerank: the parameters of re-ranking.
+        exclude: the rule of exclusion; None for the usual one, which needs no cameras.
         read: the features; those of a run are made here.
         model: of the run, None for files.
         data: the data set of the run that it is measured on.
@@ -60,6 +63,7 @@ class Source:
 
     name: str
     rerank: dict[str, Any]
+    exclude: str | None
     read: Callable[[], Sides]
     model: TrainedModel | None = None
     data: Callable[[], ReidData] | None = None
@@ -84,8 +88,17 @@ def add_source_arguments(parser: Parser, rerank_help: str) -> None:
         parser.add_argument(f"--{side}-key", metavar="KEY", help=f"key of the {side} features")
         for label in LABELS:
             parser.add_argument(f"--{side}-{label}", metavar="SOURCE", help="key, file or file:key")
+        parser.add_argument(
+            f"--{side}-column", type=_column, action="append", default=[], metavar="NAME=SOURCE",
+            help="the same for a column that --exclude names; may be given several times",
+        )  # fmt: skip
     add_max_unpacked(parser)
     parser.add_argument("--no-cameras", action="store_true", help="leave the cameras out of account")
+    parser.add_argument(
+        "--exclude", metavar="RULE",
+        help="gallery images to leave out for a query, those with all columns of a term the same: 'identity&camera | "
+        "identity&clothes', or none (default: as the run, else identity&camera where cameras are known)",
+    )  # fmt: skip
     parser.add_argument(
         "--metric", choices=("sqeuclidean", "euclidean", "cosine"), default="sqeuclidean",
         help="distance (default: %(default)s)",
@@ -99,8 +112,8 @@ def add_source_arguments(parser: Parser, rerank_help: str) -> None:
 
 
 _OF_FILES = (
-    "query_key", "query_identity", "query_camera", "query_viewpoint", "gallery_key", "gallery_identity",
-    "gallery_camera", "gallery_viewpoint", "max_unpacked",
+    "query_key", "query_identity", "query_camera", "query_viewpoint", "query_column", "gallery_key",
+    "gallery_identity", "gallery_camera", "gallery_viewpoint", "gallery_column", "max_unpacked",
 )  # fmt: skip
 _OF_RUNS = ("data", "root", "skip_bad_images", "device", "precision", "flip", "batch_size", "workers")
 
@@ -122,6 +135,34 @@ def check_sources(options: argparse.Namespace, parser: Parser) -> None:
     if twice:
         raise ValueError(f"{'RUN' if options.runs else '--features'}: {twice[0]} was given twice")
     check_junk_identity(options.junk_identity)
+    named = _columns_of(options.exclude, "--exclude")
+    for side in SIDES:
+        for column, _ in getattr(options, f"{side}_column"):
+            if column not in named:
+                raise ValueError(f"--{side}-column: {column} was given; allowed are columns that --exclude names")
+
+
+def _columns_of(rule: str | None, name: str) -> list[str]:
+    """The columns that a rule names, but for the identity."""
+    terms = () if rule is None else parse_exclusion(rule, name)
+    return list(dict.fromkeys(column for term in terms for column in term if column != "identity"))
+
+
+def _column(text: str) -> tuple[str, str]:
+    """The name and the source in ``NAME=SOURCE``."""
+    name, _, source = text.partition("=")
+    if not name or not source:
+        raise argparse.ArgumentTypeError(f"{text!r} was given; NAME=SOURCE is needed: clothes=clothes.npy")
+    return name, source
+
+
+def one_rule(sources: Sequence[Source]) -> str | None:
+    """The rule of exclusion of what is compared. Raises ValueError where there are several."""
+    rules = {exclusion_text(source.exclude): source for source in sources}
+    if len(rules) > 1:
+        said = [f"{source.name} leaves out by {rule or USUAL}" for rule, source in rules.items()]
+        raise ValueError(f"--exclude: {', '.join(said)}; one rule is needed for all")
+    return sources[0].exclude
 
 
 def open_sources(
@@ -139,11 +180,14 @@ def open_sources(
         ValueError, OSError: a run or a file cannot be read or lacks something; parameters of re-ranking do not fit.
     """
     if not options.runs:
-        rerank = _reranking(options)
+        rerank, exclude = _reranking(options), _rule(options, None)
         return [
-            Source(" ".join(files), rerank, functools.partial(_read_files, options, files, needed, wanted, paths))
+            Source(
+                " ".join(files), rerank, exclude,
+                functools.partial(_read_files, options, files, needed, wanted, paths),
+            )
             for files in options.features
-        ]
+        ]  # fmt: skip
     from vareid_ext.trained import load_trained  # what feature files do not need
 
     models = [load_trained(run, options.device) for run in options.runs]
@@ -151,9 +195,18 @@ def open_sources(
     sources = []
     for run, model in zip(options.runs, models, strict=True):
         data = functools.partial(_data, options, model.config, sets)
-        read = functools.partial(_extract, options, model, data)
-        sources.append(Source(run, _reranking(options, model.config.evaluation), read, model, data))
+        exclude = _rule(options, model.config.evaluation.exclude)
+        read = functools.partial(_extract, options, model, data, exclude)
+        sources.append(Source(run, _reranking(options, model.config.evaluation), exclude, read, model, data))
     return sources
+
+
+def _rule(options: argparse.Namespace, of_run: str | None) -> str | None:
+    """The rule that is given, else the run's where that is not the usual one, which needs no cameras."""
+    rule = options.exclude if options.exclude is not None else of_run if exclusion_text(of_run) else None
+    if options.no_cameras and "camera" in _columns_of(rule, "--exclude"):
+        raise ValueError(f"--exclude: {rule} names the camera, but --no-cameras was given")
+    return rule
 
 
 def _reranking(options: argparse.Namespace, otherwise: Any = None) -> dict[str, Any]:
@@ -172,13 +225,16 @@ def _read_files(
 ) -> Sides:
     if len(files) > 2:
         raise FeatureFileError(f"--features: {len(files)} files were given; one or two are needed")
-    needed = list(dict.fromkeys(needed))
+    columns = _columns_of(options.exclude, "--exclude")
+    needed = list(dict.fromkeys([*needed, *(column for column in columns if column in LABELS)]))
+    further = [column for column in columns if column not in LABELS]
     looked_for = [*needed, *wanted, *([] if options.no_cameras else ["camera"])]
     query, gallery = (
         read_features(
             path, side, key=getattr(options, f"{side}_key"), max_unpacked=options.max_unpacked, paths=paths,
             labels=list(dict.fromkeys(looked_for)),
             **{label: getattr(options, f"{side}_{label}") for label in LABELS},
+            columns={**dict.fromkeys(further), **dict(getattr(options, f"{side}_column"))},
         )
         for side, path in zip(SIDES, (files[0], files[-1]), strict=True)
     )  # fmt: skip
@@ -191,6 +247,12 @@ def _read_files(
         for label in needed:
             if label not in found.sources:
                 raise FeatureFileError(f"--{side}-{label}: is needed, as {path} holds none")
+        for column in further:
+            if column not in found.columns:
+                raise FeatureFileError(
+                    f"--{side}-column: {column}=SOURCE is needed, as --exclude names it and {path} holds none"
+                )
+    check_exclusion(options.exclude, query, gallery, "--exclude")
     if ("camera" in query.sources) != ("camera" in gallery.sources):
         side = "gallery" if "camera" in query.sources else "query"
         raise FeatureFileError(f"--{side}-camera: is needed, as the other side has cameras (or give --no-cameras)")
@@ -201,18 +263,21 @@ def _read_files(
 def _completed(images: Features, same: Features) -> Features:
     """The images with the labels that only the other set of the same images has."""
     missing = [label for label in LABELS if label not in images.sources]
-    sources = {**same.sources, **images.sources}
-    changes = {label: getattr(same, label) for label in missing}
+    changes: dict[str, Any] = {label: getattr(same, label) for label in missing}
     if "viewpoint" in missing:
         changes["viewpoints"] = same.viewpoints
-    return dataclasses.replace(images, **changes, sources=sources)
+    changes |= {"sources": {**same.sources, **images.sources}, "columns": {**same.columns, **images.columns}}
+    return dataclasses.replace(images, **changes)
 
 
-def _extract(options: argparse.Namespace, model: TrainedModel, data_of: Callable[[], ReidData]) -> Sides:
+def _extract(
+    options: argparse.Namespace, model: TrainedModel, data_of: Callable[[], ReidData], exclude: str | None
+) -> Sides:
     data = data_of()
     sides = [data.query, data.gallery]
     if options.no_cameras:
         sides = [dataclasses.replace(images, camera=np.full(len(images), UNKNOWN)) for images in sides]
+    check_exclusion(exclude, sides[0], sides[1], "--exclude")
     query, gallery = (
         model.features(images, progress=not options.quiet, **inference_options(options)) for images in sides
     )

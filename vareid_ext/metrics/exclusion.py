@@ -59,6 +59,12 @@ def exclusion_text(rule: str | None) -> str:
     return "" if text == USUAL else text
 
 
+def exclusion_note(rule: str | None) -> str:
+    """What is said beside results under a rule; "" for None and the usual one."""
+    text = exclusion_text(rule)
+    return text and f"images are left out by the rule {text}"
+
+
 def label_vector(value: Any, name: str) -> Tensor:
     """Identities, cameras or viewpoints as an int64 vector; TypeError or ValueError if they are not one."""
     if isinstance(value, list | tuple | range):

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from vareid_ext.metrics import GroupMetrics
 from vareid_ext.metrics.comparison import PairedDifference, difference_rows
+from vareid_ext.metrics.exclusion import exclusion_text
 from vareid_ext.report.history import History
 from vareid_ext.report.measure import Measured
 from vareid_ext.report.plots import Plot
@@ -139,7 +140,9 @@ def metrics_table(measured: Mapping[str, Measured]) -> Table:
         columns.append(rows)
     names = list(dict.fromkeys(name for rows in columns for name in rows))
     body = [[name, *(rows.get(name, "\u2013") for rows in columns)] for name in names]
-    return Table("Metrics, measured for this report", ["metric", *measured], body)
+    rules = dict.fromkeys(exclusion_text(result.how["exclude"]) for result in measured.values())
+    caption = "; ".join(["Metrics, measured for this report", *(f"left out: {rule}" for rule in rules if rule)])
+    return Table(caption, ["metric", *measured], body)
 
 
 def difference_table(first: str, differences: Mapping[str, Mapping[str, PairedDifference]], resamples: int) -> Table:

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vareid_ext._text import table
+from vareid_ext.metrics.exclusion import exclusion_note
 
 LABELS = {
     "raw_pixels": "raw pixels",
@@ -52,6 +55,9 @@ def closing_tables(path: Path) -> str:
             views.append((name, str(before["queries"]), *(f"{100 * value:.1f}" for value in values)))
         parts.append(table(header, views))
     counted = metrics["queries"]
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    if note := exclusion_note(config["evaluation"].get("exclude")):
+        parts.append(note)
     parts.append(f"{counted['counted']} queries counted of {counted['all']}; {metrics['seconds']:.0f} s in all")
     return "\n\n".join(parts)
 

@@ -23,6 +23,7 @@ from vareid_ext.data import (
     declared_classes,
 )
 from vareid_ext.methods import VaReid
+from vareid_ext.metrics.exclusion import USUAL, parse_exclusion
 from vareid_ext.models import ModelConfig
 
 _MOST_EPOCHS = 100_000
@@ -219,6 +220,8 @@ class EvaluationConfig:
     """add the features of the mirrored image"""
     normalize: Literal["whole", "parts", "none"] = "whole"
     """bring the feature to length 1 as a whole, each of its parts by itself, or not at all"""
+    exclude: str = USUAL
+    """the gallery images that are left out for a query, as `vareid_ext.evaluate_ranking` takes them"""
     k1: int = 20
     """neighbours of the k-reciprocal sets in re-ranking"""
     k2: int = 6
@@ -235,6 +238,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         check_limits("evaluation", self, every=(0, _MOST_EPOCHS), batch_size=(1, 65_536), ranking_queries=(1, 50))
         check_limits("evaluation", self, k1=(1, 1000), k2=(1, 1000), lambda_value=(0, 1))
+        parse_exclusion(self.exclude, "evaluation.exclude")
 
 
 @dataclass(frozen=True)

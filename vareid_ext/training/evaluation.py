@@ -18,6 +18,7 @@ from vareid_ext.data import Batch, ImageList, ReidDataset, collate
 from vareid_ext.files.features import Features
 from vareid_ext.methods import Method
 from vareid_ext.metrics import QueryRanking, RankingMetrics, rank_features, ranked_lists
+from vareid_ext.metrics.exclusion import label_arguments
 from vareid_ext.retrieval.rerank import Reranker
 from vareid_ext.training.signals import ignore_in_worker, postponed
 
@@ -163,15 +164,16 @@ def colour_histogram_features(images: ImageList) -> Features:
     return _baseline(images, describe)
 
 
-def score(query: Features, gallery: Features, rerank: Reranker | None = None) -> Scores:
-    """Ranking metrics of features, under the same-camera rule where cameras are known; no [Q, G] matrix is held.
+def score(query: Features, gallery: Features, rerank: Reranker | None = None, exclude: str | None = None) -> Scores:
+    """Ranking metrics of features; no [Q, G] matrix is held.
 
     Args:
         query, gallery: the two sides.
         rerank: fitted to the two; None for none.
+        exclude: which images are left out, as in :func:`vareid_ext.evaluate_ranking`.
     """
-    labels = (query.identity, gallery.identity, *_cameras(query, gallery))
-    queries = rank_features(query.feature, gallery.feature, *labels, rerank=rerank or False)
+    labels = label_arguments(query, gallery, exclude)
+    queries = rank_features(query.feature, gallery.feature, **labels, rerank=rerank or False)
     matched = np.asarray(queries.num_matches.cpu()) > 0
     by_viewpoint = {}
     for label, name in enumerate(query.viewpoints):
@@ -195,25 +197,20 @@ def per_viewpoint(scores: Scores) -> dict[str, dict[str, float]]:
 
 
 def first_found(
-    query: Features, gallery: Features, chosen: Sequence[int], count: int, rerank: Reranker | None = None
-) -> list[list[int]]:
-    """The gallery images that are found first for some queries, as the metrics count: without those of the same person
-    by the same camera.
+    query: Features, gallery: Features, chosen: Sequence[int], count: int, rerank: Reranker | None = None,
+    exclude: str | None = None,
+) -> list[list[int]]:  # fmt: skip
+    """The gallery images that are found first for some queries, as the metrics count: without those left out.
 
     Args:
         query, gallery: the two sides.
         chosen: numbers of queries.
         count: how many images of each, at most.
         rerank: as in :func:`score`.
+        exclude: as in :func:`score`.
     """
-    labels = (query.identity, gallery.identity, *_cameras(query, gallery))
+    labels = label_arguments(query, gallery, exclude)
     found = ranked_lists(
-        query.feature, gallery.feature, *labels, queries=list(chosen), top=count, rerank=rerank or False
+        query.feature, gallery.feature, **labels, queries=list(chosen), top=count, rerank=rerank or False
     )
     return [images.tolist() for images in found]
-
-
-def _cameras(query: Features, gallery: Features) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The cameras of both sides, where they are known."""
-    known = bool((query.camera >= 0).any() and (gallery.camera >= 0).any())
-    return (query.camera, gallery.camera) if known else (None, None)

@@ -17,6 +17,7 @@ from vareid_ext.data import EXTRAS, ReidData, check_given, renders_extras
 from vareid_ext.files.features import Features
 from vareid_ext.files.lock import locked
 from vareid_ext.methods import METHODS
+from vareid_ext.metrics.exclusion import check_exclusion, exclusion_text
 from vareid_ext.retrieval import KReciprocal
 from vareid_ext.retrieval.rerank import Reranker
 from vareid_ext.training import evaluation
@@ -74,6 +75,8 @@ def prepare(request: Request, signals: Signals, started: float, locks: contextli
         if request.resume:
             locks.enter_context(locked(folder.path))
     data = load_run_data(config, train=True)
+    if exclusion_text(config.evaluation.exclude):
+        check_exclusion(config.evaluation.exclude, data.query, data.gallery, "evaluation.exclude")
     plans = plan_stages(config, data)
     state = build(config, data, device, load_weights_file=not request.resume)
     if folder is None:
@@ -163,8 +166,10 @@ def measure_baselines(run: Run) -> None:
             ("colour_histogram", evaluation.colour_histogram_features),
         )
         for name, features_of in kinds:
-            baselines[name] = metrics_of(evaluation.score(features_of(data.query), features_of(data.gallery)))
-    baselines["untrained"] = metrics_of(evaluation.score(*run.extract(run.state.method, "untrained network")))
+            sides = features_of(data.query), features_of(data.gallery)
+            baselines[name] = metrics_of(evaluation.score(*sides, exclude=run.exclude))
+    sides = run.extract(run.state.method, "untrained network")
+    baselines["untrained"] = metrics_of(evaluation.score(*sides, exclude=run.exclude))
     for name, values in baselines.items():
         tell(one_line(name.replace("_", " "), values))
 
@@ -176,18 +181,18 @@ def conclude(run: Run) -> None:
     """
     config, progress, folder = run.config.evaluation, run.state.progress, run.folder
     query, gallery = run.extract(run.state.evaluated, "trained network")
-    trained = evaluation.score(query, gallery)
+    trained = evaluation.score(query, gallery, exclude=run.exclude)
     rerank = KReciprocal(query.feature, gallery.feature, k1=config.k1, k2=config.k2, lambda_value=config.lambda_value)
     found: dict[str, tuple[Scores, Reranker | None]] = {
         "trained": (trained, None),
-        "reranked": (evaluation.score(query, gallery, rerank), rerank),
+        "reranked": (evaluation.score(query, gallery, rerank, run.exclude), rerank),
     }
     if not any(entry["epoch"] == run.total_epochs for entry in progress.evaluations):
         run.record(run.total_epochs, metrics_of(trained))
     if config.save_features:
         query.save(folder.query_features)
         gallery.save(folder.gallery_features)
-    folder.write_json(folder.rankings, rankings(query, gallery, found, config.ranking_queries))
+    folder.write_json(folder.rankings, rankings(query, gallery, found, config.ranking_queries, run.exclude))
     results: dict[str, Any] = {
         **progress.baselines,
         **{name: metrics_of(scores) for name, (scores, _) in found.items()},
@@ -203,6 +208,7 @@ def rankings(
     gallery: Features,
     found: Mapping[str, tuple[Scores, Reranker | None]],
     count: int,
+    exclude: str | None = None,
 ) -> list[dict[str, Any]]:
     """What rankings.json holds: some queries, and for each ranking the gallery images found first and its AP."""
     first = found["trained"][0].queries
@@ -211,7 +217,8 @@ def rankings(
     )
     rows: list[dict[str, Any]] = [{"query": q} for q in chosen]
     for name, (scores, rerank) in found.items():
-        for row, images in zip(rows, evaluation.first_found(query, gallery, chosen, SHOWN, rerank), strict=True):
+        lists = evaluation.first_found(query, gallery, chosen, SHOWN, rerank, exclude)
+        for row, images in zip(rows, lists, strict=True):
             precision = float(scores.queries.average_precision[row["query"]])
             row[name] = {"gallery": images, "average_precision": precision}
     return rows

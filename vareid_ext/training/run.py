@@ -21,6 +21,7 @@ from vareid_ext.data import Batch, BatchSampler, PKSampler, ReidData, ReidDatase
 from vareid_ext.files.checkpoint import save_checkpoint
 from vareid_ext.files.features import Features
 from vareid_ext.methods import Method, Term
+from vareid_ext.metrics.exclusion import exclusion_text
 from vareid_ext.training import evaluation
 from vareid_ext.training.command_line import to_yaml
 from vareid_ext.training.config import DEFAULT_IDENTITIES, Config, SamplerConfig, Stage
@@ -251,9 +252,15 @@ class Run:
         if evaluate:
             with self._bar.paused(), self.signals.immediate(f"everything was saved; {self._saved}"):
                 query, gallery = self.extract(self.state.evaluated, f"epoch {epoch + 1}")
-                values = metrics_of(evaluation.score(query, gallery))
+                values = metrics_of(evaluation.score(query, gallery, exclude=self.exclude))
             self.record(epoch + 1, values)
             tell(one_line(f"epoch {epoch + 1}", values))
+
+    @property
+    def exclude(self) -> str | None:
+        """The rule of exclusion that the configuration names; None for the usual one, which needs no cameras."""
+        rule = self.config.evaluation.exclude
+        return rule if exclusion_text(rule) else None
 
     def extract(self, method: Method, what: str) -> tuple[Features, Features]:
         """The features of query and gallery, under a progress bar."""
