@@ -107,6 +107,7 @@ PYTHON: dict[tuple[str, str], Any] = {
     ("docs/your-model.md", "import numpy"): ("tests/test_export.py", "def test_the_documented_use_of_an_onnx_file"),
     ("docs/your-own-data.md", "from vareid_ext import evaluate_features"): lambda: features(),
     ("docs/your-own-data.md", "from vareid_ext import GalleryIndex"): lambda: features(),
+    ("docs/your-own-data.md", "from vareid_ext import evaluate_ranking"): lambda: features(),
     ("docs/your-own-data.md", "from vareid_ext import pairwise_distance, verify_features"): lambda: features(),
 }
 
@@ -117,11 +118,12 @@ def batch() -> dict[str, Any]:
 
 def features() -> dict[str, Any]:
     """Query and gallery of the working folder, under the names that the pages use."""
-    sides = {side: read_features(f"{side}.npz", side) for side in ("query", "gallery")}
-    labels = ("identity", "camera")
-    return {side: found.feature for side, found in sides.items()} | {
-        f"{side}_{label}": getattr(found, label) for side, found in sides.items() for label in labels
-    }
+    sides = {side: read_features(f"{side}.npz", side, columns={"clothes": None}) for side in ("query", "gallery")}
+    names: dict[str, Any] = {}
+    for side, found in sides.items():
+        labels = {"identity": found.identity, "camera": found.camera, **found.columns}
+        names |= {side: found.feature, **{f"{side}_{label}": values for label, values in labels.items()}}
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,8 @@ def folder(trained_run, tmp_path_factory) -> Path:
     """What a reader of the pages would have: features, photographs, data sets."""
     folder = tmp_path_factory.mktemp("reader")
     for side in ("query", "gallery"):
-        shutil.copy(trained_run / f"{side}.npz", folder)
+        arrays = {**np.load(trained_run / f"{side}.npz")}
+        np.savez(folder / f"{side}.npz", **arrays, column_clothes=np.arange(len(arrays["identity"])) % 5)
     size = {"identities_train": 4, "identities_test": 3, "images_per_identity": 6, "distractors": 1}
     data = synthetic_data(SyntheticSettings(**size, height=32, width=16))
     write_manifest(data, folder / "my")
