@@ -29,7 +29,7 @@ COMMANDS = {
     "rerank": "k-reciprocal re-ranking of features in files",
     "figures": "the pictures and tables of a finished run again",
     "methods": "every method: paper, claim, published and measured scores, what it needs",
-    "doctor": "what is installed, and whether training can run here",
+    "doctor": "what is installed, and whether training can run here; what in a data set will hurt",
 }
 """Every command, which is the module of that name in ``vareid_ext.cli``, and what it does."""
 

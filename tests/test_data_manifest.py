@@ -224,14 +224,13 @@ HEAD = "path,identity,split\na,1,train\n"
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "line 1: missing column path, identity, split"),
+        ("", "line 1: missing column path, identity; columns are path, identity and optionally split, camera"),
         (
             "path,identity,split,clothes\na,1,train,2",
             r"line 1: unknown column 'clothes'; .* and column_NAME for further",
         ),
         ("path,identity,split,column_camera\na,1,train,2", "line 1: columns: 'camera' was given; allowed are names"),
         ("path,identity,split,column_\na,1,train,2", "line 1: columns: '' was given"),
-        ("path,identity\n", "line 1: missing column split; columns are path, identity, split and optionally camera"),
         ("path,identity,split,colour\n", "line 1: unknown column 'colour'"),
         ("path,path,identity,split\n", "line 1: column 'path' is given twice"),
         (HEAD + "b,1,test\n", "line 3: split must be one of train, query, gallery, got 'test'"),

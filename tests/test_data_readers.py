@@ -143,7 +143,7 @@ def test_msmt17_without_image_folders(tmp_path):
         load("msmt17", tmp_path)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in READERS if kind not in ("synthetic", "manifest")])
+@pytest.mark.parametrize("kind", [kind for kind in READERS if kind not in ("synthetic", "manifest", "auto")])
 def test_a_wrong_path_shows_what_was_expected_and_found(tmp_path, kind):
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday" / "beach.jpg").write_bytes(b"")
@@ -429,4 +429,4 @@ def test_a_new_reader_is_one_function_and_one_line(tmp_path, monkeypatch, capsys
         parse(["--data.kind=flat"])
     with pytest.raises(SystemExit):
         parse(["--help"])
-    assert "manifest, flat" in " ".join(capsys.readouterr().out.split())
+    assert "auto, flat" in " ".join(capsys.readouterr().out.split())

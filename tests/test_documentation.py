@@ -137,6 +137,11 @@ def folder(trained_run, tmp_path_factory) -> Path:
     data = synthetic_data(SyntheticSettings(**size, height=32, width=16))
     write_manifest(data, folder / "my")
     shutil.copytree(folder / "my", folder / "coil20")
+    for side, images in (("a", data.train), ("b", data.gallery), ("c", data.query)):
+        for number, identity in enumerate(images.identity.tolist()):
+            place = folder / "people" / f"{side}{identity}"
+            place.mkdir(parents=True, exist_ok=True)
+            images.load(number).save(place / f"{number}.png")
     people = (folder / "my" / "manifest.csv").read_text()
     for file, views in (("cars", ("front", "front_left", "left:0.5 rear:0.5")), ("angles", ("0", "90.5", "359"))):
         places = itertools.cycle(views)

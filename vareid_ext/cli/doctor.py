@@ -19,7 +19,21 @@ import torch
 from vareid_ext import _native
 from vareid_ext._version import __version__
 from vareid_ext.cli.common import Result, command_parser, run_command
+from vareid_ext.cli.doctor_data import data_report
 
+_DESCRIPTION = """\
+Without DATA: what this installation consists of. Exit status 0 if training can run here, 1 if not.
+
+With DATA: what a data set holds, and what in it will hurt: images that cannot be read, that occur twice, in training
+and test, or as different people; queries without a match; people with one image or one camera; missing views. Exit
+status 1 if one of them is a problem.
+"""
+_EXAMPLES = """\
+  vareid doctor
+  vareid doctor --json > report.json
+  vareid doctor photos/
+  vareid doctor Market-1501 --viewpoint-file market_image_map_direction.pkl
+"""
 REQUIRED = (
     "numpy",
     "torch",
@@ -173,6 +187,8 @@ def report() -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _run(options: argparse.Namespace) -> Result:
+    if options.data is not None:
+        return data_report(options)
     lines, problems = report()
     width = max(len(name) for name, _ in lines)
     for problem in problems:
@@ -184,7 +200,9 @@ def _run(options: argparse.Namespace) -> Result:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print the report; 0 if ``vareid train`` can run here, 1 if not."""
-    description = "Show what this installation consists of. Exit status 0 if training can run here, 1 if not."
-    examples = "  vareid doctor\n  vareid doctor --json > report.json\n"
-    return run_command(command_parser("doctor", description, examples), _run, arguments)
+    """Print the report; 0 if ``vareid train`` can run here, or the data set has no problem, 1 if not."""
+    parser = command_parser("doctor", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("data", nargs="?", metavar="DATA", help="a data set: folder, manifest")
+    parser.add_argument("--kind", default="auto", metavar="KIND", help="its layout (default: found out)")
+    parser.add_argument("--viewpoint-file", metavar="FILE", help="file of viewpoint labels (.pkl, .csv)")
+    return run_command(parser, _run, arguments)

@@ -7,6 +7,7 @@ from vareid_ext.data.extra_files import FORMATS, ExtraFiles, check_given, join_e
 from vareid_ext.data.extras import BODY_PAIRS, EXTRAS, SURFACE_PAIRS, Extra, with_extra
 from vareid_ext.data.load import check_readable, load_data
 from vareid_ext.data.readers import READERS, check_kind, renders_extras
+from vareid_ext.data.readers.dividing import DivisionSettings
 from vareid_ext.data.readers.manifest import read_manifest
 from vareid_ext.data.readers.synthetic import synthetic_data
 from vareid_ext.data.sampler import BatchSampler, Draw, PKSampler, ShuffledSampler
@@ -28,6 +29,7 @@ __all__ = [
     "VIEWPOINTS",
     "Batch",
     "BatchSampler",
+    "DivisionSettings",
     "Draw",
     "Extra",
     "ExtraFiles",

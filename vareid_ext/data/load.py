@@ -15,6 +15,7 @@ from tqdm import tqdm
 from vareid_ext.data.extra_files import ExtraFiles, check_given, join_extras
 from vareid_ext.data.extras import EXTRAS
 from vareid_ext.data.readers import check_kind, needs_root, read, renders_extras
+from vareid_ext.data.readers.dividing import DivisionSettings
 from vareid_ext.data.synthetic.renderer import SyntheticSettings
 from vareid_ext.data.types import ImageList, ReidData
 from vareid_ext.data.viewpoint_classes import ViewpointClasses
@@ -104,6 +105,7 @@ def load_data(
     viewpoint_file: str | os.PathLike[str] | None = None,
     viewpoint_labels: str = "hard",
     viewpoints: ViewpointClasses | None = None,
+    division: DivisionSettings | None = None,
     skip_bad_images: bool = False,
     check_images: bool = True,
     synthetic: SyntheticSettings | None = None,
@@ -116,12 +118,13 @@ def load_data(
 
     Args:
         kind: a key of `READERS`.
-        root: the data set's folder; the CSV file for "manifest"; not used for "synthetic".
+        root: the data set's folder; the table for "manifest"; None for "synthetic".
         viewpoint_file: a label file (see `read_viewpoint_labels`); images are looked up by path, or by file name
             where that is enough, and those it does not name keep what the reader knows, if anything.
         viewpoint_labels: "hard" for one class per image; "soft" gives the training list a `viewpoint_weight`, in which
             ambiguous labels share their weight.
         viewpoints: the viewpoints and what labels mean; None for the data set's own, or those that its labels name.
+        division: who is tested on, where the data set does not say (see `divide`); None for the default.
         skip_bad_images: go on without unreadable images instead of stopping.
         check_images: read every image file once now, so that a bad one stops here and not in the middle of training.
         synthetic: size and seed for "synthetic", the default ones when None.
@@ -145,7 +148,15 @@ def load_data(
     if not renders_extras(kind):
         check_given(files, names, prefix="data.extras.")
     labels = None if viewpoint_file is None else read_viewpoint_labels(viewpoint_file, viewpoints)
-    data = read(kind, root=root, settings=synthetic, extras=rendered, viewpoints=viewpoints, progress=progress)
+    data = read(
+        kind,
+        root=root,
+        settings=synthetic,
+        extras=rendered,
+        viewpoints=viewpoints,
+        division=division,
+        progress=progress,
+    )
     folder = os.path.dirname(root) if root and os.path.isfile(root) else root
     if labels is not None:
         # Before bad images are dropped: a file name must not become unique by that.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 import reprlib
@@ -43,7 +44,9 @@ def no_file(path: Path) -> str:
 def read_table(
     path: Path, title: str, required: Sequence[str], optional: Sequence[str] = (), further: str = ""
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, column -> cell) for each row of a CSV file in UTF-8, with or without a byte order mark.
+    """(line number, column -> cell) for each row of a CSV file, UTF-8 or, with a byte order mark, UTF-16.
+
+    Cells are separated by commas, semicolons or tabs, of which the first line has most.
 
     The first line names the columns, in any order; beside those named, all that begin with `further` are allowed.
     Cells lose the blanks around them; blank lines are passed over. `title` is what errors call the file. Raises
@@ -51,8 +54,12 @@ def read_table(
     `required` column, and a file that is no CSV.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
+        with path.open("rb") as file:
+            encoding = "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        with path.open(newline="", encoding=encoding) as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, strict=True, delimiter=max(",;\t", key=first.count))
             header = [cell.strip() for cell in next(reader, [])]
             where = f"{title} {path}, line 1"
             allowed = f"columns are {', '.join(required)}" + (
@@ -80,5 +87,5 @@ def read_table(
                 if empty:
                     raise ValueError(f"{where}: {empty[0]} is empty")
                 yield reader.line_num, row
-    except (csv.Error, UnicodeDecodeError) as error:
+    except (csv.Error, UnicodeError) as error:
         raise ValueError(f"{title} {path}: not a readable CSV file: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -170,6 +170,10 @@ class ReidData:
                 f"training identities must be 0..{len(self.identity_names) - 1} without gaps, one per entry of "
                 f"identity_names, got {found.size} different ones"
             )
+
+    def with_notes(self, *notes: str) -> ReidData:
+        """The same with these notes before its own."""
+        return replace(self, notes=(*notes, *self.notes))
 
     @property
     def splits(self) -> dict[str, ImageList]:

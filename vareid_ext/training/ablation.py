@@ -105,6 +105,7 @@ _IMAGES = (
     "viewpoints",
     "viewpoints_between",
     "viewpoint_bins",
+    "division",
     "skip_bad_images",
     "synthetic",
     "extras",

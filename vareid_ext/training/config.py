@@ -15,6 +15,7 @@ from typing import Any, Literal
 from vareid_ext._limits import check_limits
 from vareid_ext.data import (
     EXTRAS,
+    DivisionSettings,
     ExtraFiles,
     SyntheticSettings,
     ViewpointClasses,
@@ -38,9 +39,11 @@ class DataConfig:
     """Which images, and how they are read and augmented."""
 
     kind: str = "synthetic"
-    """the data set's layout; synthetic is rendered from a seed, manifest is a CSV file of your own images"""
+    """the data set's layout; synthetic is rendered from a seed, auto finds out how the images at root lie"""
     root: str | None = None
-    """the data set's folder, or the CSV file of kind manifest; not used by kind synthetic"""
+    """the data set's folder, or a table of images; none for kind synthetic"""
+    division: DivisionSettings = field(default_factory=DivisionSettings)
+    """who is tested on, where the data set does not say"""
     viewpoint_labels: Literal["hard", "soft"] = "hard"
     """hard: one viewpoint an image; soft: a label between viewpoints is shared by them"""
     viewpoint_file: str | None = None

@@ -129,6 +129,7 @@ def load_run_data(config: Config, *, train: bool = False, progress: bool = True)
         viewpoint_file=config.data.viewpoint_file,
         viewpoint_labels=config.data.viewpoint_labels,
         viewpoints=config.data.declared_viewpoints(),
+        division=config.data.division,
         skip_bad_images=config.data.skip_bad_images,
         synthetic=config.data.synthetic,
         extras=config.data.extras,

@@ -18,11 +18,13 @@ READERS: dict[str, Callable[..., ReidData]] = {
         "cuhk03-np-detected": "cuhk03.read_cuhk03_detected",
         "msmt17": "msmt17.read_msmt17",
         "manifest": "manifest.read_manifest",
+        "auto": "auto.read_auto",
     }.items()
 }
 """Kind -> reader. A reader is given those of these arguments that it names: `root`, the path of the data set;
 `settings`, the `SyntheticSettings` or None; `extras`, names out of `EXTRAS` of what it is to make beside the images;
-`viewpoints`, the `ViewpointClasses` that the user declares or None; `progress`, whether to show a bar."""
+`viewpoints`, the `ViewpointClasses` that the user declares or None; `division`, the `DivisionSettings` of one without
+splits, or None; `progress`, whether to show a bar."""
 
 
 def needs_root(kind: str) -> bool:
@@ -42,6 +44,10 @@ def check_kind(kind: str, root: object, prefix: str = "") -> None:
     if needs_root(kind) and not root:
         option = f" (--{prefix}root)" if prefix else ""
         raise ValueError(f"{prefix}root: nothing was given; {prefix}kind {kind} needs the data set's path{option}")
+    if not needs_root(kind) and root:
+        raise ValueError(
+            f"{prefix}root: {str(root)!r:.60} was given, but {prefix}kind {kind} reads no files; {prefix}kind auto does"
+        )
 
 
 def read(kind: str, **arguments: object) -> ReidData:

@@ -53,7 +53,7 @@ class Layout:
 
 
 # Numbers of up to 18 digits fit into 64 bits.
-_NAMED = re.compile(r"(-1|[0-9]{1,18})_c([0-9]{1,18})(?![0-9])")
+NAMED = re.compile(r"(-1|[0-9]{1,18})_c([0-9]{1,18})(?![0-9])")
 SPLIT_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 
 
@@ -156,7 +156,7 @@ def _scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> l
         if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
             others.append(f"{folder.name}/{file}")
             continue
-        match = _NAMED.match(file)
+        match = NAMED.match(file)
         if match is None:
             raise ValueError(
                 f"{layout.title}: the name of {folder / file} must begin with <identity>_c<camera>, numbers of at most "

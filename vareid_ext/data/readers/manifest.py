@@ -1,20 +1,24 @@
-"""A CSV file that lists anybody's own images."""
+"""A table that lists anybody's own images."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vareid_ext._labels import COLUMN, check_column
+from vareid_ext.data.readers.dividing import DivisionSettings, divide
 from vareid_ext.data.readers.layout import JUNK_IMAGES, NOT_IMAGES, ImageEntry, build_data
 from vareid_ext.data.text_files import is_minus_one, known, no_file, read_table, shown
 from vareid_ext.data.types import SPLITS, UNKNOWN, ReidData, is_litter, left_out
 from vareid_ext.data.viewpoint_classes import ViewpointClasses, checked_classes
 
-_REQUIRED = ("path", "identity", "split")
-_OPTIONAL = ("camera", "viewpoint")
+_REQUIRED = ("path", "identity")
+_OPTIONAL = ("split", "camera", "viewpoint")
 
+_NUMBER = re.compile(r"-?[0-9]+")
+_UNDIVIDED = ""  # the split of every row, where the table has none
 _LONGEST_PATH = 4096  # that Linux opens
 
 
@@ -23,7 +27,7 @@ def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit() and len(text) <= 18 and str(int(text)) == text
 
 
-def _numbers(texts: set[str]) -> dict[str, int]:
+def text_numbers(texts: set[str]) -> dict[str, int]:
     """The integers that the texts are, or their places in sorted order from 1 on when some are none."""
     if all(_is_number(text) for text in texts):
         return {text: int(text) for text in texts}
@@ -56,13 +60,15 @@ def _read_rows(
     litter: list[str] = []
     lines: dict[str, int] = {}
     views: list[tuple[str, str]] = []
+    cameras: dict[tuple[str, bool], tuple[str, str]] = {}
     for line, row in read_table(path, "manifest", _REQUIRED, _OPTIONAL, COLUMN):
         where = f"manifest {path}, line {line}"
         further = [column for column in row if column.startswith(COLUMN)]
         if not lines:
             _check_columns(path, further)
-        if row["split"] not in SPLITS:
-            raise ValueError(f"{where}: split must be one of {', '.join(SPLITS)}, got {shown(row['split'])}")
+        split = row.get("split", _UNDIVIDED)
+        if "split" in row and split not in SPLITS:
+            raise ValueError(f"{where}: split must be one of {', '.join(SPLITS)}, got {shown(split)}")
         view = known(row.get("viewpoint", ""))
         if view:
             views.append((where, view))
@@ -84,16 +90,43 @@ def _read_rows(
         else:
             texts = {name: known(row.get(name, "")) for name in ("camera", *further)}
             entry = ImageEntry(str(path.parent / image), row["identity"], viewpoint=view)
-            rows.append((row["split"], texts, entry))
+            rows.append((split, texts, entry))
+            if texts["camera"]:
+                cameras.setdefault((split, _NUMBER.fullmatch(texts["camera"]) is not None), (where, texts["camera"]))
+    _check_cameras(cameras)
     return rows, checked_classes(views, declared), junk, litter
 
 
-def read_manifest(root: str | os.PathLike[str], *, viewpoints: ViewpointClasses | None = None) -> ReidData:
-    """The data set in a CSV file with the columns `path,identity,split`, optionally `camera,viewpoint,column_NAME`.
+def _check_cameras(first: Mapping[tuple[str, bool], tuple[str, str]]) -> None:
+    """ValueError where the cameras of one split are numbers and those of another are not, so that none would be equal.
 
-    - path: relative to the CSV file's folder, or absolute; every image once. Backslashes separate folders.
+    Args:
+        first: of (split, whether it is a number) the first camera: where it stands, and its text.
+    """
+    numbers = [split for split, is_number in first if is_number and (split, False) not in first]
+    texts = [split for split, is_number in first if not is_number and (split, True) not in first]
+    if numbers and texts:
+        (_, number), (where, text) = first[numbers[0], True], first[texts[0], False]
+        raise ValueError(
+            f"{where}: camera {shown(text)} was given in {texts[0]}, but {numbers[0]} has numbers, such as "
+            f"{shown(number)}; a camera is written the same way in all splits"
+        )
+
+
+def read_manifest(
+    root: str | os.PathLike[str],
+    *,
+    viewpoints: ViewpointClasses | None = None,
+    division: DivisionSettings | None = None,
+) -> ReidData:
+    """The data set in a table with the columns `path,identity`, optionally `split,camera,viewpoint,column_NAME`.
+
+    Cells are separated by commas, semicolons or tabs; the file is UTF-8, or UTF-16 with a byte order mark.
+
+    - path: relative to the table's folder, or absolute; every image once. Backslashes separate folders.
     - identity: any text. The same text is the same person in all splits. Images of identity -1 are junk and left out.
-    - split: train, query or gallery; each needs at least one image.
+    - split: train, query or gallery; each needs at least one image. Without this column the images are divided as
+      `division` says (see `divide`).
     - camera: any text.
     - viewpoint: front, front_side, side, back_side, back or noise; or any names, which are then the viewpoints; or a
       label of those that `viewpoints` declares (see `ViewpointClasses`).
@@ -111,15 +144,17 @@ def read_manifest(root: str | os.PathLike[str], *, viewpoints: ViewpointClasses 
     path = Path(root)
     if state := no_file(path):
         tree = "path,identity,camera,viewpoint,split\nimages/a.jpg,anna,1,front,train\n..."
-        raise FileNotFoundError(f"manifest: expected a CSV file like\n{tree}\nfound instead: {state}")
+        raise FileNotFoundError(f"manifest: expected a table like\n{tree}\nfound instead: {state}")
     rows, classes, junk, litter = _read_rows(path, viewpoints)
-    numbers = {
-        name: _numbers({texts[name] for _, texts, _ in rows if texts[name]}) for name in (rows[0][1] if rows else ())
-    }
-    identities = _numbers({entry.identity for _, _, entry in rows})
-    entries: dict[str, list[ImageEntry]] = {split: [] for split in SPLITS}
+    columns = rows[0][1] if rows else ()
+    numbers = {name: text_numbers({texts[name] for _, texts, _ in rows if texts[name]}) for name in columns}
+    identities = text_numbers({entry.identity for _, _, entry in rows})
+    entries: dict[str, list[ImageEntry]] = {split: [] for split in (_UNDIVIDED, *SPLITS)}
     for split, texts, entry in rows:
         found = {name.removeprefix(COLUMN): numbers[name].get(text, UNKNOWN) for name, text in texts.items()}
         entries[split].append(entry._replace(camera=found.pop("camera"), columns=found))
-    notes = (*left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, litter))
-    return build_data(f"manifest {path.name}", entries, identities.__getitem__, notes, classes)
+    name, notes = f"manifest {path.name}", (*left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, litter))
+    if entries[_UNDIVIDED]:
+        entries, said = divide(name, entries[_UNDIVIDED], division or DivisionSettings())
+        notes = (*said, *notes)
+    return build_data(name, entries, identities.__getitem__, notes, classes)
