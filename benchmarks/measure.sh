@@ -19,6 +19,7 @@ measure bench_ranking ranking --rounds 5
 measure bench_verification verification --rounds 5 --only "Q=3368 G=15913 D=256"
 measure train_step train_step --rounds 5 --only synthetic
 measure retrieval retrieval --only "D=2048" --rounds 3
+measure search search --rounds 21 --only "G=100000"
 if [ $# = 2 ]; then
   measure retrieval market1501 --features "$1" "$2" --rounds 5 --peers
 fi

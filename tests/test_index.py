@@ -61,8 +61,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("lambda_value", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize(("k1", "k2"), [(20, 6), (7, 3), (5, 1), (1, 1), (3, 9), (2, 2)])
+@pytest.mark.parametrize(
+    ("k1", "k2", "lambda_value"),
+    [(20, 6, 0.3), (7, 3, 0.0), (5, 1, 0.3), (1, 1, 1.0), (3, 9, 0.3), (2, 2, 0.0), (7, 3, 1.0)],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_one_query_is_what_reranking_it_gives(tmp_path, name, k1, k2, lambda_value):
     x = CASES[name]

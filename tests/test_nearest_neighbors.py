@@ -217,10 +217,35 @@ def test_the_window_holds(D, offset):
     assert bool((error <= window).all())
 
 
+@pytest.mark.parametrize("steps", [(40,), (1, 39), (25, 1, 14), (3, 3, 34)])
+@pytest.mark.parametrize("k", [1, 5, 60])
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "far", "float16"])
+def test_lists_of_a_gallery_that_grows_are_exact(backend, kind, k, steps):
+    x = features(
+        40, 5, levels=3 if kind == "ties" else None, dtype=torch.float16 if kind == "float16" else torch.float32
+    )
+    if kind == "equal":  # more of them than there is room for candidates
+        x = torch.cat([x, x[:1].expand(400, -1)])
+        steps = (*steps, 400)
+    x = x + 1000 if kind == "far" else x
+    lists = torch.empty(0, 0, dtype=torch.int32), torch.empty(0, 0, dtype=torch.float64), torch.empty(0)
+    rows = 0
+    for step in steps:
+        lists = op.extended_neighbors(x[:rows], x[rows : rows + step], 1.0, min(k, rows + step), *lists)
+        rows += step
+        expected = squared_distances(x[:rows].numpy(), x[:rows].numpy())
+        order = np.argsort(expected, axis=1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(lists[0], order)
+        np.testing.assert_allclose(lists[1], np.take_along_axis(expected, order, 1), rtol=1e-14, atol=1e-14)
+        np.testing.assert_allclose(lists[2], expected.max(1), rtol=1e-4, atol=1e-4)
+
+
 def test_the_operators_pass_opcheck():
     torch.library.opcheck(op._nearest_neighbors, (features(20, 6), None, 3, "sqeuclidean", 8))
     torch.library.opcheck(op._nearest_neighbors, (features(20, 6), features(9, 6, 1), 3, "cosine", 8))
     out = torch.empty(8, 12)
+    lists = torch.arange(8, dtype=torch.int32)[:, None], torch.zeros(8, 1, dtype=torch.float64), torch.ones(8)
+    torch.library.opcheck(op.extended_neighbors, (features(8, 6), features(12, 6, 1), 1.0, 5, *lists))
     torch.library.opcheck(op.joint_neighbors, (features(8, 6), features(12, 6, 1), 1.0, 5, 4, out, 8))
 
 
