@@ -221,20 +221,19 @@ class OneQuery:
         width = list_width(len(self.original) + 1, self.gallery.k1, self.gallery.k2)
         return torch.cat([torch.zeros(1, dtype=torch.int64), self.nearest(width - 1) + 1])
 
-    def _source(self, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Where the first entries of lists of the gallery stand in those without the query, and which one it is."""
-        column, place = torch.arange(width), self.places[rows][:, None]
-        source = column - (column > place).long()
-        return source.clamp_(max=self.gallery.index.shape[1] - 1), column == place
-
     def lists(self, rows: Tensor, width: int) -> Tensor:
         """The first entries of the lists of some rows, which ascend: int64 [n, width or all there are]."""
         width = min(width, len(self.own))
         at = rows[rows > 0] - 1
-        source, crossed = self._source(at, width)
-        stored = self.gallery.index[at]
+        stored = self.gallery.index[:, :width][at]
         self.gallery.check(stored)
-        lists = stored.long().add_(1).gather(1, source).masked_fill_(crossed, 0)
+        lists = torch.empty(len(at), width, dtype=torch.int64)
+        lists[:, : stored.shape[1]] = stored
+        lists += 1
+        place = self.places[at]
+        enters = (place < width).nonzero()[:, 0]  # all, where the lists are shorter without the query
+        column, place = torch.arange(width), place[enters, None]
+        lists[enters] = lists[enters].gather(1, column - (column > place).long()).masked_fill_(column == place, 0)
         return lists if len(at) == len(rows) else torch.cat([self.own[None, :width], lists])
 
     def _numbering(self, rows: Tensor, otherwise: int) -> Tensor:
