@@ -252,9 +252,19 @@ def test_a_killed_one_goes_on_from_its_last_checkpoint(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_met_is_named_before_anything_runs(tmp_path, capsys, arguments, words):
+def test_what_cannot_be_met_is_named_before_anything_runs(tmp_path, capsys, monkeypatch, arguments, words):
+    monkeypatch.setattr(program, "load_run_data", lambda *a, **k: None)
     assert start(tmp_path / "none", *arguments) == 2
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("root", ["nowhere", "empty"])
+def test_a_data_set_that_is_not_there_is_said_before_anything_is_made(tmp_path, capsys, monkeypatch, root):
+    monkeypatch.setattr(program, "check", lambda *a, **k: pytest.fail("work was done"))
+    (tmp_path / "empty").mkdir()
+    assert start(tmp_path / "none", "--recipe=market1501-va-reid", f"--root={tmp_path / root}") == 2
+    assert root in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

@@ -134,10 +134,18 @@ def test_steps_that_two_kills_have_left_are_not_written_again(recorder, tmp_path
 def test_a_package_that_is_not_installed_is_named_before_any_work(tmp_path, monkeypatch, capsys, name, spec):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: spec)
     assert start(tmp_path / "run", f"--loggers=[{name}]") == 2
-    assert f"run.loggers: '{name}' was given, which is not installed; type: pip install 'vareid_ext[{name}]'" in (
+    assert f"run.loggers: {name} was given, which is not installed; type: pip install 'vareid_ext[{name}]'" in (
         capsys.readouterr().err
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_all_packages_that_are_not_installed_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda name: None)
+    assert start(tmp_path / "run", "--loggers=[wandb, mlflow]") == 2
+    assert "wandb, mlflow was given, which is not installed; type: pip install 'vareid_ext[wandb,mlflow]'" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_place_that_does_not_exist_is_named(tmp_path, capsys):

@@ -24,6 +24,7 @@ from vareid_ext.cli import report, train
 from vareid_ext.files.features import Features
 from vareid_ext.report.activation import activation_maps, grad_cam, why_no_activation
 from vareid_ext.report.feature_map import (
+    METHODS,
     MOST_IDENTITIES,
     center_angles,
     centers_of,
@@ -208,16 +209,34 @@ def test_a_map_of_pca_keeps_the_distances_of_a_plane():
     assert len(centers[1]) == 4 + len({(i, v) for i, v in zip(identity, viewpoint, strict=True) if v >= 0})
 
 
-@pytest.mark.parametrize("method", ["pca", "tsne"])
+@pytest.mark.filterwarnings("ignore")  # of UMAP, on graphs of a few points
+@pytest.mark.parametrize("method", ["pca", "tsne", "umap"])
 @pytest.mark.parametrize("N", [1, 5])
 def test_few_images_have_a_map_too(method, N):
-    if method == "tsne":
-        pytest.importorskip("sklearn")
+    if method != "pca":
+        pytest.importorskip(METHODS[method])
     labels = Labels(identity=np.zeros(N), camera=np.zeros(N), viewpoint=np.zeros(N))
     feature = torch.randn(N, 1 if method == "pca" else 3)
     found = feature_map(feature, labels, mean_centers(feature, labels), method=method, what="x")
     assert found.points.shape == (N + 2, 2)
     assert np.isfinite(found.points).all()
+    assert ("PCA" in found.note) == (method == "pca" or (method == "umap" and N == 1))
+
+
+@pytest.mark.parametrize("method", ["tsne", "umap"])
+def test_a_map_of_neighbours_keeps_groups_together_and_is_the_same_again(method):
+    pytest.importorskip(METHODS[method])
+    rng = np.random.default_rng(0)
+    identity = np.repeat(np.arange(3), 20)
+    feature = torch.from_numpy(20 * np.eye(3, 9)[identity] + rng.standard_normal((60, 9))).float()
+    labels = Labels(identity=identity, camera=identity, viewpoint=np.full(60, -1))
+    found, again = (
+        feature_map(feature, labels, mean_centers(feature, labels), method=method, what="x") for _ in range(2)
+    )
+    np.testing.assert_array_equal(found.points, again.points)
+    distance = np.linalg.norm(found.points[:, None] - found.points, axis=2) + np.diag(np.full(63, np.inf))
+    nearest = distance.argmin(1)
+    assert (found.identity[nearest] == found.identity).all()
 
 
 def test_a_map_shows_the_identities_with_the_most_images():

@@ -46,7 +46,7 @@ def check_method(name: str) -> None:
     library = METHODS[name]
     if library and importlib.util.find_spec(library) is None:
         package = {"sklearn": "scikit-learn", "umap": "umap-learn"}[library]
-        raise ValueError(f"--map: {name} was given, which needs {package}; install it, or choose pca")
+        raise ValueError(f"--map: {name} was given, which needs {package}; type: pip install {package}; or choose pca")
 
 
 def chosen_images(labels: Labels, of: np.ndarray | None = None) -> np.ndarray:
@@ -96,9 +96,10 @@ def feature_map(
     center, identity, viewpoint = centers
     images = feature.detach().cpu().float()
     together = torch.cat([images, center.detach().cpu().float()])
-    if method == "pca":
+    too_few = method == "umap" and len(together) < 4
+    if method == "pca" or too_few:
         points, share = _pca(images, together)
-        how = f"PCA; the plane holds {100 * share:.0f} % of the variance of the images"
+        how = f"PCA{', as UMAP needs four points' if too_few else ''}; the plane holds {100 * share:.0f} % of the variance of the images"
     else:
         points, how = _embedding(together.numpy(), method), {"tsne": "t-SNE", "umap": "UMAP"}[method]
     kinds = ["image"] * len(images) + ["identity centre" if v < 0 else "viewpoint centre" for v in viewpoint]
@@ -131,7 +132,7 @@ def _embedding(points: np.ndarray, method: str) -> np.ndarray:
         return TSNE(perplexity=perplexity, init="random", random_state=0, method="exact").fit_transform(points)
     import umap
 
-    return umap.UMAP(random_state=0, n_neighbors=min(15, len(points) - 1)).fit_transform(points)
+    return umap.UMAP(random_state=0, n_jobs=1, n_neighbors=min(15, len(points) - 1)).fit_transform(points)
 
 
 def centers_of(method: nn.Module) -> tuple[Tensor, Tensor, Tensor] | None:

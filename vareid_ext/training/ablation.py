@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vareid_ext.data.readers import needs_root
 from vareid_ext.files.lock import locked
 from vareid_ext.methods import METHODS, VaReid
 from vareid_ext.training import program
@@ -159,8 +160,8 @@ def plan(rows: Sequence[Row], seeds: Sequence[int], output: Path) -> dict[Path, 
     """The runs of rows: folder -> configuration, in the order in which they are done, all of a seed before the next.
 
     Raises:
-        ValueError: a folder holds a run of another configuration; :func:`vareid_ext.training.program.check` refuses a
-            run that is not finished.
+        ValueError, OSError: a folder holds a run of another configuration; the data set of the first run that is not
+            finished cannot be read; :func:`vareid_ext.training.program.check` refuses one of them.
     """
     runs = {}
     for seed in seeds:
@@ -175,6 +176,9 @@ def plan(rows: Sequence[Row], seeds: Sequence[int], output: Path) -> dict[Path, 
 
 
 def _check_all(runs: Mapping[Path, Config]) -> None:
+    for config in list(runs.values())[:1]:
+        if needs_root(config.data.kind):
+            program.load_run_data(config, train=True, check_images=False, progress=False)
     checked: list[Config] = []
     for folder, config in runs.items():
         same = replace(config, run=replace(config.run, seed=0))

@@ -437,6 +437,8 @@ def _config(defaults: dict[str, Any], texts: dict[str, str], show_help: bool = F
             raise CommandLineError(f"{name}: method {method!r} has no such setting{nearest(name, own)}")
     parser = _parser(method)
     parser.set_defaults(defaults)
+    if "stages" in texts:
+        _check_stages(texts["stages"])
     try:
         options = [f"--{name}={text}" for name, text in texts.items()]
         sections = parser.instantiate(parser.parse_args(options + ["--help"] * show_help))
@@ -446,6 +448,32 @@ def _config(defaults: dict[str, Any], texts: dict[str, str], show_help: bool = F
     except (jsonargparse.ArgumentError, ValueError, TypeError) as error:
         message = textwrap.shorten(str(error), 600)
         raise CommandLineError(message if message.isprintable() else ascii(message)) from error
+
+
+def _check_stages(text: str) -> None:
+    """CommandLineError where a text of stages is no list of what differs in each."""
+    try:
+        stages = plain_yaml.load(text)
+    except yaml.YAMLError as error:
+        raise CommandLineError(f"stages: {text!r:.100} was given; a YAML list is needed") from error
+    names = [f.name for f in dataclasses.fields(StageConfig)]
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise CommandLineError(
+            f"stages: {stages!r:.100} was given; a list is needed, of each stage its {', '.join(names)}"
+        )
+    for number, stage in enumerate(stages):
+        for name in stage:
+            if name not in names:
+                raise CommandLineError(f"stages[{number}]: there is no field {name!r:.60}{nearest(str(name), names)}")
+        if type(stage.get("epochs")) is not int:
+            given = f"{stage['epochs']!r:.60}" if "epochs" in stage else "nothing"
+            raise CommandLineError(f"stages[{number}].epochs: {given} was given; a whole number is needed")
+        parts = stage.get("train")
+        if parts is not None and not (isinstance(parts, list) and all(isinstance(part, str) for part in parts)):
+            raise CommandLineError(
+                f"stages[{number}].train: {parts!r:.60} was given; a list of parts of the method is needed, such as "
+                "[backbone], or null for all of it"
+            )
 
 
 def _check_stage(parser: jsonargparse.ArgumentParser, number: int, stage: StageConfig) -> None:

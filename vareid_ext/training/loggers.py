@@ -105,13 +105,15 @@ LOGGERS: dict[str, Callable[[RunFolder, Config, str | None], Logger]] = {"wandb"
 
 
 def check_loggers(names: Sequence[str]) -> None:
-    """ValueError where the package of a logger is not installed."""
-    for name in names:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:  # a folder of that name, as they make themselves, is no package
-            raise ValueError(
-                f"run.loggers: {name!r} was given, which is not installed; type: pip install 'vareid_ext[{name}]'"
-            )
+    """ValueError, naming all of them, where packages of loggers are not installed."""
+    specs = {name: importlib.util.find_spec(name) for name in names}
+    # A folder of that name, as they make themselves, is no package.
+    missing = [name for name, spec in specs.items() if spec is None or spec.origin is None]
+    if missing:
+        raise ValueError(
+            f"run.loggers: {', '.join(missing)} was given, which is not installed; type: "
+            f"pip install 'vareid_ext[{','.join(missing)}]'"
+        )
 
 
 class Loggers:

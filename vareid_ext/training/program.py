@@ -120,7 +120,7 @@ def check(config: Config, *, resume: bool = False) -> torch.device:
     return device
 
 
-def load_run_data(config: Config, *, train: bool = False, progress: bool = True) -> ReidData:
+def load_run_data(config: Config, *, train: bool = False, check_images: bool = True, progress: bool = True) -> ReidData:
     """The data set of a run, with the extras that its method reads at test and, with `train`, in training."""
     method = METHODS[config.method.name]
     return datasets.load_data(
@@ -131,6 +131,7 @@ def load_run_data(config: Config, *, train: bool = False, progress: bool = True)
         viewpoints=config.data.declared_viewpoints(),
         division=config.data.division,
         skip_bad_images=config.data.skip_bad_images,
+        check_images=check_images,
         synthetic=config.data.synthetic,
         extras=config.data.extras,
         train_extras=[name for name in method.inputs_with(config.method) if name in EXTRAS and train],
