@@ -592,20 +592,25 @@ document.title = "PROBE" + JSON.stringify(seen) + "END";
 </script>"""
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
-@pytest.mark.parametrize("width", [1280, 500])
-def test_a_browser_filters_the_lists_without_errors_or_requests(page, tmp_path, width):
-    text = page.read_text()
-    (tmp_path / "probe.html").write_text(text.replace("</body>", f"{PROBE}</body>"))
+def probe(text, script, tmp_path, width, *options):
+    """What a script has put into the title of a page in a browser."""
+    (tmp_path / "probe.html").write_text(text.replace("</body>", f"{script}</body>"))
     done = subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--enable-logging=stderr", *options,
          "--dump-dom", (tmp_path / "probe.html").as_uri()],
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     assert "CONSOLE" not in done.stderr
-    seen = json.loads(re.search(r"PROBE(.*?)END</title>", done.stdout)[1])
+    return json.loads(re.search(r"PROBE(.*?)END</title>", done.stdout)[1])
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
+@pytest.mark.parametrize("width", [1280, 500])
+def test_a_browser_filters_the_lists_without_errors_or_requests(page, tmp_path, width):
+    text = page.read_text()
+    seen = probe(text, PROBE, tmp_path, width)
     rows = [attributes for attributes in Elements(text).all("article") if attributes["class"] == "query"]
     assert len(rows) == 8
     for name in ("view", "camera", "outcome"):
@@ -621,3 +626,43 @@ def test_a_browser_filters_the_lists_without_errors_or_requests(page, tmp_path, 
     assert [name for name in seen["requests"] if not name.startswith("data:")] == []
     assert (seen["broken"], seen["message"]) == (0, "8 of 8 queries shown")
     assert seen["wide"] <= 0
+
+
+PRINTED = """<script>
+const form_ = document.getElementById("filters");
+form_.elements.outcome.value = "right";
+form_.dispatchEvent(new Event("change", {bubbles: true}));
+const heights = (what) => [...document.querySelectorAll(what)].map((element) => element.offsetHeight);
+document.title = "PROBE" + JSON.stringify({
+  dark: matchMedia("(prefers-color-scheme: dark)").matches,
+  paper: getComputedStyle(document.body).backgroundColor,
+  series: getComputedStyle(document.documentElement).getPropertyValue("--s1").trim(),
+  hidden: document.querySelectorAll("article[hidden]").length,
+  articles: heights("article"), form: heights("form")[0],
+  wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  cut: [...document.querySelectorAll("table.heat")].filter((t) => t.offsetWidth > t.parentElement.clientWidth).length,
+}) + "END";
+</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium")
+def test_a_printed_page_is_light_and_whole(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name, N in (("q", 300), ("g", 900)):
+        identity = rng.integers(0, 60, N)
+        feature = rng.standard_normal((N, 8)) + 2 * np.eye(60, 8)[identity]
+        labels = {"camera": rng.integers(0, 15, N), "viewpoint": rng.integers(0, 8, N)}
+        np.savez(tmp_path / f"{name}.npz", feature=feature.astype(np.float32), identity=identity, **labels)
+    make(capsys, tmp_path / "r.html", "--features", tmp_path / "q.npz", tmp_path / "g.npz", "--queries", "20")
+    text = (tmp_path / "r.html").read_text()
+    # A window of the width of a sheet of A4 within its margins, to which the rules of paper apply, and not those of a
+    # screen.
+    text = text.replace("@media screen", "@media paper").replace("@media print", "@media screen")
+    seen = probe(text.replace("@media paper", "@media print"), PRINTED, tmp_path, 718,
+                 "--blink-settings=preferredColorScheme=0")  # fmt: skip
+    assert seen["dark"]
+    assert (seen["paper"], seen["series"]) == ("rgb(255, 255, 255)", "#0b62a4")
+    assert seen["hidden"] > 0
+    assert all(seen["articles"])
+    assert seen["form"] == 0
+    assert (seen["wide"], seen["cut"]) == (0, 0)

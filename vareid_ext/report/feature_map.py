@@ -99,7 +99,8 @@ def feature_map(
     too_few = method == "umap" and len(together) < 4
     if method == "pca" or too_few:
         points, share = _pca(images, together)
-        how = f"PCA{', as UMAP needs four points' if too_few else ''}; the plane holds {100 * share:.0f} % of the variance of the images"
+        how = "PCA, as UMAP needs four points" if too_few else "PCA"
+        how += f"; the plane holds {100 * share:.0f} % of the variance of the images"
     else:
         points, how = _embedding(together.numpy(), method), {"tsne": "t-SNE", "umap": "UMAP"}[method]
     kinds = ["image"] * len(images) + ["identity centre" if v < 0 else "viewpoint centre" for v in viewpoint]
