@@ -243,7 +243,7 @@ def test_short_names_dashes_and_truth_values():
         ),
         (["--stages", "[{epochs: 2, train: [1]}]"], ["stages[0].train: [1] was given; a list of parts"]),
         (["--stages", "[{epochs: 2, epoch: 3}]"], ["stages[0]: there is no field 'epoch'; did you mean 'epochs'?"]),
-        (["--stages", "5"], ["stages: 5 was given; a list is needed, of each stage its epochs, train, optimizer, s"]),
+        (["--stages", "5"], ["stages: [5] was given; a list is needed, of each stage its epochs, train, optimizer, s"]),
         (["--stages", "[7]"], ["stages: [7] was given; a list is needed"]),
         (["--stages", "[{"], ["stages: '[{' was given; a YAML list is needed"]),
         (["--stages", "[{epochs: 1}, {epochs: 2, train: []}]"], ["stages[1].train: [] was given", "nothing", "null"]),
