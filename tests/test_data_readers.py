@@ -151,7 +151,8 @@ def test_a_wrong_path_shows_what_was_expected_and_found(tmp_path, kind):
     with pytest.raises(FileNotFoundError) as caught:
         load(kind, tmp_path)
     message = str(caught.value)
-    expected = "list_train.txt" if kind == "msmt17" else "bounding_box_train"
+    own = {"msmt17": "list_train.txt", "veri776": "image_train", "ltcc": "094_1_c9_015833.png"}
+    expected = "vehicle_info.txt" if kind.startswith("veri-wild") else own.get(kind, "bounding_box_train")
     for part in (expected, "found instead", str(tmp_path), "holiday/  beach.jpg", "note.txt"):
         assert part in message
     with pytest.raises(FileNotFoundError, match=r"there is no .*nowhere/deep; .* holds:\n(.*\n)*  holiday"):

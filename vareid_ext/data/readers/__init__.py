@@ -17,6 +17,11 @@ READERS: dict[str, Callable[..., ReidData]] = {
         "cuhk03-np-labeled": "cuhk03.read_cuhk03_labeled",
         "cuhk03-np-detected": "cuhk03.read_cuhk03_detected",
         "msmt17": "msmt17.read_msmt17",
+        "veri776": "veri776.read_veri776",
+        "veri-wild-3000": "veri_wild.read_veri_wild_3000",
+        "veri-wild-5000": "veri_wild.read_veri_wild_5000",
+        "veri-wild-10000": "veri_wild.read_veri_wild_10000",
+        "ltcc": "ltcc.read_ltcc",
         "manifest": "manifest.read_manifest",
         "auto": "auto.read_auto",
     }.items()

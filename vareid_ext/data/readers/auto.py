@@ -96,7 +96,7 @@ def _entries(folder: Path, junk: list[str], others: list[str]) -> list[ImageEntr
             if is_litter(path):
                 continue
             named = NAMED.match(file)
-            identity = person or (named[1] if named else "")
+            identity = person or (named["identity"] if named else "")
             if not identity or os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
                 others.append(os.path.relpath(path, folder))
             elif identity == str(JUNK):

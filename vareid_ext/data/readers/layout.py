@@ -35,6 +35,10 @@ class ImageEntry(NamedTuple):
     """further labels by name, such as clothes"""
 
 
+# Numbers of up to 18 digits fit into 64 bits.
+NAMED = re.compile(r"(?P<identity>-1|[0-9]{1,18})_c(?P<camera>[0-9]{1,18})(?![0-9])")
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one data set looks on disk.
@@ -44,16 +48,16 @@ class Layout:
         folders: names under which it is commonly unpacked; the root may be such a folder or the one that holds it.
         required: files and folders that must be there.
         tree: what to show when they are not.
+        pattern: what file names begin with; its groups are identity, camera and further labels, all numbers.
     """
 
     title: str
     folders: tuple[str, ...]
     required: tuple[str, ...]
     tree: str
+    pattern: re.Pattern[str] = NAMED
 
 
-# Numbers of up to 18 digits fit into 64 bits.
-NAMED = re.compile(r"(-1|[0-9]{1,18})_c([0-9]{1,18})(?![0-9])")
 SPLIT_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 
 
@@ -147,6 +151,12 @@ def build_data(
     )
 
 
+def _form(pattern: re.Pattern[str]) -> str:
+    """<identity>_c<camera>, as a name is described."""
+    named = re.sub(r"\(\?P<(\w+)>[^)]*\)", r"<\1>", pattern.pattern)
+    return re.sub(r"\(\?![^)]*\)", "", named)
+
+
 def _scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> list[ImageEntry]:
     """The images in `folder`; the names of junk images are added to `junk`, those of other entries to `others`."""
     entries: list[ImageEntry] = []
@@ -156,23 +166,33 @@ def _scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> l
         if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
             others.append(f"{folder.name}/{file}")
             continue
-        match = NAMED.match(file)
+        match = layout.pattern.match(file)
         if match is None:
             raise ValueError(
-                f"{layout.title}: the name of {folder / file} must begin with <identity>_c<camera>, numbers of at most "
-                f"18 digits, as in\n{layout.tree}"
+                f"{layout.title}: the name of {folder / file} must begin with {_form(layout.pattern)}, numbers of at "
+                f"most 18 digits, as in\n{layout.tree}"
             )
-        if int(match[1]) == JUNK:
+        identity, numbers = match["identity"], {name: int(text) for name, text in match.groupdict().items()}
+        if numbers.pop("identity") == JUNK:
             junk.append(f"{folder.name}/{file}")
         else:
-            entries.append(ImageEntry(str(folder / file), match[1], int(match[2])))
+            camera = numbers.pop("camera")
+            entries.append(ImageEntry(str(folder / file), identity, camera, columns=numbers))
     if not entries:
         raise unexpected(layout, f"{folder} has no images, but:\n{listing(folder)}")
     return entries
 
 
-def read_folders(root: str | os.PathLike[str], name: str, layout: Layout) -> ReidData:
-    """A data set of one folder a split (`layout.required`), with files named <identity>_c<camera>..."""
+def read_folders(
+    root: str | os.PathLike[str],
+    name: str,
+    layout: Layout,
+    labels: Callable[[Path], tuple[Mapping[str, str], ViewpointClasses]] | None = None,
+) -> ReidData:
+    """A data set of one folder a split (`layout.required`), with files named as `layout.pattern` says.
+
+    `labels` gives, for the folder of the data set, the viewpoints of images by their file name, and the classes.
+    """
     base = find_root(root, layout)
     entries: dict[str, list[ImageEntry]] = {}
     junk: list[str] = []
@@ -180,4 +200,11 @@ def read_folders(root: str | os.PathLike[str], name: str, layout: Layout) -> Rei
     for split, folder in zip(SPLITS, layout.required, strict=True):
         entries[split] = _scan(base / folder, layout, junk, others)
     notes = (*left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, others))
-    return build_data(name, entries, notes=notes)
+    if labels is None:
+        return build_data(name, entries, notes=notes)
+    views, classes = labels(base)
+    entries = {
+        split: [entry._replace(viewpoint=views.get(os.path.basename(entry.path), "")) for entry in of_split]
+        for split, of_split in entries.items()
+    }
+    return build_data(name, entries, notes=notes, classes=classes)

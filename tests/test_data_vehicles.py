@@ -1,0 +1,129 @@
+"""Readers of vehicles, and of people who change their clothes, on small made-up trees."""
+
+import pytest
+from PIL import Image
+
+from vareid_ext.data import load_data
+from vareid_ext.data.readers.veri776 import ORIENTATIONS
+
+POINTS = " ".join(["-1"] * 40)
+
+
+def write(root, *paths, **lists):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 8), (len(path), 20, 30)).save(root / path)
+    for name, text in lists.items():
+        (root / name.replace("__", "/")).with_suffix(".txt").write_text(text)
+    return root
+
+
+def load(kind, root, **options):
+    return load_data(kind, root, progress=False, **options)
+
+
+@pytest.fixture
+def veri(tmp_path):
+    return write(
+        tmp_path / "VeRi",
+        "image_train/0001_c001_00016450_0.jpg", "image_train/0001_c020_00016470_0.jpg", "image_train/0005_c002_0_0.jpg",
+        "image_query/0002_c002_00030600_0.jpg", "image_test/0002_c002_00030600_0.jpg", "image_test/0002_c003_1_0.jpg",
+    )  # fmt: skip
+
+
+def test_veri_776(veri, tmp_path):
+    write(
+        veri,
+        keypoint_train=f"VeRi/image_train/0001_c001_00016450_0.jpg {POINTS} 3\n\n"
+        f"image_train\\0005_c002_0_0.jpg {POINTS} 7\n",
+        keypoint_test=f"/data/image_test/0002_c003_1_0.jpg {POINTS} 0\n",
+    )
+    for kind, root in (("veri776", veri), ("auto", tmp_path)):
+        data = load(kind, root)
+        assert data.classes.names == ORIENTATIONS
+        assert data.identity_names == ("0001", "0005")
+        assert data.train.camera.tolist() == [1, 20, 2]
+        assert data.train.viewpoint_name == ("left_front", "", "right_rear")
+        assert data.train.viewpoint.tolist() == [3, -1, 7]
+        assert data.gallery.viewpoint.tolist() == [-1, 0]
+        assert data.query.identity.tolist() == [2]
+
+
+def test_veri_776_without_orientations(veri):
+    data = load("veri776", veri)
+    assert data.num_train_viewpoints_known == 0
+    assert data.num_viewpoints == 8
+
+
+@pytest.mark.parametrize(
+    "line", [f"a.jpg {POINTS} 8", f"a.jpg {POINTS} -1", f"a.jpg {POINTS}", "a.jpg 3", f"{POINTS} 3"]
+)
+def test_veri_776_names_a_bad_line(veri, line):
+    write(veri, keypoint_train=f"image_train/0001_c001_00016450_0.jpg {POINTS} 3\n{line}\n")
+    with pytest.raises(
+        ValueError, match=r"keypoint_train\.txt, line 2: expected an image, 40 coordinates and an orient"
+    ):
+        load("veri776", veri)
+
+
+def test_veri_776_with_two_orientations_of_an_image(veri):
+    write(veri, keypoint_train=f"a.jpg {POINTS} 3\na.jpg {POINTS} 4\n")
+    with pytest.raises(ValueError, match=r"line 2: 'a.jpg' has another orientation before"):
+        load("veri776", veri)
+
+
+@pytest.fixture
+def wild(tmp_path):
+    root = tmp_path / "VERI-Wild"
+    (root / "train_test_split").mkdir(parents=True)
+    vehicles = [("00001", "000001"), ("00001", "000002"), ("00002", "000003"), ("00007", "000004"), ("00007", "000005")]
+    lists = {
+        "vehicle_info": "id/image;Camera ID;Time;Model;Type;Color\n"
+        + "".join(f"{v}/{i};{n + 10};2018-03-11 07:03:21;;;\n" for n, (v, i) in enumerate(vehicles)),
+        "train_list": "00001/000001.jpg\n00001/000002.jpg 0\n00002/000003.jpg\n",
+        "test_3000_query": "00007/000004.jpg\n",
+        "test_3000": "00007/000005.jpg\n\n",
+    }
+    write(root, *(f"images/{v}/{i}.jpg" for v, i in vehicles))
+    return write(root, **{f"train_test_split__{name}": text for name, text in lists.items()})
+
+
+def test_veri_wild(wild, tmp_path):
+    data = load("veri-wild-3000", tmp_path)
+    assert data.identity_names == ("00001", "00002")
+    assert data.train.camera.tolist() == [10, 11, 12]
+    assert (data.query.camera.tolist(), data.gallery.camera.tolist()) == ([13], [14])
+    assert data.query.identity.tolist() == data.gallery.identity.tolist() == [7]
+    with pytest.raises(FileNotFoundError, match=r"holds no train_test_split/test_5000_query\.txt"):
+        load("veri-wild-5000", wild)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("vehicle_info", "00009/9", r"vehicle_info\.txt, line 7: expected <vehicle>/<image>;<camera>"),
+        ("train_list", "picture.jpg", r"train_list\.txt, line 4: expected <vehicle>/<image>"),
+        ("test_3000", "00007/000099.jpg", r"test_3000\.txt, line 3: vehicle_info\.txt has no camera of"),
+    ],
+)
+def test_veri_wild_names_a_bad_line(wild, name, line, said):
+    path = wild / "train_test_split" / f"{name}.txt"
+    path.write_text(path.read_text().rstrip("\n") + f"\n{'' if name != 'test_3000' else chr(10)}{line}\n")
+    with pytest.raises(ValueError, match=said):
+        load("veri-wild-3000", wild)
+
+
+def test_ltcc(tmp_path):
+    root = write(
+        tmp_path / "LTCC_ReID",
+        "train/094_1_c9_015833.png", "train/094_2_c9_015834.png", "train/001_1_c12_000001.png",
+        "query/000_1_c11_013367.png", "test/000_1_c10_013368.png", "test/000_3_c11_013369.png",
+    )  # fmt: skip
+    data = load("ltcc", root)
+    assert data.identity_names == ("001", "094")
+    assert data.train.columns["clothes"].tolist() == [1, 1, 2]
+    assert data.train.camera.tolist() == [12, 9, 9]
+    assert data.gallery.columns["clothes"].tolist() == [1, 3]
+    write(root, "query/0001_c1.png")
+    with pytest.raises(ValueError, match=r"0001_c1.png must begin with <identity>_<clothes>_c<camera>, numbers"):
+        load("ltcc", root)
