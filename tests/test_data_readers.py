@@ -151,7 +151,8 @@ def test_a_wrong_path_shows_what_was_expected_and_found(tmp_path, kind):
     with pytest.raises(FileNotFoundError) as caught:
         load(kind, tmp_path)
     message = str(caught.value)
-    own = {"msmt17": "list_train.txt", "veri776": "image_train", "ltcc": "094_1_c9_015833.png"}
+    own = {"msmt17": "list_train.txt", "veri776": "image_train", "ltcc": "094_1_c9_015833.png", "prcc": "test/C/"}
+    own |= {"prcc-same-clothes": "test/C/", **{f"vehicleid-{n}": f"test_list_{n}.txt" for n in (800, 1600, 2400)}}
     expected = "vehicle_info.txt" if kind.startswith("veri-wild") else own.get(kind, "bounding_box_train")
     for part in (expected, "found instead", str(tmp_path), "holiday/  beach.jpg", "note.txt"):
         assert part in message

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from vareid_ext.data import load_data
+from vareid_ext.data import DivisionSettings, load_data
 from vareid_ext.data.readers.veri776 import ORIENTATIONS
 
 POINTS = " ".join(["-1"] * 40)
@@ -127,3 +127,49 @@ def test_ltcc(tmp_path):
     write(root, "query/0001_c1.png")
     with pytest.raises(ValueError, match=r"0001_c1.png must begin with <identity>_<clothes>_c<camera>, numbers"):
         load("ltcc", root)
+
+
+def test_prcc(tmp_path):
+    root = write(
+        tmp_path / "prcc" / "rgb",
+        "train/001/A_cropped_rgb001.jpg", "train/001/C_cropped_rgb001.jpg", "train/004/B_cropped_rgb001.jpg",
+        "train/004/D_cropped_rgb001.jpg", "val/001/A_cropped_rgb002.jpg", "test/A/002/cropped_rgb001.jpg",
+        "test/A/003/cropped_rgb001.jpg", "test/B/002/cropped_rgb001.jpg", "test/C/003/cropped_rgb001.jpg",
+    )  # fmt: skip
+    data = load("prcc", tmp_path)
+    assert data.identity_names == ("001", "004")
+    assert (data.train.camera.tolist(), data.train.columns["clothes"].tolist()) == ([1, 3, 2], [1, 2, 1])
+    assert (data.query.identity.tolist(), data.query.columns["clothes"].tolist()) == ([3], [2])
+    assert data.gallery.identity.tolist() == [2, 3]
+    assert "train/004/D_cropped_rgb001.jpg" in data.notes[0]
+    same = load("prcc-same-clothes", root)
+    assert (same.query.identity.tolist(), same.query.camera.tolist(), same.query.columns["clothes"].tolist()) == (
+        [2], [2], [1],
+    )  # fmt: skip
+
+
+def test_vehicleid(tmp_path):
+    root = tmp_path / "VehicleID_V1.0"
+    (root / "train_test_split").mkdir(parents=True)
+    write(root, *(f"image/{n:07d}.jpg" for n in range(1, 10)))
+    test = [(4, 7), (5, 7), (6, 7), (7, 9), (8, 9), (9, 11)]
+    write(
+        root,
+        train_test_split__train_list="0000001 15\n0000002 15\n0000003 2\n\n",
+        train_test_split__test_list_800="".join(f"{image:07d} {vehicle}\n" for image, vehicle in test),
+    )
+    drawn = set()
+    for seed in range(20):
+        data = load("vehicleid-800", root, division=DivisionSettings(seed=seed))
+        assert sorted(data.gallery.identity.tolist()) == [7, 9, 11]
+        assert sorted(data.query.identity.tolist()) == [7, 7, 9]
+        assert sorted(path[-11:-4] for path in (*data.query.paths, *data.gallery.paths)) == [
+            f"{image:07d}" for image, _ in test
+        ]
+        drawn.add(data.gallery.paths)
+    assert len(drawn) == 6  # all ways to draw one of three and one of two
+    assert load("vehicleid-800", root).gallery.paths == load("vehicleid-800", root).gallery.paths
+    assert data.identity_names == ("2", "15")
+    write(root, train_test_split__test_list_800="0000004 7\n0000005\n")
+    with pytest.raises(ValueError, match=r"test_list_800\.txt, line 2: expected an image and its vehicle"):
+        load("vehicleid-800", root)

@@ -21,7 +21,12 @@ READERS: dict[str, Callable[..., ReidData]] = {
         "veri-wild-3000": "veri_wild.read_veri_wild_3000",
         "veri-wild-5000": "veri_wild.read_veri_wild_5000",
         "veri-wild-10000": "veri_wild.read_veri_wild_10000",
+        "vehicleid-800": "vehicleid.read_vehicleid_800",
+        "vehicleid-1600": "vehicleid.read_vehicleid_1600",
+        "vehicleid-2400": "vehicleid.read_vehicleid_2400",
         "ltcc": "ltcc.read_ltcc",
+        "prcc": "prcc.read_prcc",
+        "prcc-same-clothes": "prcc.read_prcc_same_clothes",
         "manifest": "manifest.read_manifest",
         "auto": "auto.read_auto",
     }.items()
