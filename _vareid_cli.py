@@ -25,13 +25,14 @@ COMMANDS = {
     "index": "a gallery on disk, whose neighbour lists are made once",
     "search": "the best images of an index for each query",
     "views": "pictures of the people on images in eight poses, drawn by a trained PN-GAN",
+    "label-viewpoints": "viewpoint labels of images of people, from keypoints",
     "export": "the feature of a trained model as an ONNX file or a torch.export program",
     "rerank": "k-reciprocal re-ranking of features in files",
     "figures": "the pictures and tables of a finished run again",
     "methods": "every method: paper, claim, published and measured scores, what it needs",
     "doctor": "what is installed, and whether training can run here; what in a data set will hurt",
 }
-"""Every command, which is the module of that name in ``vareid_ext.cli``, and what it does."""
+"""Every command, which is the module of that name in ``vareid_ext.cli`` (- written as _), and what it does."""
 
 _HELP = """\
 usage: vareid COMMAND ...     (also: python -m vareid_ext COMMAND ...)
@@ -75,11 +76,11 @@ def run(arguments: Sequence[str]) -> int:
         what = f"there is no command {name!r}" if name else "a command is needed"
         print(f"vareid: error: {what}{nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(f"vareid_ext.cli.{name}").main(arguments[1:])
+    return importlib.import_module(f"vareid_ext.cli.{name.replace('-', '_')}").main(arguments[1:])
 
 
 def _help() -> str:
-    return _HELP.format(commands="\n".join(f"  {name:<10} {purpose}" for name, purpose in COMMANDS.items()))
+    return _HELP.format(commands="\n".join(f"  {name:<16} {purpose}" for name, purpose in COMMANDS.items()))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

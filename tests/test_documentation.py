@@ -82,6 +82,7 @@ ADDED = {
     "vareid search": ["--quiet"],
     "vareid rerank": ["--quiet", "--topk=10"],
     "vareid evaluate": ["--quiet"],
+    "vareid label-viewpoints": ["--quiet", "--min-confidence=0"],
     "vareid compare": ["--quiet", "--resamples=50"],
     "vareid report": ["--quiet", "--resamples=50", "--queries=3"],
     "vareid doctor": [],
@@ -149,9 +150,15 @@ def folder(trained_run, tmp_path_factory) -> Path:
         (folder / "my" / f"{file}.csv").write_text(text)
     for place in ("photos", "photos-schp"):
         (folder / place).mkdir()
-    for name, image in zip("ab", range(2), strict=True):
+    for name, image in zip("abc", range(3), strict=True):
         data.query.load(image).save(folder / "photos" / f"{name}.jpg")
         Image.new("L", (16, 32), 5).save(folder / "photos-schp" / f"{name}.png")
+    (folder / "openpose").mkdir()
+    for name, x in zip("abc", (9, 1, 5), strict=True):
+        points = np.array([[5, 9, 1]] * 5 + [[x, 9, 1]] * 3 + [[5, 18, 1]] * 3 + [[x, 18, 1]] * 7)
+        pose = {"people": [{"pose_keypoints_2d": points.ravel().tolist()}]}
+        (folder / "openpose" / f"{name}.json").write_text(json.dumps(pose))
+    (folder / "labelled.csv").write_text("path,viewpoint\na.jpg,front\nb.jpg,back\nc.jpg,side\n")
     viewpoints = {}
     for split, images in zip(("bounding_box_train", "query", "bounding_box_test"), data.splits.values(), strict=True):
         for place in (folder / "Market-1501" / split, folder / "parsing" / split, folder / "schp" / split):
