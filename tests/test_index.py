@@ -391,3 +391,13 @@ def test_only_new_products_are_made(monkeypatch):
     with listen(pairs.append):
         old.extended(x[480:])
     assert sum(pairs) == 20 * 480 + 20 * 21 // 2
+
+
+def test_viewpoints_keep_their_names(tmp_path):
+    feature = np.eye(4, dtype=np.float32)
+    names = {"viewpoint": [0, 1], "viewpoints": ("front", "rear")}
+    index = GalleryIndex.build(tmp_path / "g", feature[:2], **names)
+    index.add(feature[2:], viewpoint=[0, -1], viewpoints=("left",))
+    for found in (index, GalleryIndex(tmp_path / "g")):
+        assert found.labels.viewpoints == ("front", "rear", "left")
+        assert found.labels.viewpoint.tolist() == [0, 1, 2, -1]

@@ -176,7 +176,7 @@ def _write(
     about: Any,
 ) -> GalleryIndex:
     """The index with these images, of whose `paths` those are theirs that are `new`."""
-    rows: dict[str, Any] = {name: getattr(labels, name) for name in LABELS}
+    rows: dict[str, Any] = {name: getattr(labels, name) for name in (*LABELS, "viewpoints")}
     rows["paths"] = [path for path, is_new in zip(paths, new.tolist(), strict=False) if is_new]
     rows["progress"] = not options.quiet
     if index is None:

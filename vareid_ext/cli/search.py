@@ -194,7 +194,9 @@ def _run(options: argparse.Namespace) -> Result:
 def _found(index: GalleryIndex, row: int, distance: float, bounds: Sequence[float] | None) -> dict[str, Any]:
     """What is known of an image that was found."""
     labels = {name: int(getattr(index.labels, name)[row]) for name in ("identity", "camera", "viewpoint")}
-    known = {name: label for name, label in labels.items() if label != UNKNOWN}
+    known: dict[str, Any] = {name: label for name, label in labels.items() if label != UNKNOWN}
+    if "viewpoint" in known:
+        known["viewpoint"] = viewpoint_name(known["viewpoint"], index.labels.viewpoints)
     same = {} if bounds is None else {"same": verdict(distance, bounds)}
     return {"row": row, "distance": distance, **same, **known, **({"path": index.path(row)} if index.has_paths else {})}
 
@@ -202,19 +204,18 @@ def _found(index: GalleryIndex, row: int, distance: float, bounds: Sequence[floa
 def _text(name: str, results: Sequence[dict[str, Any]]) -> str:
     if not results:
         return f"{name}: every image is excluded"
-    shown = [{**f, "viewpoint": viewpoint_name(f["viewpoint"])} if "viewpoint" in f else f for f in results]
-    columns = [key for key in ("distance", "same", "identity", "camera", "viewpoint") if any(key in f for f in shown)]
+    columns = [key for key in ("distance", "same", "identity", "camera", "viewpoint") if any(key in f for f in results)]
     header = ["rank", *columns, "row"]
     rows = [
         [str(rank), *(f"{f[c]:.6g}" if c == "distance" else str(f.get(c, "")) for c in columns), str(f["row"])]
-        for rank, f in enumerate(shown, 1)
+        for rank, f in enumerate(results, 1)
     ]
     lines = table(header, rows).split("\n")
-    if "path" in shown[0]:
+    if "path" in results[0]:
         lines = [
             lines[0] + "  path",
             *lines[1:2],
-            *(f"{a}  {f['path']}" for a, f in zip(lines[2:], shown, strict=True)),
+            *(f"{a}  {f['path']}" for a, f in zip(lines[2:], results, strict=True)),
         ]
     return "\n".join([name, *lines])
 

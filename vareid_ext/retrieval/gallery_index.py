@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vareid_ext._arrays import returner, to_tensor
 from vareid_ext._labels import UNKNOWN, Labels
+from vareid_ext._text import VIEWPOINTS
 from vareid_ext.files.gallery_folder import StoredGallery, check_new, read_gallery, write_gallery
 from vareid_ext.files.lock import locked
 from vareid_ext.ops._checks import check_count, check_dtype, check_values
@@ -70,7 +71,12 @@ class GalleryIndex:
             ordered = indptr[0] == 0 and indptr[-1] == sets and (np.diff(indptr) >= 0).all()
             if not ordered or len(arrays["path"]) not in (0, G) or arrays["path"].dtype.kind != "S":
                 raise ValueError("its arrays do not fit each other")
-            self.labels = Labels(arrays["identity"], arrays["camera"], arrays["viewpoint"])
+            self.labels = Labels(
+                arrays["identity"],
+                arrays["camera"],
+                arrays["viewpoint"],
+                viewpoints=tuple(map(str, found["viewpoints"])),
+            )
             self.labels.check_lengths(features=stored.feature)
             lists = {name: to_tensor(arrays[name], name) for name in _LISTS}
             self._gallery = KnownGallery(
@@ -103,6 +109,7 @@ class GalleryIndex:
         identity: Any = None,
         camera: Any = None,
         viewpoint: Any = None,
+        viewpoints: Sequence[str] = VIEWPOINTS,
         paths: Sequence[str] = (),
         k1: int = K1,
         k2: int = K2,
@@ -117,6 +124,7 @@ class GalleryIndex:
             identity: whole numbers [G]; None: not known.
             camera: likewise.
             viewpoint: likewise.
+            viewpoints: what the viewpoints 0, 1, ... are called.
             paths: of the images, [G], or none.
             k1: as in :func:`k_reciprocal_rerank`.
             k2: as in :func:`k_reciprocal_rerank`.
@@ -132,7 +140,8 @@ class GalleryIndex:
         """
         k1, k2, _ = check_parameters(k1, k2, LAMBDA_VALUE)
         new = _checked(feature)
-        known = _columns(len(new), {"identity": identity, "camera": camera, "viewpoint": viewpoint}, paths)
+        given = {"identity": identity, "camera": camera, "viewpoint": viewpoint}
+        labels = _labels(len(new), given, viewpoints, paths)
         target = Path(folder)
         check_new(target)
         made = not target.exists()
@@ -141,7 +150,7 @@ class GalleryIndex:
             with locked(target):
                 check_new(target)  # another process may have finished it
                 gallery = KnownGallery.empty(new.shape[1], new.dtype, k1, k2)
-                _write(target, None, gallery, new, known, about, progress)
+                _write(target, None, gallery, new, labels, _encoded(paths), about, progress)
         except BlockingIOError:
             raise
         except BaseException:
@@ -157,6 +166,7 @@ class GalleryIndex:
         identity: Any = None,
         camera: Any = None,
         viewpoint: Any = None,
+        viewpoints: Sequence[str] = VIEWPOINTS,
         paths: Sequence[str] = (),
         progress: bool = False,
     ) -> None:
@@ -170,6 +180,7 @@ class GalleryIndex:
             identity: as in :meth:`build`, as the others.
             camera: [A].
             viewpoint: [A].
+            viewpoints: as in :meth:`build`; those of other names than the index's come behind them.
             paths: [A] if the index has paths, else none.
             progress: show a progress bar on standard error.
 
@@ -177,7 +188,8 @@ class GalleryIndex:
             As :meth:`build`; the folder then holds what it did.
         """
         new = _checked(feature, self._gallery.feature)
-        known = _columns(len(new), {"identity": identity, "camera": camera, "viewpoint": viewpoint}, paths)
+        given = {"identity": identity, "camera": camera, "viewpoint": viewpoint}
+        labels = _labels(len(new), given, viewpoints, paths)
         if self.has_paths != bool(paths):
             raise ValueError(
                 f"paths: {len(paths)} were given, but the index has {'' if self.has_paths else 'no '}paths"
@@ -185,9 +197,12 @@ class GalleryIndex:
         with locked(self.folder):
             stored = read_gallery(self.folder)
             self._use(stored)
-            before = {name: getattr(self.labels, name) for name in _LABELS} | {"path": self._paths}
-            joined = {name: np.concatenate([before[name], values]) for name, values in known.items()}
-            _write(self.folder, stored, self._gallery, new, joined, self.about, progress)
+            names = tuple(dict.fromkeys((*self.labels.viewpoints, *labels.viewpoints)))
+            both = [part.with_viewpoints(names) for part in (self.labels, labels)]
+            identity, camera, viewpoint = (np.concatenate([getattr(part, name) for part in both]) for name in _LABELS)
+            joined = Labels(identity, camera, viewpoint, viewpoints=names)
+            encoded = np.concatenate([self._paths, _encoded(paths)])
+            _write(self.folder, stored, self._gallery, new, joined, encoded, self.about, progress)
             self._use(read_gallery(self.folder))
 
     def search(
@@ -261,17 +276,21 @@ def _checked(value: Any, like: Tensor | None = None, name: str = "feature") -> T
     return tensor
 
 
-def _columns(rows: int, labels: Mapping[str, Any], paths: Sequence[str]) -> dict[str, np.ndarray]:
-    """Labels and paths of some images as an index keeps them."""
+def _labels(rows: int, labels: Mapping[str, Any], viewpoints: Sequence[str], paths: Sequence[str]) -> Labels:
+    """The labels of some images, which have these paths or none."""
     unknown = np.full(rows, UNKNOWN)
     given = {
         name: unknown if values is None else to_tensor(np.asarray(values), name).numpy()
         for name, values in labels.items()
     }
-    checked = Labels(given["identity"], given["camera"], given["viewpoint"])
+    checked = Labels(given["identity"], given["camera"], given["viewpoint"], viewpoints=tuple(viewpoints))
     checked.check_lengths(feature=range(rows), paths=paths or None)
-    named = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
-    return {name: getattr(checked, name) for name in _LABELS} | {"path": named}
+    return checked
+
+
+def _encoded(paths: Sequence[str]) -> np.ndarray:
+    """Paths as an index keeps them."""
+    return np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
 
 
 def _mask(exclude: Any, Q: int, G: int) -> Tensor:
@@ -287,7 +306,8 @@ def _write(
     before: StoredGallery | None,
     gallery: KnownGallery,
     new: Tensor,
-    known: Mapping[str, np.ndarray],
+    labels: Labels,
+    paths: np.ndarray,
     about: Any,
     progress: bool,
 ) -> None:
@@ -301,7 +321,9 @@ def _write(
             stack.enter_context(listen(stack.enter_context(bar).update))
         grown = gallery.extended(new)
     arrays = {name: getattr(grown, name).numpy() for name in _LISTS}
+    known = {name: getattr(labels, name) for name in _LABELS} | {"path": paths}
     description = {"k1": grown.k1, "k2": grown.k2, "scale": grown.scale, "largest": grown.largest, "about": about}
+    description["viewpoints"] = list(labels.viewpoints)
     write_gallery(folder, before, new.numpy(), {**arrays, **known}, description)
 
 
