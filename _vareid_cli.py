@@ -25,7 +25,7 @@ COMMANDS = {
     "index": "a gallery on disk, whose neighbour lists are made once",
     "search": "the best images of an index for each query",
     "views": "pictures of the people on images in eight poses, drawn by a trained PN-GAN",
-    "label-viewpoints": "viewpoint labels of images of people, from keypoints",
+    "label-viewpoints": "viewpoint labels of images of people, from keypoints or a small network",
     "export": "the feature of a trained model as an ONNX file or a torch.export program",
     "rerank": "k-reciprocal re-ranking of features in files",
     "figures": "the pictures and tables of a finished run again",

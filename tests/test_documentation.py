@@ -82,6 +82,7 @@ ADDED = {
     "vareid search": ["--quiet"],
     "vareid rerank": ["--quiet", "--topk=10"],
     "vareid evaluate": ["--quiet"],
+    "vareid label-viewpoints my/manifest.csv --train": ["--quiet", "--epochs=1"],
     "vareid label-viewpoints": ["--quiet", "--min-confidence=0"],
     "vareid compare": ["--quiet", "--resamples=50"],
     "vareid report": ["--quiet", "--resamples=50", "--queries=3"],
