@@ -304,6 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     row.add_argument("--device", required=True)
     row.add_argument("--seconds", type=float, required=True)
     options, settings = parser.parse_known_args(arguments)
+    if settings and options.command == "pack":
+        parser.error(f"unrecognized arguments: {' '.join(settings)}")
     try:
         if options.command == "pack":
             size = pack(options.root, options.packed, options.viewpoint_file, size=tuple(options.size),

@@ -99,6 +99,8 @@ if(NOT CMAKE_CUDA_COMPILER)
   set(host_compiler "set CUDAHOSTCXX to a C++ compiler that it supports")
   if(VAREID_CUDA_MODE STREQUAL "PYPI")
     message(FATAL_ERROR "VAREID_CUDA=PYPI, but ${nvcc} does not compile a test program; ${host_compiler}")
+  elseif(VAREID_CUDA_MODE STREQUAL "ON" AND IS_ABSOLUTE "${nvcc}" AND NOT EXISTS "${nvcc}")
+    message(FATAL_ERROR "VAREID_CUDA=ON, but there is no ${nvcc}; set CUDACXX to nvcc, or, without one, ${with_pypi}")
   elseif(VAREID_CUDA_MODE STREQUAL "ON" AND nvcc)
     message(FATAL_ERROR "VAREID_CUDA=ON, but ${nvcc} does not compile a test program; "
                         "${host_compiler}, or, for another nvcc, ${with_pypi}")

@@ -20,7 +20,7 @@ from torch import Tensor
 import vareid_ext
 from benchmarks import train_step
 from benchmarks.gpu.records import Records, Skip
-from benchmarks.gpu.step import DEVICE, DRY_RUN, Clock, peak_mebibytes
+from benchmarks.gpu.step import DEVICE, DRY_RUN, Clock, check_native, peak_mebibytes
 from benchmarks.harness import Suite
 from benchmarks.retrieval import MSMT17, Data, features
 from vareid_ext.ops._matmul import full_float32
@@ -149,6 +149,7 @@ def default_run() -> dict[str, Any]:
 
 
 def main() -> None:
+    check_native()
     torch.manual_seed(0)
     records, clock = Records(), Clock()
     with records.section("Market-1501"):

@@ -23,7 +23,7 @@ from torch.utils.dlpack import to_dlpack
 
 import vareid_ext
 from benchmarks.gpu.records import Records
-from benchmarks.gpu.step import DEVICE, DRY_RUN, Clock, Mark, peak_mebibytes, synchronize
+from benchmarks.gpu.step import DEVICE, DRY_RUN, Clock, Mark, check_native, peak_mebibytes, synchronize
 from benchmarks.retrieval import features
 from tests.cuda_on_cpu.backend import adapters
 from tests.cuda_on_cpu.minima import Counting
@@ -302,6 +302,7 @@ def _kernels_of(records: Records, ceilings: Ceilings, name: str, job: Callable[[
 
 
 def main() -> None:
+    check_native()
     torch.manual_seed(0)
     records, clock = Records(), Clock()
     ceilings = Ceilings(records)

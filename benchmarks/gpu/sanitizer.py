@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.records import Records, Skip
-from benchmarks.gpu.step import DEVICE, DRY_RUN
+from benchmarks.gpu.step import DEVICE, DRY_RUN, check_native
 
 _OURS = "vareid"  # in the mangled name of every kernel of this project, and of no other
 # What other kernels write is memory that has been written: initcheck has to see them all.
@@ -55,6 +55,7 @@ def run_tool(tool: str, options: list[str]) -> dict[str, Any]:
 
 def make_calls() -> None:
     """Every representative call, forward and backward."""
+    check_native()
     import torch
 
     from tests.cuda_on_cpu.representative import REPRESENTATIVE

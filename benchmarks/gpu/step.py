@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from vareid_ext import _native
+
 DRY_RUN = os.environ.get("VAREID_GPU_DRY_RUN") == "1"
 DEVICE = torch.device("cpu") if DRY_RUN else torch.device("cuda", 0)
+
+
+def check_native() -> None:
+    """Ends the program where the device would run plain PyTorch and not the kernels."""
+    state = _native.backends()[DEVICE.type]
+    if state != "native":
+        sys.exit(f"the kernels do not run on {DEVICE.type}: {state}")
 
 
 def synchronize() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -70,6 +71,11 @@ def _verification(result: Any) -> dict[str, Any]:
     return values
 
 
+def _searched(gallery: Any, query: Any) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        return vareid_ext.GalleryIndex.build(folder, gallery).search(query, topk=5)
+
+
 FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "pairwise_distance": lambda a: vareid_ext.pairwise_distance(a["query"], a["gallery"]),
     "pairwise_distance, one set": lambda a: vareid_ext.pairwise_distance(a["feature"], metric="cosine"),
@@ -84,6 +90,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
         a["query"], a["gallery"], *_labels(a), rerank=True, block_rows=7
     ),
     "rank_features": lambda a: vareid_ext.rank_features(a["query"], a["gallery"], *_labels(a)),
+    "GalleryIndex, search": lambda a: _searched(a["gallery"], a["query"]),
     "KReciprocal, rows": lambda a: vareid_ext.KReciprocal(a["query"], a["gallery"]).rows(1, 4),
     "evaluate_verification": lambda a: _verification(vareid_ext.evaluate_verification(a["q_g"], *_labels(a))),
     "verify_features": lambda a: _verification(vareid_ext.verify_features(a["query"], a["gallery"], *_labels(a))),
@@ -361,10 +368,15 @@ def _recorded() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         arguments = t["feature"], t["W"], t["U"], t["identity"], t["viewpoint"]
         rows = vareid_ext.linear_viewpoint_aware_cross_entropy(*arguments, reduction="none")
         (rows[0] + rows[1]).sum().backward()
-        FUNCTIONS["rank_features"]({name: torch.from_numpy(x).to(DEVICE) for name, x in _images(np).items()})
+        images = {name: torch.from_numpy(x).to(DEVICE) for name, x in _images(np).items()}
+        FUNCTIONS["rank_features"](images)
+        new = images["gallery"]
+        none = [new.new_empty(shape, dtype=dtype) for shape, dtype in _NO_LISTS]
+        torch.ops.vareid.extended_neighbors(new[:0], new, 1.0, 5, *none)
     return recorder.calls
 
 
+_NO_LISTS = (((0, 0), torch.int32), ((0, 0), torch.float64), ((0,), torch.float32))
 _OPERATORS = [f"vareid::{name}" for name in sorted(torch.ops.vareid)]
 
 
