@@ -221,8 +221,8 @@ def test_an_interrupted_extraction_goes_on(trained_run, photos, built, tmp_path,
 def test_another_model_is_refused(built, trained_run, photos, tmp_path, capsys):
     shutil.copytree(trained_run, tmp_path / "other")
     checkpoint = torch.load(tmp_path / "other" / "last.pt", weights_only=True)
-    name = next(key for key, value in checkpoint["method"].items() if value.is_floating_point())
-    checkpoint["method"][name] += 1
+    used = checkpoint["average"] or checkpoint["method"]
+    used[next(key for key, value in used.items() if value.is_floating_point())] += 1
     torch.save(checkpoint, tmp_path / "other" / "last.pt")
     shutil.copytree(built, tmp_path / "g")
     error = error_of(capsys, "search", built, photos / "01.png", "--run", tmp_path / "other")
@@ -323,12 +323,13 @@ def test_a_manifest_brings_cameras(trained_run, data, tmp_path, capsys):
         (["index", "--features", "f.npz", "--output", "no/g"], "no/g: the folder"),
         (["index", "--features", "f.npz", "--output", "g", "--add"], "index: 'g' is no folder"),
         (["index", "--features", "f.npz", "--output", "g", "--k1=0"], "k1: 0 was given"),
-        (["search", "g"], "QUERY, --features: one of the two is needed"),
-        (["search", "g", "a.jpg", "--features", "f.npz"], "QUERY, --features: one of the two is needed"),
+        (["search", "g"], "QUERY, --features: none was given; one of the two is needed"),
+        (["search", "g", "a.jpg", "--features", "f.npz"], "QUERY, --features: both were given; one of the two"),
         (["search", "g", "--features", "f.npz", "--run", "r"], "--run: is for images"),
         (["search", "g", "a.jpg"], "index: 'g' is no folder"),
         (["search", "g", "a.jpg", "--topk=0"], "--topk: 0 was given"),
-        (["search", "g", "a.jpg", "--lambda-value=2"], "lambda_value: 2.0 was given"),
+        (["search", "g", "a.jpg", "--lambda-value=2"], "--lambda-value: 2.0 was given without --rerank"),
+        (["search", "g", "a.jpg", "--lambda-value=2", "--rerank"], "lambda_value: 2.0 was given"),
         (["search", "g", "a.jpg", "--strip=s.gif"], "suffix '.gif' was given; allowed are .png"),
     ],
 )
@@ -336,3 +337,56 @@ def test_requests_that_cannot_be_met(tmp_path, monkeypatch, capsys, arguments, w
     monkeypatch.chdir(tmp_path)
     assert words in error_of(capsys, *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shared_model_and_its_run_are_one_model(trained_run, photos, tmp_path, capsys):
+    vareid_ext.load(trained_run, "cpu").save_pretrained(tmp_path / "shared")
+    capsys.readouterr()
+    assert call("index", tmp_path / "shared", photos, "--output", tmp_path / "g") == 0
+    query = photos / "03.png"
+    of_shared = answer(capsys, "search", tmp_path / "g", query, "--topk=5")
+    of_run = answer(capsys, "search", tmp_path / "g", query, "--topk=5", "--run", trained_run)
+    assert of_shared["queries"] == of_run["queries"]
+    assert of_shared["notes"] == []
+
+
+def test_the_same_pictures_are_known_whatever_their_paths_are_relative_to(
+    trained_run, photos, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(photos.parent)
+    assert call("extract", trained_run, photos.name, "--output", tmp_path / "f.npz") == 0
+    assert call("index", "--features", tmp_path / "f.npz", "--output", tmp_path / "g") == 0
+    assert answer(capsys, "index", trained_run, photos, "--output", tmp_path / "g", "--add")["added"] == 0
+    (tmp_path / "list.txt").write_text(f"{photos}/01.png\n{photos}/02.png\n{photos}/01.png\n")
+    found = answer(capsys, "index", trained_run, tmp_path / "list.txt", "--output", tmp_path / "twice")
+    assert (found["images"], found["known"]) == (2, 1)
+
+
+def test_features_without_paths_may_have_been_there(feature_files, tmp_path, capsys):
+    command = ["index", "--features", tmp_path / "gallery.npz", "--output", tmp_path / "g"]
+    assert answer(capsys, *command)["images"] == 60
+    again = answer(capsys, *command, "--add")
+    assert again["images"] == 120
+    assert any("whether some of them were there already is not known" in note for note in again["notes"])
+
+
+def test_names_of_people_and_cameras_mean_nothing_in_another_manifest(trained_run, photos, tmp_path, capsys):
+    """The numbers of names are places in a manifest's own list: those of two manifests are not the same people."""
+
+    def manifest(name, *rows):
+        lines = [f"{photos}/{i:02}.png,{who},{camera},{split}" for i, (who, camera, split) in enumerate(rows)]
+        (tmp_path / name).write_text("\n".join(["path,identity,camera,split", *lines]))
+        return tmp_path / name
+
+    names = manifest("names.csv", ("a", "x", "train"), ("b", "hall", "query"), ("b", "door", "gallery"))
+    numbers = manifest("numbers.csv", ("1", "7", "train"), ("2", "8", "query"), ("2", "7", "gallery"))
+    made = answer(capsys, "index", trained_run, names, "--split=gallery", "--output", tmp_path / "g")
+    assert any(note.startswith("identity and camera: names") for note in made["notes"])
+    (result,) = answer(capsys, "search", tmp_path / "g", photos / "03.png")["queries"][0]["results"]
+    assert not {"identity", "camera"} & set(result)
+    added = answer(capsys, "index", trained_run, numbers, "--split=gallery", "--output", tmp_path / "n")
+    assert added["notes"] == []
+    (result,) = answer(capsys, "search", tmp_path / "n", photos / "03.png")["queries"][0]["results"]
+    assert (result["identity"], result["camera"]) == (2, 7)
+    said = error_of(capsys, "search", tmp_path / "n", names, "--split=query", "--exclude-own-camera")
+    assert "the camera of none of the queries is known" in said

@@ -202,6 +202,7 @@ def _all_images(data: ReidData) -> ImageList:
         "paths": tuple(path for images in lists for path in images.paths),
         "viewpoint_name": tuple(name for images in lists for name in images.viewpoint_name),
         "viewpoints": data.query.viewpoints,
+        "named": data.query.named,
     }
     return ImageList(identity=np.full(len(columns["paths"]), UNKNOWN), loader=data.query.loader, **columns)
 

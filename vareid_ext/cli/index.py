@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from vareid_ext._labels import Labels
+from vareid_ext._labels import UNKNOWN, Labels
 from vareid_ext.cli.common import Parser, Result, command_parser, run_command
 from vareid_ext.cli.extract import Parts, add_image_arguments, fingerprint, gather_images
 from vareid_ext.cli.rerank import RERANKING, add_max_unpacked
+from vareid_ext.data import ImageList
 from vareid_ext.files.features import LABELS, Features, read_features
 from vareid_ext.files.gallery_folder import check_new
 from vareid_ext.retrieval import GalleryIndex, check_parameters
@@ -69,9 +71,14 @@ def model_identity(model: TrainedModel, flip: bool | None) -> dict[str, Any]:
         flip: whether the mirrored image's feature is added; None as the run.
     """
     how = dataclasses.asdict(model.preprocessing) | ({} if flip is None else {"flip": flip})
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.method.state_dict().items()):
+        # Of the weights and not of the file: a shared model's are those of its run.
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return {
-        "checkpoint": os.path.abspath(model.checkpoint),
-        "sha256": hashlib.sha256(model.checkpoint.read_bytes()).hexdigest(),
+        "checkpoint": os.path.abspath(model.checkpoint.parent if model.is_shared else model.checkpoint),
+        "sha256": digest.hexdigest(),
         "preprocessing": {name: list(value) if isinstance(value, tuple) else value for name, value in how.items()},
     }
 
@@ -92,6 +99,17 @@ def check_model(index: GalleryIndex, found: dict[str, Any]) -> tuple[str, ...]:
                 f"{index.folder}; features of two models cannot be compared"
             )
     return ()
+
+
+def of_numbers(images: ImageList) -> tuple[ImageList, tuple[str, ...]]:
+    """The images with the labels that mean the same in any data set; and what is to be said of the others."""
+    if not images.named:
+        return images, ()
+    unknown: dict[str, Any] = dict.fromkeys(images.named, np.full(len(images), UNKNOWN))
+    what = " and ".join(images.named)
+    return dataclasses.replace(images, **unknown), (
+        f"{what}: names, which an index does not keep; whole numbers it does",
+    )
 
 
 def read_file(options: argparse.Namespace) -> Features:
@@ -135,7 +153,9 @@ def _run(options: argparse.Namespace) -> Result:
     about = model_identity(model, options.flip)
     said = () if index is None else check_model(index, about)
     images, notes, skipped = gather_images(model, options.images, options)
-    paths = [os.path.abspath(path) if os.path.exists(path) else path for path in images.paths]
+    images, left = of_numbers(images)
+    notes = (*notes, *left)
+    paths = _absolute(images.paths)
     new = _new(index, paths)
     images = images.select(new)
     if not len(images):
@@ -154,16 +174,28 @@ def _index_file(options: argparse.Namespace, index: GalleryIndex | None) -> Resu
         notes.append("paths: not known, so there will be no pictures")
     if index is not None and index.about is not None:
         notes.append(f"whether they are of the index's model, {index.about['checkpoint']}, is not known")
-    new = _new(index, found.paths) if found.paths else np.ones(len(found), dtype=bool)
+    paths = _absolute(found.paths)
+    new = _new(index, paths) if paths else np.ones(len(found), dtype=bool)
+    if not paths and index is not None:
+        notes.append("so whether some of them were there already is not known")
     if new.any():
-        index = _write(options, index, found.select(new), found.select(new).feature, found.paths, new, None)
+        index = _write(options, index, found.select(new), found.select(new).feature, paths, new, None)
     return _result(options, index, int(new.sum()), len(new), notes, ())
 
 
+def _absolute(paths: Sequence[str]) -> list[str]:
+    """Paths as an index keeps them, so that they do not depend on the folder a command is given in."""
+    return [os.path.abspath(path) if os.path.exists(path) else path for path in paths]
+
+
 def _new(index: GalleryIndex | None, paths: Sequence[str]) -> np.ndarray:
-    """bool [N]: which images the index does not have yet, by their paths."""
+    """bool [N]: which images the index does not have yet, by their paths; of equal paths the first."""
     known = set() if index is None or not index.has_paths else {index.path(row) for row in range(len(index))}
-    return np.array([path not in known for path in paths], dtype=bool)
+    new = []
+    for path in paths:
+        new.append(path not in known)
+        known.add(path)
+    return np.array(new, dtype=bool)
 
 
 def _write(
@@ -197,11 +229,12 @@ def _result(
         raise ValueError("--features: no rows were given; at least one is needed")
     images, D = index.feature.shape
     lines = [f"{options.output}: {images} images, features of {D} elements"]
-    if options.add:
-        lines.append(f"{added} of {given} images are new; the others were there, by their paths")
+    if options.add or added < given:
+        others = "" if added == given else "; the others were there, by their paths"
+        lines.append(f"{added} of {given} images are new{others}")
     values = {
         "output": options.output, "images": images, "D": D, "added": added, "known": given - added,
-        "skipped": list(skipped),
+        "skipped": list(skipped), "notes": list(notes),
     }  # fmt: skip
     return Result("\n".join([*lines, *notes]), values)
 

@@ -15,7 +15,7 @@ from vareid_ext._labels import UNKNOWN
 from vareid_ext._text import table, viewpoint_name
 from vareid_ext.cli.common import Parser, Result, command_parser, inference_options, run_command
 from vareid_ext.cli.extract import add_image_arguments, gather_images
-from vareid_ext.cli.index import check_model, model_identity, read_file
+from vareid_ext.cli.index import check_model, model_identity, of_numbers, read_file
 from vareid_ext.cli.rerank import RERANKING, add_max_unpacked
 from vareid_ext.files.atomic import check_writable
 from vareid_ext.retrieval import GalleryIndex, check_parameters
@@ -86,9 +86,12 @@ class _Queries(NamedTuple):
 
 def _check(options: argparse.Namespace) -> None:
     if bool(options.queries) == (options.features is not None):
-        raise ValueError("QUERY, --features: one of the two is needed")
+        given = "both were" if options.queries else "none was"
+        raise ValueError(f"QUERY, --features: {given} given; one of the two is needed")
     if options.features is not None and options.run is not None:
         raise ValueError("--run: is for images, but --features was given")
+    if options.lambda_value != RERANKING["lambda_value"] and not options.rerank:
+        raise ValueError(f"--lambda-value: {options.lambda_value} was given without --rerank")
     if options.topk < 1:
         raise ValueError(f"--topk: {options.topk} was given; allowed are values from 1 on")
     check_parameters(1, 1, options.lambda_value)
@@ -116,6 +119,8 @@ def _of_images(options: argparse.Namespace, index: GalleryIndex) -> _Queries:
     paths: list[str] = []
     for source in options.queries:
         images, said, _ = gather_images(model, source, options)
+        images, left = of_numbers(images)
+        said = (*said, *left)
         found = model.features(images, progress=not options.quiet, flip=flip, **inference_options(options))
         features.append(found.feature.cpu())
         paths += found.paths
@@ -137,7 +142,10 @@ def _excluded(options: argparse.Namespace, index: GalleryIndex, queries: _Querie
         return None, []
     if (camera == UNKNOWN).all():
         wanted = "--exclude-camera" if options.exclude_camera else "--exclude-own-camera"
-        raise ValueError(f"{wanted}: the index knows the camera of none of its images")
+        raise ValueError(
+            f"{wanted}: the index knows the camera of none of its images; vareid index takes cameras from a manifest "
+            "(--split gallery), a data set (--data) or a file of features"
+        )
     notes = []
     mask = np.isin(camera, options.exclude_camera)
     if options.exclude_camera:
@@ -146,7 +154,10 @@ def _excluded(options: argparse.Namespace, index: GalleryIndex, queries: _Querie
     if not options.exclude_own_camera:
         return torch.from_numpy(mask), notes
     if not own.any():
-        raise ValueError("--exclude-own-camera: the camera of none of the queries is known")
+        raise ValueError(
+            "--exclude-own-camera: the camera of none of the queries is known; a manifest (--split query), a data set "
+            "(--data) or a file of features tells it"
+        )
     if not own.all():
         notes.append(f"queries of unknown camera, for which no camera is excluded: {int((~own).sum())} of {len(own)}")
     if (camera == UNKNOWN).any():
@@ -184,7 +195,7 @@ def _run(options: argparse.Namespace) -> Result:
     values = {
         "index": str(index.folder), "images": len(index),
         "distance": "k-reciprocal" if options.rerank else "sqeuclidean", "threshold": options.threshold,
-        "moved": list(gone),
+        "moved": list(gone), "notes": [*queries.notes, *notes],
         "queries": [{"query": name, "results": results} for name, results in zip(queries.names, found, strict=True)],
     }  # fmt: skip
     blocks = [_text(name, results) for name, results in zip(queries.names, found, strict=True)]

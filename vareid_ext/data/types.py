@@ -95,12 +95,14 @@ class ImageList(Labels):
         viewpoint_name: one string per image: the annotators' label (see `ViewpointClasses`), "" where unknown.
         loader: how a path becomes an RGB image.
         extras: further inputs of each image by name.
+        named: which of identity and camera are names in the data set, so that their numbers mean nothing in another.
     """
 
     paths: tuple[str, ...]
     viewpoint_name: tuple[str, ...]
     loader: Callable[[str], Image.Image] = field(default=open_image, repr=False)
     extras: Mapping[str, Extra] = field(default_factory=dict, repr=False)
+    named: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()

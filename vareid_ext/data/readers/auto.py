@@ -67,7 +67,8 @@ def read_auto(
     if "" in found:
         found, said = divide(str(root), found[""], division or DivisionSettings())
         notes += said
-    return build_data(root.name or str(root), found, number.__getitem__, tuple(notes))
+    named = () if all(name == str(n) for name, n in number.items()) else ("identity",)
+    return build_data(root.name or str(root), found, number.__getitem__, tuple(notes), named=named)
 
 
 def _known(root: Path) -> ReidData | None:

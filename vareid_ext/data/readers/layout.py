@@ -112,11 +112,12 @@ def build_data(
     number: Callable[[str], int] = int,
     notes: tuple[str, ...] = (),
     classes: ViewpointClasses = PERSON,
+    named: tuple[str, ...] = (),
 ) -> ReidData:
     """A data set of the entries of `train`, `query` and `gallery`.
 
     Training identities are numbered in the order of `number`, which also gives the identities of query and gallery;
-    `classes` are what the entries' viewpoints mean.
+    `classes` are what the entries' viewpoints mean, `named` as for `ImageList`.
     Raises ValueError when a split is empty.
     """
     for split in SPLITS:
@@ -133,6 +134,7 @@ def build_data(
             identity=np.array([identity(entry.identity) for entry in entries[split]], dtype=np.int64),
             camera=np.array([entry.camera for entry in entries[split]], dtype=np.int64),
             viewpoint_name=views,
+            named=named,
             **classes.columns(views),
             columns={
                 column: np.array([entry.columns.get(column, UNKNOWN) for entry in entries[split]], dtype=np.int64)

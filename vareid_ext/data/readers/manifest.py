@@ -157,4 +157,6 @@ def read_manifest(
     if entries[_UNDIVIDED]:
         entries, said = divide(name, entries[_UNDIVIDED], division or DivisionSettings())
         notes = (*said, *notes)
-    return build_data(name, entries, identities.__getitem__, notes, classes)
+    written = {"identity": identities, "camera": numbers.get("camera", {})}
+    named = tuple(label for label, numbered in written.items() if not all(map(_is_number, numbered)))
+    return build_data(name, entries, identities.__getitem__, notes, classes, named)
