@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -98,9 +99,21 @@ def pack(
     return target.stat().st_size
 
 
+def check_packed(path: Path) -> Path:
+    """`path`; ValueError where it is no whole file of `pack`."""
+    try:
+        with np.load(path) as file:
+            whole = {f"{split}_bytes" for split in _SPLITS} <= set(file.files)
+    except (zipfile.BadZipFile, ValueError, EOFError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path}: is not, or not all of, what `pack` has written; pack it again")
+    return path
+
+
 def unpack(path: Path, device: torch.device) -> tuple[ReidData, dict[str, Tensor]]:
     """The data set, and each split's images as uint8 [N, 3, height, width] on the device."""
-    with np.load(path) as file:
+    with np.load(check_packed(path)) as file:
         arrays = dict(file)
 
     def decoded(raw: np.ndarray) -> np.ndarray:
@@ -257,6 +270,9 @@ def train_rows(options: argparse.Namespace, settings: Sequence[str]) -> int:
     work: Path = options.output / "rows"
     work.mkdir(parents=True, exist_ok=True)
     config = row_config(options.rows[0], options.device, settings)  # errors are told before any process starts
+    check_packed(options.packed)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device: {options.device} was given, but PyTorch sees no GPU")
 
     def one(row: str) -> None:
         left = stop - time.monotonic()

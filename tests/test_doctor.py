@@ -84,7 +84,7 @@ def advice(monkeypatch, tmp_path):
         nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {machine.nvcc}.4, V{machine.nvcc}.4.131'\n")
         nvcc.chmod(0o755)
         monkeypatch.setattr(doctor, "GPU_DRIVERS", (driver, windows))
-        monkeypatch.setattr(doctor.shutil, "which", lambda name: str(nvcc) if machine.nvcc else None)
+        monkeypatch.setattr(doctor.shutil, "which", lambda *_, **__: str(nvcc) if machine.nvcc else None)
         monkeypatch.setattr(doctor._native, "loaded", lambda: machine.module is not None)
         monkeypatch.setattr(doctor._native, "module", lambda: machine.module)
         monkeypatch.setattr(torch.version, "cuda", machine.torch_cuda)
@@ -158,3 +158,18 @@ def test_a_driver_too_old_for_cuda_12_is_sent_to_no_toolkit_of_it(advice):
 @pytest.mark.parametrize("machine", [Machine(gpus=()), Machine(gpus=(), visible_devices="")])
 def test_a_driver_that_is_new_enough_is_not_blamed(advice, machine):
     assert "update" not in advice(machine)
+
+
+@pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME", "CUDA_PATH", "PATH"])
+def test_nvcc_is_looked_for_where_the_build_looks(variable, monkeypatch, tmp_path):
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 31.4, V31.4.131'\n")
+    nvcc.chmod(0o755)
+    path = f"{nvcc.parent}:/bin" if variable == "PATH" else "/bin"
+    monkeypatch.setenv("PATH", path)
+    if variable != "PATH":
+        monkeypatch.setenv(variable, str(nvcc if variable == "CUDACXX" else tmp_path))
+    assert doctor._nvcc_cuda() == 31

@@ -93,8 +93,16 @@ def _driver_too_old(cuda: int) -> str:
 
 
 def _nvcc_cuda() -> int | None:
-    """The CUDA version of the nvcc on PATH."""
-    nvcc = shutil.which("nvcc")
+    """The CUDA version of the nvcc that a build would take, which looks in the same places."""
+    homes = (
+        os.environ.get("CUDA_HOME", ""),
+        os.environ.get("CUDA_PATH", ""),
+        "/usr/local/cuda",
+        "/opt/cuda",
+        "/usr/lib/cuda",
+    )
+    places = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes if home)]
+    nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc", path=os.pathsep.join(places))
     if nvcc is None:
         return None
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
