@@ -33,6 +33,7 @@ from vareid_ext.data import EXTRAS, FORMATS, READERS, UNKNOWN, ExtraFiles, Image
 from vareid_ext.data.extra_files import check_given
 from vareid_ext.data.keypoints import ORDERS
 from vareid_ext.data.load import listed, unreadable_images
+from vareid_ext.data.readers import needs_root
 from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, is_litter, left_out, unreadable_of
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import LABELS, open_arrays
@@ -163,7 +164,7 @@ def read_images(source: str, kind: str | None, split: str | None, *, progress: b
     if kind is None and path.suffix.lower() == ".csv":
         kind = "manifest"
     if kind is not None:
-        data = load_data(kind, source, check_images=False, progress=progress)
+        data = load_data(kind, source if needs_root(kind) else None, check_images=False, progress=progress)
         return _all_images(data) if split is None else data.splits[split]
     if split is not None:
         raise ValueError(

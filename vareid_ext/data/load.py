@@ -138,7 +138,8 @@ def load_data(
         FileNotFoundError: the data set is not there; the message shows what was expected and what was found.
     """
     check_kind(kind, root)
-    root = root if needs_root(kind) else None
+    if root and not needs_root(kind):
+        raise ValueError(f"data.root: {str(root)!r:.60} was given, but kind {kind} reads no files; kind auto does")
     if viewpoint_labels not in MODES:
         raise ValueError(f"viewpoint_labels: {viewpoint_labels!r} was given; allowed are {', '.join(MODES)}")
     files = ExtraFiles() if extras is None else extras

@@ -54,10 +54,6 @@ def check_kind(kind: str, root: object, prefix: str = "") -> None:
     if needs_root(kind) and not root:
         option = f" (--{prefix}root)" if prefix else ""
         raise ValueError(f"{prefix}root: nothing was given; {prefix}kind {kind} needs the data set's path{option}")
-    if not needs_root(kind) and root:
-        raise ValueError(
-            f"{prefix}root: {str(root)!r:.60} was given, but {prefix}kind {kind} reads no files; {prefix}kind auto does"
-        )
 
 
 def read(kind: str, **arguments: object) -> ReidData:
