@@ -197,9 +197,7 @@ def test_shares_and_seeds_out_of_range():
     for settings in ({"test": 1.5}, {"test": float("nan")}, {"seed": -1}):
         with pytest.raises(ValueError, match=rf"data.division.{next(iter(settings))}: .* allowed are values from 0 to"):
             DivisionSettings(**settings)
-    with pytest.raises(
-        ValueError, match=r"data.root: 'x' was given, but kind synthetic reads no files; kind auto does"
-    ):
+    with pytest.raises(ValueError, match=r"root: 'x' was given, but kind synthetic reads no files; kind auto does"):
         load_data("synthetic", "x")
 
 
