@@ -379,6 +379,9 @@ def test_names_of_people_and_cameras_mean_nothing_in_another_manifest(trained_ru
         return tmp_path / name
 
     names = manifest("names.csv", ("a", "x", "train"), ("b", "hall", "query"), ("b", "door", "gallery"))
+    capsys.readouterr()
+    assert call("extract", trained_run, names, "--split=gallery", "--output", tmp_path / "names.npz") == 0
+    assert "identity and camera: names, which are numbered in this data set's own order" in capsys.readouterr().out
     numbers = manifest("numbers.csv", ("1", "7", "train"), ("2", "8", "query"), ("2", "7", "gallery"))
     made = answer(capsys, "index", trained_run, names, "--split=gallery", "--output", tmp_path / "g")
     assert any(note.startswith("identity and camera: names") for note in made["notes"])

@@ -119,6 +119,9 @@ def _run(options: argparse.Namespace) -> Result:
         images = images.select(np.arange(*bounds))
         request = f"{request} {number}/{count}"
     parts = Parts(Path(f"{output}.parts"), request)
+    if images.named:
+        what = " and ".join(images.named)
+        notes = (*notes, f"{what}: names, which are numbered in this data set's own order, not as in others")
     notes = (*parts.notes(), *notes)
     feature = parts.complete(model, images, options)
     _write(output, {"feature": feature, **_described(images), **arrays})
@@ -203,7 +206,7 @@ def _all_images(data: ReidData) -> ImageList:
         "paths": tuple(path for images in lists for path in images.paths),
         "viewpoint_name": tuple(name for images in lists for name in images.viewpoint_name),
         "viewpoints": data.query.viewpoints,
-        "named": data.query.named,
+        "named": tuple(label for label in data.query.named if label != "identity"),
     }
     return ImageList(identity=np.full(len(columns["paths"]), UNKNOWN), loader=data.query.loader, **columns)
 

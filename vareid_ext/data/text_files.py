@@ -41,6 +41,20 @@ def no_file(path: Path) -> str:
     return f"{path} is neither a file nor a folder" if path.exists() else f"{path} does not exist"
 
 
+def text_lines(path: Path, title: str) -> Iterator[tuple[str, str]]:
+    """(where it stands, line) for each line of a text file in UTF-8 that is not blank, without the blanks around it.
+
+    `title` is what errors call the data set. Raises ValueError for a file that is no text in UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{title}: {path} is not text in UTF-8: {error}") from None
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{title}: {path}, line {number}", line.strip()
+
+
 def read_table(
     path: Path, title: str, required: Sequence[str], optional: Sequence[str] = (), further: str = ""
 ) -> Iterator[tuple[int, dict[str, str]]]:

@@ -81,6 +81,12 @@ def unexpected(layout: Layout, found: str) -> FileNotFoundError:
     return FileNotFoundError(f"{layout.title}: expected\n{layout.tree}\nfound instead: {found}")
 
 
+def check_present(layout: Layout, folder: Path, entries: Sequence[ImageEntry], name: str) -> None:
+    """FileNotFoundError where a list names images, none of which is there: `folder` is another than it should be."""
+    if entries and not any(os.path.isfile(entry.path) for entry in entries):
+        raise unexpected(layout, f"{folder} holds none of the images of {name}, but:\n{listing(folder)}")
+
+
 def find_root(root: str | os.PathLike[str], layout: Layout) -> Path:
     """The folder that holds a data set laid out as `layout`: `root` itself or a folder of a usual name in it.
 

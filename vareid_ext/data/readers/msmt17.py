@@ -6,8 +6,17 @@ import os
 import re
 from pathlib import Path
 
-from vareid_ext.data.readers.layout import NOT_IMAGES, ImageEntry, Layout, build_data, find_root, listing, unexpected
-from vareid_ext.data.text_files import shown
+from vareid_ext.data.readers.layout import (
+    NOT_IMAGES,
+    ImageEntry,
+    Layout,
+    build_data,
+    check_present,
+    find_root,
+    listing,
+    unexpected,
+)
+from vareid_ext.data.text_files import shown, text_lines
 from vareid_ext.data.types import ReidData, is_litter, left_out
 
 _NAMED = re.compile(r"[0-9]+_[0-9]+_([0-9]{1,18})_")
@@ -39,13 +48,7 @@ def read_msmt17(root: str | os.PathLike[str]) -> ReidData:
 
     def read_list(name: str, folder: Path) -> list[ImageEntry]:
         entries = []
-        try:
-            text = (base / name).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{LAYOUT.title}: {base / name} is not text in UTF-8: {error}") from None
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
+        for where, line in text_lines(base / name, LAYOUT.title):
             *before, identity = line.rsplit(maxsplit=1)
             path = "".join(before).strip().replace("\\", "/")
             if is_litter(path):
@@ -54,12 +57,11 @@ def read_msmt17(root: str | os.PathLike[str]) -> ReidData:
             match = _NAMED.match(os.path.basename(path))
             if match is None or not _IDENTITY.fullmatch(identity):
                 raise ValueError(
-                    f"{LAYOUT.title}: {base / name}, line {number}: expected a path like "
-                    f"0000/0000_000_01_0303morning_0008_0.jpg and an identity number, got {shown(line.strip())}"
+                    f"{where}: expected a path like 0000/0000_000_01_0303morning_0008_0.jpg and an identity number, "
+                    f"got {shown(line)}"
                 )
             entries.append(ImageEntry(str(folder / path), identity, int(match[1])))
-        if entries and not any(os.path.isfile(entry.path) for entry in entries):
-            raise unexpected(LAYOUT, f"{folder} holds none of the images of {name}, but:\n{listing(folder)}")
+        check_present(LAYOUT, folder, entries, name)
         return entries
 
     return build_data(

@@ -8,8 +8,8 @@ import re
 import numpy as np
 
 from vareid_ext.data.readers.dividing import DivisionSettings
-from vareid_ext.data.readers.layout import ImageEntry, Layout, build_data, find_root, listing, unexpected
-from vareid_ext.data.text_files import shown
+from vareid_ext.data.readers.layout import ImageEntry, Layout, build_data, check_present, find_root
+from vareid_ext.data.text_files import shown, text_lines
 from vareid_ext.data.types import ReidData
 
 _LINE = re.compile(r"([0-9]{1,18})(?:\.jpg)?\s+([0-9]{1,18})")
@@ -35,17 +35,12 @@ def _read(root: str | os.PathLike[str], size: int, division: DivisionSettings | 
     def read_list(name: str) -> list[ImageEntry]:
         entries = []
         path = base / "train_test_split" / name
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-            match = _LINE.fullmatch(line.strip())
-            if match is not None:
-                entries.append(ImageEntry(str(base / "image" / f"{match[1]}.jpg"), match[2]))
-            elif line.strip():
-                raise ValueError(
-                    f"{layout.title}: {path}, line {number}: expected an image and its vehicle (0000001 15), got "
-                    f"{shown(line.strip())}"
-                )
-        if entries and not any(os.path.isfile(entry.path) for entry in entries):
-            raise unexpected(layout, f"{base / 'image'} holds none of the images of {name}, but:\n{listing(base)}")
+        for where, line in text_lines(path, layout.title):
+            match = _LINE.fullmatch(line)
+            if match is None:
+                raise ValueError(f"{where}: expected an image and its vehicle (0000001 15), got {shown(line)}")
+            entries.append(ImageEntry(str(base / "image" / f"{match[1]}.jpg"), match[2]))
+        check_present(layout, base / "image", entries, name)
         return entries
 
     test = read_list(f"test_list_{size}.txt")

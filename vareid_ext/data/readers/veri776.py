@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vareid_ext.data.readers.layout import Layout, read_folders
-from vareid_ext.data.text_files import shown
+from vareid_ext.data.text_files import shown, text_lines
 from vareid_ext.data.types import ReidData
 from vareid_ext.data.viewpoint_classes import ViewpointClasses
 
@@ -35,19 +35,17 @@ def _orientations(base: Path) -> tuple[Mapping[str, str], ViewpointClasses]:
         path = base / name
         if not path.is_file():
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-            if not line.strip():
-                continue
+        for where, line in text_lines(path, LAYOUT.title):
             image, *numbers = line.rsplit(maxsplit=_NUMBERS)
             label = numbers[-1] if len(numbers) == _NUMBERS else ""
             if not (label.isdecimal() and int(label) < len(ORIENTATIONS)):
                 raise ValueError(
-                    f"{LAYOUT.title}: {path}, line {number}: expected an image, {_NUMBERS - 1} coordinates and an "
-                    f"orientation from 0 to {len(ORIENTATIONS) - 1}, got {shown(line.strip())}"
+                    f"{where}: expected an image, {_NUMBERS - 1} coordinates and an orientation from 0 to "
+                    f"{len(ORIENTATIONS) - 1}, got {shown(line)}"
                 )
             file = image.replace("\\", "/").rpartition("/")[2]
             if found.setdefault(file, ORIENTATIONS[int(label)]) != ORIENTATIONS[int(label)]:
-                raise ValueError(f"{LAYOUT.title}: {path}, line {number}: {shown(file)} has another orientation before")
+                raise ValueError(f"{where}: {shown(file)} has another orientation before")
     return found, ViewpointClasses(ORIENTATIONS)
 
 

@@ -6,8 +6,8 @@ import os
 import re
 from pathlib import Path
 
-from vareid_ext.data.readers.layout import ImageEntry, Layout, build_data, find_root, listing, unexpected
-from vareid_ext.data.text_files import shown
+from vareid_ext.data.readers.layout import ImageEntry, Layout, build_data, check_present, find_root
+from vareid_ext.data.text_files import shown, text_lines
 from vareid_ext.data.types import ReidData
 
 _IMAGE = re.compile(r"([0-9]{1,18})/([0-9]{1,18})(?:\.jpg)?(?:\s.*)?")
@@ -33,30 +33,23 @@ def _read(root: str | os.PathLike[str], size: int) -> ReidData:
     base = find_root(root, layout)
     split = base / "train_test_split"
     cameras: dict[str, int] = {}
-    for number, line in enumerate((split / "vehicle_info.txt").read_text(encoding="utf-8-sig").splitlines(), start=1):
-        match = _INFO.fullmatch(line.strip())
+    for number, (where, line) in enumerate(text_lines(split / "vehicle_info.txt", layout.title)):
+        match = _INFO.fullmatch(line)
         if match is not None:
             cameras[match[2]] = int(match[3])
-        elif number > 1 and line.strip():  # the first line names the columns
-            raise ValueError(
-                f"{layout.title}: {split / 'vehicle_info.txt'}, line {number}: expected <vehicle>/<image>;<camera>;..."
-                f", got {shown(line.strip())}"
-            )
+        elif number:  # the first line names the columns
+            raise ValueError(f"{where}: expected <vehicle>/<image>;<camera>;..., got {shown(line)}")
 
     def read_list(name: str) -> list[ImageEntry]:
         entries = []
-        for number, line in enumerate((split / name).read_text(encoding="utf-8-sig").splitlines(), start=1):
-            if not line.strip():
-                continue
-            match = _IMAGE.fullmatch(line.strip())
+        for where, line in text_lines(split / name, layout.title):
+            match = _IMAGE.fullmatch(line)
             if match is None or match[2] not in cameras:
                 problem = "expected <vehicle>/<image>" if match is None else "vehicle_info.txt has no camera of"
-                raise ValueError(f"{layout.title}: {split / name}, line {number}: {problem}, got {shown(line.strip())}")
+                raise ValueError(f"{where}: {problem}, got {shown(line)}")
             path = Path(base, "images", match[1], f"{match[2]}.jpg")
             entries.append(ImageEntry(str(path), match[1], cameras[match[2]]))
-        if entries and not any(os.path.isfile(entry.path) for entry in entries):
-            images = base / "images"
-            raise unexpected(layout, f"{images} holds none of the images of {name}, but:\n{listing(images)}")
+        check_present(layout, base / "images", entries, name)
         return entries
 
     names = ("train_list.txt", f"test_{size}_query.txt", f"test_{size}.txt")
