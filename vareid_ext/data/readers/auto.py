@@ -42,7 +42,7 @@ def read_auto(
         return read_manifest(root, viewpoints=viewpoints, division=division)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: there is no such file or folder; allowed are\n{_WAYS}")
-    known = _known(root)
+    known = _known(root, viewpoints=viewpoints, division=division)
     if known is not None:
         return known
     junk: list[str] = []
@@ -71,14 +71,14 @@ def read_auto(
     return build_data(root.name or str(root), found, number.__getitem__, tuple(notes), named=named)
 
 
-def _known(root: Path) -> ReidData | None:
-    """The data set at `root` if one of the other readers knows its layout."""
-    from vareid_ext.data.readers import READERS, needs_root  # which list this reader too
+def _known(root: Path, **arguments: object) -> ReidData | None:
+    """The data set at `root` if one of the other readers knows its layout; `arguments` as for `read`."""
+    from vareid_ext.data.readers import READERS, needs_root, read  # which list this reader too
 
-    for kind, reader in READERS.items():
+    for kind in READERS:
         if needs_root(kind) and kind not in ("auto", "manifest"):
             try:
-                data = reader(root)
+                data = read(kind, root=root, **arguments)
             except FileNotFoundError:
                 continue
             return data.with_notes(f"read as it is unpacked (--data.kind {kind})")
