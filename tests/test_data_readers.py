@@ -153,6 +153,8 @@ def test_a_wrong_path_shows_what_was_expected_and_found(tmp_path, kind):
     message = str(caught.value)
     own = {"msmt17": "list_train.txt", "veri776": "image_train", "ltcc": "094_1_c9_015833.png", "prcc": "test/C/"}
     own |= {"prcc-same-clothes": "test/C/", **{f"vehicleid-{n}": f"test_list_{n}.txt" for n in (800, 1600, 2400)}}
+    own |= {kind: "Cam2_day_2519_320.jpg" for kind in READERS if kind.startswith("cargo")}
+    own |= {kind: "exp1_aerial_to_cctv.txt" for kind in READERS if kind.startswith("ag-reid")}
     expected = "vehicle_info.txt" if kind.startswith("veri-wild") else own.get(kind, "bounding_box_train")
     for part in (expected, "found instead", str(tmp_path), "holiday/  beach.jpg", "note.txt"):
         assert part in message

@@ -48,7 +48,8 @@ class Layout:
         folders: names under which it is commonly unpacked; the root may be such a folder or the one that holds it.
         required: files and folders that must be there.
         tree: what to show when they are not.
-        pattern: what file names begin with; its groups are identity, camera and further labels, all numbers.
+        pattern: what file names begin with; its groups are identity, and camera and further labels, which are numbers.
+        nested: whether images lie in folders of those of a split, at any depth.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Layout:
     required: tuple[str, ...]
     tree: str
     pattern: re.Pattern[str] = NAMED
+    nested: bool = False
 
 
 SPLIT_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
@@ -161,31 +163,41 @@ def build_data(
 
 def _form(pattern: re.Pattern[str]) -> str:
     """<identity>_c<camera>, as a name is described."""
-    named = re.sub(r"\(\?P<(\w+)>[^)]*\)", r"<\1>", pattern.pattern)
+    named = re.sub(r"\(\?P<(\w+)>[^)]*\)", r"<\1>", pattern.pattern).replace("[a-z]+", "<word>")
     return re.sub(r"\(\?![^)]*\)", "", named)
 
 
-def _scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> list[ImageEntry]:
-    """The images in `folder`; the names of junk images are added to `junk`, those of other entries to `others`."""
+def _files(folder: Path, layout: Layout) -> list[str]:
+    """What `layout` looks at in `folder`, as paths from there."""
+    if not layout.nested:
+        return sorted(os.listdir(folder))
+    places = os.walk(folder, followlinks=True)
+    return sorted(os.path.relpath(os.path.join(place, file), folder) for place, _, files in places for file in files)
+
+
+def scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> list[ImageEntry]:
+    """The images in `folder`; the names of junk images are added to `junk`, those of other entries to `others`.
+
+    Raises FileNotFoundError where there are none, ValueError for a name that is not as `layout.pattern` says.
+    """
     entries: list[ImageEntry] = []
-    for file in sorted(os.listdir(folder)):
+    for file in _files(folder, layout):
         if is_litter(file):
             continue
         if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
             others.append(f"{folder.name}/{file}")
             continue
-        match = layout.pattern.match(file)
+        match = layout.pattern.match(os.path.basename(file))
         if match is None:
             raise ValueError(
                 f"{layout.title}: the name of {folder / file} must begin with {_form(layout.pattern)}, numbers of at "
                 f"most 18 digits, as in\n{layout.tree}"
             )
-        identity, numbers = match["identity"], {name: int(text) for name, text in match.groupdict().items()}
-        if numbers.pop("identity") == JUNK:
+        numbers = {name: int(text) for name, text in match.groupdict().items() if name != "identity"}
+        if match["identity"] == str(JUNK):
             junk.append(f"{folder.name}/{file}")
         else:
-            camera = numbers.pop("camera")
-            entries.append(ImageEntry(str(folder / file), identity, camera, columns=numbers))
+            entries.append(ImageEntry(str(folder / file), match["identity"], numbers.pop("camera"), columns=numbers))
     if not entries:
         raise unexpected(layout, f"{folder} has no images, but:\n{listing(folder)}")
     return entries
@@ -206,7 +218,7 @@ def read_folders(
     junk: list[str] = []
     others: list[str] = []
     for split, folder in zip(SPLITS, layout.required, strict=True):
-        entries[split] = _scan(base / folder, layout, junk, others)
+        entries[split] = scan(base / folder, layout, junk, others)
     notes = (*left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, others))
     if labels is None:
         return build_data(name, entries, notes=notes)
