@@ -28,6 +28,7 @@ from vareid_ext import (
     rank_queries,
     ranked_lists,
 )
+from vareid_ext.metrics import evaluate_drawn_gallery
 from vareid_ext.metrics import features as features_module
 from vareid_ext.ops import _progress
 from vareid_ext.ops.ranking import ranking_features
@@ -494,6 +495,42 @@ def test_single_viewpoint_draws_one_query_of_each_identity():
     again = evaluate_single_viewpoint(feature, identity, viewpoint, repeats=4, seed=3)
     assert again[1].mean() == got[1].mean()
     assert evaluate_single_viewpoint(feature, identity, viewpoint, repeats=4, seed=4)[1].mean() != got[1].mean()
+
+
+@pytest.mark.parametrize("rerank", [False, {"k1": 5, "k2": 2}])
+def test_a_drawn_gallery_is_one_image_of_each_and_each_draw_an_evaluation_of_its_own(rerank):
+    generator = np.random.default_rng(5)
+    identity = generator.permutation(np.repeat([4, 9, 11, 12, 30, -1], [1, 7, 2, 13, 5, 6]))
+    camera = generator.integers(-1, 3, len(identity))
+    clothes = generator.integers(0, 3, len(identity))
+    feature = torch.from_numpy(generator.standard_normal((len(identity), 6)).astype(np.float32)).round(decimals=1)
+    options = {"exclude": "identity&camera&clothes", "rerank": rerank}
+    got = evaluate_drawn_gallery(feature, identity, camera, columns={"clothes": clothes}, repeats=6, seed=3, **options)
+    kept = np.flatnonzero(identity != -1)
+    galleries = set()
+    for seed, run in enumerate(got.runs, start=3):
+        first = {}  # the first of each identity in the order that the seed gives
+        for place in np.random.default_rng(seed).permutation(len(kept)):
+            first.setdefault(identity[kept[place]], kept[place])
+        gallery = np.array(sorted(first.values()))
+        query = np.array([i for i in kept if i not in gallery])
+        assert len(gallery) == 5
+        expected = evaluate_features(
+            feature[query], feature[gallery], identity[query], identity[gallery], camera[query], camera[gallery],
+            columns={"clothes": (clothes[query], clothes[gallery])}, **options,
+        )  # fmt: skip
+        assert run.as_dict() == expected.as_dict()
+        assert run.num_queries == 28 - 5
+        galleries.add(tuple(gallery))
+    assert len(galleries) == 6
+    assert got.mean()["mAP"] == pytest.approx(statistics.fmean(run.mAP for run in got.runs))
+    everybody = evaluate_drawn_gallery(feature, identity, repeats=1, junk_identity=None)
+    assert everybody.runs[0].num_queries == 34 - 6
+    for name, value in (("repeats", 0), ("seed", -1)):
+        with pytest.raises(ValueError, match=f"{name}: {value}"):
+            evaluate_drawn_gallery(feature, identity, **{name: value})
+    with pytest.raises(ValueError, match="no identity has two images, so that none is left to ask"):
+        evaluate_drawn_gallery(feature, np.arange(len(feature)))
 
 
 @pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])

@@ -56,6 +56,14 @@ def check_column(name: object) -> None:
         )
 
 
+def one_of_each(identity: Any, generator: np.random.Generator) -> np.ndarray:
+    """Which of N images are drawn, bool [N]: one random image of each identity."""
+    order = generator.permutation(len(identity))
+    drawn = np.zeros(len(order), dtype=bool)
+    drawn[order[np.unique(np.asarray(identity)[order], return_index=True)[1]]] = True
+    return drawn
+
+
 @dataclass(frozen=True, eq=False)
 class Labels:
     """Who is on each of N images, by which camera, from which side. All arrays are read-only.

@@ -108,6 +108,9 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "ranked_lists, rerank": lambda a: vareid_ext.ranked_lists(
         a["query"], a["gallery"], *_labels(a), queries=[0, 3], rerank=True
     ),
+    "evaluate_drawn_gallery": lambda a: metrics.evaluate_drawn_gallery(
+        a["feature"], a["identity"], a["camera"], repeats=2
+    ).mean(),
     "evaluate_single_viewpoint": lambda a: {
         view: metrics.mean()
         for view, metrics in vareid_ext.evaluate_single_viewpoint(

@@ -1,8 +1,15 @@
-"""CMC, mAP and mINP, the viewpoint protocols and verification metrics, from distances or from features."""
+"""CMC, mAP and mINP, protocols on both sides together and verification metrics, from distances or from features."""
 
 from vareid_ext.metrics.comparison import PairedDifference, compare_rankings
 from vareid_ext.metrics.features import evaluate_features, rank_features, ranked_lists
 from vareid_ext.metrics.groups import GroupMetrics, evaluate_by_group
+from vareid_ext.metrics.protocols import (
+    ByViewpoint,
+    RepeatedMetrics,
+    evaluate_cross_viewpoint,
+    evaluate_drawn_gallery,
+    evaluate_single_viewpoint,
+)
 from vareid_ext.metrics.ranking import METRIC_NAMES, QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
 from vareid_ext.metrics.verification import (
     OpenSetPoint,
@@ -11,12 +18,6 @@ from vareid_ext.metrics.verification import (
     VerificationMetrics,
     evaluate_verification,
     verify_features,
-)
-from vareid_ext.metrics.viewpoints import (
-    ByViewpoint,
-    RepeatedMetrics,
-    evaluate_cross_viewpoint,
-    evaluate_single_viewpoint,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "compare_rankings",
     "evaluate_by_group",
     "evaluate_cross_viewpoint",
+    "evaluate_drawn_gallery",
     "evaluate_features",
     "evaluate_ranking",
     "evaluate_single_viewpoint",

@@ -1,4 +1,4 @@
-"""The viewpoint protocols of the VA-reID paper's supplement, on the query and gallery images taken together."""
+"""Protocols on the query and gallery images taken together: a drawn gallery, and the paper's two of viewpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from vareid_ext import _arrays
-from vareid_ext._labels import UNKNOWN
+from vareid_ext._labels import UNKNOWN, one_of_each
 from vareid_ext._text import VIEWPOINTS, viewpoint_name
 from vareid_ext.files.features import Features
 from vareid_ext.metrics.exclusion import label_arguments, label_vector
@@ -80,11 +80,9 @@ def _images(
     viewpoint: Any,
     camera: Any,
     columns: Mapping[str, Any] | None,
-    junk_identity: int | None,
 ) -> Features:
-    """The images, those that take no part with viewpoint -1."""
-    if identity is None or viewpoint is None:
-        raise TypeError("identity, viewpoint: None was given; both are needed")
+    if identity is None:
+        raise TypeError("identity: None was given; whole numbers are needed")
     tensor = _arrays.to_tensor(feature, "feature")
     if tensor.dim() != 2:
         raise ValueError(f"feature: shape {list(tensor.shape)} was given; [images, D] is needed")
@@ -96,16 +94,30 @@ def _images(
     for name, vector in vectors.items():
         if len(vector) != len(tensor):
             raise ValueError(f"{name}: length {len(vector)} was given, expected {len(tensor)} (as feature)")
-    taking_part = vectors["viewpoint"] >= 0
-    if junk_identity is not None:
-        taking_part &= vectors["identity"] != junk_identity
-    if not taking_part.any():
-        raise ValueError("viewpoint: no image has a known viewpoint (>= 0)")
-    viewpoints = np.where(taking_part, vectors["viewpoint"], UNKNOWN)
     return Features(
-        feature=tensor, identity=vectors["identity"], camera=vectors["camera"], viewpoint=viewpoints,
+        feature=tensor, identity=vectors["identity"], camera=vectors["camera"], viewpoint=vectors["viewpoint"],
         columns={name: vectors[name] for name in columns or ()},
     )  # fmt: skip
+
+
+def _by_viewpoint(
+    feature: Any,
+    identity: Any,
+    viewpoint: Any,
+    camera: Any,
+    columns: Mapping[str, Any] | None,
+    junk_identity: int | None,
+) -> Features:
+    """The images, those that take no part with viewpoint -1."""
+    if viewpoint is None:
+        raise TypeError("viewpoint: None was given; whole numbers are needed")
+    images = _images(feature, identity, viewpoint, camera, columns)
+    taking_part = images.viewpoint >= 0
+    if junk_identity is not None:
+        taking_part &= images.identity != junk_identity
+    if not taking_part.any():
+        raise ValueError("viewpoint: no image has a known viewpoint (>= 0)")
+    return replace(images, viewpoint=np.where(taking_part, images.viewpoint, UNKNOWN))
 
 
 def _evaluate(
@@ -116,6 +128,61 @@ def _evaluate(
     labels = label_arguments(ours, theirs, exclude)
     metrics = evaluate_features(ours.feature, theirs.feature, **labels, **options)
     return replace(metrics, cmc=_arrays.returner(like)(metrics.cmc))
+
+
+def evaluate_drawn_gallery(
+    feature: Any,
+    identity: Any,
+    camera: Any = None,
+    *,
+    viewpoint: Any = None,
+    exclude: str | None = None,
+    columns: Mapping[str, Any] | None = None,
+    repeats: int = 10,
+    seed: int = 0,
+    metric: str = "sqeuclidean",
+    rerank: Rerank = False,
+    max_rank: int = 50,
+    junk_identity: int | None = -1,
+) -> RepeatedMetrics:
+    """Retrieval in a gallery of one random image of each identity, for which all others ask; repeated.
+
+    Args:
+        feature: [N, D], the query and the gallery images together.
+        identity: ``[N]`` whole numbers.
+        camera: ``[N]`` whole numbers or None.
+        viewpoint: ``[N]`` whole numbers or None; ``exclude`` can name it.
+        exclude: which gallery images are left out, as in :func:`evaluate_ranking`.
+        columns: what ``exclude`` can name beside identity, camera and viewpoint, by name: ``[N]`` whole numbers.
+        repeats: random draws, 1 to 10,000.
+        seed: of the first draw, 0 to 2^63 - 1; the next have the next ones.
+        metric: as in :func:`evaluate_features`.
+        rerank: as in :func:`evaluate_features`.
+        max_rank: as in :func:`evaluate_features`.
+        junk_identity: images of this identity take no part; None for none.
+
+    Returns:
+        The :class:`RepeatedMetrics`, with curves in feature's kind of array.
+
+    Raises:
+        ValueError: as :func:`evaluate_features`; ``repeats`` or ``seed`` out of range; no identity has two images.
+
+    Source: Liu et al., "Deep Relative Distance Learning: Tell the Difference Between Similar Vehicles", CVPR 2016.
+    """
+    repeats = check_count("repeats", repeats, 1, _MAX_REPEATS)
+    seed = check_count("seed", seed, 0, 2**63 - 1)
+    images = _images(feature, identity, viewpoint, camera, columns)
+    if junk_identity is not None:
+        images = images.select(images.identity != junk_identity)
+    if len(np.unique(images.identity)) == len(images):
+        raise ValueError("identity: no identity has two images, so that none is left to ask")
+    runs = []
+    for number in range(seed, seed + repeats):
+        drawn = one_of_each(images.identity, np.random.default_rng(number))
+        runs.append(
+            _evaluate(images, ~drawn, drawn, feature, exclude=exclude, metric=metric, rerank=rerank, max_rank=max_rank)
+        )
+    return RepeatedMetrics(tuple(runs))
 
 
 def evaluate_single_viewpoint(
@@ -167,18 +234,15 @@ def evaluate_single_viewpoint(
     """
     repeats = check_count("repeats", repeats, 1, _MAX_REPEATS)
     seed = check_count("seed", seed, 0, 2**63 - 1)
-    images = _images(feature, identity, viewpoint, camera, columns, junk_identity)
+    images = _by_viewpoint(feature, identity, viewpoint, camera, columns, junk_identity)
     generator = np.random.default_rng(seed)
     results: ByViewpoint[RepeatedMetrics] = ByViewpoint(names)
     for view in np.unique(images.viewpoint[images.viewpoint >= 0]).tolist():
         members = np.flatnonzero(images.viewpoint == view)
         runs = []
         for _ in range(repeats):
-            shuffled = members[generator.permutation(len(members))]
-            _, first = np.unique(images.identity[shuffled], return_index=True)
-            is_query = np.zeros(len(members), dtype=bool)
-            is_query[first] = True
-            query, gallery = (np.sort(shuffled[chosen]) for chosen in (is_query, ~is_query))
+            is_query = one_of_each(images.identity[members], generator)
+            query, gallery = members[is_query], members[~is_query]
             if len(gallery) == 0:
                 raise ValueError(f"viewpoint: {view} has one image of each identity, so that no gallery is left")
             runs.append(
@@ -229,7 +293,7 @@ def evaluate_cross_viewpoint(
     Source: the supplement of Zhu et al., "Viewpoint-Aware Loss with Angular Regularization for Person
     Re-Identification", AAAI 2020.
     """
-    images = _images(feature, identity, viewpoint, camera, columns, junk_identity)
+    images = _by_viewpoint(feature, identity, viewpoint, camera, columns, junk_identity)
     views = np.unique(images.viewpoint[images.viewpoint >= 0]).tolist()
     if len(views) < 2:
         raise ValueError(f"viewpoint: only {views[0]} occurs; two are needed")
