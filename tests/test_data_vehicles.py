@@ -169,6 +169,7 @@ def test_vehicleid(tmp_path):
         drawn.add(data.gallery.paths)
     assert len(drawn) == 6  # all ways to draw one of three and one of two
     assert load("vehicleid-800", root).gallery.paths == load("vehicleid-800", root).gallery.paths
+    assert load("auto", tmp_path, division=DivisionSettings(seed=19)).gallery.paths == data.gallery.paths
     assert data.identity_names == ("2", "15")
     write(root, train_test_split__test_list_800="0000004 7\n0000005\n")
     with pytest.raises(ValueError, match=r"test_list_800\.txt, line 2: expected an image and its vehicle"):

@@ -171,6 +171,17 @@ def folder(trained_run, tmp_path_factory) -> Path:
             for maps in ("parsing", "schp"):
                 Image.new("L", (16, 32), i % 5).save(folder / maps / split / f"{stem}.png")
             viewpoints[f"{stem}.jpg"] = (i % 3, ("front", "side", "back")[i % 3])
+    vehicles = folder / "VehicleID_V1.0"
+    (vehicles / "train_test_split").mkdir(parents=True)
+    cargo = itertools.product(("train", "query", "gallery"), (1, 2, 6, 7), (3, 4))
+    for number, (split, camera, identity) in enumerate(cargo):
+        name = f"CARGO/{split}/Cam{camera}/Cam{camera}_day_{identity}_{number}.jpg"
+        for path in (folder / name, vehicles / "image" / f"{number:07d}.jpg"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data.train.load(number).save(path)
+    for name in ("train_list", "test_list_800"):
+        lines = "".join(f"{number:07d} {number // 4}\n" for number in range(24))
+        (vehicles / "train_test_split" / f"{name}.txt").write_text(lines)
     (folder / "market_image_map_direction.pkl").write_bytes(pickle.dumps(viewpoints))
     return folder
 

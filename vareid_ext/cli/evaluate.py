@@ -32,6 +32,7 @@ from vareid_ext.metrics import (
     VerificationMetrics,
     evaluate_by_group,
     evaluate_cross_viewpoint,
+    evaluate_drawn_gallery,
     evaluate_single_viewpoint,
     rank_features,
     verify_features,
@@ -47,16 +48,19 @@ CMC, mAP and mINP of trained models, or of features in files; with --verificatio
 identity: ROC, TPR at fixed FPR, EER and open-set DIR at fixed FAR; with --by from which viewpoint or camera to which.
 
 RUN is a run folder or a checkpoint, several of them are compared. Each is evaluated on its own test images, or with
---data and --root on those of another data set.
+--data and --root on those of another data set, or of several (--data cargo-a-a,cargo-g-g): then the features of images
+that they share are made once.
 
 {ABOUT_FILES}
-It may also hold the one set of images that the viewpoint protocols need.
+It may also hold the one set of images that all protocols but the standard one need.
 """
 
 
 _EXAMPLES = """\
   vareid evaluate runs/mine runs/yours --rerank
   vareid evaluate runs/mine --data market1501 --root Market-1501
+  vareid evaluate runs/mine --data cargo,cargo-a-a,cargo-g-g,cargo-a-g --root CARGO
+  vareid evaluate runs/mine --data vehicleid-800 --root VehicleID_V1.0 --protocol drawn-gallery
   vareid evaluate --features query.npz gallery.npz --rerank
   vareid evaluate --features features.mat --protocol cross-viewpoint
   vareid evaluate runs/mine --by viewpoint camera --per-query queries.csv --per-identity people.csv
@@ -76,11 +80,14 @@ def _parser() -> Parser:
     add_source_arguments(parser, "also with k-reciprocal re-ranking")
     parser.add_argument("--max-rank", type=int, default=50, help="length of the CMC curve (default: %(default)s)")
     parser.add_argument(
-        "--protocol", choices=("standard", "single-viewpoint", "cross-viewpoint"), default="standard",
-        help="standard: queries against the gallery; the others follow the VA-reID supplement, on both sides together, "
-        "in which the same images count once",
+        "--protocol", choices=("standard", "drawn-gallery", "single-viewpoint", "cross-viewpoint"), default="standard",
+        help="standard: queries against the gallery; the others take both sides together, in which the same images "
+        "count once. drawn-gallery: one random image of each identity is the gallery, the others ask, as VehicleID is "
+        "measured; single-viewpoint, cross-viewpoint: as in the VA-reID supplement",
     )  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=10, help="draws of single-viewpoint (default: %(default)s)")
+    parser.add_argument(
+        "--repeats", type=int, default=10, help="draws of drawn-gallery, single-viewpoint (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of these draws (default: %(default)s)")
     group = parser.add_argument_group("where it fails")
     group.add_argument(
@@ -139,6 +146,15 @@ def _together(query: Features, gallery: Features, same: bool) -> dict[str, Any]:
     return images
 
 
+def _by_path(images: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
+    """The images in the order of their paths, where these are known, so that a seed draws the same of them."""
+    if len(paths) != len(images["identity"]):
+        return images
+    order = np.array(sorted(range(len(paths)), key=paths.__getitem__))
+    columns = {name: values[order] for name, values in images["columns"].items()}
+    return {**{name: values[order] for name, values in images.items() if name != "columns"}, "columns": columns}
+
+
 def _evaluate(options: argparse.Namespace, query: Features, gallery: Features, same: bool, source: Source) -> Results:
     variants: dict[str, dict[str, Any]] = {"original": {"metric": options.metric}}
     if options.rerank:
@@ -175,19 +191,32 @@ def _evaluate(options: argparse.Namespace, query: Features, gallery: Features, s
         results.notes.extend(_notes(labels, options.junk_identity, same))
         return _with_rule(results, source.exclude)
     images = _together(query, gallery, same)
+    if options.protocol == "drawn-gallery":
+        images = _by_path(images, query.paths if same else query.paths + gallery.paths)
+    draws = {"repeats": options.repeats, "seed": options.seed}
     for name, variant in variants.items():
+        if options.protocol == "drawn-gallery":
+            results.ranking[name] = evaluate_drawn_gallery(
+                **images, exclude=source.exclude, **variant, **common, **draws
+            )
+            continue
         by_viewpoint: Mapping[int, RankingMetrics | RepeatedMetrics]
         if options.protocol == "cross-viewpoint":
             by_viewpoint = evaluate_cross_viewpoint(**images, exclude=source.exclude, **variant, **common)
         else:
-            draws = {"repeats": options.repeats, "seed": options.seed}
             by_viewpoint = evaluate_single_viewpoint(**images, exclude=source.exclude, **variant, **common, **draws)
         called = {view: viewpoint_name(view, query.viewpoints) for view in by_viewpoint}
         results.ranking.update({f"{name} {called[view]}": result for view, result in by_viewpoint.items()})
-    left_out = is_junk(images["identity"], options.junk_identity) | (images["viewpoint"] < 0)
+    left_out = is_junk(images["identity"], options.junk_identity)
+    why = "junk"
+    if options.protocol != "drawn-gallery":
+        left_out, why = left_out | (images["viewpoint"] < 0), "junk or of unknown viewpoint"
     results.notes.append(f"{len(left_out)} images, {'one set' if same else 'of query and gallery'}")
+    if options.protocol == "drawn-gallery":
+        last = options.seed + options.repeats - 1
+        results.notes.append(f"gallery: one random image of each identity, seeds {options.seed} to {last}")
     if left_out.any():
-        results.notes.append(f"junk or of unknown viewpoint, left out: {int(left_out.sum())} of them")
+        results.notes.append(f"{why}, left out: {int(left_out.sum())} of them")
     return _with_rule(results, source.exclude)
 
 
@@ -255,8 +284,12 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _evaluate_sources(options: argparse.Namespace) -> Results:
-    needed = ["identity"] if options.protocol == "standard" else ["identity", "viewpoint"]
-    sources = open_sources(options, [*needed, *options.by])
+    needed = ["identity", *(["viewpoint"] if options.protocol.endswith("viewpoint") else []), *options.by]
+    kinds = () if options.data is None else tuple(dict.fromkeys(options.data.split(",")))
+    sources = open_sources(options, needed, paths=options.protocol == "drawn-gallery", kinds=kinds)
+    for source in sources:
+        if source.data is not None:
+            source.data()  # a data set that is missing stops all before any is measured
     results = Results({}, {}, {}, {}, {}, [])
     for source in sources:
         sides = source.read()

@@ -23,7 +23,7 @@ from vareid_ext.metrics.ranking import check_junk_identity
 from vareid_ext.retrieval import check_parameters
 
 if TYPE_CHECKING:
-    from vareid_ext.data import ReidData
+    from vareid_ext.data import ImageList, ReidData
     from vareid_ext.trained import TrainedModel
     from vareid_ext.training.config import Config
 
@@ -166,7 +166,12 @@ def one_rule(sources: Sequence[Source]) -> str | None:
 
 
 def open_sources(
-    options: argparse.Namespace, needed: Sequence[str], *, wanted: Sequence[str] = (), paths: bool = False
+    options: argparse.Namespace,
+    needed: Sequence[str],
+    *,
+    wanted: Sequence[str] = (),
+    paths: bool = False,
+    kinds: Sequence[str] = (),
 ) -> list[Source]:
     """What the options name, opened, so that a missing one stops all before any work.
 
@@ -175,6 +180,7 @@ def open_sources(
         needed: labels that both sides must have.
         wanted: labels of feature files that are read where they are there.
         paths: whether the paths that feature files hold are wanted.
+        kinds: of several data sets, on each of which the runs are measured, instead of that of the options.
 
     Raises:
         ValueError, OSError: a run or a file cannot be read or lacks something; parameters of re-ranking do not fit.
@@ -188,16 +194,22 @@ def open_sources(
             )
             for files in options.features
         ]  # fmt: skip
+    from vareid_ext.data.readers import check_kind
     from vareid_ext.trained import load_trained  # what feature files do not need
 
+    for kind in kinds:
+        check_kind(kind, options.root)
     models = [load_trained(run, options.device) for run in options.runs]
     sets: dict[str, ReidData] = {}
     sources = []
     for run, model in zip(options.runs, models, strict=True):
-        data = functools.partial(_data, options, model.config, sets)
         exclude = _rule(options, model.config.evaluation.exclude)
-        read = functools.partial(_extract, options, model, data, exclude)
-        sources.append(Source(run, _reranking(options, model.config.evaluation), exclude, read, model, data))
+        features = _extractor(options, model, once=len(kinds) > 1)
+        for kind in kinds or (options.data,):
+            data = functools.partial(_data, options, kind, model.config, sets)
+            read = functools.partial(_extract, options, model, features, data, exclude)
+            name = run if len(kinds) < 2 else kind if len(models) == 1 else f"{run} {kind}"
+            sources.append(Source(name, _reranking(options, model.config.evaluation), exclude, read, model, data))
     return sources
 
 
@@ -270,32 +282,52 @@ def _completed(images: Features, same: Features) -> Features:
     return dataclasses.replace(images, **changes)
 
 
+def _extractor(options: argparse.Namespace, model: TrainedModel, *, once: bool) -> Callable[[ImageList], Features]:
+    """What makes the features of a list of images; with `once` those of an image that is in several lists once."""
+    made: dict[str, torch.Tensor] = {}
+
+    def features(images: ImageList) -> Features:
+        new = images.select(np.array([path not in made for path in images.paths])) if once else images
+        if len(new):
+            found = model.features(new, progress=not options.quiet, **inference_options(options))
+            if not once:
+                return found
+            made.update(zip(found.paths, found.feature, strict=True))
+        return Features.of(torch.stack([made[path] for path in images.paths]), images, images.paths)
+
+    return features
+
+
 def _extract(
-    options: argparse.Namespace, model: TrainedModel, data_of: Callable[[], ReidData], exclude: str | None
+    options: argparse.Namespace,
+    model: TrainedModel,
+    features: Callable[[ImageList], Features],
+    data_of: Callable[[], ReidData],
+    exclude: str | None,
 ) -> Sides:
     data = data_of()
     sides = [data.query, data.gallery]
     if options.no_cameras:
         sides = [dataclasses.replace(images, camera=np.full(len(images), UNKNOWN)) for images in sides]
     check_exclusion(exclude, sides[0], sides[1], "--exclude")
-    query, gallery = (
-        model.features(images, progress=not options.quiet, **inference_options(options)) for images in sides
-    )
+    query, gallery = map(features, sides)
     images = f"{len(query)} query and {len(gallery)} gallery images of {data.name}"
     return Sides(query, gallery, False, [f"{model.checkpoint}: step {model.step}; {images}"])
 
 
-def _data(options: argparse.Namespace, config: Config, sets: dict[str, ReidData]) -> ReidData:
+def _data(options: argparse.Namespace, kind: str | None, config: Config, sets: dict[str, ReidData]) -> ReidData:
     """The data set that a run is measured on; `sets` holds those that have been read."""
     from vareid_ext.data import load_data
     from vareid_ext.methods import METHODS
     from vareid_ext.training.program import load_run_data
 
     keywords = {"skip_bad_images": options.skip_bad_images, "progress": not options.quiet}
-    if options.data is not None:
-        if "" not in sets:
-            sets[""] = load_data(options.data, options.root, **keywords)
-        return sets[""]
+    if kind is not None:
+        if kind not in sets:
+            # Most images of a second set are those of the first; what else there is, is told when it is read.
+            check = options.skip_bad_images or not sets
+            sets[kind] = load_data(kind, options.root, check_images=check, **keywords)
+        return sets[kind]
     changes = {"root": options.root} if options.root else {}
     if options.skip_bad_images:
         changes["skip_bad_images"] = True

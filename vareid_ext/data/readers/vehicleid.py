@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 
+from vareid_ext._labels import one_of_each
 from vareid_ext.data.readers.dividing import DivisionSettings
 from vareid_ext.data.readers.layout import ImageEntry, Layout, build_data, check_present, find_root
 from vareid_ext.data.text_files import shown, text_lines
@@ -43,21 +44,19 @@ def _read(root: str | os.PathLike[str], size: int, division: DivisionSettings | 
         check_present(layout, base / "image", entries, name)
         return entries
 
-    test = read_list(f"test_list_{size}.txt")
+    # In an order that --protocol drawn-gallery knows, too: it then draws the same.
+    test = sorted(read_list(f"test_list_{size}.txt"), key=lambda entry: entry.path)
     seed = (division or DivisionSettings()).seed
-    generator = np.random.default_rng(seed)
-    found: set[str] = set()
-    places: set[int] = set()
-    for place in generator.permutation(len(test)).tolist():
-        if test[place].identity not in found:
-            found.add(test[place].identity)
-            places.add(place)
+    drawn = one_of_each([entry.identity for entry in test], np.random.default_rng(seed))
     splits = {
         "train": read_list("train_list.txt"),
-        "query": [entry for place, entry in enumerate(test) if place not in places],
-        "gallery": [entry for place, entry in enumerate(test) if place in places],
+        "query": [entry for entry, inside in zip(test, drawn, strict=True) if not inside],
+        "gallery": [entry for entry, inside in zip(test, drawn, strict=True) if inside],
     }
-    said = f"the gallery is one random image of each test vehicle (seed {seed}); results are means over ten seeds"
+    said = (
+        f"the gallery is one random image of each test vehicle (seed {seed}); results are means over ten draws: "
+        "vareid evaluate RUN --protocol drawn-gallery"
+    )
     return build_data(f"vehicleid-{size}", splits, notes=(said,))
 
 
