@@ -208,3 +208,11 @@ def test_an_unreadable_image_is_found_as_in_any_data_set(tmp_path):
     shutil.copy(__file__, tmp_path / "a" / "0.png")
     with pytest.raises(ValueError, match=r"(?s)1 unreadable images .*a/0.png"):
         load(tmp_path)
+
+
+def test_folders_that_need_not_be_divided_are_all_gallery(tmp_path):
+    for name in ("bert", "anna"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(b"")
+    data = load_data("auto", tmp_path, needed=(), check_images=False, progress=False)
+    assert [data.gallery.names["identity"][n] for n in data.gallery.identity] == ["anna", "bert"]

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import threading
 
@@ -317,3 +318,42 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match=r"b\.png"):
         write_manifest(data, tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["images", "list.csv"]
+
+
+def test_splits_that_are_not_needed_may_be_empty(tmp_path):
+    path = write(tmp_path, "path,identity,split\nb,9,gallery\nc,7,query\nd,-1,gallery\n")
+    for needed in (("query", "gallery"), ("gallery",), ()):
+        data = read_manifest(path, needed=needed)
+        assert (data.query.identity.tolist(), data.gallery.identity.tolist(), len(data.train)) == ([7], [9], 0)
+        assert data.notes == ("1 junk images (identity -1) left out: d",)
+    with pytest.raises(ValueError, match="the train split has no images"):
+        load_data("manifest", path, check_images=False)
+    for i, name in enumerate("bc"):
+        Image.new("RGB", (3, 6), (i, 0, 0)).save(tmp_path / name, "png")
+    (tmp_path / "b").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="every image of the gallery split is unreadable"):
+        load_data("manifest", path, needed=("query",), skip_bad_images=True, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["manifest", "auto"])
+def test_a_manifest_that_need_not_be_divided_is_all_gallery(tmp_path, kind):
+    path = write(tmp_path, "path,identity\nb,bert\na,anna\n")
+    data = load_data(kind, path, needed=(), check_images=False)
+    assert [data.gallery.names["identity"][n] for n in data.gallery.identity] == ["bert", "anna"]
+    assert not len(data.train) + len(data.query)
+    with pytest.raises(ValueError, match="images of 2 identities were found; 3 are needed"):
+        load_data(kind, path, needed=("gallery",), check_images=False)
+    with pytest.raises(ValueError, match="has no images"):
+        load_data(kind, write(tmp_path, "path,identity\nb,-1\n"), needed=(), check_images=False)
+
+
+@pytest.mark.parametrize(("anna", "bert"), [("anna", "bert"), ("70", "8")])
+def test_training_images_have_the_identities_of_the_others_again(tmp_path, anna, bert):
+    text = f"path,identity,split\na,{bert},train\nb,{anna},train\nc,{anna},query\nd,{bert},gallery\n"
+    data = read_manifest(write(tmp_path, text))
+    own = data.with_own_identities()
+    assert own.identity[0] == data.gallery.identity[0] != data.query.identity[0] == own.identity[1]
+    assert own.names == data.query.names
+    numbers = dataclasses.replace(data.query, names={})
+    coded = dataclasses.replace(data, query=numbers, identity_names=("P1A", "P2A")).with_own_identities()
+    assert coded.called("identity").tolist() == [("P1A", "P2A")[n] for n in data.train.identity]

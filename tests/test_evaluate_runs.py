@@ -207,3 +207,11 @@ def test_a_missing_run_stops_all_before_any_is_measured(trained_run, tmp_path, m
     monkeypatch.setattr(TrainedModel, "features", lambda *arguments, **options: pytest.fail("it was measured"))
     assert run(["evaluate", str(trained_run), str(tmp_path / "none"), "--quiet"]) == 2
     assert "none" in capsys.readouterr().err
+
+
+def test_images_to_measure_on_need_no_training_images(trained_run, data, metrics, tmp_path, capsys):
+    manifest = write_manifest(data, tmp_path / "set")
+    lines = manifest.read_text().splitlines()
+    manifest.write_text("\n".join(line for line in lines if ",train" not in line))
+    found = evaluate(capsys, trained_run, "--data", "manifest", "--root", manifest)
+    assert found["original"]["mAP"] == pytest.approx(metrics["trained"]["mAP"], abs=1e-6)

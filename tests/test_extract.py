@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import shutil
@@ -125,11 +126,18 @@ def test_features_of_a_manifest_evaluate_as_the_run_itself(trained_run, data, tm
         assert found[name]["mAP"] == pytest.approx(expected[of_run]["mAP"], abs=1e-6)
 
 
-def test_all_of_a_manifest_comes_without_identities(trained_run, data, tmp_path):
+def test_all_of_a_manifest_comes_with_its_people(trained_run, data, tmp_path):
     manifest = write_manifest(data, tmp_path / "set")
     assert call(trained_run, manifest, "--output", tmp_path / "all.npz") == 0
     found = content(tmp_path / "all.npz")
-    assert sorted(found) == ["camera", "feature", "path", "viewpoint", "viewpoint_class"]
+    labels = ["camera", "feature", "identity", "identity_name", "path", "viewpoint", "viewpoint_class"]
+    assert sorted(found) == labels
+    with manifest.open(newline="") as file:
+        assert found["identity_name"].tolist() == [row["identity"] for row in csv.DictReader(file)]
+    assert call(trained_run, manifest, "--split=train", "--output", tmp_path / "train.npz") == 0
+    train = content(tmp_path / "train.npz")
+    assert train["identity"].tolist() == found["identity"][: len(data.train)].tolist()
+    assert train["identity_name"].tolist() == found["identity_name"][: len(data.train)].tolist()
     expected = np.concatenate([images.viewpoint for images in (data.train, data.query, data.gallery)])
     np.testing.assert_array_equal(found["viewpoint"], expected)
     assert len(set(found["path"].tolist())) == len(expected)
@@ -306,7 +314,9 @@ def test_images_that_cannot_be_read_are_named_and_can_be_left_out(trained_run, p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{run}"], "RUN, IMAGES: both are needed"),
+        ([], "RUN, IMAGES: both are needed"),
+        (["{run}"], "IMAGES: nothing was given; a folder, an image, a list"),
+        (["{run}", "{tmp}/bad", "--data", "synthetic"], "bad was given, but --data synthetic draws its images"),
         (["{run}", "{tmp}/empty"], "empty holds no images"),
         (["{run}", "{tmp}/nowhere"], "nowhere does not exist"),
         (["{run}", "{tmp}/strange.zip"], "strange.zip was given; allowed are"),
@@ -348,3 +358,39 @@ def test_the_network_is_run_as_asked(trained_run, model, paths, tmp_path):
         expected = model.embed(paths[0], **options)
         found = torch.from_numpy(content(tmp_path / "f.npz")["feature"])
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_a_manifest_without_training_images_will_do(trained_run, photos, tmp_path, capsys):
+    """Also without splits, and what is left out is said."""
+    rows = [f"{photos}/{i:02}.png,{who}" for i, who in ((1, "anna"), (2, "bert"), (4, "anna"), (5, "-1"))]
+    (tmp_path / "people.csv").write_text("\n".join(["path,identity", *rows]))
+    assert call(trained_run, tmp_path / "people.csv", "--output", tmp_path / "f.npz") == 0
+    assert "1 junk images (identity -1) left out" in capsys.readouterr().out
+    assert content(tmp_path / "f.npz")["identity_name"].tolist() == ["anna", "bert", "anna"]
+    (tmp_path / "test.csv").write_text("\n".join(["path,identity,split", *(f"{row},gallery" for row in rows[:3])]))
+    assert call(trained_run, tmp_path / "test.csv", "--split=gallery", "--output", tmp_path / "g.npz") == 0
+    assert content(tmp_path / "g.npz")["identity_name"].tolist() == ["anna", "bert", "anna"]
+    assert call(trained_run, tmp_path / "test.csv", "--split=query", "--output", tmp_path / "g.npz") == 2
+    assert "the query split has no images" in capsys.readouterr().err
+
+
+def test_features_of_two_manifests_are_of_the_same_people_by_name(trained_run, photos, tmp_path, capsys):
+    """Their numbers are not: bert is 2 in the one and 1 in the other."""
+    for name, rows in (("query", ((1, "anna"), (2, "bert"))), ("gallery", ((4, "bert"), (5, "cleo")))):
+        lines = [f"{photos}/{i:02}.png,{who}" for i, who in rows]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["path,identity", *lines]))
+        assert call(trained_run, tmp_path / f"{name}.csv", "--output", tmp_path / f"{name}.npz") == 0
+    files = [str(tmp_path / f"{name}.npz") for name in ("query", "gallery")]
+    table = tmp_path / "queries.csv"
+    assert run(["evaluate", "--features", *files, "--per-query", str(table), "--quiet"]) == 0
+    with table.open(newline="") as file:
+        assert [int(row["matches"]) for row in csv.DictReader(file)] == [0, 1]
+    # Numbers are names as they are written, which is said.
+    np.savez(tmp_path / "q.npz", feature=np.eye(2), identity=[1, 2], identity_name=["7", "anna"])
+    np.savez(tmp_path / "g.npz", feature=np.eye(2), identity=[2, 7])
+    files = [str(tmp_path / f"{name}.npz") for name in "qg"]
+    capsys.readouterr()
+    assert run(["evaluate", "--features", *files, "--per-query", str(table)]) == 0
+    assert "identity: one side has names, the other numbers; a number is the name" in capsys.readouterr().out
+    with table.open(newline="") as file:
+        assert [int(row["matches"]) for row in csv.DictReader(file)] == [1, 0]

@@ -826,3 +826,30 @@ def test_paths_that_are_none_are_named(tmp_path, path):
     with pytest.raises(FeatureFileError, match=r"path cannot be read .* text \[5\] is needed"):
         read_features(tmp_path / "a.npz", "query", paths=True)
     assert len(read_features(tmp_path / "a.npz", "query")) == 5
+
+
+def test_names_are_what_identities_and_cameras_are_numbered_by(tmp_path):
+    arrays = {"feature": np.eye(4, dtype=np.float32), "identity": [7, 3, -1, 7], "camera": [1, 1, 1, 2]}
+    np.savez(tmp_path / "a.npz", **arrays, identity_name=["anna", "bert", "", "anna"])
+    found = read_features(tmp_path / "a.npz", "query")
+    assert found.names == {"identity": ("anna", "bert")}
+    assert found.identity.tolist() == [0, 1, -1, 0]
+    assert found.camera.tolist() == [1, 1, 1, 2]
+    found.save(tmp_path / "b.npz")
+    again = read_features(tmp_path / "b.npz", "query")
+    assert again.names == found.names
+    assert again.identity.tolist() == found.identity.tolist()
+    # Numbers that are named on the command line are taken as they are.
+    assert read_features(tmp_path / "a.npz", "query", identity="identity").identity.tolist() == [7, 3, -1, 7]
+    for names in (
+        ["anna", "bert", "", "cleo"],
+        ["anna"] * 2 + ["", "anna"],
+        ["anna", "", "", "anna"],
+        ["a", "b", "c", "a"],
+    ):
+        np.savez(tmp_path / "a.npz", **arrays, identity_name=names)
+        with pytest.raises(FeatureFileError, match="a number has no name or two, or a name belongs to two numbers"):
+            read_features(tmp_path / "a.npz", "query")
+    np.savez(tmp_path / "a.npz", **arrays, identity_name=["anna"])
+    with pytest.raises(FeatureFileError, match="identity_name cannot be read"):
+        read_features(tmp_path / "a.npz", "query")

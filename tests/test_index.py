@@ -401,3 +401,20 @@ def test_viewpoints_keep_their_names(tmp_path):
     for found in (index, GalleryIndex(tmp_path / "g")):
         assert found.labels.viewpoints == ("front", "rear", "left")
         assert found.labels.viewpoint.tolist() == [0, 1, 2, -1]
+
+
+def test_people_and_cameras_may_have_names(tmp_path):
+    feature = np.eye(6, dtype=np.float32)
+    index = GalleryIndex.build(tmp_path / "g", feature[:2], identity=["bert", "anna"], camera=[3, -1])
+    index.add(feature[2:4], identity=["cleo", "bert"], camera=["hall", "3"])
+    index.add(feature[4:], identity=[7, -1], camera=["", "hall"])
+    for found in (index, GalleryIndex(tmp_path / "g")):
+        labels = found.labels
+        assert [labels.names["identity"][n] if n >= 0 else None for n in labels.identity] == [
+            "bert", "anna", "cleo", "bert", "7", None,
+        ]  # fmt: skip
+        assert labels.called("camera").tolist() == ["3", "", "hall", "3", "", "hall"]
+    for damage in ({"identity": ["bert"]}, ["bert"], {"identity": 3}):
+        rewrite(tmp_path / "g", names=damage)
+        with pytest.raises(ValueError, match="is damaged"):
+            GalleryIndex(tmp_path / "g")

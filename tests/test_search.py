@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from _vareid_cli import run
 from tests.factories import people
 from vareid_ext import GalleryIndex, k_reciprocal_rerank
 from vareid_ext.cli import extract, search
-from vareid_ext.data import write_manifest
+from vareid_ext.data import SyntheticSettings, load_data, write_manifest
+from vareid_ext.data.readers import synthetic
 from vareid_ext.training.program import load_run_data
 
+SIZE = {"identities_train": 2, "identities_test": 2, "images_per_identity": 4, "distractors": 1}
 QUIET = ("--quiet", "--workers", "0", "--device", "cpu")
 
 
@@ -232,7 +235,12 @@ def test_another_model_is_refused(built, trained_run, photos, tmp_path, capsys):
         capsys, "index", tmp_path / "other", photos, "--output", tmp_path / "g", "--add"
     )
     flipped = error_of(capsys, "index", trained_run, photos, "--output", tmp_path / "g", "--add", "--flip")
-    assert "has other preprocessing (or --flip)" in flipped
+    assert f"--flip: the index {tmp_path / 'g'} was made without the mirrored images' features; leave --flip" in flipped
+    path = tmp_path / "g" / "index.json"
+    path.write_text(path.read_text().replace('"mean": ', '"mean": [9], "was": '))
+    error = error_of(capsys, "search", tmp_path / "g", photos / "01.png")
+    assert "last.pt reads images with mean [" in error
+    assert "was made with [9]; make another index" in error
     assert "--k1: 3 was given, but" in error_of(
         capsys, "index", trained_run, photos, "--output", tmp_path / "g", "--add", "--k1=3"
     )
@@ -316,8 +324,13 @@ def test_a_manifest_brings_cameras(trained_run, data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["index", "--output", "g"], "RUN IMAGES, --features: one of the two is needed"),
-        (["index", "run", "--output", "g"], "RUN IMAGES, --features: one of the two is needed"),
+        (["index", "--output", "g"], "RUN IMAGES, --features: none was given; one of the two is needed"),
+        (["index", "run", "--output", "g"], "IMAGES: nothing was given; a folder, an image, a list (.txt)"),
+        (["index", "run", "x", "--data=synthetic", "--output", "g"], "IMAGES: x was given, but --data synthetic draws"),
+        (["index", "--features", "f.npz", "--split=query", "--output", "g"], "--split: is for images, but --features"),
+        (["search", "g", "--features", "f.npz", "--skip-bad-images"], "--skip-bad-images: is for images"),
+        (["search", "g", "x.jpg", "--data=synthetic"], "QUERY: x.jpg was given, but --data synthetic draws its images"),
+        (["search", "g", "--data=market1501"], "QUERY: nothing was given; a folder"),
         (["index", "run", "images", "--features", "f.npz", "--output", "g"], "one of the two is needed"),
         (["index", "run", "images", "--key", "x", "--output", "g"], "--key: is for --features, which was not given"),
         (["index", "--features", "f.npz", "--output", "no/g"], "no/g: the folder"),
@@ -370,26 +383,98 @@ def test_features_without_paths_may_have_been_there(feature_files, tmp_path, cap
     assert any("whether some of them were there already is not known" in note for note in again["notes"])
 
 
-def test_names_of_people_and_cameras_mean_nothing_in_another_manifest(trained_run, photos, tmp_path, capsys):
-    """The numbers of names are places in a manifest's own list: those of two manifests are not the same people."""
+def manifest(photos, path, *rows):
+    """A table of the first photos: identity and camera."""
+    lines = [f"{photos}/{i:02}.png,{who},{camera}" for i, who, camera in rows]
+    path.write_text("\n".join(["path,identity,camera", *lines]))
+    return path
 
-    def manifest(name, *rows):
-        lines = [f"{photos}/{i:02}.png,{who},{camera},{split}" for i, (who, camera, split) in enumerate(rows)]
-        (tmp_path / name).write_text("\n".join(["path,identity,camera,split", *lines]))
-        return tmp_path / name
 
-    names = manifest("names.csv", ("a", "x", "train"), ("b", "hall", "query"), ("b", "door", "gallery"))
+def test_people_and_cameras_keep_their_names(trained_run, photos, tmp_path, capsys):
+    """By name, as the numbers of two manifests' names are not the same people."""
+    first = manifest(photos, tmp_path / "a.csv", (0, "bert", "hall"), (1, "anna", "door"))
+    second = manifest(photos, tmp_path / "b.csv", (2, "anna", "hall"), (3, "cleo", ""))
+    assert call("extract", trained_run, second, "--output", tmp_path / "b.npz") == 0
     capsys.readouterr()
-    assert call("extract", trained_run, names, "--split=gallery", "--output", tmp_path / "names.npz") == 0
-    assert "identity and camera: names, which are numbered in this data set's own order" in capsys.readouterr().out
-    numbers = manifest("numbers.csv", ("1", "7", "train"), ("2", "8", "query"), ("2", "7", "gallery"))
-    made = answer(capsys, "index", trained_run, names, "--split=gallery", "--output", tmp_path / "g")
-    assert any(note.startswith("identity and camera: names") for note in made["notes"])
-    (result,) = answer(capsys, "search", tmp_path / "g", photos / "03.png")["queries"][0]["results"]
-    assert not {"identity", "camera"} & set(result)
-    added = answer(capsys, "index", trained_run, numbers, "--split=gallery", "--output", tmp_path / "n")
-    assert added["notes"] == []
-    (result,) = answer(capsys, "search", tmp_path / "n", photos / "03.png")["queries"][0]["results"]
-    assert (result["identity"], result["camera"]) == (2, 7)
-    said = error_of(capsys, "search", tmp_path / "n", names, "--split=query", "--exclude-own-camera")
-    assert "the camera of none of the queries is known" in said
+    assert call("index", trained_run, first, "--output", tmp_path / "g") == 0
+    shutil.copytree(tmp_path / "g", tmp_path / "of-file")
+    assert answer(capsys, "index", trained_run, second, "--output", tmp_path / "g", "--add")["notes"] == []
+    assert call("index", "--features", tmp_path / "b.npz", "--output", tmp_path / "of-file", "--add") == 0
+    for name in ("g", "of-file"):
+        found = answer(capsys, "search", tmp_path / name, photos / "02.png")["queries"][0]["results"]
+        known = {f["path"][-6:-4]: (f["identity"], f.get("camera")) for f in found}
+        assert known == {"00": ("bert", "hall"), "01": ("anna", "door"), "02": ("anna", "hall"), "03": ("cleo", None)}
+    assert call("search", tmp_path / "g", photos / "02.png", "--topk=1") == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[1].split() == ["rank", "distance", "identity", "camera", "row", "path"]
+    assert out[3].split()[2:4] == ["anna", "hall"]
+
+    asked = ("search", tmp_path / "g", photos / "02.png", "--exclude-camera")
+    said = answer(capsys, *asked, "hall", "roof")
+    assert {f["path"][-6:-4] for f in said["queries"][0]["results"]} == {"01", "03"}
+    assert "of the excluded cameras: 2 of 4 images" in said["notes"]
+    assert "no image is by camera roof; they are by door, hall" in said["notes"]
+    queries = manifest(photos, tmp_path / "q.csv", (4, "x", "hall"), (5, "x", "aisle"), (6, "x", ""))
+    said = answer(capsys, "search", tmp_path / "g", queries, "--exclude-own-camera")
+    of_query = [{f["path"][-6:-4] for f in one["results"]} for one in said["queries"]]
+    assert of_query == [{"01", "03"}, {"00", "01", "02", "03"}, {"00", "01", "02", "03"}]
+    assert "queries by a camera that no image of the index is by: 1 of 3" in said["notes"]
+
+
+def test_labels_that_only_some_have_are_said(trained_run, photos, tmp_path, capsys):
+    known = manifest(photos, tmp_path / "a.csv", (0, "4", "hall"), (1, "5", "door"))
+    named = manifest(photos, tmp_path / "b.csv", (2, "anna", ""), (3, "5", ""))
+    assert call("index", trained_run, known, "--output", tmp_path / "g") == 0
+    said = answer(capsys, "index", trained_run, named, "--output", tmp_path / "g", "--add")["notes"]
+    assert said == [
+        "identity: those that are added have names, the others numbers; a number is the name that is written like it",
+        "camera: known of images that were there, of none that are added",
+    ]
+    assert GalleryIndex(tmp_path / "g").labels.called("identity").tolist() == ["4", "5", "anna", "5"]
+    np.savez(tmp_path / "f.npz", feature=np.eye(3, dtype=np.float32))
+    np.savez(tmp_path / "h.npz", feature=np.eye(3, dtype=np.float32), viewpoint=[0, 1, 2])
+    assert call("index", "--features", tmp_path / "f.npz", "--output", tmp_path / "n") == 0
+    said = answer(capsys, "index", "--features", tmp_path / "h.npz", "--output", tmp_path / "n", "--add")["notes"]
+    assert "viewpoint: known of images that are added, of none that were there" in said
+
+
+def test_queries_that_cannot_be_read_do_not_stop_the_others(built, photos, tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    queries = [photos / "03.png", tmp_path / "bad.png", tmp_path / "gone.jpg", photos / "05.png"]
+    error = error_of(capsys, "search", built, *queries)
+    assert "2 unreadable images (--skip-bad-images goes on without the images)" in error
+    assert "bad.png" in error
+    assert "gone.jpg" in error
+    found = answer(capsys, "search", built, *queries, "--skip-bad-images", "--topk=1")
+    assert found["skipped"] == [str(tmp_path / "bad.png"), str(tmp_path / "gone.jpg")]
+    assert [one["results"][0]["row"] for one in found["queries"]] == [3, 5]
+    assert any(note.startswith("2 unreadable images left out") for note in found["notes"])
+    assert "QUERY: nowhere does not exist" in error_of(capsys, "search", built, "nowhere", "--skip-bad-images")
+    error = error_of(capsys, "search", built, *queries[1:3], "--skip-bad-images")
+    assert "none of the 2 images can be read" in error
+
+
+def test_a_file_of_both_sides_gives_each_its_own(feature_files, tmp_path, capsys):
+    query, gallery, *_ = feature_files
+    np.savez(tmp_path / "both.npz", query_feature=query, gallery_feature=gallery)
+    assert call("index", "--features", tmp_path / "both.npz", "--output", tmp_path / "g") == 0
+    found = answer(capsys, "search", tmp_path / "g", "--features", tmp_path / "both.npz")["queries"]
+    assert [[f["row"] for f in one["results"]] for one in found] == (
+        GalleryIndex(tmp_path / "g").search(query, rerank=False)[1].tolist()
+    )
+    np.savez(tmp_path / "flat.npz", feature=query.reshape(-1))
+    assert "flat.npz: query features: shape" in error_of(
+        capsys, "search", tmp_path / "g", "--features", tmp_path / "flat.npz"
+    )
+
+
+def test_rendered_images_need_no_argument(trained_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(synthetic, "SyntheticSettings", partial(SyntheticSettings, **SIZE))
+    data = ("--data=synthetic", "--split")
+    made = answer(capsys, "index", trained_run, *data, "gallery", "--output", tmp_path / "g")
+    assert made["images"] == len(load_data("synthetic", progress=False).gallery)
+    found = answer(capsys, "search", tmp_path / "g", *data, "query", "--topk=1")["queries"]
+    assert len(found) == len(load_data("synthetic", progress=False).query)
+    assert found[0]["query"].startswith("synthetic/test/")
+    assert call("extract", trained_run, *data, "query", "--output", tmp_path / "f.npz") == 0
+    assert len(np.load(tmp_path / "f.npz")["feature"]) == len(found)

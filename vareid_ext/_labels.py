@@ -16,6 +16,9 @@ UNKNOWN = -1
 COLUMN = "column_"
 """What a further column's name begins with where it stands among other things: in a manifest, in a file of features."""
 
+NAMED = ("identity", "camera")
+"""The labels that may have names instead of numbers."""
+
 Self = TypeVar("Self", bound="Labels")
 
 
@@ -76,6 +79,8 @@ class Labels:
             where the viewpoint is unknown it is uniform over those that occur for the identity.
         viewpoints: what the V viewpoints are called, in the order of their numbers.
         columns: further labels by name (clothes, say), int64 [N] each, -1 where unknown.
+        names: of "identity" and "camera", where they have names: what the numbers 0, 1, ... are called. Where others
+            have other names, their numbers mean something else (see `same_numbers`).
     """
 
     identity: np.ndarray
@@ -84,6 +89,7 @@ class Labels:
     viewpoint_weight: np.ndarray | None = None
     viewpoints: tuple[str, ...] = VIEWPOINTS
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("identity", "camera", "viewpoint"):
@@ -92,6 +98,12 @@ class Labels:
             check_column(name)
         columns = {name: _vector(name, values) for name, values in self.columns.items()}
         object.__setattr__(self, "columns", columns)
+        for name, texts in self.names.items():
+            values = getattr(self, name)
+            if len(values) and not (values.min() >= UNKNOWN and values.max() < len(texts)):
+                raise ValueError(
+                    f"{name}: numbers {values.min()} to {values.max()} were given; {len(texts)} have names"
+                )
         if self.viewpoint_weight is not None:
             weight = np.asarray(self.viewpoint_weight, dtype=np.float32)
             if weight.ndim != 2:
@@ -121,6 +133,27 @@ class Labels:
         names = np.array([*(viewpoint_name(v, self.viewpoints) for v in range(self.viewpoint.max(initial=-1) + 1)), ""])
         return names[self.viewpoint]
 
+    def called(self, label: str) -> np.ndarray:
+        """What the identity or camera of each image, which has names, is called: text [N]; "" where it is unknown."""
+        return np.array([*self.names[label], ""])[getattr(self, label)]
+
+    def named(self: Self, label: str) -> Self:
+        """The same with names of a label; numbers are called as they are written."""
+        if label in self.names:
+            return self
+        values = getattr(self, label)
+        found = np.unique(values[values != UNKNOWN])
+        number = np.where(values == UNKNOWN, UNKNOWN, np.searchsorted(found, values))
+        changes: dict[str, Any] = {label: number, "names": {**self.names, label: tuple(map(str, found.tolist()))}}
+        return replace(self, **changes)
+
+    def with_names(self: Self, label: str, names: Sequence[str]) -> Self:
+        """The same with a label, which has names, numbered as in `names`, which hold all that occur."""
+        place = {name: number for number, name in enumerate(names)}
+        number = np.array([place.get(name, UNKNOWN) for name in self.names[label]] + [UNKNOWN])
+        changes: dict[str, Any] = {label: number[getattr(self, label)], "names": {**self.names, label: tuple(names)}}
+        return replace(self, **changes)
+
     def with_viewpoints(self: Self, names: Sequence[str]) -> Self:
         """The same with viewpoints numbered as in `names`, which hold all that occur."""
         if tuple(names) == self.viewpoints:
@@ -145,3 +178,34 @@ class Labels:
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
             raise IndexError(f"indices must be in [0, {len(self)}), got {chosen.min()}..{chosen.max()}")
         return replace(self, **self.rows(chosen))
+
+
+def numbered(texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Numbers of the texts of N images, int64 [N], -1 where one is "", and what 0, 1, ... are called."""
+    names = tuple(sorted(set(texts) - {""}))
+    place = {name: number for number, name in enumerate(names)}
+    return np.array([place.get(text, UNKNOWN) for text in texts], dtype=np.int64), names
+
+
+def same_numbers(*parts: Self) -> tuple[Self, ...]:
+    """The parts, where identities, cameras and viewpoints of the same names have the same numbers.
+
+    Where a label has names in one part and numbers in another, a number is called as it is written.
+    """
+    views = tuple(dict.fromkeys(name for part in parts for name in part.viewpoints))
+    parts = tuple(part.with_viewpoints(views) for part in parts)
+    for label in NAMED:
+        if any(label in part.names for part in parts):
+            parts = tuple(part.named(label) for part in parts)
+            names = tuple(dict.fromkeys(name for part in parts for name in part.names[label]))
+            parts = tuple(part.with_names(label, names) for part in parts)
+    return parts
+
+
+def joined(*parts: Labels) -> Labels:
+    """Identities, cameras and viewpoints of the images of all parts, one after the other."""
+    parts = same_numbers(*parts)
+    labels: dict[str, Any] = {
+        name: np.concatenate([getattr(part, name) for part in parts]) for name in ("identity", "camera", "viewpoint")
+    }
+    return Labels(**labels, viewpoints=parts[0].viewpoints, names=parts[0].names)

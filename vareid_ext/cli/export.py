@@ -177,7 +177,7 @@ def _samples(model: TrainedModel, options: argparse.Namespace) -> list[_Sample]:
                 f"--images: method {model.config.method.name!r} reads {', '.join(model.method.test_inputs)} beside the "
                 "images; it is tried on the run's test images"
             )
-        lists = [read_images(options.images, None, None, progress=not options.quiet)]
+        lists = [read_images(options.images, None, None, progress=not options.quiet)[0]]
     else:
         data = load_run_data(model.config, progress=not options.quiet)
         lists = [data.query, data.gallery]

@@ -45,9 +45,9 @@ The features of images by a trained model, with its preprocessing: what its own 
 RUN is a run folder or a checkpoint. IMAGES is a folder (and what lies in it at any depth), an image, a text file with a
 path a line, a manifest (.csv), or with --data the root of a data set.
 
-OUTPUT.npz holds feature float32 [N, D], path, and what is known of identity, camera, viewpoint and further columns
-(column_clothes). OUTPUT.npy holds the
-features alone, which can be memory-mapped; path and labels lie beside it in OUTPUT.path.npy, OUTPUT.identity.npy, ...
+OUTPUT.npz holds feature float32 [N, D], path, and what is known of identity, camera, viewpoint, their names
+(identity_name, camera_name, viewpoint_class) and further columns (column_clothes). OUTPUT.npy holds the features alone,
+which can be memory-mapped; path and labels lie beside it in OUTPUT.path.npy, OUTPUT.identity.npy, ...
 
 A command that was interrupted goes on where it was when it is given again. --shard 2/5 takes the second fifth of the
 images, so that five machines can share them; --merge puts the outputs of all five together.
@@ -60,7 +60,8 @@ _EXAMPLES = """\
   vareid extract runs/mine list.txt --output part-1.npz --shard 1/2
   vareid extract --merge part-1.npz part-2.npz --output all.npz
 """
-_WRITTEN = ("path", *LABELS, "viewpoint_class", "shard", "request")  # beside the features
+_NAMES = ("viewpoint_class", "identity_name", "camera_name")
+_WRITTEN = ("path", *LABELS, *_NAMES, "shard", "request")  # beside the features
 _PART, _SECONDS = 4096, 60.0  # images and time after which features are written
 
 
@@ -79,8 +80,10 @@ def add_image_arguments(parser: Parser, *, flip: bool = True) -> None:
     """How images are found, read and embedded; `flip` as for the inference arguments."""
     parser.add_argument("--data", choices=READERS, metavar="KIND", help=f"a data set's kind: {', '.join(READERS)}")
     parser.add_argument(
-        "--split", choices=SPLITS, help="of a data set or a manifest (default: all of it, without identities)"
-    )
+        "--split", choices=SPLITS,
+        help="of a data set or a manifest (default: all of it; without identities, unless they are the same people in "
+        "all splits, as in a manifest)",
+    )  # fmt: skip
     parser.add_argument("--skip-bad-images", action="store_true", help="go on without images that cannot be read")
     add_inference_arguments(parser, flip=flip)
     group = parser.add_argument_group("inputs beside the images, for methods that need them")
@@ -106,10 +109,11 @@ def _run(options: argparse.Namespace) -> Result:
         if options.run:
             raise ValueError(f"--merge: takes shards alone, but {options.run} was given too")
         return _merge(options.merge, output)
-    if options.images is None:
+    if options.run is None:
         raise ValueError("RUN, IMAGES: both are needed")
+    check_source(options.images, options.data)
     model = load_trained(options.run, options.device)
-    images, notes, skipped = gather_images(model, options.images, options)
+    (images,), notes, skipped = gather_images(model, [options.images], options)
     request = fingerprint(model, images, options)
     arrays: dict[str, Any] = {}
     if options.shard is not None:
@@ -119,62 +123,100 @@ def _run(options: argparse.Namespace) -> Result:
         images = images.select(np.arange(*bounds))
         request = f"{request} {number}/{count}"
     parts = Parts(Path(f"{output}.parts"), request)
-    if images.named:
-        what = " and ".join(images.named)
-        notes = (*notes, f"{what}: names, which are numbered in this data set's own order, not as in others")
     notes = (*parts.notes(), *notes)
     feature = parts.complete(model, images, options)
     _write(output, {"feature": feature, **_described(images), **arrays})
     parts.remove()
     text = "\n".join([f"{output}: features {list(feature.shape)}", *notes])
-    return Result(text, {"output": str(output), "images": len(feature), "D": feature.shape[1], "skipped": skipped})
+    values = {"output": str(output), "images": len(feature), "D": feature.shape[1]}
+    return Result(text, {**values, "skipped": skipped, "notes": list(notes)})
 
 
 def gather_images(
-    model: TrainedModel, source: str, options: argparse.Namespace
-) -> tuple[ImageList, tuple[str, ...], list[str]]:
-    """The images that can be read, with what the model reads beside them; what is to be said; and those left out.
+    model: TrainedModel, sources: Sequence[str | None], options: argparse.Namespace, name: str = "IMAGES"
+) -> tuple[list[ImageList], tuple[str, ...], list[str]]:
+    """The images of each source that can be read, with what the model reads beside them; what is to be said; and those
+    left out.
 
     Args:
         model: of the run.
-        source: as :func:`read_images` takes it.
+        sources: as :func:`read_images` takes them.
         options: of :func:`add_image_arguments`.
+        name: of the argument that names the sources.
     """
     files = ExtraFiles(**{field.name: getattr(options, field.name) for field in fields(ExtraFiles)})
     inputs = model.method.test_inputs
     check_given(files, inputs, f"method {model.config.method.name!r}")
-    images = read_images(source, options.data, options.split, progress=not options.quiet)
-    lists, missing = join_extras({"": images}, files, {"": inputs}, folder_of(source))
-    images, notes, skipped = readable(lists[""], options.skip_bad_images, progress=not options.quiet)
+    lists, notes = [], []
+    for source in sources:
+        images, said = read_images(source, options.data, options.split, progress=not options.quiet, name=name)
+        found, missing = join_extras({"": images}, files, {"": inputs}, folder_of(source))
+        lists.append(found[""])
+        notes += [*said, *missing]
+    lists, left, skipped = readable(lists, options.skip_bad_images, progress=not options.quiet)
     unread = [f"{name} are given, but the method does not read them" for name in EXTRAS
               if getattr(files, name) is not None and name not in inputs]  # fmt: skip
-    return images, (*notes, *missing, *unread), skipped
+    return lists, tuple(dict.fromkeys((*left, *notes, *unread))), skipped
 
 
-def folder_of(source: str) -> str:
+def check_source(source: str | None, kind: str | None, name: str = "IMAGES") -> None:
+    """ValueError unless images are named where they are needed, and only there.
+
+    Args:
+        source: as :func:`read_images` takes it.
+        kind: likewise.
+        name: of the argument.
+    """
+    rendered = kind is not None and not needs_root(kind)
+    if source is None and not rendered:
+        raise ValueError(f"{name}: nothing was given; a folder, an image, a list (.txt), a manifest (.csv) is needed")
+    if source is not None and rendered:
+        raise ValueError(f"{name}: {source} was given, but --data {kind} draws its images; leave it out")
+
+
+def check_no_image_options(options: argparse.Namespace) -> None:
+    """ValueError for options of images, where features are read from a file."""
+    for name in ("data", "split", "skip_bad_images"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')}: is for images, but --features was given")
+
+
+def folder_of(source: str | None) -> str:
     """The folder that relative paths start from."""
+    if source is None:
+        return ""
     return source if os.path.isdir(source) else os.path.dirname(source)
 
 
-def read_images(source: str, kind: str | None, split: str | None, *, progress: bool) -> ImageList:
-    """The images that a command line names: a folder, an image, a list, a manifest or a data set, or a split of these.
+def read_images(
+    source: str | None, kind: str | None, split: str | None, *, progress: bool, name: str = "IMAGES"
+) -> tuple[ImageList, tuple[str, ...]]:
+    """The images that a command line names, and what is to be said of them: a folder, an image, a list, a manifest or a
+    data set, or a split of these; None for a data set that is rendered.
 
     Raises:
         ValueError: it does not name any.
         OSError: it is not there.
     """
-    path = Path(source)
-    if kind is None and path.suffix.lower() == ".csv":
+    check_source(source, kind, name)
+    if kind is None and Path(source or "").suffix.lower() == ".csv":
         kind = "manifest"
     if kind is not None:
-        data = load_data(kind, source if needs_root(kind) else None, check_images=False, progress=progress)
-        return _all_images(data) if split is None else data.splits[split]
+        needed = () if split is None else (split,)
+        data = load_data(kind, source, check_images=False, needed=needed, progress=progress)
+        if split is None:
+            images = _all_images(data, kind)
+        else:
+            images = data.with_own_identities() if split == "train" else data.splits[split]
+        return images, data.notes
+    assert source is not None
+    path = Path(source)
     if split is not None:
         raise ValueError(
             f"--split: {split!r} was given, but {source} is no manifest, and --data says no data set's kind"
         )
     if path.is_dir():
-        found = (os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
+        found = (os.path.join(folder, file) for folder, _, files in os.walk(source) for file in files)
         paths = sorted(p for p in found if Path(p).suffix.lower() in IMAGE_SUFFIXES and not is_litter(p))
     elif path.suffix.lower() in IMAGE_SUFFIXES:
         paths = [source]
@@ -183,18 +225,18 @@ def read_images(source: str, kind: str | None, split: str | None, *, progress: b
         paths = [os.path.join(path.parent, line.strip()) for line in lines if line.strip()]
     elif path.exists():
         raise ValueError(
-            f"IMAGES: {source} was given; allowed are a folder, an image, a list (.txt), a manifest (.csv)"
+            f"{name}: {source} was given; allowed are a folder, an image, a list (.txt), a manifest (.csv)"
         )
     else:
-        raise FileNotFoundError(f"IMAGES: {source} does not exist")
+        raise FileNotFoundError(f"{name}: {source} does not exist")
     if not paths:
-        raise ValueError(f"IMAGES: {source} holds no images")
-    return unlabelled(paths)
+        raise ValueError(f"{name}: {source} holds no images")
+    return unlabelled(paths), ()
 
 
-def _all_images(data: ReidData) -> ImageList:
-    """The images of all splits, without identities, whose numbers in training and test are not the same people."""
-    lists = data.splits.values()
+def _all_images(data: ReidData, kind: str) -> ImageList:
+    """The images of all splits; without identities where equal ones in training and test may not be the same people."""
+    lists = [data.with_own_identities(), data.query, data.gallery]
     further = dict.fromkeys(name for images in lists for name in images.columns)
     columns: dict[str, Any] = {
         "columns": {
@@ -206,24 +248,33 @@ def _all_images(data: ReidData) -> ImageList:
         "paths": tuple(path for images in lists for path in images.paths),
         "viewpoint_name": tuple(name for images in lists for name in images.viewpoint_name),
         "viewpoints": data.query.viewpoints,
-        "named": tuple(label for label in data.query.named if label != "identity"),
+        "names": data.query.names,
     }
-    return ImageList(identity=np.full(len(columns["paths"]), UNKNOWN), loader=data.query.loader, **columns)
+    identity = np.concatenate([images.identity for images in lists])
+    if kind != "manifest" and "identity" not in data.query.names:
+        identity = np.full(len(identity), UNKNOWN)
+    return ImageList(identity=identity, loader=data.query.loader, **columns)
 
 
-def readable(images: ImageList, skip: bool, *, progress: bool) -> tuple[ImageList, tuple[str, ...], list[str]]:
-    """The images without those that cannot be read; what is to be said about these; and their paths."""
-    bad = unreadable_images(images, progress=progress)
-    if not bad:
-        return images, (), []
+def readable(
+    lists: Sequence[ImageList], skip: bool, *, progress: bool
+) -> tuple[list[ImageList], tuple[str, ...], list[str]]:
+    """The images of each list without those that cannot be read; what is to be said about these; and their paths."""
+    bad = [unreadable_images(images, progress=progress) for images in lists]
+    every = [problem for problems in bad for problem in problems]
+    if not every:
+        return list(lists), (), []
     if not skip:
-        raise ValueError(listed(bad, "--skip-bad-images"))
-    paths = [images.paths[b.number] for b in bad]
-    keep = np.ones(len(images), dtype=bool)
-    keep[[b.number for b in bad]] = False
-    if not keep.any():
-        raise ValueError(f"none of the {len(bad)} images can be read: {bad[0].why}")
-    return images.select(keep), left_out(unreadable_of(images), paths), paths
+        raise ValueError(listed(every, "--skip-bad-images"))
+    if len(every) == sum(map(len, lists)):
+        raise ValueError(f"none of the {len(every)} images can be read: {every[0].why}")
+    paths = [images.paths[b.number] for images, problems in zip(lists, bad, strict=True) for b in problems]
+    left = []
+    for images, problems in zip(lists, bad, strict=True):
+        keep = np.ones(len(images), dtype=bool)
+        keep[[b.number for b in problems]] = False
+        left.append(images.select(keep))
+    return left, left_out(unreadable_of(*lists), paths), paths
 
 
 def fingerprint(model: TrainedModel, images: ImageList, options: argparse.Namespace) -> str:
@@ -335,6 +386,7 @@ def _described(images: ImageList) -> dict[str, np.ndarray]:
     known = {name: values for name, values in labels.items() if (values != UNKNOWN).any()}
     if "viewpoint" in known:
         known["viewpoint_class"] = images.viewpoint_classes()
+    known |= {f"{label}_name": images.called(label) for label in images.names if label in known}
     return {"path": np.array(images.paths, dtype=np.str_), **known}
 
 
@@ -389,7 +441,7 @@ def _merge(names: Sequence[str], output: Path) -> Result:
     if missing:
         raise ValueError(f"--merge: shards {', '.join(missing)} are missing")
     # A shard's labels may all be unknown where another's are not.
-    known = (*LABELS, "viewpoint_class")
+    known = (*LABELS, *_NAMES)
     labels = [name for shard in shards.values() for name in shard if name in known or name.startswith(COLUMN)]
     filled = [_filled(shards[i], labels) for i in range(1, count + 1)]
     merged = {name: np.concatenate([shard[name] for shard in filled]) for name in filled[0]}
@@ -402,7 +454,7 @@ def _merge(names: Sequence[str], output: Path) -> Result:
 def _filled(arrays: dict[str, np.ndarray], labels: Iterable[str]) -> dict[str, np.ndarray]:
     unknown = np.full(len(arrays["feature"]), UNKNOWN)
     unnamed = np.full(len(unknown), "")
-    filled = {name: unnamed if name == "viewpoint_class" else unknown for name in labels}
+    filled = {name: unnamed if name in _NAMES else unknown for name in labels}
     return {**filled, **arrays}
 
 

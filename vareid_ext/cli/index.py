@@ -15,9 +15,15 @@ import torch
 
 from vareid_ext._labels import UNKNOWN, Labels
 from vareid_ext.cli.common import Parser, Result, command_parser, run_command
-from vareid_ext.cli.extract import Parts, add_image_arguments, fingerprint, gather_images
+from vareid_ext.cli.extract import (
+    Parts,
+    add_image_arguments,
+    check_no_image_options,
+    check_source,
+    fingerprint,
+    gather_images,
+)
 from vareid_ext.cli.rerank import RERANKING, add_max_unpacked
-from vareid_ext.data import ImageList
 from vareid_ext.files.features import LABELS, Features, read_features
 from vareid_ext.files.gallery_folder import check_new
 from vareid_ext.retrieval import GalleryIndex, check_parameters
@@ -92,37 +98,62 @@ def check_model(index: GalleryIndex, found: dict[str, Any]) -> tuple[str, ...]:
     """
     if index.about is None:
         return ("the index was made of a file of features: whether by this model is not known",)
-    for name, what in (("sha256", "weights"), ("preprocessing", "preprocessing (or --flip)")):
-        if found[name] != index.about[name]:
+    given, made = found["checkpoint"], index.about["checkpoint"]
+    if found["sha256"] != index.about["sha256"]:
+        what = "has changed since it" if given == made else f"has other weights than {made}, which"
+        raise ValueError(
+            f"RUN: {given} {what} made the index {index.folder}; features of two models cannot be compared: give the "
+            "model that made it, or make another index"
+        )
+    how, before = found["preprocessing"], index.about["preprocessing"]
+    for name in how:
+        if how[name] == before.get(name):
+            continue
+        if name == "flip":
+            was, option = ("with", "--no-flip") if before[name] else ("without", "--flip")
             raise ValueError(
-                f"RUN: {found['checkpoint']} has other {what} than {index.about['checkpoint']}, which made the index "
-                f"{index.folder}; features of two models cannot be compared"
+                f"{option}: the index {index.folder} was made {was} the mirrored images' features; leave {option} out, "
+                "or make another index"
             )
+        raise ValueError(
+            f"RUN: {given} reads images with {name} {how[name]}, but the index {index.folder} was made with "
+            f"{before.get(name)}; make another index"
+        )
     return ()
 
 
-def of_numbers(images: ImageList) -> tuple[ImageList, tuple[str, ...]]:
-    """The images with the labels that mean the same in any data set; and what is to be said of the others."""
-    if not images.named:
-        return images, ()
-    unknown: dict[str, Any] = dict.fromkeys(images.named, np.full(len(images), UNKNOWN))
-    what = " and ".join(images.named)
-    return dataclasses.replace(images, **unknown), (
-        f"{what}: names, which an index does not keep; whole numbers it does",
-    )
+def _unlike(index: GalleryIndex, labels: Labels) -> tuple[str, ...]:
+    """What is to be said of labels that images which are added have otherwise than those that are there."""
+    notes = []
+    for label in LABELS:
+        there, new = ((getattr(part, label) != UNKNOWN).any() for part in (index.labels, labels))
+        if there != new:
+            those, others = ("were there", "are added") if there else ("are added", "were there")
+            notes.append(f"{label}: known of images that {those}, of none that {others}")
+        elif there and (label in index.labels.names) != (label in labels.names):
+            named = "those that were there" if label in index.labels.names else "those that are added"
+            notes.append(
+                f"{label}: {named} have names, the others numbers; a number is the name that is written like it"
+            )
+    return tuple(notes)
 
 
-def read_file(options: argparse.Namespace) -> Features:
-    """The features that --features names."""
+def read_file(options: argparse.Namespace, side: str) -> Features:
+    """The features that --features names, of "query" or "gallery" where the file holds both."""
     labels: dict[str, Any] = {label: getattr(options, label, None) for label in LABELS}
     return read_features(
-        options.features, "gallery", key=options.key, max_unpacked=options.max_unpacked, paths=True, **labels
+        options.features, side, key=options.key, max_unpacked=options.max_unpacked, paths=True, **labels
     )
 
 
 def _check(options: argparse.Namespace) -> None:
-    if (options.images is None) == (options.features is None) or (options.features and options.run):
-        raise ValueError("RUN IMAGES, --features: one of the two is needed, RUN together with IMAGES")
+    if (options.run is None) == (options.features is None):
+        found = "none was" if options.run is None else "both were"
+        raise ValueError(f"RUN IMAGES, --features: {found} given; one of the two is needed")
+    if options.features is None:
+        check_source(options.images, options.data)
+    else:
+        check_no_image_options(options)
     given = [n for n in _OF_FILES if options.features is None and getattr(options, n) != _parser().get_default(n)]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')}: is for --features, which was not given")
@@ -152,14 +183,14 @@ def _run(options: argparse.Namespace) -> Result:
         options.flip = index.about["preprocessing"]["flip"]
     about = model_identity(model, options.flip)
     said = () if index is None else check_model(index, about)
-    images, notes, skipped = gather_images(model, options.images, options)
-    images, left = of_numbers(images)
-    notes = (*notes, *left)
+    (images,), notes, skipped = gather_images(model, [options.images], options)
     paths = _absolute(images.paths)
     new = _new(index, paths)
     images = images.select(new)
     if not len(images):
         return _result(options, index, 0, len(new), notes, skipped)
+    if index is not None:
+        said = (*said, *_unlike(index, images))
     parts = Parts(Path(f"{output}.parts"), fingerprint(model, images, options))
     notes = (*said, *parts.notes(), *notes)
     index = _write(options, index, images, parts.complete(model, images, options), paths, new, about)
@@ -168,7 +199,7 @@ def _run(options: argparse.Namespace) -> Result:
 
 
 def _index_file(options: argparse.Namespace, index: GalleryIndex | None) -> Result:
-    found = read_file(options)
+    found = read_file(options, "gallery")
     notes = [found.used()]
     if not found.paths:
         notes.append("paths: not known, so there will be no pictures")
@@ -179,6 +210,8 @@ def _index_file(options: argparse.Namespace, index: GalleryIndex | None) -> Resu
     if not paths and index is not None:
         notes.append("so whether some of them were there already is not known")
     if new.any():
+        if index is not None:
+            notes += _unlike(index, found.select(new))
         index = _write(options, index, found.select(new), found.select(new).feature, paths, new, None)
     return _result(options, index, int(new.sum()), len(new), notes, ())
 
@@ -209,6 +242,7 @@ def _write(
 ) -> GalleryIndex:
     """The index with these images, of whose `paths` those are theirs that are `new`."""
     rows: dict[str, Any] = {name: getattr(labels, name) for name in (*LABELS, "viewpoints")}
+    rows |= {name: labels.called(name) for name in labels.names}
     rows["paths"] = [path for path, is_new in zip(paths, new.tolist(), strict=False) if is_new]
     rows["progress"] = not options.quiet
     if index is None:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vareid_ext.cli.common import Parser, Result, command_parser, run_command
-from vareid_ext.cli.extract import folder_of, read_images, readable
+from vareid_ext.cli.extract import check_source, folder_of, read_images, readable
 from vareid_ext.data import FORMATS, READERS, UNKNOWN, ExtraFiles, ImageList, ViewpointClasses, join_extras
 from vareid_ext.data.keypoints import ORDERS
 from vareid_ext.data.load import load_data
@@ -80,7 +80,7 @@ class _Told(NamedTuple):
 
 def _parser() -> Parser:
     parser = command_parser("label-viewpoints", _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("images", metavar="IMAGES", help="folder, image, list (.txt), manifest (.csv), root")
+    parser.add_argument("images", nargs="?", metavar="IMAGES", help="folder, image, list (.txt), manifest (.csv), root")
     parser.add_argument("--output", metavar="OUTPUT.csv", help="the labels")
     parser.add_argument("--data", choices=READERS, metavar="KIND", help=f"a data set's kind: {', '.join(READERS)}")
     parser.add_argument("--split", choices=SPLITS, help="of a data set or a manifest (default: all; of --train, train)")
@@ -132,6 +132,7 @@ def _train(options: argparse.Namespace) -> Result:
     """Make a network of labelled images, and measure it on people that it has not seen."""
     file = check_writable(options.model, (".safetensors",))
     device, progress = device_named(options.device, "--device"), not options.quiet
+    check_source(options.images, options.data)
     if options.data is None and Path(options.images).suffix.lower() != ".csv":
         raise ValueError(
             f"IMAGES: {options.images} was given; --train needs a manifest (.csv) or --data, which say who is on an "
@@ -139,7 +140,7 @@ def _train(options: argparse.Namespace) -> Result:
         )
     data = load_data(
         options.data or "manifest", options.images, viewpoint_file=options.viewpoint_file, check_images=False,
-        progress=progress,
+        needed=[options.split or "train"], progress=progress,
     )  # fmt: skip
     if data.classes.angles:
         raise ValueError("--train: the viewpoints are angles; names are needed")
@@ -147,7 +148,7 @@ def _train(options: argparse.Namespace) -> Result:
     known = (images.viewpoint >= 0) & np.array([name != _NOISE for name in images.viewpoint_name])
     if not known.any():
         raise ValueError(f"--train: none of the {len(images):,} images has a viewpoint; --viewpoint-file gives them")
-    images, notes, skipped = readable(images.select(known), options.skip_bad_images, progress=progress)
+    (images,), notes, skipped = readable([images.select(known)], options.skip_bad_images, progress=progress)
     learn, tune, test = split_people(images.identity)
     label = images.viewpoint
     missing = [name for number, name in enumerate(names) if not (label[learn] == number).any()]
@@ -182,12 +183,12 @@ def _label(options: argparse.Namespace) -> Result:
         load_viewpoint_network(options.model).to(device_named(options.device, "--device")) if options.model else None
     )
     classes = PERSON if network is None or network.names == PERSON.names else ViewpointClasses(network.names)
-    images = read_images(options.images, options.data, options.split, progress=progress)
+    images, said = read_images(options.images, options.data, options.split, progress=progress)
     names = dict(zip(images.paths, _names(images.paths, folder), strict=True))
     images = images if network else _with_keypoints(images, options)
-    images, bad, skipped = readable(images, options.skip_bad_images, progress=progress)
+    (images,), bad, skipped = readable([images], options.skip_bad_images, progress=progress)
     truth, unused = _labels_of(images, classes, options.viewpoint_file, folder)
-    notes = [*bad, *unused]
+    notes = [*said, *bad, *unused]
     measured = {}
     known = np.ones(len(images), dtype=bool)
     rule = ViewpointRule()

@@ -315,11 +315,13 @@ def _centers(options: argparse.Namespace, item: _Item, model: TrainedModel) -> N
         part.gaps.append(f"{name}: method {model.config.method.name} has no identity and viewpoint centres")
         return
     before = None
-    if options.data is not None:
-        part.gaps.append(f"{name}: centres before training and a map of them need the run's own data set, not --data")
+    assert item.source.data is not None
+    data = item.source.data()
+    if options.data is not None or not len(data.train):
+        part.gaps.append(
+            f"{name}: centres before training and a map of them need the run's own data set with its training images"
+        )
     else:
-        assert item.source.data is not None
-        data = item.source.data()
         before = _initial_centers(model, data)
         part.maps = [*part.maps, _training_map(options, model, data, centers, name)]
     angles = [None if of is None else center_angles(of) for of in (before, centers)]

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vareid_ext._labels import UNKNOWN
+from vareid_ext._labels import UNKNOWN, Labels, joined, same_numbers
 from vareid_ext._text import table, viewpoint_name
 from vareid_ext.cli.common import Parser, Result, command_parser, inference_options, run_command
-from vareid_ext.cli.extract import add_image_arguments, gather_images
-from vareid_ext.cli.index import check_model, model_identity, of_numbers, read_file
+from vareid_ext.cli.extract import add_image_arguments, check_no_image_options, check_source, gather_images
+from vareid_ext.cli.index import check_model, model_identity, read_file
 from vareid_ext.cli.rerank import RERANKING, add_max_unpacked
 from vareid_ext.files.atomic import check_writable
+from vareid_ext.files.features import LABELS
 from vareid_ext.retrieval import GalleryIndex, check_parameters
 
 _DESCRIPTION = """\
@@ -39,6 +40,7 @@ _EXAMPLES = """\
 """
 STRIP_QUERIES, STRIP_IMAGES = 40, 20
 """What a strip shows at most."""
+_CAMERAS = 20  # that a note lists
 
 
 def _parser() -> Parser:
@@ -60,7 +62,11 @@ def _parser() -> Parser:
         help="say of each image: same person yes, no, unsure",
     )
     parser.add_argument(
-        "--exclude-camera", type=int, nargs="+", default=[], metavar="C", help="leave out images of these cameras"
+        "--exclude-camera",
+        nargs="+",
+        default=[],
+        metavar="C",
+        help="leave out images of these cameras, numbers or names",
     )
     parser.add_argument(
         "--exclude-own-camera", action="store_true", help="leave out images of the query's camera, where it is known"
@@ -78,18 +84,26 @@ def _parser() -> Parser:
 class _Queries(NamedTuple):
     feature: Tensor
     names: list[str]
-    camera: np.ndarray
+    labels: Labels
     paths: Sequence[str]
     """empty if they are not known"""
     notes: tuple[str, ...]
+    skipped: Sequence[str] = ()
+    """paths of images that could not be read"""
 
 
 def _check(options: argparse.Namespace) -> None:
-    if bool(options.queries) == (options.features is not None):
-        given = "both were" if options.queries else "none was"
-        raise ValueError(f"QUERY, --features: {given} given; one of the two is needed")
-    if options.features is not None and options.run is not None:
-        raise ValueError("--run: is for images, but --features was given")
+    if options.features is not None:
+        if options.queries:
+            raise ValueError("QUERY, --features: both were given; one of the two is needed")
+        if options.run is not None:
+            raise ValueError("--run: is for images, but --features was given")
+        check_no_image_options(options)
+    elif not options.queries and options.data is None:
+        raise ValueError("QUERY, --features: none was given; one of the two is needed")
+    else:
+        for source in options.queries or [None]:
+            check_source(source, options.data, "QUERY")
     if options.lambda_value != RERANKING["lambda_value"] and not options.rerank:
         raise ValueError(f"--lambda-value: {options.lambda_value} was given without --rerank")
     if options.topk < 1:
@@ -114,55 +128,64 @@ def _of_images(options: argparse.Namespace, index: GalleryIndex) -> _Queries:
         raise FileNotFoundError(f"--run: {run} does not exist{how}")
     model = load_trained(run, options.device)
     flip = None if index.about is None else index.about["preprocessing"]["flip"]
-    notes = list(check_model(index, model_identity(model, flip)))
-    features, cameras = [], []
-    paths: list[str] = []
-    for source in options.queries:
-        images, said, _ = gather_images(model, source, options)
-        images, left = of_numbers(images)
-        said = (*said, *left)
-        found = model.features(images, progress=not options.quiet, flip=flip, **inference_options(options))
-        features.append(found.feature.cpu())
-        paths += found.paths
-        cameras.append(found.camera)
-        notes += said
-    return _Queries(torch.cat(features), paths, np.concatenate(cameras), paths, tuple(notes))
+    notes = check_model(index, model_identity(model, flip))
+    lists, said, skipped = gather_images(model, options.queries or [None], options, "QUERY")
+    found = [
+        model.features(images, progress=not options.quiet, flip=flip, **inference_options(options))
+        for images in lists
+        if len(images)
+    ]
+    paths = [path for images in found for path in images.paths]
+    feature = torch.cat([images.feature.cpu() for images in found])
+    return _Queries(feature, paths, joined(*found), paths, (*notes, *said), skipped)
 
 
 def _of_file(options: argparse.Namespace) -> _Queries:
-    found = read_file(options)
+    found = read_file(options, "query")
     names = list(found.paths) or [f"{options.features}[{i}]" for i in range(len(found))]
-    return _Queries(found.feature, names, found.camera, found.paths, (found.used(),))
+    return _Queries(found.feature, names, found, found.paths, (found.used(),))
 
 
 def _excluded(options: argparse.Namespace, index: GalleryIndex, queries: _Queries) -> tuple[Any, list[str]]:
     """bool [Q, G], or None for nothing; and what is to be said about it."""
-    camera = index.labels.camera
     if not options.exclude_camera and not options.exclude_own_camera:
         return None, []
-    if (camera == UNKNOWN).all():
+    gallery = index.labels.named("camera")
+    if (gallery.camera == UNKNOWN).all():
         wanted = "--exclude-camera" if options.exclude_camera else "--exclude-own-camera"
         raise ValueError(
-            f"{wanted}: the index knows the camera of none of its images; vareid index takes cameras from a manifest "
-            "(--split gallery), a data set (--data) or a file of features"
+            f"{wanted}: the index knows the camera of none of its images; vareid index takes cameras from a manifest, "
+            "a data set (--data) or a file of features"
         )
     notes = []
-    mask = np.isin(camera, options.exclude_camera)
+    names = {gallery.names["camera"][number]: number for number in np.unique(gallery.camera) if number != UNKNOWN}
+    mask = np.isin(gallery.camera, [names[name] for name in options.exclude_camera if name in names])
     if options.exclude_camera:
         notes.append(f"of the excluded cameras: {int(mask.sum())} of {len(index)} images")
-    own = queries.camera != UNKNOWN
+    absent = [name for name in options.exclude_camera if name not in names]
+    if absent:
+        more = ", ..." if len(names) > _CAMERAS else ""
+        notes.append(
+            f"no image is by camera {', '.join(absent)}; they are by {', '.join(list(names)[:_CAMERAS])}{more}"
+        )
     if not options.exclude_own_camera:
         return torch.from_numpy(mask), notes
+    gallery, asked = same_numbers(gallery, queries.labels)
+    own = asked.camera != UNKNOWN
     if not own.any():
         raise ValueError(
-            "--exclude-own-camera: the camera of none of the queries is known; a manifest (--split query), a data set "
-            "(--data) or a file of features tells it"
+            "--exclude-own-camera: the camera of none of the queries is known; a manifest, a data set (--data) or a "
+            "file of features tells it"
         )
     if not own.all():
         notes.append(f"queries of unknown camera, for which no camera is excluded: {int((~own).sum())} of {len(own)}")
-    if (camera == UNKNOWN).any():
-        notes.append(f"images of unknown camera, which stay in: {int((camera == UNKNOWN).sum())} of {len(index)}")
-    return torch.from_numpy(mask | (own[:, None] & (camera == queries.camera[:, None]))), notes
+    strange = own & ~np.isin(asked.camera, gallery.camera)
+    if strange.any():
+        notes.append(f"queries by a camera that no image of the index is by: {int(strange.sum())} of {len(own)}")
+    if (gallery.camera == UNKNOWN).any():
+        count = int((gallery.camera == UNKNOWN).sum())
+        notes.append(f"images of unknown camera, which stay in: {count} of {len(index)}")
+    return torch.from_numpy(mask | (own[:, None] & (gallery.camera == asked.camera[:, None]))), notes
 
 
 def verdict(distance: float, bounds: Sequence[float]) -> str:
@@ -195,7 +218,7 @@ def _run(options: argparse.Namespace) -> Result:
     values = {
         "index": str(index.folder), "images": len(index),
         "distance": "k-reciprocal" if options.rerank else "sqeuclidean", "threshold": options.threshold,
-        "moved": list(gone), "notes": [*queries.notes, *notes],
+        "moved": list(gone), "skipped": list(queries.skipped), "notes": [*queries.notes, *notes],
         "queries": [{"query": name, "results": results} for name, results in zip(queries.names, found, strict=True)],
     }  # fmt: skip
     blocks = [_text(name, results) for name, results in zip(queries.names, found, strict=True)]
@@ -204,8 +227,9 @@ def _run(options: argparse.Namespace) -> Result:
 
 def _found(index: GalleryIndex, row: int, distance: float, bounds: Sequence[float] | None) -> dict[str, Any]:
     """What is known of an image that was found."""
-    labels = {name: int(getattr(index.labels, name)[row]) for name in ("identity", "camera", "viewpoint")}
+    labels = {name: int(getattr(index.labels, name)[row]) for name in LABELS}
     known: dict[str, Any] = {name: label for name, label in labels.items() if label != UNKNOWN}
+    known |= {name: called[known[name]] for name, called in index.labels.names.items() if name in known}
     if "viewpoint" in known:
         known["viewpoint"] = viewpoint_name(known["viewpoint"], index.labels.viewpoints)
     same = {} if bounds is None else {"same": verdict(distance, bounds)}
@@ -215,7 +239,7 @@ def _found(index: GalleryIndex, row: int, distance: float, bounds: Sequence[floa
 def _text(name: str, results: Sequence[dict[str, Any]]) -> str:
     if not results:
         return f"{name}: every image is excluded"
-    columns = [key for key in ("distance", "same", "identity", "camera", "viewpoint") if any(key in f for f in results)]
+    columns = [key for key in ("distance", "same", *LABELS) if any(key in f for f in results)]
     header = ["rank", *columns, "row"]
     rows = [
         [str(rank), *(f"{f[c]:.6g}" if c == "distance" else str(f.get(c, "")) for c in columns), str(f["row"])]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from vareid_ext._labels import UNKNOWN
+from vareid_ext._labels import NAMED, UNKNOWN, same_numbers
 from vareid_ext.cli.common import Parser, add_inference_arguments, inference_options
 from vareid_ext.cli.rerank import RERANKING, add_junk_identity, add_max_unpacked, add_rerank_arguments
 from vareid_ext.files.features import LABELS, SIDES, FeatureFileError, Features, read_features
@@ -253,8 +253,12 @@ def _read_files(
     same = query.feature.dtype == gallery.feature.dtype and torch.equal(query.feature, gallery.feature)
     if same:
         query, gallery = _completed(query, gallery), _completed(gallery, query)
-    names = tuple(dict.fromkeys((*query.viewpoints, *gallery.viewpoints)))
-    query, gallery = (images.with_viewpoints(names) for images in (query, gallery))
+    mixed = [
+        f"{label}: one side has names, the other numbers; a number is the name that is written like it"
+        for label in NAMED
+        if label in query.sources and label in gallery.sources and (label in query.names) != (label in gallery.names)
+    ]
+    query, gallery = same_numbers(query, gallery)
     for side, path, found in zip(SIDES, (files[0], files[-1]), (query, gallery), strict=True):
         for label in needed:
             if label not in found.sources:
@@ -269,7 +273,7 @@ def _read_files(
         side = "gallery" if "camera" in query.sources else "query"
         raise FeatureFileError(f"--{side}-camera: is needed, as the other side has cameras (or give --no-cameras)")
     notes = [f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)]
-    return Sides(query, gallery, same, notes)
+    return Sides(query, gallery, same, [*notes, *mixed])
 
 
 def _completed(images: Features, same: Features) -> Features:
@@ -278,6 +282,8 @@ def _completed(images: Features, same: Features) -> Features:
     changes: dict[str, Any] = {label: getattr(same, label) for label in missing}
     if "viewpoint" in missing:
         changes["viewpoints"] = same.viewpoints
+    names = {label: same.names[label] for label in missing if label in same.names}
+    changes |= {"names": {**images.names, **names}}
     changes |= {"sources": {**same.sources, **images.sources}, "columns": {**same.columns, **images.columns}}
     return dataclasses.replace(images, **changes)
 
@@ -326,7 +332,7 @@ def _data(options: argparse.Namespace, kind: str | None, config: Config, sets: d
         if kind not in sets:
             # Most images of a second set are those of the first; what else there is, is told when it is read.
             check = options.skip_bad_images or not sets
-            sets[kind] = load_data(kind, options.root, check_images=check, **keywords)
+            sets[kind] = load_data(kind, options.root, check_images=check, needed=SIDES, **keywords)
         return sets[kind]
     changes = {"root": options.root} if options.root else {}
     if options.skip_bad_images:

@@ -25,7 +25,7 @@ from vareid_ext.cli.common import (
     inference_options,
     run_command,
 )
-from vareid_ext.cli.extract import folder_of, read_images, readable
+from vareid_ext.cli.extract import check_source, folder_of, read_images, readable
 from vareid_ext.data import READERS, Batch
 from vareid_ext.data.types import SPLITS
 from vareid_ext.files.atomic import atomic_file, remove_unfinished
@@ -52,7 +52,7 @@ _EXAMPLES = """\
 def _parser() -> Parser:
     parser = command_parser("views", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint")
-    parser.add_argument("images", metavar="IMAGES", help="folder, image, list (.txt), manifest (.csv), root")
+    parser.add_argument("images", nargs="?", metavar="IMAGES", help="folder, image, list (.txt), manifest (.csv), root")
     parser.add_argument("--output", required=True, metavar="DIR", dest="folder", help="folder of the pictures")
     parser.add_argument("--data", choices=READERS, metavar="KIND", help=f"a data set's kind: {', '.join(READERS)}")
     parser.add_argument("--split", choices=SPLITS, help="of a data set or a manifest (default: all of it)")
@@ -62,6 +62,7 @@ def _parser() -> Parser:
 
 
 def _run(options: argparse.Namespace) -> Result:
+    check_source(options.images, options.data)
     model = load_trained(options.run, options.device)
     generator = model.method
     if not isinstance(generator, PnganGenerated):
@@ -70,16 +71,17 @@ def _run(options: argparse.Namespace) -> Result:
         )
     _check_that_the_generator_is_trained(model)
     output, source = Path(options.folder), folder_of(options.images)
-    inside = os.path.isdir(options.images) and output.resolve().is_relative_to(Path(source).resolve())
+    inside = os.path.isdir(options.images or "") and output.resolve().is_relative_to(Path(source).resolve())
     if inside and options.data is None:
         raise ValueError(f"--output: {output} lies in {source}: the views would be among the images next time")
-    images = read_images(options.images, options.data, options.split, progress=not options.quiet)
+    images, said = read_images(options.images, options.data, options.split, progress=not options.quiet)
     targets = _targets(images.paths, source, output)
     _claim(output, _fingerprint(model, generator))
     for folder in {files[0].parent for files in targets if files[0].parent.is_dir()}:
         remove_unfinished(folder)
     todo = np.flatnonzero([not all(file.is_file() for file in files) for files in targets])
-    rest, notes, skipped = readable(images.select(todo), options.skip_bad_images, progress=not options.quiet)
+    (rest,), notes, skipped = readable([images.select(todo)], options.skip_bad_images, progress=not options.quiet)
+    notes = (*said, *notes)
     done = len(images) - len(todo)
     if done:
         notes = (f"{done} of them by an earlier start", *notes)

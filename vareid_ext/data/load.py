@@ -17,7 +17,7 @@ from vareid_ext.data.extras import EXTRAS
 from vareid_ext.data.readers import check_kind, needs_root, read, renders_extras
 from vareid_ext.data.readers.dividing import DivisionSettings
 from vareid_ext.data.synthetic.renderer import SyntheticSettings
-from vareid_ext.data.types import ImageList, ReidData
+from vareid_ext.data.types import SPLITS, ImageList, ReidData
 from vareid_ext.data.viewpoint_classes import ViewpointClasses
 from vareid_ext.data.viewpoints import MODES, label_images, read_viewpoint_labels, with_soft_labels
 
@@ -68,7 +68,7 @@ def _drop(data: ReidData, bad: Mapping[str, list[Unreadable]]) -> ReidData:
     for split, images in data.splits.items():
         keep = np.ones(len(images), dtype=bool)
         keep[[b.number for b in bad[split]]] = False
-        if not keep.any():
+        if len(images) and not keep.any():
             raise ValueError(f"{data.name}: every image of the {split} split is unreadable, {bad[split][0].why}")
         lists[split] = images.select(keep)
     # Identities all of whose images are gone leave no gap.
@@ -112,6 +112,7 @@ def load_data(
     extras: ExtraFiles | None = None,
     train_extras: Sequence[str] = (),
     test_extras: Sequence[str] = (),
+    needed: Sequence[str] = SPLITS,
     progress: bool = True,
 ) -> ReidData:
     """Load a data set.
@@ -130,6 +131,8 @@ def load_data(
         synthetic: size and seed for "synthetic", the default ones when None.
         extras: where inputs beside the images lie; "synthetic" renders those that are not given.
         train_extras, test_extras: which of `EXTRAS` the training images, and query and gallery, come with.
+        needed: splits that must have images in a manifest; where none must, one that is not divided stays so, and is
+            all gallery.
         progress: show bars.
 
     Raises:
@@ -156,6 +159,7 @@ def load_data(
         extras=rendered,
         viewpoints=viewpoints,
         division=division,
+        needed=needed,
         progress=progress,
     )
     folder = os.path.dirname(root) if root and os.path.isfile(root) else root

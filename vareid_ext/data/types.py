@@ -95,14 +95,12 @@ class ImageList(Labels):
         viewpoint_name: one string per image: the annotators' label (see `ViewpointClasses`), "" where unknown.
         loader: how a path becomes an RGB image.
         extras: further inputs of each image by name.
-        named: which of identity and camera are names in the data set, so that their numbers mean nothing in another.
     """
 
     paths: tuple[str, ...]
     viewpoint_name: tuple[str, ...]
     loader: Callable[[str], Image.Image] = field(default=open_image, repr=False)
     extras: Mapping[str, Extra] = field(default_factory=dict, repr=False)
-    named: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,6 +179,18 @@ class ReidData:
     def splits(self) -> dict[str, ImageList]:
         """The three lists by name."""
         return {split: getattr(self, split) for split in SPLITS}
+
+    def with_own_identities(self) -> ImageList:
+        """The training images with the data set's own identities, numbered as those of query and gallery."""
+        names = self.query.names
+        if "identity" in names:
+            place = {name: number for number, name in enumerate(names["identity"])}
+            own = [place[name] for name in self.identity_names]
+        elif all(name.isdecimal() for name in self.identity_names):
+            own = [int(name) for name in self.identity_names]
+        else:  # the reader numbers query and gallery by a rule of its own
+            return replace(self.train, names={**names, "identity": self.identity_names})
+        return replace(self.train, identity=np.array(own, dtype=np.int64)[self.train.identity], names=names)
 
     @property
     def num_identities(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vareid_ext import _arrays
-from vareid_ext._labels import COLUMN, UNKNOWN, Labels
+from vareid_ext._labels import COLUMN, NAMED, UNKNOWN, Labels, numbered
 from vareid_ext._text import VIEWPOINTS
 from vareid_ext.files.atomic import atomic_file
 from vareid_ext.files.entries import MAX_RATIO, MAX_UNPACKED, Entry, FeatureFileError, Limit, PlainValue
@@ -36,6 +36,8 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "viewpoint": ("viewpoint", "viewpoints", "view", "views", "viewid", "viewids"),
     "path": ("path", "paths"),
     "viewpoint_class": ("viewpointclass",),
+    "identity_name": ("identityname",),
+    "camera_name": ("cameraname",),
 }
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _DESCRIBED = 20  # keys that an error lists
@@ -230,7 +232,7 @@ class Features(Labels):
         return {**super().rows(chosen), "feature": feature, "paths": paths}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write feature, identity, camera, viewpoint, its name, further columns and, if known, path to an .npz file.
+        """Write feature, identity, camera, viewpoint, their names, further columns and, if known, path to an .npz file.
 
         The file is written atomically. bfloat16, which NumPy lacks, is written as float32.
         """
@@ -239,6 +241,7 @@ class Features(Labels):
         arrays: dict[str, Any] = {"feature": feature.numpy(), **{name: getattr(self, name) for name in LABELS}}
         if (self.viewpoint != UNKNOWN).any():
             arrays["viewpoint_class"] = self.viewpoint_classes()
+        arrays.update({f"{label}_name": self.called(label) for label in self.names})
         arrays.update({COLUMN + name: values for name, values in self.columns.items()})
         if self.paths:
             arrays["path"] = np.array(self.paths)
@@ -266,6 +269,8 @@ def read_features(
     max_unpacked: int = MAX_UNPACKED,
 ) -> Features:
     """The features of one side of a retrieval, with what labels there are. Nothing else in the file is read.
+
+    Identities and cameras that have names beside them (``identity_name``, ``camera_name``) are numbered by these.
 
     Args:
         path: .npy, .npz, .pt or .mat file.
@@ -301,7 +306,7 @@ def read_features(
     feature = _features(found, f"{path}: {side} features")
     sources = {"feature": _address(path, key)}
     values: dict[str, Any] = {name: np.full(len(feature), UNKNOWN) for name in LABELS}
-    values["columns"] = {}
+    values["columns"], values["names"] = {}, {}
     given = {"identity": identity, "camera": camera, "viewpoint": viewpoint, **(columns or {})}
     for what in (*labels, *(columns or ())):
         source = _label_source(path, entries, what, side, given[what], max_unpacked)
@@ -313,6 +318,13 @@ def read_features(
         of = values if what in LABELS else values["columns"]
         of[what] = _labels(found, f"{file}: {side} {what}", len(feature))
         sources[what] = _address(file, label_key)
+        name_key = _usual(entries, f"{what}_name", side) if what in NAMED and given[what] is None else None
+        if name_key is not None:
+            with _naming(path, name_key):
+                texts = _texts(entries[name_key].read(), len(feature))
+            _check_names(values[what], texts, f"{path}: {side} {name_key}")
+            values[what], values["names"][what] = numbered(texts)
+            sources[f"{what}_name"] = _address(path, name_key)
     if "viewpoint" in sources:
         name_key = _usual(entries, "viewpoint_class", side)
         named = None
@@ -326,6 +338,14 @@ def read_features(
             values["paths"] = _texts(entries[path_key].read(), len(feature))
         sources["path"] = _address(path, path_key)
     return Features(feature=feature, **values, file=path, sources=sources)
+
+
+def _check_names(number: np.ndarray, texts: Sequence[str], where: str) -> None:
+    """FeatureFileError unless every number, and nothing else, has a name of its own."""
+    pairs = {(n, text) for n, text in zip(number.tolist(), texts, strict=True) if (n, text) != (UNKNOWN, "")}
+    numbers, names = ({pair[i] for pair in pairs} for i in (0, 1))
+    if not len(numbers) == len(names) == len(pairs) or UNKNOWN in numbers or "" in names:
+        raise FeatureFileError(f"{where}: a number has no name or two, or a name belongs to two numbers")
 
 
 def _called(viewpoint: np.ndarray, named: Sequence[str] | None, where: str) -> tuple[str, ...]:

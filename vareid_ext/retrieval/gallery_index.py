@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vareid_ext._arrays import returner, to_tensor
-from vareid_ext._labels import UNKNOWN, Labels
+from vareid_ext._labels import NAMED, UNKNOWN, Labels, joined, numbered
 from vareid_ext._text import VIEWPOINTS
 from vareid_ext.files.gallery_folder import StoredGallery, check_new, read_gallery, write_gallery
 from vareid_ext.files.lock import locked
@@ -44,7 +44,8 @@ class GalleryIndex:
     Attributes:
         folder: the folder.
         feature: [G, D], read-only, a memory map.
-        labels: a :class:`vareid_ext._labels.Labels` of the G images, -1 where something is not known.
+        labels: a :class:`vareid_ext._labels.Labels` of the G images, -1 where something is not known; ``labels.names``
+            holds what identities and cameras are called that were given as texts.
         k1: size of the k-reciprocal neighbour sets.
         k2: neighbours averaged in query expansion.
         about: what :meth:`build` was given.
@@ -71,19 +72,16 @@ class GalleryIndex:
             ordered = indptr[0] == 0 and indptr[-1] == sets and (np.diff(indptr) >= 0).all()
             if not ordered or len(arrays["path"]) not in (0, G) or arrays["path"].dtype.kind != "S":
                 raise ValueError("its arrays do not fit each other")
-            self.labels = Labels(
-                arrays["identity"],
-                arrays["camera"],
-                arrays["viewpoint"],
-                viewpoints=tuple(map(str, found["viewpoints"])),
-            )
+            names = {label: tuple(map(str, texts)) for label, texts in found.get("names", {}).items() if label in NAMED}
+            known: dict[str, Any] = {label: arrays[label] for label in _LABELS}
+            self.labels = Labels(**known, viewpoints=tuple(map(str, found["viewpoints"])), names=names)
             self.labels.check_lengths(features=stored.feature)
             lists = {name: to_tensor(arrays[name], name) for name in _LISTS}
             self._gallery = KnownGallery(
                 to_tensor(stored.feature, "feature"), **lists, scale=float(found["scale"]),
                 largest=float(found["largest"]), k1=self.k1, k2=self.k2,
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"index: {str(self.folder)!r} is damaged: {error}") from error
         self.feature, self._paths, self.about = stored.feature, arrays["path"], found.get("about")
 
@@ -121,9 +119,9 @@ class GalleryIndex:
         Args:
             folder: is made; it must not hold anything else. Where writing fails, it holds no index.
             feature: [G, D], float32, float16, bfloat16 (kept as float32) or float64; G at least 1, D at most 16,384.
-            identity: whole numbers [G]; None: not known.
+            identity: whole numbers, -1 where unknown, or texts, "" where unknown, [G]; None: not known.
             camera: likewise.
-            viewpoint: likewise.
+            viewpoint: whole numbers, likewise.
             viewpoints: what the viewpoints 0, 1, ... are called.
             paths: of the images, [G], or none.
             k1: as in :func:`k_reciprocal_rerank`.
@@ -173,7 +171,8 @@ class GalleryIndex:
         """Add images; the index is then the one that :meth:`build` would have made of all.
 
         The distances of the new images to all are computed, those between the old ones are not. What other processes
-        have added since this index was opened is kept.
+        have added since this index was opened is kept. Identities and cameras of the same name are the same, whatever
+        their numbers; where the index or what is added has numbers, a number is the name that is written like it.
 
         Args:
             feature: [A, D] of the index's D and dtype (float32 where bfloat16 was given).
@@ -197,12 +196,9 @@ class GalleryIndex:
         with locked(self.folder):
             stored = read_gallery(self.folder)
             self._use(stored)
-            names = tuple(dict.fromkeys((*self.labels.viewpoints, *labels.viewpoints)))
-            both = [part.with_viewpoints(names) for part in (self.labels, labels)]
-            identity, camera, viewpoint = (np.concatenate([getattr(part, name) for part in both]) for name in _LABELS)
-            joined = Labels(identity, camera, viewpoint, viewpoints=names)
             encoded = np.concatenate([self._paths, _encoded(paths)])
-            _write(self.folder, stored, self._gallery, new, joined, encoded, self.about, progress)
+            both = joined(self.labels, labels)
+            _write(self.folder, stored, self._gallery, new, both, encoded, self.about, progress)
             self._use(read_gallery(self.folder))
 
     def search(
@@ -278,12 +274,15 @@ def _checked(value: Any, like: Tensor | None = None, name: str = "feature") -> T
 
 def _labels(rows: int, labels: Mapping[str, Any], viewpoints: Sequence[str], paths: Sequence[str]) -> Labels:
     """The labels of some images, which have these paths or none."""
-    unknown = np.full(rows, UNKNOWN)
-    given = {
-        name: unknown if values is None else to_tensor(np.asarray(values), name).numpy()
-        for name, values in labels.items()
-    }
-    checked = Labels(given["identity"], given["camera"], given["viewpoint"], viewpoints=tuple(viewpoints))
+    given: dict[str, Any] = {}
+    names: dict[str, tuple[str, ...]] = {}
+    for label, values in labels.items():
+        found = np.full(rows, UNKNOWN) if values is None else np.asarray(values)
+        if label in NAMED and found.dtype.kind == "U" and found.ndim == 1:
+            given[label], names[label] = numbered(found.tolist())
+        else:
+            given[label] = to_tensor(found, label).numpy()
+    checked = Labels(**given, viewpoints=tuple(viewpoints), names=names)
     checked.check_lengths(feature=range(rows), paths=paths or None)
     return checked
 
@@ -323,7 +322,7 @@ def _write(
     arrays = {name: getattr(grown, name).numpy() for name in _LISTS}
     known = {name: getattr(labels, name) for name in _LABELS} | {"path": paths}
     description = {"k1": grown.k1, "k2": grown.k2, "scale": grown.scale, "largest": grown.largest, "about": about}
-    description["viewpoints"] = list(labels.viewpoints)
+    description |= {"viewpoints": list(labels.viewpoints), "names": {k: list(v) for k, v in labels.names.items()}}
     write_gallery(folder, before, new.numpy(), {**arrays, **known}, description)
 
 

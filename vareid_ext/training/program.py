@@ -14,7 +14,8 @@ import torch
 from vareid_ext import _native
 from vareid_ext import data as datasets
 from vareid_ext.data import EXTRAS, ReidData, check_given, renders_extras
-from vareid_ext.files.features import Features
+from vareid_ext.data.types import SPLITS
+from vareid_ext.files.features import SIDES, Features
 from vareid_ext.files.lock import locked
 from vareid_ext.methods import METHODS
 from vareid_ext.metrics.exclusion import check_exclusion, exclusion_text
@@ -136,6 +137,7 @@ def load_run_data(config: Config, *, train: bool = False, check_images: bool = T
         extras=config.data.extras,
         train_extras=[name for name in method.inputs_with(config.method) if name in EXTRAS and train],
         test_extras=method.test_inputs,
+        needed=SPLITS if train else SIDES,
         progress=progress,
     )
 

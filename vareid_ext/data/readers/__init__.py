@@ -49,7 +49,7 @@ READERS: dict[str, Callable[..., ReidData]] = {
 """Kind -> reader. A reader is given those of these arguments that it names: `root`, the path of the data set;
 `settings`, the `SyntheticSettings` or None; `extras`, names out of `EXTRAS` of what it is to make beside the images;
 `viewpoints`, the `ViewpointClasses` that the user declares or None; `division`, the `DivisionSettings` of one without
-splits, or None; `progress`, whether to show a bar."""
+splits, or None; `needed`, the splits that must have images, all by default; `progress`, whether to show a bar."""
 
 
 def needs_root(kind: str) -> bool:

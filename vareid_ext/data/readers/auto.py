@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from vareid_ext.data.readers.dividing import DivisionSettings, divide
 from vareid_ext.data.readers.layout import JUNK, JUNK_IMAGES, NAMED, NOT_IMAGES, ImageEntry, build_data, listing
-from vareid_ext.data.readers.manifest import read_manifest, text_numbers
+from vareid_ext.data.readers.manifest import names_of, read_manifest, text_numbers
 from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, UNKNOWN, ReidData, is_litter, left_out
 from vareid_ext.data.viewpoint_classes import ViewpointClasses
 
@@ -26,11 +27,13 @@ def read_auto(
     *,
     viewpoints: ViewpointClasses | None = None,
     division: DivisionSettings | None = None,
+    needed: Sequence[str] = SPLITS,
 ) -> ReidData:
     """The data set at `root`: a manifest, a folder of identity folders, these in folders named train, query and
     gallery, a folder of images named <identity>_c<camera>..., or a known data set as it is unpacked.
 
-    Where there are no splits, it is divided as `division` says (see `divide`). In identity folders cameras are known
+    Where there are no splits, it is divided as `division` says (see `divide`), or where no split is `needed`, is all
+    gallery. In identity folders cameras are known
     where every file's name has a `_c<camera>`. `notes` say what was found and count what is left out.
 
     Raises:
@@ -39,7 +42,7 @@ def read_auto(
     """
     root = Path(root)
     if root.is_file():
-        return read_manifest(root, viewpoints=viewpoints, division=division)
+        return read_manifest(root, viewpoints=viewpoints, division=division, needed=needed)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: there is no such file or folder; allowed are\n{_WAYS}")
     known = _known(root, viewpoints=viewpoints, division=division)
@@ -64,11 +67,13 @@ def read_auto(
         found = {s: [e._replace(camera=of_path[e.path]) for e in entries] for s, entries in found.items()}
     number = text_numbers({entry.identity for entry in everything})
     notes = [f"read as {what}", *left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, others)]
-    if "" in found:
+    if "" in found and not needed:
+        found = {"train": [], "query": [], "gallery": found[""]}
+    elif "" in found:
         found, said = divide(str(root), found[""], division or DivisionSettings())
         notes += said
-    named = () if all(name == str(n) for name, n in number.items()) else ("identity",)
-    return build_data(root.name or str(root), found, number.__getitem__, tuple(notes), named=named)
+    names = names_of(identity=number)
+    return build_data(root.name or str(root), found, number.__getitem__, tuple(notes), names=names, needed=needed)
 
 
 def _known(root: Path, **arguments: object) -> ReidData | None:

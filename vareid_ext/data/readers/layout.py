@@ -120,19 +120,22 @@ def build_data(
     number: Callable[[str], int] = int,
     notes: tuple[str, ...] = (),
     classes: ViewpointClasses = PERSON,
-    named: tuple[str, ...] = (),
+    names: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    needed: Sequence[str] = SPLITS,
 ) -> ReidData:
     """A data set of the entries of `train`, `query` and `gallery`.
 
     Training identities are numbered in the order of `number`, which also gives the identities of query and gallery;
-    `classes` are what the entries' viewpoints mean, `named` as for `ImageList`.
-    Raises ValueError when a split is empty.
+    `classes` are what the entries' viewpoints mean, `names` those of identities and cameras, as for `Labels`.
+    Raises ValueError when one of the splits that are `needed`, or all, are empty.
     """
-    for split in SPLITS:
+    for split in needed:
         if not entries[split]:
             raise ValueError(f"{name}: the {split} split has no images")
-    names = sorted({entry.identity for entry in entries["train"]}, key=lambda identity: (number(identity), identity))
-    index = {identity: position for position, identity in enumerate(names)}
+    if not any(entries[split] for split in SPLITS):
+        raise ValueError(f"{name}: has no images")
+    trained = sorted({entry.identity for entry in entries["train"]}, key=lambda identity: (number(identity), identity))
+    index = {identity: position for position, identity in enumerate(trained)}
     columns = dict.fromkeys(column for split in SPLITS for entry in entries[split] for column in entry.columns)
 
     def images(split: str, identity: Callable[[str], int]) -> ImageList:
@@ -142,7 +145,8 @@ def build_data(
             identity=np.array([identity(entry.identity) for entry in entries[split]], dtype=np.int64),
             camera=np.array([entry.camera for entry in entries[split]], dtype=np.int64),
             viewpoint_name=views,
-            named=named,
+            # Training identities are numbered by themselves; `identity_names` says what they are called.
+            names={label: called for label, called in names.items() if (split, label) != ("train", "identity")},
             **classes.columns(views),
             columns={
                 column: np.array([entry.columns.get(column, UNKNOWN) for entry in entries[split]], dtype=np.int64)
@@ -155,7 +159,7 @@ def build_data(
         images("train", index.__getitem__),
         images("query", number),
         images("gallery", number),
-        tuple(names),
+        tuple(trained),
         classes=classes,
         notes=notes,
     )

@@ -34,6 +34,15 @@ def text_numbers(texts: set[str]) -> dict[str, int]:
     return {text: place for place, text in enumerate(sorted(texts), start=1)}
 
 
+def names_of(**numbers: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """What the numbers that :func:`text_numbers` has given to some labels are called, where they are no numbers."""
+    return {
+        label: ("", *of_text)
+        for label, of_text in numbers.items()
+        if any(str(n) != text for text, n in of_text.items())
+    }
+
+
 def _file_id(folder: str, path: str) -> str:
     """One text for all ways to write the path of a file; `folder`, which relative ones start from, is a real path."""
     joined = os.path.join(folder, path)
@@ -118,6 +127,7 @@ def read_manifest(
     *,
     viewpoints: ViewpointClasses | None = None,
     division: DivisionSettings | None = None,
+    needed: Sequence[str] = SPLITS,
 ) -> ReidData:
     """The data set in a table with the columns `path,identity`, optionally `split,camera,viewpoint,column_NAME`.
 
@@ -125,8 +135,8 @@ def read_manifest(
 
     - path: relative to the table's folder, or absolute; every image once. Backslashes separate folders.
     - identity: any text. The same text is the same person in all splits. Images of identity -1 are junk and left out.
-    - split: train, query or gallery; each needs at least one image. Without this column the images are divided as
-      `division` says (see `divide`).
+    - split: train, query or gallery; each that is `needed` has at least one image. Without this column the images are
+      divided as `division` says (see `divide`), or where no split is needed, are all in the gallery.
     - camera: any text.
     - viewpoint: front, front_side, side, back_side, back or noise; or any names, which are then the viewpoints; or a
       label of those that `viewpoints` declares (see `ViewpointClasses`).
@@ -153,10 +163,11 @@ def read_manifest(
     for split, texts, entry in rows:
         found = {name.removeprefix(COLUMN): numbers[name].get(text, UNKNOWN) for name, text in texts.items()}
         entries[split].append(entry._replace(camera=found.pop("camera"), columns=found))
+    if not needed:
+        entries["gallery"] += entries.pop(_UNDIVIDED)
     name, notes = f"manifest {path.name}", (*left_out(JUNK_IMAGES, junk), *left_out(NOT_IMAGES, litter))
-    if entries[_UNDIVIDED]:
+    if entries.get(_UNDIVIDED):
         entries, said = divide(name, entries[_UNDIVIDED], division or DivisionSettings())
         notes = (*said, *notes)
-    written = {"identity": identities, "camera": numbers.get("camera", {})}
-    named = tuple(label for label, numbered in written.items() if not all(map(_is_number, numbered)))
-    return build_data(name, entries, identities.__getitem__, notes, classes, named)
+    names = names_of(identity=identities, camera=numbers.get("camera", {}))
+    return build_data(name, entries, identities.__getitem__, notes, classes, names, needed)
