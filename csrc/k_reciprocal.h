@@ -63,10 +63,10 @@ using KReciprocalMatrixNeighbors = void(const void* q_g, const void* q_q, const 
                                         const Place& place);
 KReciprocalMatrixNeighbors k_reciprocal_matrix_neighbors_cpu, k_reciprocal_matrix_neighbors_cuda;
 
-// The k smallest final distances of each query without its whole row, ties by the lower index. nearest [Q, listed] are
-// the gallery rows of smallest original distance, in order, with `original` [Q, listed] their squared distances; listed
-// is at least min(k, G). Squared distances of others are summed in float64. workspace: 24 bytes times G for each
-// thread.
+// The k smallest final distances of each query without its whole row, ties by the lower index. Gallery rows take part
+// that share something with the query or are among nearest [Q, listed], those of smallest original distance, with
+// `original` [Q, listed] their squared distances; listed is at least k, and no row is there twice. Squared distances of
+// others are summed in float64. workspace: 24 bytes times G for each thread.
 using KReciprocalTopk = void(const Features& query, const Features& gallery, DType dtype, int64_t D,
                              const int32_t* nearest, const float* original, int64_t listed, const float* row_max,
                              const int64_t* indptr, const int32_t* index, const float* value, const int64_t* start,

@@ -252,7 +252,7 @@ def test_the_operators_pass_opcheck():
     nearest = torch.arange(4, dtype=torch.int32).repeat(5, 1)
     torch.library.opcheck(
         op.k_reciprocal_topk,
-        (x[:5], x[5:], 1.0, nearest, torch.rand(5, 4), row_max, *encodings, 0.3),
+        (x[:5], x[5:], 1.0, nearest, torch.rand(5, 4), row_max, *encodings, 0.3, 3),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
     )
     torch.library.opcheck(op.matrix_neighbors, (torch.rand(5, 15), torch.rand(5, 5), torch.rand(15, 15), 6))

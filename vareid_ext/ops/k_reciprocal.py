@@ -265,48 +265,60 @@ matrix_neighbors = define(
 """Neighbour lists from three matrices; see :func:`vareid_ext.reference.k_reciprocal.matrix_neighbors`."""
 
 
-def _empty_topk(
-    query: Tensor, gallery: Tensor, scale: float, nearest: Tensor, original: Tensor, *_arguments: Any
-) -> tuple[Tensor, Tensor]:
-    distance = torch.empty_like(original, memory_format=torch.contiguous_format)
-    return distance, torch.empty_like(distance, dtype=torch.int64)
+def _empty_topk(nearest: Tensor, original: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    shape = nearest.shape[0], nearest.shape[1] if k is None else k
+    return original.new_empty(shape), nearest.new_empty(shape, dtype=torch.int64)
 
 
 def _reference_topk(
-    query: Tensor, gallery: Tensor, scale: float, nearest: Tensor, original: Tensor, row_max: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor]:
-    indptr, index, value, *inverted, lambda_value = arguments
-    k = nearest.shape[1]
-    distance, order = _empty_topk(query, gallery, scale, nearest, original)
+    query: Tensor, gallery: Tensor, scale: float, nearest: Tensor, original: Tensor, row_max: Tensor, indptr: Tensor,
+    index: Tensor, value: Tensor, start: Tensor, owner: Tensor, weight: Tensor, lambda_value: float,
+    k: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    distance, order = _empty_topk(nearest, original, k)
     gallery = gallery.double() * scale
     step = rows_per_block(gallery.shape[0])
     for begin in range(0, query.shape[0], step):
         at = slice(begin, min(begin + step, query.shape[0]))
         every = exact_distance(query[at].double() * scale, gallery, "sqeuclidean").to(torch.float32)
-        final = reference.blend(every, row_max[at], indptr[begin:], index, value, tuple(inverted), lambda_value)
+        every.scatter_(1, nearest[at].long(), original[at])
+        encodings = row_max[at], indptr[begin:], index, value, (start, owner, weight)
+        final = reference.blend(every, *encodings, lambda_value)
+        if lambda_value > 0:  # who shares nothing takes part if listed, or if the original distance weighs nothing
+            listed = torch.zeros_like(every, dtype=torch.bool).scatter_(1, nearest[at].long(), True)
+            alone = (reference.blend(torch.zeros_like(every), *encodings, 0.0) == 1) & ~listed
+            final.masked_fill_(alone & (row_max[at, None] > 0), torch.inf)
         ordered, ranked = torch.sort(final, dim=1, stable=True)
-        distance[at], order[at] = ordered[:, :k], ranked[:, :k]
+        distance[at], order[at] = ordered[:, : distance.shape[1]], ranked[:, : distance.shape[1]]
     return distance, order
 
 
 def _native_topk(
-    query: Tensor, gallery: Tensor, scale: float, nearest: Tensor, original: Tensor, *arguments: Any
-) -> Any:
-    if query.is_cuda and nearest.shape[1] > _CUDA_MAX_TOPK:
+    query: Tensor, gallery: Tensor, scale: float, nearest: Tensor, original: Tensor, row_max: Tensor, indptr: Tensor,
+    index: Tensor, value: Tensor, start: Tensor, owner: Tensor, weight: Tensor, lambda_value: float,
+    k: int | None = None,
+) -> Any:  # fmt: skip
+    outputs = _empty_topk(nearest, original, k)
+    if query.is_cuda and outputs[0].shape[1] > _CUDA_MAX_TOPK:
         return NotImplemented
-    *encodings, lambda_value = arguments
-    outputs = _empty_topk(query, gallery, scale, nearest, original)
+    arrays = nearest, original, row_max, indptr, index, value, start, owner, weight
     _native.launch(
-        "k_reciprocal_topk", *_scaled(query, gallery, scale), *map(contiguous, (nearest, original, *encodings)),
-        lambda_value, *outputs, _workspace(query, 24 * gallery.shape[0]), on=query,
+        "k_reciprocal_topk", *_scaled(query, gallery, scale), *map(contiguous, arrays), lambda_value, *outputs,
+        _workspace(query, 24 * gallery.shape[0]), on=query,
     )  # fmt: skip
     return outputs
 
 
+def _fake_topk(
+    query: Tensor, gallery: Tensor, scale: float, nearest: Tensor, original: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    return _empty_topk(nearest, original, arguments[8] if len(arguments) > 8 else None)
+
+
 k_reciprocal_topk = define(
-    f"k_reciprocal_topk(Tensor query, Tensor gallery, float scale, Tensor nearest, Tensor original, {_ENCODINGS}) "
-    "-> (Tensor, Tensor)",
-    fake=_empty_topk,
+    f"k_reciprocal_topk(Tensor query, Tensor gallery, float scale, Tensor nearest, Tensor original, {_ENCODINGS}, "
+    "SymInt? k=None) -> (Tensor, Tensor)",
+    fake=_fake_topk,
     reference=_reference_topk,
     native=_native_topk,
 )
@@ -316,8 +328,8 @@ Args:
     query: [Q, D].
     gallery: [G, D].
     scale: what the features are multiplied by.
-    nearest: int32 [Q, k], each query's nearest gallery rows by original distance, in order.
-    original: float32 [Q, k], their squared distances.
+    nearest: int32 [Q, listed], distinct gallery rows for each query, which take part whatever they share: its nearest.
+    original: float32 [Q, listed], their squared distances; the others' are measured from the features.
     row_max: float32 [Q or more].
     indptr: [Q+1 or more], with index and value the queries' encodings after query expansion.
     index: [nnz].
@@ -326,6 +338,7 @@ Args:
     owner: [entries].
     weight: [entries].
     lambda_value: in [0, 1].
+    k: 1 to listed; None for listed.
 
 Returns:
     distance float32 [Q, k], ascending, ties by the lower index; index int64 [Q, k]. What shares nothing with a
