@@ -13,6 +13,7 @@ from vareid_ext import (
     evaluate_features,
     evaluate_ranking,
     evaluate_single_viewpoint,
+    k_reciprocal_from_neighbors,
     k_reciprocal_rerank,
     nearest_neighbors,
     pairwise_distance,
@@ -23,6 +24,7 @@ from vareid_ext import (
 _RNG = np.random.default_rng(0)
 QUERY, GALLERY = (_RNG.standard_normal((rows, 6)).astype(np.float32) for rows in (8, 30))
 QUERY_IDENTITY, GALLERY_IDENTITY = np.arange(8) % 4, np.arange(30) % 4
+DISTANCE, INDEX = nearest_neighbors(GALLERY, k=9)
 Q_G, Q_Q, G_G = (pairwise_distance(x, y) for x, y in ((QUERY, GALLERY), (QUERY, None), (GALLERY, None)))
 
 
@@ -50,6 +52,13 @@ FUNCTIONS = {
     "nearest_neighbors": (lambda x, y: nearest_neighbors(x, y, k=3)[0], QUERY, GALLERY),
     "k_reciprocal_rerank": (k_reciprocal_rerank, QUERY, GALLERY),
     "topk": (lambda x, y: k_reciprocal_rerank(x, y, topk=3)[0], QUERY, GALLERY),
+    "k_reciprocal_from_neighbors": (
+        lambda x, y: k_reciprocal_from_neighbors(x, y, 8, k1=5, k2=3, topk=3)[0], INDEX, DISTANCE,
+    ),
+    "row_max": (
+        lambda x, y: k_reciprocal_from_neighbors(x, DISTANCE, 8, k1=5, k2=3, row_max=y, topk=3)[0],
+        INDEX, 2 * DISTANCE[:, -1],
+    ),
     "re_ranking, q_q": (lambda x, y: re_ranking(x, y, G_G), Q_G, Q_Q),
     "re_ranking, g_g": (lambda x, y: re_ranking(x, Q_Q, y), Q_G, G_G),
     "rank_features": (

@@ -109,6 +109,7 @@ PYTHON: dict[tuple[str, str], Any] = {
     ("docs/your-model.md", "import numpy"): ("tests/test_export.py", "def test_the_documented_use_of_an_onnx_file"),
     ("docs/your-own-data.md", "from vareid_ext import evaluate_features"): lambda: features(),
     ("docs/your-own-data.md", "from vareid_ext import GalleryIndex"): lambda: features(),
+    ("docs/your-own-data.md", "import faiss"): ("tests/test_neighbor_lists.py", "another index"),
     ("docs/your-own-data.md", "from vareid_ext import evaluate_ranking"): lambda: features(),
     ("docs/your-own-data.md", "from vareid_ext import pairwise_distance, verify_features"): lambda: features(),
 }

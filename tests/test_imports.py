@@ -32,6 +32,8 @@ ids, cameras, views = rows % K, rows // 5, rows // 4 % V
 labels = y, ids, torch.full((N,), 5), cameras
 distance = v.pairwise_distance(x, gallery)
 v.nearest_neighbors(x, gallery, k=3)
+near, index = v.nearest_neighbors(gallery, k=6)
+v.k_reciprocal_from_neighbors(index, near, 5, k1=4, k2=2, topk=3)
 v.k_reciprocal_rerank(x, gallery, k1=4, k2=2)
 v.re_ranking(distance.numpy(), v.pairwise_distance(x).numpy(), v.pairwise_distance(gallery).numpy(), k1=4, k2=2)
 v.rank_queries(distance, *labels)

@@ -32,6 +32,7 @@ from vareid_ext.ops.viewpoint_aware_cross_entropy import (
 from vareid_ext.retrieval import (
     GalleryIndex,
     KReciprocal,
+    k_reciprocal_from_neighbors,
     k_reciprocal_rerank,
     nearest_neighbors,
     pairwise_distance,
@@ -57,6 +58,7 @@ __all__ = [
     "evaluate_single_viewpoint",
     "evaluate_verification",
     "identity_cross_entropy",
+    "k_reciprocal_from_neighbors",
     "k_reciprocal_rerank",
     "linear_viewpoint_aware_cross_entropy",
     "load",

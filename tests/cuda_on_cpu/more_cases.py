@@ -102,6 +102,17 @@ def test_k_reciprocal__inverted_index(backend: str, rows: int, columns: int, ent
         assert torch.equal(weight, expected[2])
 
 
+def test_k_reciprocal__lists_that_end_early(backend: str) -> None:
+    x = _random(40, 4).double()
+    distance, index = (x[:, None] - x).square().sum(2).sort()
+    distance, index = distance[:, :7], index[:, :7]
+    index[5, 2:] = index[11, 3:] = -1
+    got, _ = vareid_ext.k_reciprocal_from_neighbors(index, distance, 9, k1=4, k2=3, topk=20)
+    with vareid_ext.reference_backend():
+        expected, _ = vareid_ext.k_reciprocal_from_neighbors(index, distance, 9, k1=4, k2=3, topk=20)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_k_reciprocal__best_of_a_gallery_of_several_parts(backend: str) -> None:
     """More gallery rows than sums fit into shared memory."""
     rng = torch.Generator().manual_seed(0)

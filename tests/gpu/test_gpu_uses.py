@@ -82,6 +82,9 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "nearest_neighbors": lambda a: vareid_ext.nearest_neighbors(a["query"], a["gallery"], k=5),
     "k_reciprocal_rerank": lambda a: vareid_ext.k_reciprocal_rerank(a["query"], a["gallery"]),
     "k_reciprocal_rerank, topk": lambda a: vareid_ext.k_reciprocal_rerank(a["query"], a["gallery"], topk=10),
+    "k_reciprocal_from_neighbors": lambda a: vareid_ext.k_reciprocal_from_neighbors(
+        *reversed(vareid_ext.nearest_neighbors(a["feature"], k=30)), Q, topk=10
+    ),
     "re_ranking": lambda a: vareid_ext.re_ranking(a["q_g"], a["q_q"], a["g_g"]),
     "evaluate_ranking": lambda a: vareid_ext.evaluate_ranking(a["q_g"], *_labels(a)),
     "rank_queries": lambda a: vareid_ext.rank_queries(a["q_g"], *_labels(a)),

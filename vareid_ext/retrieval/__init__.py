@@ -11,6 +11,7 @@ from vareid_ext.retrieval.plan import RerankPlan, rerank_plan
 from vareid_ext.retrieval.rerank import RERANKERS, Reranker, fit_reranker
 from vareid_ext.retrieval.rerank.k_reciprocal import KReciprocal, check_parameters, k_reciprocal_rerank
 from vareid_ext.retrieval.rerank.matrices import re_ranking
+from vareid_ext.retrieval.rerank.neighbor_lists import k_reciprocal_from_neighbors
 
 __all__ = [
     "RERANKERS",
@@ -20,6 +21,7 @@ __all__ = [
     "Reranker",
     "check_parameters",
     "fit_reranker",
+    "k_reciprocal_from_neighbors",
     "k_reciprocal_rerank",
     "nearest_neighbors",
     "pairwise_distance",
