@@ -16,7 +16,7 @@ import vareid_ext
 from _vareid_cli import run
 from tests.test_train import SMALL
 from vareid_ext.cli import extract
-from vareid_ext.data import write_manifest
+from vareid_ext.data import ViewpointClasses, write_manifest
 from vareid_ext.data.body_maps import group_classes
 from vareid_ext.trained import TrainedModel
 from vareid_ext.training.program import load_run_data
@@ -372,6 +372,20 @@ def test_a_manifest_without_training_images_will_do(trained_run, photos, tmp_pat
     assert content(tmp_path / "g.npz")["identity_name"].tolist() == ["anna", "bert", "anna"]
     assert call(trained_run, tmp_path / "test.csv", "--split=query", "--output", tmp_path / "g.npz") == 2
     assert "the query split has no images" in capsys.readouterr().err
+
+
+def test_a_manifests_viewpoints_are_those_the_run_was_trained_with(photos, tmp_path, capsys):
+    rows = [f"{photos}/{i:02}.png,p{i},{angle}" for i, angle in ((1, 80), (2, 271.5), (4, ""), (5, 359))]
+    (tmp_path / "angles.csv").write_text("\n".join(["path,identity,viewpoint", *rows]))
+    bins = ViewpointClasses.of_angles(4)
+    images, _ = extract.read_images(str(tmp_path / "angles.csv"), None, None, progress=False, viewpoints=bins)
+    assert images.viewpoints == bins.names
+    assert images.viewpoint.tolist() == [1, 3, -1, 0]
+    arguments = ["doctor", str(tmp_path / "angles.csv"), "--quiet", "--json"]
+    run([*arguments, "--viewpoint-bins", "4"])
+    assert json.loads(capsys.readouterr().out)["viewpoints"] == list(bins.names)
+    assert run([*arguments, "--viewpoints", "front,rear"]) == 2
+    assert "was given; allowed are front, rear" in capsys.readouterr().err
 
 
 def test_features_of_two_manifests_are_of_the_same_people_by_name(trained_run, photos, tmp_path, capsys):

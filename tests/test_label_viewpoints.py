@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from _vareid_cli import run
 from tests.test_train import SMALL
 from vareid_ext.data import SyntheticSettings, read_viewpoint_labels, synthetic_data, write_manifest
+from vareid_ext.data.keypoints import read_keypoint_list
 from vareid_ext.data.viewpoint_classes import PERSON
 from vareid_ext.data.viewpoint_rule import ViewpointRule, fit_rule, frontness
 from vareid_ext.metrics.classification import evaluate_classification
@@ -221,6 +223,37 @@ def test_the_formats_of_one_file_give_the_same_labels(photos, tmp_path, form):
     for keypoints, output in zip((tmp_path / "pose", file), outputs, strict=True):
         assert label(photos, "--keypoints", keypoints, "--output", output) == 0
     assert outputs[0].read_text() == outputs[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("images", "annotated", "message"),
+    [
+        ([(1, "a.jpg"), (1, "b.jpg")], 1, "id 1 was given to two images, 'a.jpg' and 'b.jpg'"),
+        ([(1, "a.jpg"), ("1", "a.jpg")], 1, "file_name 'a.jpg' was given to two images, of id 1 and \"1\""),
+        ([(1, "a.jpg")], 2, "image_id 2 was given; its images have no such id"),
+        ([(1, "a.jpg")], [1], "image_id [1] was given; its images have no such id"),
+        ([(1, 5)], 1, "file_name 5 was given; a text is needed"),
+    ],
+)
+def test_images_of_coco_that_are_two_or_none_are_named(tmp_path, images, annotated, message):
+    file = tmp_path / "coco.json"
+    content = {
+        "images": [{"id": number, "file_name": name} for number, name in images],
+        "annotations": [{"image_id": annotated, "keypoints": [1.0] * 51}],
+    }
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(f"{file}: {message}")):
+        read_keypoint_list(file, "auto")
+
+
+def test_images_without_keypoints_and_keypoints_without_images_are_counted(photos, tmp_path, capsys):
+    nothing = np.zeros((18, 3)).ravel().tolist()
+    people = [{"image_id": name, "keypoints": nothing} for name in ("a/front.jpg", "gone.jpg", "b/gone.jpg")]
+    (tmp_path / "pose.json").write_text(json.dumps(people))
+    assert label(photos, "--keypoints", tmp_path / "pose.json", "--output", tmp_path / "labels.csv") == 0
+    said = capsys.readouterr().out
+    assert "of the unknown 5 have no keypoints, 1 neither both shoulders nor both hips, 0 a confidence below" in said
+    assert f"2 keypoints in {tmp_path}/pose.json that fit no image here, or several, left out: gone.jpg, b/go" in said
 
 
 def many(tmp_path: Path, rule: ViewpointRule, count: int) -> np.ndarray:

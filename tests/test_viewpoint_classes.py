@@ -248,8 +248,10 @@ def test_what_a_mirror_exchanges():
     assert mirrored_viewpoints(("front", "side", "back")) == (0, 1, 2)
     assert mirrored_viewpoints(("front", "left", "front_left", "front_right", "right")) == (0, 4, 3, 2, 1)
     assert mirrored_viewpoints(("left", "rear")) == (0, 1)
-    assert mirrored_viewpoints(ViewpointClasses.of_angles(5).names) == (0, 4, 3, 2, 1)
-    assert mirrored_viewpoints(ViewpointClasses.of_angles(8).names) == (0, 7, 6, 5, 4, 3, 2, 1)
+    assert mirrored_viewpoints(("Front", "Left", "RIGHT_rear", "Right", "LEFT_rear")) == (0, 3, 4, 1, 2)
+    for bins in range(2, 361):
+        found = mirrored_viewpoints(ViewpointClasses.of_angles(bins).names)
+        assert found == tuple((bins - number) % bins for number in range(bins))
 
 
 @pytest.mark.parametrize("mode", ["hard", "soft"])

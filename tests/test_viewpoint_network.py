@@ -149,6 +149,15 @@ def test_train_then_label(manifest, tmp_path, capsys):
             assert float(row["confidence"]) < 0.5
 
 
+def test_all_people_of_a_manifest_without_splits_are_learned_from_or_held_out(manifest, tmp_path, capsys):
+    lines = [line.rpartition(",")[0] for line in manifest.read_text().splitlines()]
+    manifest.write_text("\n".join(lines[:-2]))
+    model = tmp_path / "views.safetensors"
+    assert label(manifest, "--train", "--model", model, "--epochs", 1, "--device", "cpu", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["images"], said["measured"]["held_out"]["images"]) == (120, 12)
+
+
 def test_options_that_do_not_fit_are_named(manifest, tmp_path, capsys):
     def refused(*arguments) -> str:
         assert label(*arguments) == 2

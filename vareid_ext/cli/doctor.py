@@ -213,4 +213,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("data", nargs="?", metavar="DATA", help="a data set: folder, manifest")
     parser.add_argument("--kind", default="auto", metavar="KIND", help="its layout (default: found out)")
     parser.add_argument("--viewpoint-file", metavar="FILE", help="file of viewpoint labels (.pkl, .csv)")
+    parser.add_argument("--viewpoints", metavar="NAME,NAME", help="the viewpoints' names: front,rear,left,right")
+    parser.add_argument(
+        "--viewpoint-bins", type=int, metavar="N", help="number of viewpoints, where labels are degrees"
+    )
     return run_command(parser, _run, arguments)

@@ -11,11 +11,14 @@ def data_report(options: argparse.Namespace) -> Result:
     """The data set's table and findings; exit status 1 where one of them is a problem."""
     from vareid_ext.data import load_data
     from vareid_ext.data.inspection import inspect
+    from vareid_ext.data.viewpoint_classes import declared_classes
 
+    names = options.viewpoints.split(",") if options.viewpoints else ()
     data = load_data(
         options.kind,
         options.data,
         viewpoint_file=options.viewpoint_file,
+        viewpoints=declared_classes(names, bins=options.viewpoint_bins, prefix="--"),
         check_images=False,
         progress=not options.quiet,
     )

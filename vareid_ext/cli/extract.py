@@ -29,7 +29,18 @@ from vareid_ext.cli.common import (
     inference_options,
     run_command,
 )
-from vareid_ext.data import EXTRAS, FORMATS, READERS, UNKNOWN, ExtraFiles, ImageList, ReidData, join_extras, load_data
+from vareid_ext.data import (
+    EXTRAS,
+    FORMATS,
+    READERS,
+    UNKNOWN,
+    ExtraFiles,
+    ImageList,
+    ReidData,
+    ViewpointClasses,
+    join_extras,
+    load_data,
+)
 from vareid_ext.data.extra_files import check_given
 from vareid_ext.data.keypoints import ORDERS
 from vareid_ext.data.load import listed, unreadable_images
@@ -149,7 +160,10 @@ def gather_images(
     check_given(files, inputs, f"method {model.config.method.name!r}")
     lists, notes = [], []
     for source in sources:
-        images, said = read_images(source, options.data, options.split, progress=not options.quiet, name=name)
+        images, said = read_images(
+            source, options.data, options.split, progress=not options.quiet, name=name,
+            viewpoints=model.config.data.declared_viewpoints(),
+        )  # fmt: skip
         found, missing = join_extras({"": images}, files, {"": inputs}, folder_of(source))
         lists.append(found[""])
         notes += [*said, *missing]
@@ -189,10 +203,18 @@ def folder_of(source: str | None) -> str:
 
 
 def read_images(
-    source: str | None, kind: str | None, split: str | None, *, progress: bool, name: str = "IMAGES"
+    source: str | None,
+    kind: str | None,
+    split: str | None,
+    *,
+    progress: bool,
+    name: str = "IMAGES",
+    viewpoints: ViewpointClasses | None = None,
 ) -> tuple[ImageList, tuple[str, ...]]:
     """The images that a command line names, and what is to be said of them: a folder, an image, a list, a manifest or a
     data set, or a split of these; None for a data set that is rendered.
+
+    A manifest's viewpoints are those that `viewpoints` declares, as a run does that was trained with them.
 
     Raises:
         ValueError: it does not name any.
@@ -203,7 +225,8 @@ def read_images(
         kind = "manifest"
     if kind is not None:
         needed = () if split is None else (split,)
-        data = load_data(kind, source, check_images=False, needed=needed, progress=progress)
+        declared = viewpoints if os.path.isfile(source or "") else None
+        data = load_data(kind, source, viewpoints=declared, check_images=False, needed=needed, progress=progress)
         if split is None:
             images = _all_images(data, kind)
         else:

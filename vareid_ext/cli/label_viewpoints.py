@@ -49,8 +49,9 @@ OUTPUT.csv has the columns path,viewpoint,confidence. A viewpoint is the probabi
 `front:0.912 side:0.085 back:0.003`, with --hard the name of the likeliest; it is -1 where neither both shoulders nor
 both hips are seen, or the largest probability is below --min-confidence.
 
---train learns from a data set's or manifest's training images (or --split), whose people are known: from eight tenths
-of these. One more tenth makes the probabilities right, and on the last it is measured.
+--train learns from a data set's or manifest's training images (or --split), or from all of a manifest without splits,
+whose people are known: from eight tenths of the people. One more tenth makes the probabilities right, and on the last
+it is measured.
 """
 _EXAMPLES = """\
   vareid label-viewpoints photos/ --keypoints alphapose.json --output labels.csv --contact-sheet sheet.png
@@ -140,11 +141,12 @@ def _train(options: argparse.Namespace) -> Result:
         )
     data = load_data(
         options.data or "manifest", options.images, viewpoint_file=options.viewpoint_file, check_images=False,
-        needed=[options.split or "train"], progress=progress,
+        needed=[options.split] if options.split else (), progress=progress,
     )  # fmt: skip
     if data.classes.angles:
         raise ValueError("--train: the viewpoints are angles; names are needed")
-    images, names = data.splits[options.split or "train"], data.classes.names
+    undivided = not len(data.train) and not len(data.query)
+    images, names = data.splits[options.split or ("gallery" if undivided else "train")], data.classes.names
     known = (images.viewpoint >= 0) & np.array([name != _NOISE for name in images.viewpoint_name])
     if not known.any():
         raise ValueError(f"--train: none of the {len(images):,} images has a viewpoint; --viewpoint-file gives them")
@@ -185,18 +187,21 @@ def _label(options: argparse.Namespace) -> Result:
     classes = PERSON if network is None or network.names == PERSON.names else ViewpointClasses(network.names)
     images, said = read_images(options.images, options.data, options.split, progress=progress)
     names = dict(zip(images.paths, _names(images.paths, folder), strict=True))
-    images = images if network else _with_keypoints(images, options)
+    unfit: tuple[str, ...] = ()
+    if network is None:
+        images, unfit = _with_keypoints(images, options)
     (images,), bad, skipped = readable([images], options.skip_bad_images, progress=progress)
     truth, unused = _labels_of(images, classes, options.viewpoint_file, folder)
-    notes = [*said, *bad, *unused]
+    notes = [*said, *unfit, *bad, *unused]
     measured = {}
-    known = np.ones(len(images), dtype=bool)
+    known, posed = np.ones((2, len(images)), dtype=bool)
     rule = ViewpointRule()
     if network:
         probability = viewpoint_probabilities(network, small_pictures(images, progress=progress))
     else:
         s = _frontness(images, progress=progress)
         known = ~np.isnan(s)
+        posed = np.array([entry is not None for entry in images.extras["keypoints"].entries])
         if options.fit:
             given, unused = _labels_of(images, PERSON, options.fit, folder)
             notes += unused
@@ -214,12 +219,12 @@ def _label(options: argparse.Namespace) -> Result:
     _write(output, [names[path] for path in images.paths], told, hard=options.hard)
 
     counts = {name: int((told.label == number).sum()) for number, name in enumerate(told.names)}
-    unknown, nothing = int((told.label < 0).sum()), int((~known).sum())
+    unknown, nothing, bare = (int(mask.sum()) for mask in (told.label < 0, ~known & posed, ~posed))
     found = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     lines = [
         f"{output}: {len(images):,} images: {found}, {unknown:,} unknown (-1)",
-        f"of the unknown {nothing:,} have neither both shoulders nor both hips, {unknown - nothing:,} a confidence "
-        f"below {options.min_confidence:g}",
+        f"of the unknown {bare:,} have no keypoints, {nothing:,} neither both shoulders nor both hips, "
+        f"{unknown - nothing - bare:,} a confidence below {options.min_confidence:g}",
         *notes,
         *(f"\n{title}:\n{metrics}" for title, metrics in measured.values()),
     ]
@@ -249,16 +254,16 @@ def _names(paths: Sequence[str], folder: str) -> list[str]:
     return names
 
 
-def _with_keypoints(images: ImageList, options: argparse.Namespace) -> ImageList:
-    """The images with their keypoints, where there are any. ValueError where no image has."""
+def _with_keypoints(images: ImageList, options: argparse.Namespace) -> tuple[ImageList, tuple[str, ...]]:
+    """The images with their keypoints, where there are any, and notes. ValueError where no image has."""
     files = ExtraFiles(keypoints=options.keypoints, keypoints_order=options.keypoints_order, missing="neutral")
-    joined, _ = join_extras({"": images}, files, {"": ["keypoints"]}, folder_of(options.images))
+    joined, notes = join_extras({"": images}, files, {"": ["keypoints"]}, folder_of(options.images))
     if all(entry is None for entry in joined[""].extras["keypoints"].entries):
         raise ValueError(
             f"--keypoints: none of the {len(images):,} images, such as {images.paths[0]}, has any in "
             f"{options.keypoints}; it holds {FORMATS['keypoints']}"
         )
-    return joined[""]
+    return joined[""], notes
 
 
 def _frontness(images: ImageList, *, progress: bool) -> np.ndarray:

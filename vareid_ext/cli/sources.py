@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,11 +330,16 @@ def _data(options: argparse.Namespace, kind: str | None, config: Config, sets: d
 
     keywords = {"skip_bad_images": options.skip_bad_images, "progress": not options.quiet}
     if kind is not None:
-        if kind not in sets:
+        # A root that is a file is a manifest, whose labels mean what the run's did.
+        viewpoints = config.data.declared_viewpoints() if os.path.isfile(options.root or "") else None
+        key = f"{kind} {viewpoints}"
+        if key not in sets:
             # Most images of a second set are those of the first; what else there is, is told when it is read.
             check = options.skip_bad_images or not sets
-            sets[kind] = load_data(kind, options.root, check_images=check, needed=SIDES, **keywords)
-        return sets[kind]
+            sets[key] = load_data(
+                kind, options.root, viewpoints=viewpoints, check_images=check, needed=SIDES, **keywords
+            )
+        return sets[key]
     changes = {"root": options.root} if options.root else {}
     if options.skip_bad_images:
         changes["skip_bad_images"] = True

@@ -22,7 +22,7 @@ from vareid_ext.data.keypoints import (
     read_keypoint_list,
     read_market_points,
 )
-from vareid_ext.data.types import ImageList
+from vareid_ext.data.types import ImageList, left_out
 from vareid_ext.data.viewpoints import ViewpointLabels
 
 FORMATS = {
@@ -74,7 +74,8 @@ def join_extras(
     root: str | os.PathLike[str] = "",
     prefix: str = "",
 ) -> tuple[dict[str, ImageList], tuple[str, ...]]:
-    """The lists with the extras that are wanted for them, and notes on images that have none.
+    """The lists with the extras that are wanted for them, and notes on images that have none, and on keypoints of
+    no image.
 
     Args:
         lists: by name.
@@ -97,7 +98,8 @@ def join_extras(
         if not source.exists():
             raise FileNotFoundError(f"{name}: {source} does not exist; {FORMATS[name]} is needed")
         # Of all lists at once: a file name must fit one image only.
-        found = iter(_entries(name, source, files.keypoints_order, paths, root))
+        every, unused = _entries(name, source, files.keypoints_order, paths, root)
+        found = iter(every)
         missing, count, given = [], 0, []
         for key, images in lists.items():
             entries = [next(found) for _ in images.paths]
@@ -116,6 +118,7 @@ def join_extras(
             )
         if missing:
             notes.append(f"{len(missing):,} of {count:,} images have no {name} in {source} and get neutral ones")
+        notes += left_out(f"{name} in {source} that fit no image here, or several,", unused)
     return joined, tuple(notes)
 
 
@@ -143,11 +146,13 @@ class _Loader:
         return EXTRAS[self.name].neutral if entry is None else _LOADERS[self.name](entry, height, width)
 
 
-def _entries(name: str, source: Path, order: str, paths: Sequence[str], root: str | os.PathLike[str]) -> list[Any]:
-    """The entry of an extra of each image, None where there is none."""
+def _entries(
+    name: str, source: Path, order: str, paths: Sequence[str], root: str | os.PathLike[str]
+) -> tuple[list[Any], tuple[str, ...]]:
+    """The entry of an extra of each image, None where there is none; and of one file's keypoints what was not used."""
     if name == "keypoints":
         return _keypoints(source, order, paths, root)
-    return [_FINDERS[name](source, places) for places in _relative(paths, root)]
+    return [_FINDERS[name](source, places) for places in _relative(paths, root)], ()
 
 
 def _relative(paths: Sequence[str], root: str | os.PathLike[str]) -> list[tuple[str, ...]]:
@@ -199,21 +204,23 @@ _LOADERS: dict[str, Callable[[Any, int, int], np.ndarray]] = {
 }
 
 
-def _keypoints(source: Path, order: str, paths: Sequence[str], root: str | os.PathLike[str]) -> list[People | None]:
-    """The people on each image, None where there is nobody."""
+def _keypoints(
+    source: Path, order: str, paths: Sequence[str], root: str | os.PathLike[str]
+) -> tuple[list[People | None], tuple[str, ...]]:
+    """The people on each image, None where there is nobody; and what one file calls those that fit no image."""
     if source.is_file():
         people = read_keypoint_list(source, order)
         # As viewpoint labels are: by relative path, or by file name where it fits one image only.
-        found, _ = ViewpointLabels({name: name for name in people}, str(source)).find(paths, root or None)
-        return [people[name] if name else None for name in found]
+        found, unused = ViewpointLabels({name: name for name in people}, str(source)).find(paths, root or None)
+        return [people[name] if name else None for name in found], unused
     public = {folder: market_file(source, folder) for folder in {Path(path).parent for path in paths}}
     if all(public.values()):
         joints = {}
         for folder, file in public.items():
             joints.update(read_market_points(file, folder))  # type: ignore[arg-type]
         people_of = [joints.get(str(Path(path))) for path in paths]
-        return [None if people is None else People(people) for people in people_of]
+        return [None if people is None else People(people) for people in people_of], ()
     suffixes = (".json", "_keypoints.json", ".npy", ".npz")
     files = [_find(source, places, suffixes) for places in _relative(paths, root)]
     people_of = [None if file is None else read_keypoint_file(Path(file), order) for file in files]
-    return [People(people) if people is not None and len(people) else None for people in people_of]
+    return [People(people) if people is not None and len(people) else None for people in people_of], ()

@@ -144,23 +144,42 @@ def read_keypoint_list(path: Path, order: str) -> dict[str, People]:
         OSError, ValueError: the file cannot be read, or is not as described.
     """
     content = _read_json(path)
-    names: dict[Any, Any] = {}
-    sizes: dict[Any, tuple[Any, Any]] = {}
+    names: dict[str, str] | None = None
+    sizes: dict[str, tuple[Any, Any]] = {}
     if isinstance(content, dict):
-        names = {_get(image, "id", path): _get(image, "file_name", path) for image in _get(content, "images", path)}
+        names = _image_names(_get(content, "images", path), path)
         stated = [image for image in content["images"] if {"width", "height"} <= {*image}]
-        sizes = {str(image["file_name"]): (image["width"], image["height"]) for image in stated}
+        sizes = {image["file_name"]: (image["width"], image["height"]) for image in stated}
         content = _get(content, "annotations", path)
     if not isinstance(content, list):
         raise ValueError(f"{path}: {type(content).__name__} was given; a list of people is needed")
     people: dict[str, list[np.ndarray]] = {}
     for entry in content:
         image = _get(entry, "image_id", path)
-        image = names.get(image, image)
+        if names is not None:
+            if json.dumps(image) not in names:
+                raise ValueError(f"{path}: image_id {shown(image)} was given; its images have no such id")
+            image = names[json.dumps(image)]
         if not isinstance(image, str):
             raise ValueError(f"{path}: image_id {shown(image)} was given; a file name is needed, or COCO's images")
         people.setdefault(image, []).append(_joints(_get(entry, "keypoints", path), order, path, image))
     return {image: People(np.stack(found), sizes.get(image)) for image, found in people.items()}
+
+
+def _image_names(images: Any, path: Path) -> dict[str, str]:
+    """File names by id, as JSON writes it, of COCO's images. ValueError where one of the two is given twice."""
+    names: dict[str, str] = {}
+    ids: dict[str, str] = {}
+    for image in images:
+        number, file = json.dumps(_get(image, "id", path)), _get(image, "file_name", path)
+        if not isinstance(file, str):
+            raise ValueError(f"{path}: file_name {shown(file)} was given; a text is needed")
+        if number in names:
+            raise ValueError(f"{path}: id {number} was given to two images, {shown(names[number])} and {shown(file)}")
+        if file in ids:
+            raise ValueError(f"{path}: file_name {shown(file)} was given to two images, of id {ids[file]} and {number}")
+        names[number], ids[file] = file, number
+    return names
 
 
 def read_keypoint_file(path: Path, order: str) -> np.ndarray:

@@ -107,17 +107,20 @@ class ViewpointClasses:
 def mirrored_viewpoints(names: Sequence[str]) -> tuple[int, ...]:
     """The number of what each viewpoint becomes in a mirrored image.
 
-    Left and right in a name are exchanged, angles count the other way round; where no viewpoint has that name, and for
-    all others, it is the viewpoint itself.
+    Left and right in a name are exchanged, in any case (left, Left, LEFT); the classes of `ViewpointClasses.of_angles`
+    count the other way round; where no viewpoint has that name, and for all others, it is the viewpoint itself.
     """
+    V = len(names)
+    if V and tuple(names) == ViewpointClasses.of_angles(V).names:
+        return tuple((V - place) % V for place in range(V))
     places = {name: place for place, name in enumerate(names)}
     return tuple(places.get(_mirrored_name(name), place) for place, name in enumerate(names))
 
 
 def _mirrored_name(name: str) -> str:
-    if re.fullmatch(r"[0-9.]+°", name):
-        return f"{(360 - float(name[:-1])) % 360:g}°"
-    return re.sub("left|right", lambda side: {"left": "right", "right": "left"}[side[0]], name)
+    sides = {"left": "right", "Left": "Right", "LEFT": "RIGHT"}
+    sides |= {right: left for left, right in sides.items()}
+    return re.sub("|".join(sides), lambda side: sides[side[0]], name)
 
 
 PERSON = ViewpointClasses(
