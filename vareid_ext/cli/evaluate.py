@@ -40,7 +40,7 @@ from vareid_ext.metrics import (
 from vareid_ext.metrics.exclusion import check_labels, exclusion_note, exclusion_text, label_arguments
 from vareid_ext.metrics.queries import IDENTITY_COLUMNS, QUERY_COLUMNS, identity_table, query_table
 from vareid_ext.metrics.ranking import check_max_rank, results_table
-from vareid_ext.metrics.verification import verification_text
+from vareid_ext.metrics.verification_results import verification_text
 from vareid_ext.retrieval.rerank import fit_reranker
 
 _DESCRIPTION = f"""\

@@ -11,13 +11,12 @@ from vareid_ext.metrics.protocols import (
     evaluate_single_viewpoint,
 )
 from vareid_ext.metrics.ranking import METRIC_NAMES, QueryRanking, RankingMetrics, evaluate_ranking, rank_queries
-from vareid_ext.metrics.verification import (
+from vareid_ext.metrics.verification import evaluate_verification, verify_features
+from vareid_ext.metrics.verification_results import (
     OpenSetPoint,
     OperatingPoint,
     RecommendedThreshold,
     VerificationMetrics,
-    evaluate_verification,
-    verify_features,
 )
 
 __all__ = [

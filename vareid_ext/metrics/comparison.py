@@ -13,7 +13,7 @@ from vareid_ext import _arrays
 from vareid_ext._text import table
 from vareid_ext.files.features import Features
 from vareid_ext.metrics.ranking import QueryRanking
-from vareid_ext.metrics.verification import CONFIDENCE
+from vareid_ext.metrics.verification_results import CONFIDENCE
 from vareid_ext.ops._checks import check_count
 
 COMPARED = ("mAP", "rank1")
