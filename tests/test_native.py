@@ -27,6 +27,8 @@ print(vareid_ext.angular_center_regularizer(torch.ones(2, 3), torch.ones(2, 2, 3
 def run(code, tmp_path=None, **environment):
     """Run code in a fresh interpreter, with tmp_path (if any) before every other place for modules."""
     paths = [str(tmp_path)] if tmp_path else []
+    if tmp_path:  # also before where an editable install points
+        code = "import sys\nsys.meta_path.sort(key=lambda finder: 'PathFinder' not in str(finder))\n" + code
     paths += [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
     result = subprocess.run(
