@@ -156,10 +156,15 @@ def folder(trained_run, tmp_path_factory) -> Path:
         data.query.load(image).save(folder / "photos" / f"{name}.jpg")
         Image.new("L", (16, 32), 5).save(folder / "photos-schp" / f"{name}.png")
     (folder / "openpose").mkdir()
-    for name, x in zip("abc", (9, 1, 5), strict=True):
+    (folder / "market-openpose").mkdir()
+
+    def write_pose(path: Path, x: int) -> None:
         points = np.array([[5, 9, 1]] * 5 + [[x, 9, 1]] * 3 + [[5, 18, 1]] * 3 + [[x, 18, 1]] * 7)
-        pose = {"people": [{"pose_keypoints_2d": points.ravel().tolist()}]}
-        (folder / "openpose" / f"{name}.json").write_text(json.dumps(pose))
+        points[[10, 13]] = 15, 30, 1  # the feet, near the edge of the image
+        path.write_text(json.dumps({"people": [{"pose_keypoints_2d": points.ravel().tolist()}]}))
+
+    for name, x in zip("abc", (9, 1, 5), strict=True):
+        write_pose(folder / "openpose" / f"{name}.json", x)
     (folder / "labelled.csv").write_text("path,viewpoint\na.jpg,front\nb.jpg,back\nc.jpg,side\n")
     viewpoints = {}
     for split, images in zip(("bounding_box_train", "query", "bounding_box_test"), data.splits.values(), strict=True):
@@ -171,6 +176,7 @@ def folder(trained_run, tmp_path_factory) -> Path:
             images.load(i).save(folder / "Market-1501" / split / f"{stem}.jpg")
             for maps in ("parsing", "schp"):
                 Image.new("L", (16, 32), i % 5).save(folder / maps / split / f"{stem}.png")
+            write_pose(folder / "market-openpose" / f"{stem}.json", (9, 5, 1)[i % 3])
             viewpoints[f"{stem}.jpg"] = (i % 3, ("front", "side", "back")[i % 3])
     vehicles = folder / "VehicleID_V1.0"
     (vehicles / "train_test_split").mkdir(parents=True)
