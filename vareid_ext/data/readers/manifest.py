@@ -18,6 +18,7 @@ _REQUIRED = ("path", "identity")
 _OPTIONAL = ("split", "camera", "viewpoint")
 
 _NUMBER = re.compile(r"-?[0-9]+")
+_SPELLED = re.compile(r"(-?)0*([0-9]+?)(?:\.0*)?")  # of a whole number: the sign, and its digits as they are usual
 _UNDIVIDED = ""  # the split of every row, where the table has none
 _LONGEST_PATH = 4096  # that Linux opens
 
@@ -58,6 +59,20 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
             raise ValueError(f"manifest {path}, line 1: {error}") from None
 
 
+def _check_spelling(
+    first: dict[tuple[str, str], tuple[str, int]], column: str, text: str, where: str, line: int
+) -> None:
+    """ValueError where `text` is a number that an earlier row, kept in `first`, spells another way."""
+    number = _SPELLED.fullmatch(text)
+    if number is not None:
+        other, before = first.setdefault((column, number[1] + number[2]), (text, line))
+        if other != text:
+            raise ValueError(
+                f"{where}: {column} {shown(text)} was given, but {shown(other)} in line {before}; a number is written "
+                "the same way in all lines"
+            )
+
+
 def _read_rows(
     path: Path, declared: ViewpointClasses | None
 ) -> tuple[list[tuple[str, dict[str, str], ImageEntry]], ViewpointClasses, list[str], list[str]]:
@@ -70,6 +85,7 @@ def _read_rows(
     lines: dict[str, int] = {}
     views: list[tuple[str, str]] = []
     cameras: dict[tuple[str, bool], tuple[str, str]] = {}
+    spelled: dict[tuple[str, str], tuple[str, int]] = {}
     for line, row in read_table(path, "manifest", _REQUIRED, _OPTIONAL, COLUMN):
         where = f"manifest {path}, line {line}"
         further = [column for column in row if column.startswith(COLUMN)]
@@ -97,7 +113,14 @@ def _read_rows(
         elif is_minus_one(row["identity"]):
             junk.append(image)
         else:
+            if not known(row["identity"]):
+                raise ValueError(
+                    f"{where}: identity {shown(row['identity'])} was given, which names nobody; every image needs one, "
+                    "or -1 where it is junk"
+                )
             texts = {name: known(row.get(name, "")) for name in ("camera", *further)}
+            for name, text in (("identity", row["identity"]), *texts.items()):
+                _check_spelling(spelled, name, text, where, line)
             entry = ImageEntry(str(path.parent / image), row["identity"], viewpoint=view)
             rows.append((split, texts, entry))
             if texts["camera"]:
@@ -134,7 +157,8 @@ def read_manifest(
     Cells are separated by commas, semicolons or tabs; the file is UTF-8, or UTF-16 with a byte order mark.
 
     - path: relative to the table's folder, or absolute; every image once. Backslashes separate folders.
-    - identity: any text. The same text is the same person in all splits. Images of identity -1 are junk and left out.
+    - identity: any text but those for unknown. The same text is the same person in all splits. Images of identity -1
+      are junk and left out.
     - split: train, query or gallery; each that is `needed` has at least one image. Without this column the images are
       divided as `division` says (see `divide`), or where no split is needed, are all in the gallery.
     - camera: any text.
@@ -144,8 +168,8 @@ def read_manifest(
 
     Cameras, viewpoints and further labels are unknown where they are empty, -1, nan, none, null, na, n/a, unknown or ?.
     Identities, cameras and further labels that are all integers, at least 0 and of at most 18 digits, keep their
-    numbers, others are numbered in sorted order. Files of operating systems (`._a.jpg`, `Thumbs.db`) are left out.
-    `notes` counts what is left out.
+    numbers, others are numbered in sorted order; a number is written in one way (not 1 and 01). Files of operating
+    systems (`._a.jpg`, `Thumbs.db`) are left out. `notes` counts what is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
