@@ -216,3 +216,71 @@ def test_folders_that_need_not_be_divided_are_all_gallery(tmp_path):
         (tmp_path / name / "1.jpg").write_bytes(b"")
     data = load_data("auto", tmp_path, needed=(), check_images=False, progress=False)
     assert [data.gallery.names["identity"][n] for n in data.gallery.identity] == ["anna", "bert"]
+
+
+def people(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(b"")
+    return root
+
+
+def unchecked(root, **options):
+    return load(root, check_images=False, **options)
+
+
+def test_split_names_match_without_case(tmp_path):
+    people(tmp_path, "Train/a/1.jpg", "Train/b/1.jpg", "QUERY/c/1.jpg", "gallery/c/2.jpg")
+    data = unchecked(tmp_path)
+    assert data.identity_names == ("a", "b")
+    assert names(data.gallery, tmp_path) == ["gallery/c/2.jpg"]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [("train", "val", "test"), ("train", "query", "Test"), ("bounding_box_train", "bounding_box_test", "gt_bbox")],
+)
+def test_some_parts_of_a_data_set_are_not_people(tmp_path, folders):
+    for folder in folders:
+        people(tmp_path / folder, "1.jpg", "2.jpg")
+    with pytest.raises(ValueError, match=rf"the folders {', '.join(sorted(folders))} are some parts of a data set"):
+        unchecked(tmp_path)
+    assert len(unchecked(tmp_path, needed=()).gallery) == 6  # where nobody asks who they are
+
+
+def test_a_known_data_set_with_other_names_is_not_taken_for_it(tmp_path):
+    people(tmp_path, "train/0001_c1s1_0.jpg", "query/0002_c1s1_0.jpg", "test/0000_c0s1_0.jpg")
+    with pytest.raises(ValueError, match=r"(?s)folders query, test, train are.*LTCC: the name of .*0001_c1s1_0\.jpg"):
+        unchecked(tmp_path)
+
+
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_folders_of_folders_are_not_people(tmp_path, split):
+    people(tmp_path, *(f"{split}{day}/{person}/1.jpg" for day, person in (("mon", "anna"), ("tue", "bert"))))
+    people(tmp_path, *("query/c/1.jpg", "gallery/c/2.jpg") if split else ())
+    with pytest.raises(ValueError, match=r"its folders hold no images, but folders of them, such as mon/anna"):
+        unchecked(tmp_path)
+
+
+def test_distractors_among_named_images_are_gallery_alone(tmp_path):
+    people(tmp_path, *(f"{i:04d}_c{camera}s1_0.jpg" for i in range(5) for camera in (1, 2)), "-1_c1s1_0.jpg")
+    data = unchecked(tmp_path, division=DivisionSettings(test=0))
+    where = {s: [p for p in names(images, tmp_path) if p.startswith("0000")] for s, images in data.splits.items()}
+    assert where == {"train": [], "query": [], "gallery": ["0000_c1s1_0.jpg", "0000_c2s1_0.jpg"]}
+    assert data.notes[-1] == "2 images of identity 0000 are distractors: gallery alone"
+
+
+def test_cameras_of_some_images_are_said_to_be_dropped(tmp_path):
+    people(tmp_path, *(f"{person}/1_c{camera}.jpg" for person in "abc" for camera in (1, 2)), "a/3.jpg")
+    data = unchecked(tmp_path)
+    assert (data.train.camera == -1).all()
+    assert "no cameras: 1 of 7 images have no _c<camera> in their names, such as a/3.jpg" in data.notes
+
+
+def test_a_loop_of_links_is_read_once(tmp_path):
+    people(tmp_path, *(f"set/{person}/{number}.jpg" for person in "abc" for number in range(2)), "more/1.jpg")
+    for name, target in (("a/up", ".."), ("b/a", "../a"), ("c/more", "../../more"), ("c/again", "../../more")):
+        (tmp_path / "set" / name).symlink_to(target)
+    data = unchecked(tmp_path / "set")
+    assert sum(map(len, data.splits.values())) == 7
+    assert any("3 entries that are not read as images left out: a/up (a link to" in note for note in data.notes)

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from vareid_ext.data import DivisionSettings, load_data
+from vareid_ext.data.readers.layout import ImageEntry, build_data
 from vareid_ext.data.readers.veri776 import ORIENTATIONS
 
 POINTS = " ".join(["-1"] * 40)
@@ -183,3 +184,24 @@ def test_lists_that_are_no_text_are_named(wild, veri):
     (veri / "keypoint_train.txt").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=r"VeRi-776: .*keypoint_train\.txt is not text in UTF-8"):
         load("veri776", veri)
+
+
+def test_an_image_in_a_list_twice(tmp_path):
+    (tmp_path / "train_test_split").mkdir()
+    write(
+        tmp_path,
+        *(f"image/000000{n}.jpg" for n in range(1, 5)),
+        train_test_split__train_list="0000001 1\n0000002 2\n",
+        train_test_split__test_list_800="0000003 3\n0000004 3\n0000003 4\n",
+    )
+    with pytest.raises(ValueError, match=r"vehicleid-800: the image .*0000003\.jpg is given twice, in \w+ \(identity "):
+        load("vehicleid-800", tmp_path)
+
+
+def test_a_query_may_be_in_the_gallery_under_its_camera_and_no_other(tmp_path):
+    query = [ImageEntry("q.jpg", "3", 1)]
+    entries = {"train": [ImageEntry("a.jpg", "1", 1)], "query": query, "gallery": [*query, ImageEntry("g.jpg", "3", 2)]}
+    assert len(build_data("made", entries).gallery) == 2
+    for again in (query[0]._replace(camera=2), query[0]._replace(identity="4"), ImageEntry("a.jpg", "3", 1)):
+        with pytest.raises(ValueError, match=rf"made: the image {again.path} is given twice, in .* and in gallery"):
+            build_data("made", {**entries, "gallery": [again]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -58,6 +58,10 @@ class Layout:
     tree: str
     pattern: re.Pattern[str] = NAMED
     nested: bool = False
+
+
+class MisnamedError(ValueError):
+    """An image's name is not as the layout of its data set says."""
 
 
 SPLIT_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
@@ -114,6 +118,20 @@ def find_root(root: str | os.PathLike[str], layout: Layout) -> Path:
     raise unexpected(layout, f"there is no {root}; {parent} holds:\n{listing(parent)}")
 
 
+def _check_once(name: str, entries: Mapping[str, Sequence[ImageEntry]]) -> None:
+    """ValueError where an image is given twice, but for a query that is in the gallery under its known camera."""
+    first: dict[str, tuple[str, ImageEntry]] = {}
+    for split in SPLITS:
+        for entry in entries[split]:
+            before, other = first.setdefault(entry.path, (split, entry))
+            unfound = (before, split) == ("query", "gallery") and entry[1:3] == other[1:3] and entry.camera != UNKNOWN
+            if other is not entry and not unfound:
+                raise ValueError(
+                    f"{name}: the image {entry.path} is given twice, in {before} (identity {other.identity}) and in "
+                    f"{split} (identity {entry.identity}); allowed is once"
+                )
+
+
 def build_data(
     name: str,
     entries: Mapping[str, Sequence[ImageEntry]],
@@ -127,13 +145,15 @@ def build_data(
 
     Training identities are numbered in the order of `number`, which also gives the identities of query and gallery;
     `classes` are what the entries' viewpoints mean, `names` those of identities and cameras, as for `Labels`.
-    Raises ValueError when one of the splits that are `needed`, or all, are empty.
+    Raises ValueError when one of the splits that are `needed`, or all, are empty, and for an image that is given twice;
+    a query may also be in the gallery under its camera, where no query finds itself.
     """
     for split in needed:
         if not entries[split]:
             raise ValueError(f"{name}: the {split} split has no images")
     if not any(entries[split] for split in SPLITS):
         raise ValueError(f"{name}: has no images")
+    _check_once(name, entries)
     trained = sorted({entry.identity for entry in entries["train"]}, key=lambda identity: (number(identity), identity))
     index = {identity: position for position, identity in enumerate(trained)}
     columns = dict.fromkeys(column for split in SPLITS for entry in entries[split] for column in entry.columns)
@@ -171,21 +191,43 @@ def _form(pattern: re.Pattern[str]) -> str:
     return re.sub(r"\(\?![^)]*\)", "", named)
 
 
-def _files(folder: Path, layout: Layout) -> list[str]:
+def walk(folder: Path, others: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """(place, names of files) of `folder` and all folders in it, links too, but each folder once.
+
+    Links to folders that are read anyway, or that hold `folder`, are added to `others`.
+    """
+    root = Path(os.path.realpath(folder))
+    seen = {root}
+    for place, folders, files in os.walk(folder, followlinks=True):
+        new = []
+        for name in sorted(folders):
+            path = os.path.join(place, name)
+            real = Path(os.path.realpath(path))
+            within = os.path.islink(path) and (real.is_relative_to(root) or root.is_relative_to(real))
+            if within or real in seen:
+                others.append(f"{os.path.relpath(path, folder)} (a link to {real}, which is read once)")
+            else:
+                new.append(name)
+                seen.add(real)
+        folders[:] = new
+        yield place, files
+
+
+def _files(folder: Path, layout: Layout, others: list[str]) -> list[str]:
     """What `layout` looks at in `folder`, as paths from there."""
     if not layout.nested:
         return sorted(os.listdir(folder))
-    places = os.walk(folder, followlinks=True)
-    return sorted(os.path.relpath(os.path.join(place, file), folder) for place, _, files in places for file in files)
+    places = walk(folder, others)
+    return sorted(os.path.relpath(os.path.join(place, file), folder) for place, files in places for file in files)
 
 
 def scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> list[ImageEntry]:
     """The images in `folder`; the names of junk images are added to `junk`, those of other entries to `others`.
 
-    Raises FileNotFoundError where there are none, ValueError for a name that is not as `layout.pattern` says.
+    Raises FileNotFoundError where there are none, MisnamedError for a name that is not as `layout.pattern` says.
     """
     entries: list[ImageEntry] = []
-    for file in _files(folder, layout):
+    for file in _files(folder, layout, others):
         if is_litter(file):
             continue
         if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
@@ -193,7 +235,7 @@ def scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> li
             continue
         match = layout.pattern.match(os.path.basename(file))
         if match is None:
-            raise ValueError(
+            raise MisnamedError(
                 f"{layout.title}: the name of {folder / file} must begin with {_form(layout.pattern)}, numbers of at "
                 f"most 18 digits, as in\n{layout.tree}"
             )
