@@ -212,6 +212,13 @@ def test_absolute_paths_blank_lines_and_a_byte_order_mark(tmp_path):
     assert set(data.train.camera.tolist()) == {-1}
 
 
+@pytest.mark.parametrize("begin", ["\n \n", "sep=;\r\n", '"sep=;"\n', "\ufeff\n"])
+def test_what_stands_before_the_names_of_the_columns(tmp_path, begin):
+    data = read_manifest(write(tmp_path, begin + "Path;IDENTITY;split\na,1;1;train\nb;2;query\nc;2;gallery\n"))
+    assert data.train.paths == (str(tmp_path / "a,1"),)
+    assert data.gallery.identity.tolist() == [2]
+
+
 HEAD = "path,identity,split\na,1,train\n"
 
 
@@ -245,8 +252,18 @@ HEAD = "path,identity,split\na,1,train\n"
             "path,identity,split,viewpoint\na,1,train,noise\nb,1,query,above\n",
             "line 3: viewpoint 'above' was given beside names out of front, side",
         ),
-        (HEAD + '"b,1,query\n', "not a readable CSV"),
-        (b"path,identity,split\n\xff\xfe\x00,1,train\n", "not a readable CSV"),
+        (HEAD + '"b,1,query\nc,1,gallery\n', "line 3: not a readable CSV file: .*; is a quote open"),
+        (
+            b"path,identity,split\n\xff\xfe\x00,1,train\n",
+            "line 2: it is not text in UTF-8; allowed is UTF-8, and UTF-16",
+        ),
+        (HEAD.encode() + "Bücher,1,query\n".encode("latin-1"), "line 3: it is not text in UTF-8; allowed"),
+        (HEAD.encode("utf-16-le"), "line 1: it is not text in UTF-8; allowed is UTF-8, and UTF-16 with a byte order"),
+        ("\nsep=;\npath;identity;colour\n", "line 3: unknown column 'colour'"),
+        (
+            "path,identity,viewpoint\na,1,Front\nb,1,front\n",
+            "line 3: viewpoint 'front' was given, but 'Front' in manifest .*list.csv, line 2",
+        ),
         (HEAD, "the query split has no images"),
         (HEAD + "b,1,query\n", "the gallery split has no images"),
         ("path,identity,split\nb,1,query\nc,1,gallery\n", "the train split has no images"),

@@ -179,10 +179,10 @@ def test_vehicleid(tmp_path):
 
 def test_lists_that_are_no_text_are_named(wild, veri):
     (wild / "train_test_split" / "test_3000.txt").write_bytes(b"00007/000005.jpg\n\xff\n")
-    with pytest.raises(ValueError, match=r"VERI-Wild .*test_3000\.txt is not text in UTF-8"):
+    with pytest.raises(ValueError, match=r"VERI-Wild .*test_3000\.txt, line \d+: it is not text in UTF-8"):
         load("veri-wild-3000", wild)
     (veri / "keypoint_train.txt").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"VeRi-776: .*keypoint_train\.txt is not text in UTF-8"):
+    with pytest.raises(ValueError, match=r"VeRi-776: .*keypoint_train\.txt, line \d+: it is not text in UTF-8"):
         load("veri776", veri)
 
 

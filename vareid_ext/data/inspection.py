@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vareid_ext._labels import UNKNOWN
-from vareid_ext.data.types import ReidData
+from vareid_ext.data.types import SPLITS, ReidData
 
 NEAR = 4
 """Pictures whose 64-bit difference hashes differ in at most so many bits are near-duplicates."""
@@ -111,17 +111,23 @@ def _of_pictures(data: ReidData, pictures: Sequence[_Picture]) -> Iterator[Findi
     same: dict[bytes, list[_Picture]] = {}
     for picture in good:
         same.setdefault(picture.digest, []).append(picture)
-    sorts: dict[str, list[list[_Picture]]] = {"train_and_test": [], "identity_clash": [], "doubled": []}
+    sorts: dict[str, list[list[_Picture]]] = {
+        name: [] for name in ("train_and_test", "identity_clash", "query_and_gallery", "doubled")
+    }
     views = []
     for group in same.values():
         if len(group) > 1:
             both, people = ({p.split == "train" for p in group}, {p.person for p in group})
             sort = "train_and_test" if len(both) > 1 else "identity_clash" if len(people) > 1 else "doubled"
+            if sort == "doubled" and _finds_itself(data, group):
+                sort = "query_and_gallery"
             sorts[sort].append(group)
             if len({data.splits[p.split].viewpoint[p.place] for p in group} - {UNKNOWN}) > 1:
                 views.append(group)
     yield from _found("train_and_test", _pairs(sorts["train_and_test"]), "pictures are in training and in test", True)
     yield from _found("identity_clash", _pairs(sorts["identity_clash"]), "pictures are of different people", True)
+    text = "pictures are in query and gallery, and not by one known camera, so that a query finds itself"
+    yield from _found("query_and_gallery", _pairs(sorts["query_and_gallery"]), text, True)
     yield from _found("viewpoint_clash", _pairs(views), "pictures are given different viewpoints", True)
     yield from _found("doubled", _pairs(sorts["doubled"]), "pictures of one person occur more than once")
     near = [
@@ -132,12 +138,19 @@ def _of_pictures(data: ReidData, pictures: Sequence[_Picture]) -> Iterator[Findi
     yield from _found("near_duplicates", near, "pairs of pictures of different people look the same")
     if good:
         sizes = np.array([picture.size for picture in good]).T
+        count = len({picture.size for picture in good})
         least, most, half = (of(sizes, axis=1).astype(int) for of in (np.min, np.max, np.median))
         text = (
             f"sizes: {least[0]} to {most[0]} pixels wide, median {half[0]}; {least[1]} to {most[1]} high, "
             f"median {half[1]}"
         )
-        yield Finding("size", len({picture.size for picture in good}), text, False)
+        yield Finding("size", count, text if count > 1 else f"size: {least[0]} pixels wide, {least[1]} high", False)
+
+
+def _finds_itself(data: ReidData, group: Sequence[_Picture]) -> bool:
+    """Whether one of these equal pictures asks, and another is in the gallery and not left out by its camera."""
+    cameras = {split: [int(data.splits[split].camera[p.place]) for p in group if p.split == split] for split in SPLITS}
+    return any(asks != found or asks == UNKNOWN for asks in cameras["query"] for found in cameras["gallery"])
 
 
 def _of_labels(data: ReidData) -> Iterator[Finding]:
@@ -162,6 +175,12 @@ def _of_labels(data: ReidData) -> Iterator[Finding]:
         if missing:
             text = f"of {K * V:,} pairs of a training identity and a viewpoint do not occur"
             yield Finding("missing_views", missing, text, False)
+    own = data.with_own_identities()
+    if own.names.get("identity") == data.query.names.get("identity"):  # else the numbers mean other people
+        tested = {*data.query.identity.tolist(), *data.gallery.identity.tolist()}
+        number = dict(zip(train.identity.tolist(), own.identity.tolist(), strict=True))
+        both = [name for i, name in enumerate(names) if number[i] in tested]
+        yield from _found("trained_and_tested", both, "identities are in training and in test", True)
     lost = _without_match(data)
     text = f"of {len(data.query):,} queries have no match in the gallery (by another camera)"
     yield from _found("no_match", lost, text, len(lost) == len(data.query))

@@ -219,16 +219,23 @@ def found_classes(labels: Iterable[tuple[str, str]]) -> ViewpointClasses:
         labels: (where it stands, label) of images whose viewpoint is known.
 
     Raises:
-        ValueError: names that are the paper's beside names that are not, which is a slip of the pen or needs to be
-            declared; more than 36 names.
+        ValueError: names that differ in small and capital letters alone; names that are the paper's beside names that
+            are not, which is a slip of the pen or needs to be declared; more than 36 names.
     """
     first: dict[str, str] = {}
+    spelled: dict[str, str] = {}
     for where, label in labels:
         for part in label.split():
             name = part.rpartition(":")[0] or part
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{where}: viewpoint {shown(label)} was given; {_NAMES_ARE}")
             first.setdefault(name, where)
+            other = spelled.setdefault(name.casefold(), name)
+            if other != name:
+                raise ValueError(
+                    f"{where}: viewpoint {name!r} was given, but {other!r} in {first[other]}; a viewpoint is written "
+                    "one way, in small or in capital letters"
+                )
     known = (*PERSON.names, *PERSON.between)
     other = [name for name in first if name not in known]
     if not other:
