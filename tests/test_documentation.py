@@ -186,8 +186,8 @@ def folder(trained_run, tmp_path_factory) -> Path:
         for path in (folder / name, vehicles / "image" / f"{number:07d}.jpg"):
             path.parent.mkdir(parents=True, exist_ok=True)
             data.train.load(number).save(path)
-    for name in ("train_list", "test_list_800"):
-        lines = "".join(f"{number:07d} {number // 4}\n" for number in range(24))
+    for name, numbers in (("train_list", range(8)), ("test_list_800", range(8, 24))):
+        lines = "".join(f"{number:07d} {number // 4}\n" for number in numbers)
         (vehicles / "train_test_split" / f"{name}.txt").write_text(lines)
     (folder / "market_image_map_direction.pkl").write_bytes(pickle.dumps(viewpoints))
     return folder

@@ -230,10 +230,10 @@ def found_classes(labels: Iterable[tuple[str, str]]) -> ViewpointClasses:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{where}: viewpoint {shown(label)} was given; {_NAMES_ARE}")
             first.setdefault(name, where)
-            other = spelled.setdefault(name.casefold(), name)
-            if other != name:
+            before = spelled.setdefault(name.casefold(), name)
+            if before != name:
                 raise ValueError(
-                    f"{where}: viewpoint {name!r} was given, but {other!r} in {first[other]}; a viewpoint is written "
+                    f"{where}: viewpoint {name!r} was given, but {before!r} in {first[before]}; a viewpoint is written "
                     "one way, in small or in capital letters"
                 )
     known = (*PERSON.names, *PERSON.between)
