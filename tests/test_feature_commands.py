@@ -370,6 +370,59 @@ def test_evaluate_says_from_where_to_where_and_what_each_query_has_reached(sides
                 np.testing.assert_allclose(float(row["mAP"]), np.mean(values), rtol=1e-12)
 
 
+@pytest.fixture
+def named(sides, tmp_path):
+    """The same files; and with people that are called as their numbers are written, numbered in the reverse order."""
+    files = []
+    for path, side in zip(sides[:2], sides[2:], strict=True):
+        texts = {name: side[name].astype(str) for name in ("identity", "camera")}
+        own = {name: np.unique(-side[name], return_inverse=True)[1].reshape(-1) for name in texts}
+        files.append(str(tmp_path / f"named-{Path(path).name}"))
+        np.savez(files[-1], **{**side, **own}, **{f"{name}_name": values for name, values in texts.items()})
+    return sides[:2], files
+
+
+@pytest.mark.parametrize("which", [(1, 1), (0, 1), (1, 0)])
+def test_names_are_printed_and_junk_is_one_of_them(named, which, tmp_path, capsys):
+    found = []
+    for number, sides in enumerate(((0, 0), which)):
+        files = [named[side][i] for i, side in enumerate(sides)]
+        tables = [tmp_path / f"{what}{number}.csv" for what in ("queries", "people")]
+        arguments = ["--features", *files, "--by", "camera", "--junk-identity", "3", "--quiet", "--json"]
+        assert evaluate([*arguments, "--per-query", str(tables[0]), "--per-identity", str(tables[1])]) == 0
+        result = json.loads(capsys.readouterr().out)["original"]
+        cells = result.pop("by_camera")
+        names = cells["query_names"], cells["gallery_names"]
+        by_name = {
+            (a, b): (cells["mAP"][i][j], cells["queries"][i][j])
+            for i, a in enumerate(names[0])
+            for j, b in enumerate(names[1])
+        }
+        found.append((result, by_name, *(sorted(table.read_text().splitlines()) for table in tables)))
+    assert found[0] == found[1]
+
+
+def test_labels_that_are_given_have_their_files_names_too(named, tmp_path, capsys):
+    (query, _), (_, gallery) = named
+    plain = results_of(tmp_path, "--features", query, gallery)
+    given = [f"--{side}-{label}" for side in ("query", "gallery") for label in ("identity", "camera")]
+    sources = [f"{file}:{label}" for file in (query, gallery) for label in ("identity", "camera")]
+    explicit = [text for pair in zip(given, sources, strict=True) for text in pair]
+    assert results_of(tmp_path, "--features", query, gallery, *explicit) == plain
+    capsys.readouterr()
+    results_of(tmp_path, "--features", gallery, gallery, "--query-identity", "viewpoint")
+    assert "identity_name: left aside" in capsys.readouterr().out
+
+
+def test_rerank_knows_junk_by_its_name(named, tmp_path):
+    results = []
+    for number, (query, gallery) in enumerate(named):
+        output = str(tmp_path / f"{number}.npy")
+        assert rerank([query, gallery, "--output", output, "--junk-identity", "3", "--quiet"]) == 0
+        results.append(np.load(output))
+    np.testing.assert_array_equal(*results)
+
+
 def test_evaluate_as_a_command(sides):
     query_file, gallery_file, *_ = sides
     done = run("evaluate", "--features", query_file, gallery_file, "--rerank")

@@ -376,6 +376,26 @@ def test_files_of_features_with_pictures(sides, tmp_path, capsys):
     assert "activation maps: features in files have no network" in found["gaps"]
 
 
+def test_people_and_cameras_are_called_by_their_names(tmp_path, capsys):
+    files = []
+    for number, N in enumerate((6, 12)):
+        arrays = images(number, N)
+        named = {f"{label}_name": np.array([f"{label}-{v}" for v in arrays[label]]) for label in ("identity", "camera")}
+        files.append(tmp_path / f"{number}.npz")
+        np.savez(
+            files[-1],
+            **arrays
+            | {label: np.unique(named[f"{label}_name"], return_inverse=True)[1] for label in ("identity", "camera")},
+            **named,
+        )
+    make(capsys, tmp_path / "r.html", "--features", *files)
+    text = (tmp_path / "r.html").read_text()
+    for label in ("identity", "camera"):
+        assert f"{label} {label}-" in text
+        assert not re.search(rf"{label} \d", text)
+    assert "<option>camera-" in text
+
+
 def test_images_that_moved_become_placeholders_and_are_counted(sides, tmp_path, capsys):
     query = dict(np.load(sides[0]))
     query["path"] = np.array([path.replace("query3.jpg", "moved.jpg") for path in query["path"]])

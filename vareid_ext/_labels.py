@@ -134,8 +134,19 @@ class Labels:
         return names[self.viewpoint]
 
     def called(self, label: str) -> np.ndarray:
-        """What the identity or camera of each image, which has names, is called: text [N]; "" where it is unknown."""
-        return np.array([*self.names[label], ""])[getattr(self, label)]
+        """What the identity or camera of each image is called, text [N], "" where unknown; else its numbers."""
+        values = getattr(self, label)
+        return np.array([*self.names[label], ""])[values] if label in self.names else values
+
+    def number_of(self, label: str, name: int | None) -> int | None:
+        """The number of the identity or camera that is called as the number `name` is written.
+
+        -1 and None stay what they are. Where none is called so, a number that no image has.
+        """
+        if label not in self.names or name in (None, UNKNOWN):
+            return name
+        texts = self.names[label]
+        return texts.index(str(name)) if str(name) in texts else len(texts)
 
     def named(self: Self, label: str) -> Self:
         """The same with names of a label; numbers are called as they are written."""

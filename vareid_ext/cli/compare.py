@@ -87,7 +87,7 @@ def _measure(options: argparse.Namespace, source: Source) -> tuple[Features, Que
     how: dict[str, Any] = {"rerank": source.rerank} if options.rerank else {"metric": options.metric}
     ranking = rank_features(
         sides.query.feature, sides.gallery.feature, **label_arguments(sides.query, sides.gallery, source.exclude),
-        **how, junk_identity=options.junk_identity, block_rows=options.block_rows, progress=not options.quiet,
+        **how, junk_identity=sides.junk, block_rows=options.block_rows, progress=not options.quiet,
     )  # fmt: skip
     return sides.query, ranking, sides.notes, sides.gallery
 

@@ -15,6 +15,7 @@ from vareid_ext.cli.common import Parser, Result, command_parser, run_command
 from vareid_ext.cli.rerank import junk_note
 from vareid_ext.cli.sources import (
     ABOUT_FILES,
+    Sides,
     Source,
     add_source_arguments,
     check_sources,
@@ -155,11 +156,12 @@ def _by_path(images: dict[str, Any], paths: Sequence[str]) -> dict[str, Any]:
     return {**{name: values[order] for name, values in images.items() if name != "columns"}, "columns": columns}
 
 
-def _evaluate(options: argparse.Namespace, query: Features, gallery: Features, same: bool, source: Source) -> Results:
+def _evaluate(options: argparse.Namespace, sides: Sides, source: Source) -> Results:
+    query, gallery, same, _, junk = sides
     variants: dict[str, dict[str, Any]] = {"original": {"metric": options.metric}}
     if options.rerank:
         variants["reranked"] = {"rerank": source.rerank}
-    common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": options.junk_identity}
+    common: dict[str, Any] = {"max_rank": options.max_rank, "junk_identity": junk}
     results = Results({}, {}, {}, {}, {}, [])
     if (query.camera == -1).all() and source.exclude is None:
         results.notes.append("no cameras: same-camera images stay in")
@@ -168,27 +170,25 @@ def _evaluate(options: argparse.Namespace, query: Features, gallery: Features, s
         streamed = {"block_rows": options.block_rows, "progress": not options.quiet}
         for name, variant in variants.items():
             if "rerank" in variant and (options.verification or options.by):  # fitted once for all
-                kept = torch.from_numpy(~is_junk(gallery.identity, options.junk_identity))
+                kept = torch.from_numpy(~is_junk(gallery.identity, junk))
                 variant = {"rerank": fit_reranker(source.rerank, query.feature, gallery.feature[kept])}
             if options.verification:  # first, as it needs more of the labels
                 results.verification[name] = verify_features(
                     query.feature, gallery.feature, **labels, **variant, recommend_fpr=options.recommend_threshold,
-                    junk_identity=options.junk_identity, **streamed,
+                    junk_identity=junk, **streamed,
                 )  # fmt: skip
-            ranking = rank_features(
-                query.feature, gallery.feature, **labels, **variant, junk_identity=options.junk_identity, **streamed
-            )
+            ranking = rank_features(query.feature, gallery.feature, **labels, **variant, junk_identity=junk, **streamed)
             results.ranking[name] = ranking.metrics(options.max_rank)
             results.queries[name] = query, ranking
             results.groups[name] = {
                 label: evaluate_by_group(
-                    query.feature, gallery.feature, **labels, **variant, junk_identity=options.junk_identity,
+                    query.feature, gallery.feature, **labels, **variant, junk_identity=junk,
                     query_group=getattr(query, label), gallery_group=getattr(gallery, label),
-                    names=query.viewpoints if label == "viewpoint" else (),
+                    names=query.viewpoints if label == "viewpoint" else query.names.get(label, ()),
                 )
                 for label in options.by
             }  # fmt: skip
-        results.notes.extend(_notes(labels, options.junk_identity, same))
+        results.notes.extend(_notes(labels, junk, same))
         return _with_rule(results, source.exclude)
     images = _together(query, gallery, same)
     if options.protocol == "drawn-gallery":
@@ -207,7 +207,7 @@ def _evaluate(options: argparse.Namespace, query: Features, gallery: Features, s
             by_viewpoint = evaluate_single_viewpoint(**images, exclude=source.exclude, **variant, **common, **draws)
         called = {view: viewpoint_name(view, query.viewpoints) for view in by_viewpoint}
         results.ranking.update({f"{name} {called[view]}": result for view, result in by_viewpoint.items()})
-    left_out = is_junk(images["identity"], options.junk_identity)
+    left_out = is_junk(images["identity"], junk)
     why = "junk"
     if options.protocol != "drawn-gallery":
         left_out, why = left_out | (images["viewpoint"] < 0), "junk or of unknown viewpoint"
@@ -293,7 +293,7 @@ def _evaluate_sources(options: argparse.Namespace) -> Results:
     results = Results({}, {}, {}, {}, {}, [])
     for source in sources:
         sides = source.read()
-        found = _evaluate(options, sides.query, sides.gallery, sides.same, source)
+        found = _evaluate(options, sides, source)
         results.add(f"{source.name} " if len(sources) > 1 else "", found)
         results.notes.extend([*sides.notes, *found.notes])
     return results

@@ -171,7 +171,7 @@ def _item(options: argparse.Namespace, name: str, source: Source) -> _Item:
     sides = source.read()
     measured = measure(
         sides.query, sides.gallery, exclude=source.exclude, metric=options.metric,
-        rerank=source.rerank if options.rerank else False, junk_identity=options.junk_identity,
+        rerank=source.rerank if options.rerank else False, junk_identity=sides.junk,
         recommend_fpr=options.recommend_threshold, block_rows=options.block_rows, progress=not options.quiet,
     )  # fmt: skip
     part = Part(name)
@@ -299,7 +299,7 @@ def _test_map(options: argparse.Namespace, item: _Item) -> plots.Plot:
 def _joined(query: Features, gallery: Features) -> Labels:
     names = ("identity", "camera", "viewpoint")
     identity, camera, viewpoint = (np.concatenate([getattr(query, name), getattr(gallery, name)]) for name in names)
-    return Labels(identity, camera, viewpoint, viewpoints=query.viewpoints)
+    return Labels(identity, camera, viewpoint, viewpoints=query.viewpoints, names=query.names)
 
 
 def _what(some: Labels, of: int, what: str) -> str:

@@ -174,7 +174,7 @@ def _read_gallery(options: argparse.Namespace) -> tuple[Tensor, np.ndarray, str]
     kept = np.ones(len(found.feature), dtype=bool)
     if "identity" in found.sources:
         if options.junk_identity is not None:
-            kept = found.identity != options.junk_identity
+            kept = found.identity != found.number_of("identity", options.junk_identity)
         note = junk_note(int((~kept).sum()), len(kept))
     if len(kept) and not kept.any():
         raise FeatureFileError(f"{options.gallery}: every image has the junk identity {options.junk_identity}")

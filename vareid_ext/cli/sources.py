@@ -47,6 +47,8 @@ class Sides(NamedTuple):
     """whether they are the same images: a file named twice, a link to it, a copy"""
     notes: list[str]
     """where they are from"""
+    junk: int | None
+    """the number of the junk identity among theirs"""
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def _read_files(
         side = "gallery" if "camera" in query.sources else "query"
         raise FeatureFileError(f"--{side}-camera: is needed, as the other side has cameras (or give --no-cameras)")
     notes = [f"{side}: {found.used()}" for side, found in zip(SIDES, (query, gallery), strict=True)]
-    return Sides(query, gallery, same, [*notes, *mixed])
+    return Sides(query, gallery, same, [*notes, *mixed], gallery.number_of("identity", options.junk_identity))
 
 
 def _completed(images: Features, same: Features) -> Features:
@@ -319,7 +321,8 @@ def _extract(
     check_exclusion(exclude, sides[0], sides[1], "--exclude")
     query, gallery = map(features, sides)
     images = f"{len(query)} query and {len(gallery)} gallery images of {data.name}"
-    return Sides(query, gallery, False, [f"{model.checkpoint}: step {model.step}; {images}"])
+    junk = gallery.number_of("identity", options.junk_identity)
+    return Sides(query, gallery, False, [f"{model.checkpoint}: step {model.step}; {images}"], junk)
 
 
 def _data(options: argparse.Namespace, kind: str | None, config: Config, sets: dict[str, ReidData]) -> ReidData:

@@ -207,7 +207,7 @@ class Features(Labels):
         paths: of the images, where they are known; else empty.
         file: where the features were read, None if they were not.
         sources: where each of feature and labels was read, as ``file:key``, or ``file`` if that holds one array without
-            a key. Labels that are not there are -1.
+            a key; of names that were left aside, why. Labels that are not there are -1.
     """
 
     feature: torch.Tensor
@@ -270,7 +270,8 @@ def read_features(
 ) -> Features:
     """The features of one side of a retrieval, with what labels there are. Nothing else in the file is read.
 
-    Identities and cameras that have names beside them (``identity_name``, ``camera_name``) are numbered by these.
+    Identities and cameras under a usual name of their file that have names there (``identity_name``, ``camera_name``)
+    are numbered by these.
 
     Args:
         path: .npy, .npz, .pt or .mat file.
@@ -312,19 +313,21 @@ def read_features(
         source = _label_source(path, entries, what, side, given[what], max_unpacked)
         if source is None:
             continue
-        file, label_key, entry = source
+        file, label_key, content = source
         with _naming(file, label_key):
-            found = entry.read()
+            found = content[label_key].read()
         of = values if what in LABELS else values["columns"]
         of[what] = _labels(found, f"{file}: {side} {what}", len(feature))
         sources[what] = _address(file, label_key)
-        name_key = _usual(entries, f"{what}_name", side) if what in NAMED and given[what] is None else None
-        if name_key is not None:
-            with _naming(path, name_key):
-                texts = _texts(entries[name_key].read(), len(feature))
-            _check_names(values[what], texts, f"{path}: {side} {name_key}")
+        name_key = _usual(content, f"{what}_name", side) if what in NAMED else None
+        if name_key is not None and label_key != _usual(content, what, side):
+            sources[f"{what}_name"] = f"left aside, as {name_key} may not be that of {label_key}"
+        elif name_key is not None:
+            with _naming(file, name_key):
+                texts = _texts(content[name_key].read(), len(feature))
+            _check_names(values[what], texts, f"{file}: {side} {name_key}")
             values[what], values["names"][what] = numbered(texts)
-            sources[f"{what}_name"] = _address(path, name_key)
+            sources[f"{what}_name"] = _address(file, name_key)
     if "viewpoint" in sources:
         name_key = _usual(entries, "viewpoint_class", side)
         named = None
@@ -369,13 +372,13 @@ def _texts(value: Any, length: int) -> tuple[str, ...]:
 
 def _label_source(
     path: Path, entries: Mapping[str, Entry], what: str, side: str, given: str | None, max_unpacked: int
-) -> tuple[Path, str, Entry] | None:
-    """The file, the key and the entry of a label; None if none is given and none has a usual name."""
+) -> tuple[Path, str, Mapping[str, Entry]] | None:
+    """The file of a label, the key and what the file holds; None if none is given and none has a usual name."""
     if given is None:
         key = _usual(entries, what, side)
-        return None if key is None else (path, key, entries[key])
+        return None if key is None else (path, key, entries)
     if given in entries:
-        return path, given, entries[given]
+        return path, given, entries
     name, key = (given, None) if Path(given).exists() else given.rpartition(":")[::2]
     if not name:
         raise FeatureFileError(f"{given}: is neither a file nor a key of {path}, which holds {_describe(entries)}")
@@ -386,4 +389,4 @@ def _label_source(
             raise FeatureFileError(f"{name}: has no {what} under the usual names; it holds {_describe(content)}")
     if key not in content:
         raise FeatureFileError(f"{name}: has no key {key!r}; it holds {_describe(content)}")
-    return Path(name), key, content[key]
+    return Path(name), key, content

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vareid_ext import _arrays
+from vareid_ext._labels import same_numbers
 from vareid_ext._text import table
 from vareid_ext.files.features import Features
 from vareid_ext.metrics.ranking import QueryRanking
@@ -131,8 +132,9 @@ def _differences(sides: Mapping[str, Features], one: str) -> Iterator[str]:
         if len(other) != len(first):
             yield f"{name} has {len(first)} images, {other_name} has {len(other)}"
             continue
+        one_named, other_named = same_numbers(first, other)
         columns: dict[str, tuple[Any, Any]] = {
-            label: (getattr(first, label), getattr(other, label)) for label in ("identity", "camera")
+            label: (one_named.called(label), other_named.called(label)) for label in ("identity", "camera")
         }
         if first.paths and other.paths:
             names = ([PurePath(path).name for path in images.paths] for images in (first, other))

@@ -27,10 +27,11 @@ def query_table(rankings: Mapping[str, tuple[Features, QueryRanking]]) -> str:
     def lines() -> Iterator[Sequence[object]]:
         for name, (query, ranking) in rankings.items():
             ap, inp, first, matches = _columns(ranking)
+            identity, camera = query.called("identity"), query.called("camera")
             for q in range(len(query)):
                 path = query.paths[q] if query.paths else ""
                 values = (ap[q], inp[q], first[q]) if matches[q] else ("", "", "")
-                yield name, q, path, query.identity[q], query.camera[q], query.viewpoint[q], matches[q], *values
+                yield name, q, path, identity[q], camera[q], query.viewpoint[q], matches[q], *values
 
     return _csv(QUERY_COLUMNS, lines())
 
@@ -47,7 +48,7 @@ def identity_table(rankings: Mapping[str, tuple[Features, QueryRanking]]) -> str
                 means = ("", "", "")
                 if counted.any():
                     means = ap[counted].mean(), inp[counted].mean(), (first[counted] == 1).mean()
-                yield name, identity, all_of_it.sum(), counted.sum(), *means
+                yield name, query.called("identity")[all_of_it][0], all_of_it.sum(), counted.sum(), *means
 
     return _csv(IDENTITY_COLUMNS, lines())
 

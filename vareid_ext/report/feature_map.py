@@ -31,6 +31,7 @@ class FeatureMap:
         kind: [n], "image", "identity centre" or "viewpoint centre".
         note: how it was made and what it leaves out.
         viewpoints: what the viewpoints are called.
+        names: what the identities are called, where they have names.
     """
 
     points: np.ndarray
@@ -39,6 +40,7 @@ class FeatureMap:
     kind: np.ndarray
     note: str
     viewpoints: tuple[str, ...]
+    names: tuple[str, ...] = ()
 
 
 def check_method(name: str) -> None:
@@ -111,6 +113,7 @@ def feature_map(
         np.array(kinds),
         f"{what}. {how}.",
         labels.viewpoints,
+        labels.names.get("identity", ()),
     )
 
 

@@ -118,7 +118,7 @@ def measure(
     for label in ("viewpoint", "camera"):
         of: Any = {"query_group": getattr(query, label), "gallery_group": getattr(gallery, label)}
         if all((group >= 0).any() for group in of.values()):
-            names = query.viewpoints if label == "viewpoint" else ()
+            names = query.viewpoints if label == "viewpoint" else query.names.get(label, ())
             groups[label] = evaluate_by_group(query.feature, gallery.feature, **how, **of, names=names)
         else:
             gaps.append(f"metrics by {label}: the {label} of no image is known on one side")

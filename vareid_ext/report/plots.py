@@ -216,7 +216,7 @@ def map_plot(found: FeatureMap, name: str, title: str) -> Plot:
                 axes.scatter(x, y, s=size, c=colour, marker=marker, edgecolors=edge, linewidths=1.2, alpha=0.9)
         x, y = found.points[(found.identity == identity) & (found.kind == "identity centre")].T
         axes.scatter(x, y, s=190, c=colour, marker="*", edgecolors=_INK, linewidths=1.2)
-        axes.scatter([], [], s=30, c=colour, marker="o", label=f"identity {identity}")
+        axes.scatter([], [], s=30, c=colour, marker="o", label=f"identity {viewpoint_name(int(identity), found.names)}")
     for view, marker in shapes.items():
         label = viewpoint_name(int(view), found.viewpoints) if view >= 0 else "view unknown"
         axes.scatter([], [], s=30, facecolors="none", edgecolors=_INK, marker=marker, label=label)

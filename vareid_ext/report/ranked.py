@@ -61,7 +61,7 @@ def ranked_lists(items: Sequence[Compared], *, queries: int, top: int, activatio
     for i, q in enumerate(chosen.tolist()):
         query = first.query
         view = viewpoint_name(int(query.viewpoint[q]), query.viewpoints)
-        camera = str(query.camera[q]) if query.camera[q] >= 0 else "unknown"
+        camera = str(query.called("camera")[q]) if query.camera[q] >= 0 else "unknown"
         outcome = ""
         shown: list[tuple[str, str, list[Tile]]] = []
         query_tiles: list[Tile] = []
@@ -76,7 +76,7 @@ def ranked_lists(items: Sequence[Compared], *, queries: int, top: int, activatio
             ]
             details = f"camera {camera}, {view}"
             query_tiles.append(
-                Tile("query", "query", details, f"Query {q}: identity {query.identity[q]}, {details}",
+                Tile("query", "query", details, f"Query {q}: identity {query.called('identity')[q]}, {details}",
                      item.query_pictures.uri(q), maps[0])
             )  # fmt: skip
             ap = float(item.measured.ranking.average_precision[q])
@@ -87,7 +87,7 @@ def ranked_lists(items: Sequence[Compared], *, queries: int, top: int, activatio
             if found[i].more_junk:
                 line += f"; {found[i].more_junk} more junk images not shown"
             shown.append((item.name, line, tiles))
-        title = f"Query {q}: identity {query.identity[q]}, camera {camera}, {view}"
+        title = f"Query {q}: identity {query.called('identity')[q]}, camera {camera}, {view}"
         rows.append(Ranked(q, title, view, camera, outcome, query_tiles, shown))
     for item in items:
         for side, pictures in (("query", item.query_pictures), ("gallery", item.gallery_pictures)):
@@ -111,11 +111,11 @@ def ranked_lists(items: Sequence[Compared], *, queries: int, top: int, activatio
 
 def _tile(item: Compared, found: Found, activation: str) -> Tile:
     gallery, index = item.measured.gallery, found.index
-    camera = str(gallery.camera[index]) if gallery.camera[index] >= 0 else "unknown"
+    camera = str(gallery.called("camera")[index]) if gallery.camera[index] >= 0 else "unknown"
     known = gallery.viewpoint[index] >= 0
     view = viewpoint_name(int(gallery.viewpoint[index]), gallery.viewpoints) if known else "view unknown"
     rank = f"rank {found.rank}" if found.rank else "not ranked"
-    labels = f"identity {gallery.identity[index]}, camera {camera}, {view}"
+    labels = f"identity {gallery.called('identity')[index]}, camera {camera}, {view}"
     alt = f"{found.kind}, {rank}, distance {found.distance:.3f}, {labels}"
     label = f"{_MARKS[found.kind]} {found.kind}" + (f" {found.rank}" if found.rank else "")
     return Tile(found.kind, label, f"{found.distance:.3f}", alt, item.gallery_pictures.uri(index), activation)
