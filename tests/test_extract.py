@@ -388,6 +388,22 @@ def test_a_manifests_viewpoints_are_those_the_run_was_trained_with(photos, tmp_p
     assert "was given; allowed are front, rear" in capsys.readouterr().err
 
 
+def test_people_of_numbers_are_kept_where_they_are_the_same_in_all_splits(photos, tmp_path):
+    """A manifest is one however it is named; elsewhere it is said that they are left out."""
+    shown = ((1, 7, "query"), (2, 8, "gallery"), (4, 7, "gallery"))
+    rows = [f"{photos}/{i:02}.png,{who},{split}" for i, who, split in shown]
+    (tmp_path / "people.csv").write_text("\n".join(["path,identity,split", *rows]))
+    for kind in (None, "manifest", "auto"):
+        images, _ = extract.read_images(str(tmp_path / "people.csv"), kind, None, progress=False)
+        assert images.identity.tolist() == [7, 8, 7]
+    for split, identity in (("train", 3), ("query", 7), ("gallery", 7)):
+        (tmp_path / "set" / split / str(identity)).mkdir(parents=True)
+        shutil.copy(photos / "01.png", tmp_path / "set" / split / str(identity) / f"{split}.png")
+    images, said = extract.read_images(str(tmp_path / "set"), "auto", None, progress=False)
+    assert set(images.identity.tolist()) == {-1}
+    assert any("identities: left out" in note for note in said)
+
+
 def test_features_of_two_manifests_are_of_the_same_people_by_name(trained_run, photos, tmp_path, capsys):
     """Their numbers are not: bert is 2 in the one and 1 in the other."""
     for name, rows in (("query", ((1, "anna"), (2, "bert"))), ("gallery", ((4, "bert"), (5, "cleo")))):
@@ -408,3 +424,9 @@ def test_features_of_two_manifests_are_of_the_same_people_by_name(trained_run, p
     assert "identity: one side has names, the other numbers; a number is the name" in capsys.readouterr().out
     with table.open(newline="") as file:
         assert [int(row["matches"]) for row in csv.DictReader(file)] == [1, 0]
+    np.savez(tmp_path / "g.npz", feature=np.eye(2), identity=[2, 8])
+    assert run(["evaluate", "--features", *files]) == 2
+    said = capsys.readouterr().err
+    assert all(file in said for file in files)
+    assert "none of the 2 queries has a match" in said
+    assert "identity: one side has names" in said

@@ -418,3 +418,15 @@ def test_people_and_cameras_may_have_names(tmp_path):
         rewrite(tmp_path / "g", names=damage)
         with pytest.raises(ValueError, match="is damaged"):
             GalleryIndex(tmp_path / "g")
+
+
+def test_what_another_writer_has_added_is_not_added_again(tmp_path):
+    x = features(12)
+    index = GalleryIndex.build(tmp_path / "g", x[:4], paths=list("abcd"), identity=[0, 1, 2, 3])
+    assert GalleryIndex(tmp_path / "g").add(x[4:8], paths=list("efgh"), identity=[4, 5, 6, 7]) == 4
+    late = {"paths": list("gheijk"), "identity": [6, 7, 4, 8, 9, 10], "skip_known": True}
+    assert index.add(x[[6, 7, 4, 8, 9, 10]], **late) == 3
+    assert index.add(x[[6, 7, 4, 8, 9, 10]], **late) == 0
+    assert [index.path(row) for row in range(len(index))] == list("abcdefghijk")
+    assert index.labels.identity.tolist() == list(range(11))
+    np.testing.assert_array_equal(index.feature, x[:11])

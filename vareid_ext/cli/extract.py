@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -48,6 +49,7 @@ from vareid_ext.data.readers import needs_root
 from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, is_litter, left_out, unreadable_of
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import LABELS, open_arrays
+from vareid_ext.files.lock import locked
 from vareid_ext.trained import TrainedModel, load_trained, unlabelled
 
 _DESCRIPTION = """\
@@ -221,17 +223,18 @@ def read_images(
         OSError: it is not there.
     """
     check_source(source, kind, name)
-    if kind is None and Path(source or "").suffix.lower() == ".csv":
+    if (kind is None and Path(source or "").suffix.lower() == ".csv") or (
+        kind == "auto" and os.path.isfile(source or "")
+    ):
         kind = "manifest"
     if kind is not None:
         needed = () if split is None else (split,)
         declared = viewpoints if os.path.isfile(source or "") else None
         data = load_data(kind, source, viewpoints=declared, check_images=False, needed=needed, progress=progress)
         if split is None:
-            images = _all_images(data, kind)
-        else:
-            images = data.with_own_identities() if split == "train" else data.splits[split]
-        return images, data.notes
+            images, said = _all_images(data, kind)
+            return images, (*data.notes, *said)
+        return data.with_own_identities() if split == "train" else data.splits[split], data.notes
     assert source is not None
     path = Path(source)
     if split is not None:
@@ -257,8 +260,10 @@ def read_images(
     return unlabelled(paths), ()
 
 
-def _all_images(data: ReidData, kind: str) -> ImageList:
-    """The images of all splits; without identities where equal ones in training and test may not be the same people."""
+def _all_images(data: ReidData, kind: str) -> tuple[ImageList, tuple[str, ...]]:
+    """The images of all splits; without identities where equal ones in training and test may not be the same people,
+    which is said.
+    """
     lists = [data.with_own_identities(), data.query, data.gallery]
     further = dict.fromkeys(name for images in lists for name in images.columns)
     columns: dict[str, Any] = {
@@ -274,9 +279,11 @@ def _all_images(data: ReidData, kind: str) -> ImageList:
         "names": data.query.names,
     }
     identity = np.concatenate([images.identity for images in lists])
-    if kind != "manifest" and "identity" not in data.query.names:
+    said: tuple[str, ...] = ()
+    if kind != "manifest" and "identity" not in data.query.names and sum(map(bool, map(len, lists))) > 1:
         identity = np.full(len(identity), UNKNOWN)
-    return ImageList(identity=identity, loader=data.query.loader, **columns)
+        said = ("identities: left out, as those of other splits may be other people; --split keeps those of one",)
+    return ImageList(identity=identity, loader=data.query.loader, **columns), said
 
 
 def readable(
@@ -319,19 +326,22 @@ class Parts:
 
     Raises:
         ValueError: the folder holds the parts of another request.
+        BlockingIOError: another process writes them.
     """
 
     def __init__(self, folder: Path, request: str) -> None:
         self.folder, self.done = folder, 0
         told = folder / "request"
         folder.mkdir(exist_ok=True)
+        self._lock = contextlib.ExitStack()  # until they are removed, or the process ends
+        self._lock.enter_context(locked(folder))
         if not told.exists():
             with atomic_file(told) as file:
                 file.write(request.encode())
         if told.read_text() != request:
             raise ValueError(
-                f"{folder}: holds what another command has begun (other images, model or options); remove it, or "
-                "choose another --output"
+                f"{folder}: holds what another command has begun (other images, model or options); give that command "
+                "again, which finishes it, or remove the folder"
             )
         self.done = sum(len(part) for part in self._parts())
 
@@ -372,6 +382,7 @@ class Parts:
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder)
+        self._lock.close()
 
 
 def _extract(model: TrainedModel, images: ImageList, parts: Parts, how: dict[str, Any], *, progress: bool) -> None:

@@ -193,9 +193,9 @@ def _run(options: argparse.Namespace) -> Result:
         said = (*said, *_unlike(index, images))
     parts = Parts(Path(f"{output}.parts"), fingerprint(model, images, options))
     notes = (*said, *parts.notes(), *notes)
-    index = _write(options, index, images, parts.complete(model, images, options), paths, new, about)
+    index, added = _write(options, index, images, parts.complete(model, images, options), paths, new, about)
     parts.remove()
-    return _result(options, index, len(images), len(new), notes, skipped)
+    return _result(options, index, added, len(new), (*notes, *_meanwhile(len(images) - added)), skipped)
 
 
 def _index_file(options: argparse.Namespace, index: GalleryIndex | None) -> Result:
@@ -209,11 +209,18 @@ def _index_file(options: argparse.Namespace, index: GalleryIndex | None) -> Resu
     new = _new(index, paths) if paths else np.ones(len(found), dtype=bool)
     if not paths and index is not None:
         notes.append("so whether some of them were there already is not known")
+    added = 0
     if new.any():
         if index is not None:
             notes += _unlike(index, found.select(new))
-        index = _write(options, index, found.select(new), found.select(new).feature, paths, new, None)
-    return _result(options, index, int(new.sum()), len(new), notes, ())
+        index, added = _write(options, index, found.select(new), found.select(new).feature, paths, new, None)
+        notes += _meanwhile(int(new.sum()) - added)
+    return _result(options, index, added, len(new), notes, ())
+
+
+def _meanwhile(images: int) -> tuple[str, ...]:
+    """What is said of images that another process has added since the index was opened."""
+    return (f"added by another process meanwhile, and so not again: {images} images",) if images else ()
 
 
 def _absolute(paths: Sequence[str]) -> list[str]:
@@ -239,16 +246,16 @@ def _write(
     paths: Sequence[str],
     new: np.ndarray,
     about: Any,
-) -> GalleryIndex:
-    """The index with these images, of whose `paths` those are theirs that are `new`."""
+) -> tuple[GalleryIndex, int]:
+    """The index with these images, of whose `paths` those are theirs that are `new`; and how many were added."""
     rows: dict[str, Any] = {name: getattr(labels, name) for name in (*LABELS, "viewpoints")}
     rows |= {name: labels.called(name) for name in labels.names}
     rows["paths"] = [path for path, is_new in zip(paths, new.tolist(), strict=False) if is_new]
     rows["progress"] = not options.quiet
     if index is None:
-        return GalleryIndex.build(options.output, feature, k1=options.k1, k2=options.k2, about=about, **rows)
-    index.add(feature, **rows)
-    return index
+        index = GalleryIndex.build(options.output, feature, k1=options.k1, k2=options.k2, about=about, **rows)
+        return index, len(index)
+    return index, index.add(feature, skip_known=bool(rows["paths"]), **rows)
 
 
 def _result(

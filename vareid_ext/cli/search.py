@@ -170,6 +170,9 @@ def _excluded(options: argparse.Namespace, index: GalleryIndex, queries: _Querie
         )
     if not options.exclude_own_camera:
         return torch.from_numpy(mask), notes
+    if ("camera" in index.labels.names) != ("camera" in queries.labels.names):
+        named = "the index's images" if "camera" in index.labels.names else "the queries"
+        notes.append(f"camera: {named} have names, the others numbers; a number is the name that is written like it")
     gallery, asked = same_numbers(gallery, queries.labels)
     own = asked.camera != UNKNOWN
     if not own.any():

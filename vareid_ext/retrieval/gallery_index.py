@@ -166,8 +166,9 @@ class GalleryIndex:
         viewpoint: Any = None,
         viewpoints: Sequence[str] = VIEWPOINTS,
         paths: Sequence[str] = (),
+        skip_known: bool = False,
         progress: bool = False,
-    ) -> None:
+    ) -> int:
         """Add images; the index is then the one that :meth:`build` would have made of all.
 
         The distances of the new images to all are computed, those between the old ones are not. What other processes
@@ -181,7 +182,11 @@ class GalleryIndex:
             viewpoint: [A].
             viewpoints: as in :meth:`build`; those of other names than the index's come behind them.
             paths: [A] if the index has paths, else none.
+            skip_known: leave out images whose path the index has by now.
             progress: show a progress bar on standard error.
+
+        Returns:
+            how many images were added.
 
         Raises:
             As :meth:`build`; the folder then holds what it did.
@@ -196,10 +201,17 @@ class GalleryIndex:
         with locked(self.folder):
             stored = read_gallery(self.folder)
             self._use(stored)
-            encoded = np.concatenate([self._paths, _encoded(paths)])
+            added = _encoded(paths)
+            if skip_known:
+                fresh = np.isin(added, self._paths, invert=True)
+                new, labels, added = new[torch.from_numpy(fresh)], labels.select(fresh), added[fresh]
+                if not len(new):
+                    return 0
+            encoded = np.concatenate([self._paths, added])
             both = joined(self.labels, labels)
             _write(self.folder, stored, self._gallery, new, both, encoded, self.about, progress)
             self._use(read_gallery(self.folder))
+        return len(new)
 
     def search(
         self,
