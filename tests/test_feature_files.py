@@ -839,8 +839,11 @@ def test_names_are_what_identities_and_cameras_are_numbered_by(tmp_path):
     again = read_features(tmp_path / "b.npz", "query")
     assert again.names == found.names
     assert again.identity.tolist() == found.identity.tolist()
-    # Numbers that are named on the command line are taken as they are.
-    assert read_features(tmp_path / "a.npz", "query", identity="identity").identity.tolist() == [7, 3, -1, 7]
+    # Naming the usual key changes nothing; another's numbers are taken as they are, which is said.
+    assert read_features(tmp_path / "a.npz", "query", identity="identity").names == found.names
+    other = read_features(tmp_path / "a.npz", "query", identity="camera")
+    assert other.identity.tolist() == [1, 1, 1, 2]
+    assert "identity_name: left aside" in other.used()
     for names in (
         ["anna", "bert", "", "cleo"],
         ["anna"] * 2 + ["", "anna"],
