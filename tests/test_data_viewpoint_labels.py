@@ -350,6 +350,11 @@ def test_labels_that_were_not_used_are_counted_and_named():
     assert all(part in note for part in ("views.csv", "a/1.jpg", "1.jpg", "3.jpg"))
 
 
+def test_a_label_that_lost_to_another_of_the_same_image_is_not_used():
+    found, unused = views({"anna/0.jpg": "front", "anna/0.png": "back"}, ["anna/0.jpg"])
+    assert (found, unused) == (("front",), ("anna/0.png",))
+
+
 def test_labels_from_a_thousand_people_with_equal_file_names_stay_apart():
     names = [*PERSON.names, *PERSON.between]
     paths = [f"{person:04d}/{number}.jpg" for person in range(1000) for number in range(10)]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 
 import numpy as np
 import pytest
+import torch
 
 from _vareid_cli import run
 from tests.test_feature_files import images
 from tests.test_train import SMALL
 from vareid_ext import evaluate_cross_viewpoint, evaluate_features, load
+from vareid_ext._labels import Labels
 from vareid_ext.data import SyntheticSettings, synthetic_data, write_manifest
+from vareid_ext.files.features import Features
 from vareid_ext.metrics import evaluate_by_group, verify_features
 
 RULE = "identity&camera | identity&clothes"
@@ -100,6 +104,26 @@ def test_a_column_may_have_another_key_or_a_file_of_its_own(sides, tmp_path, cap
     assert (
         f"--query-column: clothes=SOURCE is needed, as --exclude names it and {tmp_path / 'q2.npz'} holds none" in error
     )
+
+
+def test_columns_of_two_files_are_compared_by_their_names(tmp_path, capsys):
+    """The numbers are those of each file: red is 1 in the one and 2 in the other."""
+    generator = np.random.default_rng(3)
+    sides = []
+    for name, colours, count in (("q", ("blue", "red"), 12), ("g", ("blue", "green", "red"), 40)):
+        number, identity = generator.integers(0, len(colours), count), generator.integers(0, 3, count)
+        feature = generator.standard_normal((count, 4)).astype(np.float32)
+        texts = np.array(colours)[number]
+        images = Labels(identity, [-1] * count, [-1] * count, columns={"clothes": number}, names={"clothes": colours})
+        Features.of(torch.from_numpy(feature), images).save(tmp_path / f"{name}.npz")
+        sides.append((feature, identity, texts))
+    arguments = ["--features", tmp_path / "q.npz", tmp_path / "g.npz", "--exclude", "identity&clothes"]
+    table = tmp_path / "queries.csv"
+    call(capsys, "evaluate", *arguments, "--per-query", table)
+    (_, who, worn), (_, identity, texts) = sides
+    expected = [int(((identity == i) & (texts != t)).sum()) for i, t in zip(who, worn, strict=True)]
+    with table.open(newline="") as file:
+        assert [int(row["matches"]) for row in csv.DictReader(file)] == expected
 
 
 def test_the_same_images_in_two_files_share_a_column_and_find_themselves_where_the_rule_lets_them(

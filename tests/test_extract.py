@@ -375,12 +375,13 @@ def test_a_manifest_without_training_images_will_do(trained_run, photos, tmp_pat
 
 
 def test_a_manifests_viewpoints_are_those_the_run_was_trained_with(photos, tmp_path, capsys):
-    rows = [f"{photos}/{i:02}.png,p{i},{angle}" for i, angle in ((1, 80), (2, 271.5), (4, ""), (5, 359))]
+    angles = (80, 271.5, "", 359, 180, 0)
+    rows = [f"{photos}/{i:02}.png,p{i % 3},{angle}" for i, angle in zip((1, 2, 3, 4, 5, 6), angles, strict=True)]
     (tmp_path / "angles.csv").write_text("\n".join(["path,identity,viewpoint", *rows]))
     bins = ViewpointClasses.of_angles(4)
     images, _ = extract.read_images(str(tmp_path / "angles.csv"), None, None, progress=False, viewpoints=bins)
     assert images.viewpoints == bins.names
-    assert images.viewpoint.tolist() == [1, 3, -1, 0]
+    assert images.viewpoint.tolist() == [1, 3, -1, 0, 2, 0]
     arguments = ["doctor", str(tmp_path / "angles.csv"), "--quiet", "--json"]
     run([*arguments, "--viewpoint-bins", "4"])
     assert json.loads(capsys.readouterr().out)["viewpoints"] == list(bins.names)

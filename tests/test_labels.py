@@ -50,6 +50,21 @@ def test_texts_are_numbered_in_their_order():
     assert numbered([])[0].dtype == np.int64
 
 
+def test_columns_have_names_too():
+    clothes = [0, 1, -1]
+    one = Labels([0] * 3, [-1] * 3, [-1] * 3, columns={"clothes": clothes}, names={"clothes": ("blue", "red")})
+    other = Labels([0], [-1], [-1], columns={"clothes": [7]})
+    without = Labels([0], [-1], [-1])
+    one, other, without = same_numbers(one, other, without)
+    assert one.called("clothes").tolist() == ["blue", "red", ""]
+    assert other.called("clothes").tolist() == ["7"]
+    assert other.columns["clothes"][0] not in one.columns["clothes"]
+    assert not without.columns
+    assert joined(one, other).names == {}
+    with pytest.raises(ValueError, match="clothes: numbers 0 to 2 were given; 1 have names"):
+        Labels([0] * 2, [-1] * 2, [-1] * 2, columns={"clothes": [0, 2]}, names={"clothes": ("blue",)})
+
+
 @pytest.mark.parametrize("identity", [[2], [-2]])
 def test_a_number_without_a_name_is_an_error(identity):
     with pytest.raises(ValueError, match="were given; 2 have names"):

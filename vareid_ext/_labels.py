@@ -17,7 +17,7 @@ COLUMN = "column_"
 """What a further column's name begins with where it stands among other things: in a manifest, in a file of features."""
 
 NAMED = ("identity", "camera")
-"""The labels that may have names instead of numbers."""
+"""The labels, beside further columns, that may have names instead of numbers."""
 
 Self = TypeVar("Self", bound="Labels")
 
@@ -79,8 +79,8 @@ class Labels:
             where the viewpoint is unknown it is uniform over those that occur for the identity.
         viewpoints: what the V viewpoints are called, in the order of their numbers.
         columns: further labels by name (clothes, say), int64 [N] each, -1 where unknown.
-        names: of "identity" and "camera", where they have names: what the numbers 0, 1, ... are called. Where others
-            have other names, their numbers mean something else (see `same_numbers`).
+        names: of "identity", "camera" and columns, where they have names: what the numbers 0, 1, ... are called.
+            Where others have other names, their numbers mean something else (see `same_numbers`).
     """
 
     identity: np.ndarray
@@ -99,8 +99,8 @@ class Labels:
         columns = {name: _vector(name, values) for name, values in self.columns.items()}
         object.__setattr__(self, "columns", columns)
         for name, texts in self.names.items():
-            values = getattr(self, name)
-            if len(values) and not (values.min() >= UNKNOWN and values.max() < len(texts)):
+            values = self.label(name)
+            if values is not None and len(values) and not (values.min() >= UNKNOWN and values.max() < len(texts)):
                 raise ValueError(
                     f"{name}: numbers {values.min()} to {values.max()} were given; {len(texts)} have names"
                 )
@@ -128,15 +128,28 @@ class Labels:
         columns = {name: values[chosen] for name, values in self.columns.items()}
         return {**labels, "viewpoint_weight": None if weight is None else weight[chosen], "columns": columns}
 
+    def label(self, name: str) -> np.ndarray | None:
+        """Identities, cameras or a further column; None where there is no such column."""
+        return getattr(self, name) if name in NAMED else self.columns.get(name)
+
+    def _numbered(self: Self, label: str, values: np.ndarray, names: Sequence[str]) -> Self:
+        changes = {label: values} if label in NAMED else {"columns": {**self.columns, label: values}}
+        return replace(self, **changes, names={**self.names, label: tuple(names)})
+
     def viewpoint_classes(self) -> np.ndarray:
         """What the viewpoint of each image is called, text [N]; "" where it is unknown."""
         names = np.array([*(viewpoint_name(v, self.viewpoints) for v in range(self.viewpoint.max(initial=-1) + 1)), ""])
         return names[self.viewpoint]
 
     def called(self, label: str) -> np.ndarray:
-        """What the identity or camera of each image is called, text [N], "" where unknown; else its numbers."""
-        values = getattr(self, label)
+        """What a label of each image is called: text [N], "" where it is unknown; numbers where it has no names."""
+        values = getattr(self, label) if label in NAMED else self.columns[label]
         return np.array([*self.names[label], ""])[values] if label in self.names else values
+
+    def called_by_key(self) -> dict[str, np.ndarray]:
+        """What labels with names are called, text [N], by their key in a file: identity_name, column_NAME_name."""
+        there = [label for label in self.names if self.label(label) is not None]
+        return {f"{'' if label in NAMED else COLUMN}{label}_name": self.called(label) for label in there}
 
     def number_of(self, label: str, name: int | None) -> int | None:
         """The number of the identity or camera that is called as the number `name` is written.
@@ -149,21 +162,22 @@ class Labels:
         return texts.index(str(name)) if str(name) in texts else len(texts)
 
     def named(self: Self, label: str) -> Self:
-        """The same with names of a label; numbers are called as they are written."""
-        if label in self.names:
+        """The same with names of a label, where there is such a label; numbers are called as they are written."""
+        values = self.label(label)
+        if label in self.names or values is None:
             return self
-        values = getattr(self, label)
         found = np.unique(values[values != UNKNOWN])
         number = np.where(values == UNKNOWN, UNKNOWN, np.searchsorted(found, values))
-        changes: dict[str, Any] = {label: number, "names": {**self.names, label: tuple(map(str, found.tolist()))}}
-        return replace(self, **changes)
+        return self._numbered(label, number, tuple(map(str, found.tolist())))
 
     def with_names(self: Self, label: str, names: Sequence[str]) -> Self:
-        """The same with a label, which has names, numbered as in `names`, which hold all that occur."""
+        """The same with a label numbered as in `names`, which hold all that occur, where there is such a label."""
+        values = self.label(label)
+        if values is None:
+            return self
         place = {name: number for number, name in enumerate(names)}
         number = np.array([place.get(name, UNKNOWN) for name in self.names[label]] + [UNKNOWN])
-        changes: dict[str, Any] = {label: number[getattr(self, label)], "names": {**self.names, label: tuple(names)}}
-        return replace(self, **changes)
+        return self._numbered(label, number[values], names)
 
     def with_viewpoints(self: Self, names: Sequence[str]) -> Self:
         """The same with viewpoints numbered as in `names`, which hold all that occur."""
@@ -199,17 +213,16 @@ def numbered(texts: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def same_numbers(*parts: Self) -> tuple[Self, ...]:
-    """The parts, where identities, cameras and viewpoints of the same names have the same numbers.
+    """The parts, where identities, cameras, columns and viewpoints of the same names have the same numbers.
 
     Where a label has names in one part and numbers in another, a number is called as it is written.
     """
     views = tuple(dict.fromkeys(name for part in parts for name in part.viewpoints))
     parts = tuple(part.with_viewpoints(views) for part in parts)
-    for label in NAMED:
-        if any(label in part.names for part in parts):
-            parts = tuple(part.named(label) for part in parts)
-            names = tuple(dict.fromkeys(name for part in parts for name in part.names[label]))
-            parts = tuple(part.with_names(label, names) for part in parts)
+    for label in dict.fromkeys(label for part in parts for label in part.names):
+        parts = tuple(part.named(label) for part in parts)
+        names = tuple(dict.fromkeys(name for part in parts for name in part.names.get(label, ())))
+        parts = tuple(part.with_names(label, names) for part in parts)
     return parts
 
 
@@ -219,4 +232,5 @@ def joined(*parts: Labels) -> Labels:
     labels: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for part in parts]) for name in ("identity", "camera", "viewpoint")
     }
-    return Labels(**labels, viewpoints=parts[0].viewpoints, names=parts[0].names)
+    names = {label: names for label, names in parts[0].names.items() if label in NAMED}
+    return Labels(**labels, viewpoints=parts[0].viewpoints, names=names)

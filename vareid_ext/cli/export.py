@@ -177,7 +177,8 @@ def _samples(model: TrainedModel, options: argparse.Namespace) -> list[_Sample]:
                 f"--images: method {model.config.method.name!r} reads {', '.join(model.method.test_inputs)} beside the "
                 "images; it is tried on the run's test images"
             )
-        lists = [read_images(options.images, None, None, progress=not options.quiet)[0]]
+        viewpoints = model.config.data.declared_viewpoints()
+        lists = [read_images(options.images, None, None, progress=not options.quiet, viewpoints=viewpoints)[0]]
     else:
         data = load_run_data(model.config, progress=not options.quiet)
         lists = [data.query, data.gallery]

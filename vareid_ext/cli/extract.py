@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,9 @@ RUN is a run folder or a checkpoint. IMAGES is a folder (and what lies in it at 
 path a line, a manifest (.csv), or with --data the root of a data set.
 
 OUTPUT.npz holds feature float32 [N, D], path, and what is known of identity, camera, viewpoint, their names
-(identity_name, camera_name, viewpoint_class) and further columns (column_clothes). OUTPUT.npy holds the features alone,
-which can be memory-mapped; path and labels lie beside it in OUTPUT.path.npy, OUTPUT.identity.npy, ...
+(identity_name, camera_name, viewpoint_class) and further columns (column_clothes, column_clothes_name). OUTPUT.npy
+holds the features alone, which can be memory-mapped; path and labels lie beside it in OUTPUT.path.npy,
+OUTPUT.identity.npy, ...
 
 A command that was interrupted goes on where it was when it is given again. --shard 2/5 takes the second fifth of the
 images, so that five machines can share them; --merge puts the outputs of all five together.
@@ -420,7 +421,7 @@ def _described(images: ImageList) -> dict[str, np.ndarray]:
     known = {name: values for name, values in labels.items() if (values != UNKNOWN).any()}
     if "viewpoint" in known:
         known["viewpoint_class"] = images.viewpoint_classes()
-    known |= {f"{label}_name": images.called(label) for label in images.names if label in known}
+    known |= {key: called for key, called in images.called_by_key().items() if key.removesuffix("_name") in known}
     return {"path": np.array(images.paths, dtype=np.str_), **known}
 
 
@@ -476,7 +477,12 @@ def _merge(names: Sequence[str], output: Path) -> Result:
         raise ValueError(f"--merge: shards {', '.join(missing)} are missing")
     # A shard's labels may all be unknown where another's are not.
     known = (*LABELS, *_NAMES)
-    labels = [name for shard in shards.values() for name in shard if name in known or name.startswith(COLUMN)]
+    labels = {
+        name: "" if values.dtype.kind == "U" else UNKNOWN
+        for shard in shards.values()
+        for name, values in shard.items()
+        if name in known or name.startswith(COLUMN)
+    }
     filled = [_filled(shards[i], labels) for i in range(1, count + 1)]
     merged = {name: np.concatenate([shard[name] for shard in filled]) for name in filled[0]}
     _write(output, merged)
@@ -485,11 +491,9 @@ def _merge(names: Sequence[str], output: Path) -> Result:
     return Result(text, {"output": str(output), "images": shape[0], "D": shape[1], "shards": count})
 
 
-def _filled(arrays: dict[str, np.ndarray], labels: Iterable[str]) -> dict[str, np.ndarray]:
-    unknown = np.full(len(arrays["feature"]), UNKNOWN)
-    unnamed = np.full(len(unknown), "")
-    filled = {name: unnamed if name in _NAMES else unknown for name in labels}
-    return {**filled, **arrays}
+def _filled(arrays: dict[str, np.ndarray], unknown: Mapping[str, int | str]) -> dict[str, np.ndarray]:
+    """The arrays, and those that are missing, of what is written where a label is unknown."""
+    return {**{name: np.full(len(arrays["feature"]), value) for name, value in unknown.items()}, **arrays}
 
 
 def main(arguments: Sequence[str]) -> int:

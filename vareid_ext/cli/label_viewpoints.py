@@ -283,10 +283,10 @@ def _labels_of(
     if file:
         labels = read_viewpoint_labels(file, classes)
         found, unused = labels.find(images.paths, folder)
-        notes = left_out(f"labels that fit no image, or several, of {len(labels):,} in {file},", unused)
+        notes = left_out(f"labels that fit no image here, or several, of {len(labels):,} in {file},", unused)
         if not any(found):
             raise ValueError(f"{file}: none of its {len(labels):,} labels fits an image, such as {images.paths[0]}")
-    elif images.viewpoints != classes.names:
+    elif any(found) and images.viewpoints != classes.names:
         found = ("",) * len(images)
         notes = (f"the data's viewpoints ({', '.join(images.viewpoints)}) are not these and not compared",)
     return np.array([UNKNOWN if label == _NOISE else classes.number(label) for label in found]), notes

@@ -258,7 +258,7 @@ def _read_files(
         query, gallery = _completed(query, gallery), _completed(gallery, query)
     mixed = [
         f"{label}: one side has names, the other numbers; a number is the name that is written like it"
-        for label in NAMED
+        for label in (*NAMED, *further)
         if label in query.sources and label in gallery.sources and (label in query.names) != (label in gallery.names)
     ]
     query, gallery = same_numbers(query, gallery)
@@ -292,6 +292,7 @@ def _completed(images: Features, same: Features) -> Features:
     changes: dict[str, Any] = {label: getattr(same, label) for label in missing}
     if "viewpoint" in missing:
         changes["viewpoints"] = same.viewpoints
+    missing += [column for column in same.columns if column not in images.columns]
     names = {label: same.names[label] for label in missing if label in same.names}
     changes |= {"names": {**images.names, **names}}
     changes |= {"sources": {**same.sources, **images.sources}, "columns": {**same.columns, **images.columns}}

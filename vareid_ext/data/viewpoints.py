@@ -94,8 +94,9 @@ class ViewpointLabels:
             for index, label in _owners(labels, known, [image.removeprefix(base) for image in known]).items():
                 found[index] = found[index] or labels[label]
                 if labels[label]:
-                    used.add(_without_suffixes(label))
-        return tuple(found), tuple(name for name in self.names if _without_suffixes(plain[name]) not in used)
+                    used.add((_without_suffixes(label), labels[label]))
+        unused = [name for name, view in self.names.items() if (_without_suffixes(plain[name]), view) not in used]
+        return tuple(found), tuple(unused)
 
 
 def _labels_from_pickle(path: Path) -> dict[str, str]:

@@ -241,8 +241,8 @@ class Features(Labels):
         arrays: dict[str, Any] = {"feature": feature.numpy(), **{name: getattr(self, name) for name in LABELS}}
         if (self.viewpoint != UNKNOWN).any():
             arrays["viewpoint_class"] = self.viewpoint_classes()
-        arrays.update({f"{label}_name": self.called(label) for label in self.names})
         arrays.update({COLUMN + name: values for name, values in self.columns.items()})
+        arrays.update(self.called_by_key())
         if self.paths:
             arrays["path"] = np.array(self.paths)
         with atomic_file(Path(path)) as file:
@@ -270,8 +270,8 @@ def read_features(
 ) -> Features:
     """The features of one side of a retrieval, with what labels there are. Nothing else in the file is read.
 
-    Identities and cameras under a usual name of their file that have names there (``identity_name``, ``camera_name``)
-    are numbered by these.
+    Identities, cameras and columns under a usual name of their file that have names there (``identity_name``,
+    ``camera_name``, ``column_NAME_name``) are numbered by these.
 
     Args:
         path: .npy, .npz, .pt or .mat file.
@@ -319,14 +319,19 @@ def read_features(
         of = values if what in LABELS else values["columns"]
         of[what] = _labels(found, f"{file}: {side} {what}", len(feature))
         sources[what] = _address(file, label_key)
-        name_key = _usual(content, f"{what}_name", side) if what in NAMED else None
-        if name_key is not None and label_key != _usual(content, what, side):
+        usual: str | None = label_key
+        name_key: str | None = None
+        if what in NAMED:
+            usual, name_key = _usual(content, what, side), _usual(content, f"{what}_name", side)
+        elif what not in LABELS and f"{label_key}_name" in content:
+            name_key = f"{label_key}_name"
+        if name_key is not None and label_key != usual:
             sources[f"{what}_name"] = f"left aside, as {name_key} may not be that of {label_key}"
         elif name_key is not None:
             with _naming(file, name_key):
                 texts = _texts(content[name_key].read(), len(feature))
-            _check_names(values[what], texts, f"{file}: {side} {name_key}")
-            values[what], values["names"][what] = numbered(texts)
+            _check_names(of[what], texts, f"{file}: {side} {name_key}")
+            of[what], values["names"][what] = numbered(texts)
             sources[f"{what}_name"] = _address(file, name_key)
     if "viewpoint" in sources:
         name_key = _usual(entries, "viewpoint_class", side)

@@ -193,5 +193,5 @@ def read_manifest(
     if entries.get(_UNDIVIDED):
         entries, said = divide(name, entries[_UNDIVIDED], division or DivisionSettings())
         notes = (*said, *notes)
-    names = names_of(identity=identities, camera=numbers.get("camera", {}))
+    names = names_of(identity=identities, **{name.removeprefix(COLUMN): places for name, places in numbers.items()})
     return build_data(name, entries, identities.__getitem__, notes, classes, names, needed)
