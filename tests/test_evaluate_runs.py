@@ -95,8 +95,9 @@ def test_a_drawn_gallery_of_a_run_is_a_loop_of_evaluations(trained_run, data, tm
     numbers = [(7 * place + 3) % 50 for place in range(50)]  # the list is in another order than the files
     save_as(data, tmp_path, [f"image/{number:07d}.jpg" for number in numbers])
     lines = "".join(f"{number:07d} {person}\n" for number, person in zip(numbers, identity, strict=True))
-    for name in ("train_list", "test_list_800"):
-        (tmp_path / "train_test_split" / f"{name}.txt").write_text(lines)
+    (tmp_path / "image" / "0000050.jpg").write_bytes((tmp_path / "image" / "0000000.jpg").read_bytes())
+    for name, text in (("train_list", "0000050 900\n"), ("test_list_800", lines)):
+        (tmp_path / "train_test_split" / f"{name}.txt").write_text(text)
     options = ["--data", "vehicleid-800", "--root", tmp_path, "--protocol", "drawn-gallery", "--rerank"]
     found = evaluate(capsys, trained_run, *options, "--repeats", 3)
     model, runs = load_trained(trained_run, "cpu"), {"original": [], "reranked": []}
