@@ -37,7 +37,7 @@ def test_veri_776(veri, tmp_path):
         veri,
         keypoint_train=f"VeRi/image_train/0001_c001_00016450_0.jpg {POINTS} 3\n\n"
         f"image_train\\0005_c002_0_0.jpg {POINTS} 7\n",
-        keypoint_test=f"/data/image_test/0002_c003_1_0.jpg {POINTS} 0\n",
+        keypoint_test=f"/data/image_test/0002_c003_1_0.jpg {POINTS} 0\ngone.jpg {POINTS} 1\n",
     )
     for kind, root in (("veri776", veri), ("auto", tmp_path)):
         data = load(kind, root)
@@ -48,6 +48,7 @@ def test_veri_776(veri, tmp_path):
         assert data.train.viewpoint.tolist() == [3, -1, 7]
         assert data.gallery.viewpoint.tolist() == [-1, 0]
         assert data.query.identity.tolist() == [2]
+        assert "1 viewpoints that belong to no image left out: gone.jpg" in data.notes
 
 
 def test_veri_776_without_orientations(veri):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from vareid_ext._labels import UNKNOWN, Labels
 from vareid_ext._text import viewpoint_name
 from vareid_ext.report.activation import activation_maps, why_no_activation
 from vareid_ext.report.measure import Found, Measured, chosen_queries, found_lists
@@ -61,7 +62,8 @@ def ranked_lists(items: Sequence[Compared], *, queries: int, top: int, activatio
     for i, q in enumerate(chosen.tolist()):
         query = first.query
         view = viewpoint_name(int(query.viewpoint[q]), query.viewpoints)
-        camera = str(query.called("camera")[q]) if query.camera[q] >= 0 else "unknown"
+        identity, camera = _called(query, "identity", q), _called(query, "camera", q)
+        details = f"camera {camera}, {view}"
         outcome = ""
         shown: list[tuple[str, str, list[Tile]]] = []
         query_tiles: list[Tile] = []
@@ -74,9 +76,8 @@ def ranked_lists(items: Sequence[Compared], *, queries: int, top: int, activatio
             tiles = [
                 _tile(item, image, activation) for image, activation in zip(found[i].images, maps[1:], strict=True)
             ]
-            details = f"camera {camera}, {view}"
             query_tiles.append(
-                Tile("query", "query", details, f"Query {q}: identity {query.called('identity')[q]}, {details}",
+                Tile("query", "query", details, f"Query {q}: identity {identity}, {details}",
                      item.query_pictures.uri(q), maps[0])
             )  # fmt: skip
             ap = float(item.measured.ranking.average_precision[q])
@@ -87,7 +88,7 @@ def ranked_lists(items: Sequence[Compared], *, queries: int, top: int, activatio
             if found[i].more_junk:
                 line += f"; {found[i].more_junk} more junk images not shown"
             shown.append((item.name, line, tiles))
-        title = f"Query {q}: identity {query.called('identity')[q]}, camera {camera}, {view}"
+        title = f"Query {q}: identity {identity}, {details}"
         rows.append(Ranked(q, title, view, camera, outcome, query_tiles, shown))
     for item in items:
         for side, pictures in (("query", item.query_pictures), ("gallery", item.gallery_pictures)):
@@ -109,13 +110,16 @@ def ranked_lists(items: Sequence[Compared], *, queries: int, top: int, activatio
     return rows, note
 
 
+def _called(images: Labels, label: str, index: int) -> str:
+    return "unknown" if getattr(images, label)[index] == UNKNOWN else str(images.called(label)[index])
+
+
 def _tile(item: Compared, found: Found, activation: str) -> Tile:
     gallery, index = item.measured.gallery, found.index
-    camera = str(gallery.called("camera")[index]) if gallery.camera[index] >= 0 else "unknown"
     known = gallery.viewpoint[index] >= 0
     view = viewpoint_name(int(gallery.viewpoint[index]), gallery.viewpoints) if known else "view unknown"
     rank = f"rank {found.rank}" if found.rank else "not ranked"
-    labels = f"identity {gallery.called('identity')[index]}, camera {camera}, {view}"
+    labels = f"identity {_called(gallery, 'identity', index)}, camera {_called(gallery, 'camera', index)}, {view}"
     alt = f"{found.kind}, {rank}, distance {found.distance:.3f}, {labels}"
     label = f"{_MARKS[found.kind]} {found.kind}" + (f" {found.rank}" if found.rank else "")
     return Tile(found.kind, label, f"{found.distance:.3f}", alt, item.gallery_pictures.uri(index), activation)

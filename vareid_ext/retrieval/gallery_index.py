@@ -228,7 +228,8 @@ class GalleryIndex:
         Args:
             query: features [Q, D] of the index's dtype (bfloat16 counts as float32); Q at least 1.
             topk: how many images, at least 1; all G, if it is more.
-            rerank: the result of ``k_reciprocal_rerank(query[i : i + 1], feature, topk=topk)``; else that of
+            rerank: the images of ``k_reciprocal_rerank(query[i : i + 1], feature, topk=topk)`` in the same order, at
+                distances that may differ in float32's last bits; else those of
                 ``nearest_neighbors(query, feature, k=topk)``.
             lambda_value: weight of the original distance in the former, 0 to 1.
             exclude: bool [G] or [Q, G], images that are in no result, or not in a query's; they stay in the
@@ -290,8 +291,12 @@ def _labels(rows: int, labels: Mapping[str, Any], viewpoints: Sequence[str], pat
     names: dict[str, tuple[str, ...]] = {}
     for label, values in labels.items():
         found = np.full(rows, UNKNOWN) if values is None else np.asarray(values)
-        if label in NAMED and found.dtype.kind == "U" and found.ndim == 1:
-            given[label], names[label] = numbered(found.tolist())
+        if label in NAMED and found.dtype.kind in "UO" and found.ndim == 1:
+            texts = np.asarray(values, dtype=object).tolist()  # before NumPy makes texts of what is none
+            others = [text for text in texts if not isinstance(text, str)]
+            if others:
+                raise TypeError(f"{label}: {others[0]!r} was given among texts; allowed are texts, or whole numbers")
+            given[label], names[label] = numbered(texts)
         else:
             given[label] = to_tensor(found, label).numpy()
     checked = Labels(**given, viewpoints=tuple(viewpoints), names=names)

@@ -269,6 +269,8 @@ def read_folders(
     if labels is None:
         return build_data(name, entries, notes=notes)
     views, classes = labels(base)
+    images = {os.path.basename(entry.path) for of_split in entries.values() for entry in of_split}
+    notes += left_out("viewpoints that belong to no image", sorted(views.keys() - images))
     entries = {
         split: [entry._replace(viewpoint=views.get(os.path.basename(entry.path), "")) for entry in of_split]
         for split, of_split in entries.items()
