@@ -243,9 +243,19 @@ def test_split_names_match_without_case(tmp_path):
 def test_some_parts_of_a_data_set_are_not_people(tmp_path, folders):
     for folder in folders:
         people(tmp_path / folder, "1.jpg", "2.jpg")
-    with pytest.raises(ValueError, match=rf"the folders {', '.join(sorted(folders))} are some parts of a data set"):
-        unchecked(tmp_path)
-    assert len(unchecked(tmp_path, needed=()).gallery) == 6  # where nobody asks who they are
+    for needed in (("train", "query", "gallery"), ()):
+        with pytest.raises(ValueError, match=rf"the folders {', '.join(sorted(folders))} are some parts of a data set"):
+            unchecked(tmp_path, needed=needed)
+
+
+def test_one_odd_name_does_not_make_another_kind_of_a_data_set(tmp_path):
+    of_split = {"train": 3, "query": 4, "gallery": 4}
+    people(tmp_path, *(f"{split}/Cam{c}/Cam{c}_day_{i}_{c}.jpg" for split, i in of_split.items() for c in (1, 6)))
+    assert unchecked(tmp_path).identity_names == ("3",)
+    people(tmp_path, "train/Cam1/x.jpg")
+    for needed in (("train", "query", "gallery"), ()):
+        with pytest.raises(ValueError, match=r"CARGO: the name of .*x\.jpg must begin with"):
+            unchecked(tmp_path, needed=needed)
 
 
 def test_a_known_data_set_with_other_names_is_not_taken_for_it(tmp_path):

@@ -128,6 +128,7 @@ def test_msmt17(tmp_path, train, test):
     assert data.train.camera.tolist() == [1, 3, 14]
     assert data.query.identity.tolist() == data.gallery.identity.tolist() == [0]
     assert data.gallery.camera.tolist() == [15]
+    assert not data.same_people  # 0 is somebody else in training
 
 
 @pytest.mark.parametrize("line", ["0000/0000_000_01_x_0.jpg", "0000/picture.jpg 0", "0000/0000_000_01_x.jpg one"])

@@ -51,6 +51,15 @@ def test_veri_776(veri, tmp_path):
         assert "1 viewpoints that belong to no image left out: gone.jpg" in data.notes
 
 
+def test_an_image_of_a_query_is_once_in_the_gallery():
+    entries = {split: [ImageEntry(f"{path}.jpg", "1", 1) for path in paths] for split, paths in
+               (("train", "a"), ("query", "b"), ("gallery", "bc"))}  # fmt: skip
+    assert len(build_data("made up", entries).gallery) == 2
+    entries["gallery"].append(entries["gallery"][0]._replace(camera=1))
+    with pytest.raises(ValueError, match=r"b\.jpg is given twice, in gallery"):
+        build_data("made up", entries)
+
+
 def test_veri_776_without_orientations(veri):
     data = load("veri776", veri)
     assert data.num_train_viewpoints_known == 0

@@ -147,9 +147,12 @@ def _train(options: argparse.Namespace) -> Result:
         raise ValueError("--train: the viewpoints are angles; names are needed")
     undivided = not len(data.train) and not len(data.query)
     images, names = data.splits[options.split or ("gallery" if undivided else "train")], data.classes.names
-    known = (images.viewpoint >= 0) & np.array([name != _NOISE for name in images.viewpoint_name])
+    known = (images.viewpoint >= 0) & np.array([name != _NOISE for name in images.viewpoint_name], dtype=bool)
     if not known.any():
-        raise ValueError(f"--train: none of the {len(images):,} images has a viewpoint; --viewpoint-file gives them")
+        raise ValueError(
+            f"--train: none of the {len(images):,} images of split {options.split or 'train'} has a viewpoint; "
+            "--viewpoint-file gives them, --split takes others"
+        )
     (images,), notes, skipped = readable([images.select(known)], options.skip_bad_images, progress=progress)
     learn, tune, test = split_people(images.identity)
     label = images.viewpoint

@@ -176,7 +176,7 @@ def _of_labels(data: ReidData) -> Iterator[Finding]:
             text = f"of {K * V:,} pairs of a training identity and a viewpoint do not occur"
             yield Finding("missing_views", missing, text, False)
     own = data.with_own_identities()
-    if own.names.get("identity") == data.query.names.get("identity"):  # else the numbers mean other people
+    if data.same_people and own.names.get("identity") == data.query.names.get("identity"):
         tested = {*data.query.identity.tolist(), *data.gallery.identity.tolist()}
         number = dict(zip(train.identity.tolist(), own.identity.tolist(), strict=True))
         both = [name for i, name in enumerate(names) if number[i] in tested]

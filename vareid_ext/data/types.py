@@ -152,6 +152,7 @@ class ReidData:
         classes: the viewpoints, and what the images' labels mean.
         skipped: paths of unreadable images that were left out.
         notes: one line for everything else that was left out, or does not fit.
+        same_people: whether a number is the same person in training and test.
     """
 
     name: str
@@ -162,6 +163,7 @@ class ReidData:
     classes: ViewpointClasses = PERSON
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    same_people: bool = True
 
     def __post_init__(self) -> None:
         found = np.unique(self.train.identity)

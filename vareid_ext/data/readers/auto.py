@@ -56,7 +56,7 @@ def read_auto(
     Raises:
         FileNotFoundError: there is nothing, or nothing of these kinds.
         ValueError: as for :func:`read_manifest` and :func:`divide`; folders that are some parts of a data set and not
-            all, or that hold folders alone, unless no split is `needed`.
+            all, or that hold folders alone.
     """
     root = Path(root)
     if root.is_file():
@@ -65,6 +65,7 @@ def read_auto(
         raise FileNotFoundError(f"{root}: there is no such file or folder; allowed are\n{_WAYS}")
     misnamed: list[str] = []
     known = _known(root, misnamed, viewpoints=viewpoints, division=division)
+    why = "".join(f"\n{text}" for text in misnamed)
     if known is not None:
         return known
     junk: list[str] = []
@@ -76,8 +77,7 @@ def read_auto(
         read = [folders[split] for split in SPLITS]
         found = {split: _entries(folders[split], junk, others) for split in SPLITS}
         others += [entry.name for entry in sorted(root.iterdir()) if entry not in read and not is_litter(entry.name)]
-    elif needed and len(parts) * 2 >= len(folders) > 0:
-        why = "".join(f"\n{text}" for text in misnamed)
+    elif len(parts) * 2 >= len(folders) > 0:
         raise ValueError(
             f"{root}: the folders {', '.join(parts)} are some parts of a data set, but not all of a known one, nor "
             f"train, query and gallery; allowed are\n{_WAYS}{why}"
@@ -91,10 +91,10 @@ def read_auto(
     for split, entries in found.items():
         top = root / split
         inside = [Path(entry.path).relative_to(folders.get(split, top)) for entry in entries]
-        if needed and inside and all(len(path.parts) > 2 for path in inside):
+        if inside and all(len(path.parts) > 2 for path in inside):
             raise ValueError(
                 f"{top}: its folders hold no images, but folders of them, such as {inside[0].parent}; the first "
-                f"would be the identity. Allowed are\n{_WAYS}"
+                f"would be the identity. Allowed are\n{_WAYS}{why}"
             )
     cameras = [_CAMERA.search(os.path.basename(entry.path)) for entry in everything]
     if all(cameras):

@@ -61,7 +61,7 @@ class Layout:
 
 
 class MisnamedError(ValueError):
-    """An image's name is not as the layout of its data set says."""
+    """No image's name in a folder is as the layout of a data set says."""
 
 
 SPLIT_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
@@ -125,7 +125,9 @@ def _check_once(name: str, entries: Mapping[str, Sequence[ImageEntry]]) -> None:
         for entry in entries[split]:
             before, other = first.setdefault(entry.path, (split, entry))
             unfound = (before, split) == ("query", "gallery") and entry[1:3] == other[1:3] and entry.camera != UNKNOWN
-            if other is not entry and not unfound:
+            if unfound:
+                first[entry.path] = split, entry  # once
+            elif other is not entry:
                 raise ValueError(
                     f"{name}: the image {entry.path} is given twice, in {before} (identity {other.identity}) and in "
                     f"{split} (identity {entry.identity}); allowed is once"
@@ -224,10 +226,12 @@ def _files(folder: Path, layout: Layout, others: list[str]) -> list[str]:
 def scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> list[ImageEntry]:
     """The images in `folder`; the names of junk images are added to `junk`, those of other entries to `others`.
 
-    Raises FileNotFoundError where there are none, MisnamedError for a name that is not as `layout.pattern` says.
+    Raises FileNotFoundError where there are none, ValueError for a name that is not as `layout.pattern` says, and
+    MisnamedError where none is.
     """
     entries: list[ImageEntry] = []
-    for file in _files(folder, layout, others):
+    files = _files(folder, layout, others)
+    for file in files:
         if is_litter(file):
             continue
         if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
@@ -235,7 +239,8 @@ def scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> li
             continue
         match = layout.pattern.match(os.path.basename(file))
         if match is None:
-            raise MisnamedError(
+            some = any(layout.pattern.match(os.path.basename(other)) for other in files)
+            raise (ValueError if some else MisnamedError)(
                 f"{layout.title}: the name of {folder / file} must begin with {_form(layout.pattern)}, numbers of at "
                 f"most 18 digits, as in\n{layout.tree}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from vareid_ext.data.readers.layout import (
@@ -64,7 +65,7 @@ def read_msmt17(root: str | os.PathLike[str]) -> ReidData:
         check_present(LAYOUT, folder, entries, name)
         return entries
 
-    return build_data(
+    data = build_data(
         "msmt17",
         {
             "train": read_list("list_train.txt", folders["train"]) + read_list("list_val.txt", folders["train"]),
@@ -73,3 +74,4 @@ def read_msmt17(root: str | os.PathLike[str]) -> ReidData:
         },
         notes=left_out(NOT_IMAGES, litter),
     )
+    return replace(data, same_people=False)  # both are numbered from 0
