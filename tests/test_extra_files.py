@@ -233,6 +233,7 @@ def test_the_public_joints_of_market_1501(tmp_path, suffix):
         ('"a"', "str was given; a list of people"),
         ('{"images": []}', "'annotations'"),
         ('[{"image_id": 3, "keypoints": []}]', "image_id 3 was given; a file name is needed"),
+        ('{"images": null, "annotations": []}', "images: NoneType was given; a list is needed"),
         ('[{"image_id": "a", "keypoints": [1, 2]}]', "keypoints of 'a'"),
         ('[{"image_id": "a", "keypoints": [NaN, 2, 1]}]', "keypoints of 'a'"),
         ('[{"image_id": "a", "keypoints": ["x", 2, 1]}]', "keypoints of 'a'"),

@@ -170,6 +170,8 @@ def _image_names(images: Any, path: Path) -> dict[str, str]:
     """File names by id, as JSON writes it, of COCO's images. ValueError where one of the two is given twice."""
     names: dict[str, str] = {}
     ids: dict[str, str] = {}
+    if not isinstance(images, list):
+        raise ValueError(f"{path}: images: {type(images).__name__} was given; a list is needed")
     for image in images:
         number, file = json.dumps(_get(image, "id", path)), _get(image, "file_name", path)
         if not isinstance(file, str):
