@@ -402,6 +402,20 @@ def test_names_are_printed_and_junk_is_one_of_them(named, which, tmp_path, capsy
     assert found[0] == found[1]
 
 
+def test_unknown_people_are_minus_one_in_tables_and_common_to_nobody(tmp_path, capsys):
+    query, gallery, table = (tmp_path / name for name in ("q.npz", "g.npz", "queries.csv"))
+    feature = np.eye(4, dtype=np.float32)
+    np.savez(query, feature=feature[:2], identity=[0, -1], camera=[1, 1], identity_name=["p4", ""])
+    np.savez(gallery, feature=feature, identity=[0, 0, 1, -1], camera=[2] * 4, identity_name=["p4", "p4", "p5", ""])
+    assert evaluate(["--features", str(query), str(gallery), "--per-query", str(table), "--quiet"]) == 0
+    assert [line.split(",")[3] for line in table.read_text().splitlines()] == ["identity", "p4", "-1"]
+    np.savez(gallery, feature=feature, identity=[4, 4, 5, -1], camera=[2] * 4)
+    capsys.readouterr()
+    assert evaluate(["--features", str(query), str(gallery), "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert f"as {query} and {gallery} have no identity in common; identity: " in error
+
+
 def test_labels_that_are_given_have_their_files_names_too(named, tmp_path, capsys):
     (query, _), (_, gallery) = named
     plain = results_of(tmp_path, "--features", query, gallery)

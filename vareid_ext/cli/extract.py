@@ -342,7 +342,7 @@ class Parts:
         if told.read_text() != request:
             raise ValueError(
                 f"{folder}: holds what another command has begun (other images, model or options); give that command "
-                "again, which finishes it, or remove the folder"
+                "again, or remove the folder: the features in it are not used by any other"
             )
         self.done = sum(len(part) for part in self._parts())
 

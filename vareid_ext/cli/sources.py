@@ -272,7 +272,8 @@ def _read_files(
                     f"--{side}-column: {column}=SOURCE is needed, as --exclude names it and {path} holds none"
                 )
     standard = getattr(options, "protocol", "standard") == "standard"  # the others take both sides together
-    if standard and len(query) and len(gallery) and not np.isin(query.identity, gallery.identity).any():
+    known = query.identity[query.identity != UNKNOWN]
+    if standard and len(query) and len(gallery) and not np.isin(known, gallery.identity).any():
         why = "".join(f"; {note}" for note in mixed if note.startswith("identity"))
         raise FeatureFileError(
             f"--features: none of the {len(query)} queries has a match in the gallery, as {files[0]} and {files[-1]} "

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from vareid_ext._labels import UNKNOWN
 from vareid_ext.files.features import Features
 from vareid_ext.metrics.ranking import QueryRanking
 
@@ -15,7 +16,8 @@ QUERY_COLUMNS = (
     "ranking", "query", "path", "identity", "camera", "viewpoint", "matches", "average_precision",
     "inverse_negative_penalty", "first_match_rank",
 )  # fmt: skip
-"""Of :func:`query_table`; fractions, ranks from 1. A query without a match has 0 matches and its last three empty."""
+"""Of :func:`query_table`; fractions, ranks from 1, -1 for what is not known.
+A query without a match has 0 matches and its last three empty."""
 
 IDENTITY_COLUMNS = ("ranking", "identity", "queries", "counted", "mAP", "mINP", "rank1")
 """Of :func:`identity_table`; means over the counted queries, those with a match, and empty where there is none."""
@@ -27,7 +29,7 @@ def query_table(rankings: Mapping[str, tuple[Features, QueryRanking]]) -> str:
     def lines() -> Iterator[Sequence[object]]:
         for name, (query, ranking) in rankings.items():
             ap, inp, first, matches = _columns(ranking)
-            identity, camera = query.called("identity"), query.called("camera")
+            identity, camera = _written(query, "identity"), _written(query, "camera")
             for q in range(len(query)):
                 path = query.paths[q] if query.paths else ""
                 values = (ap[q], inp[q], first[q]) if matches[q] else ("", "", "")
@@ -48,9 +50,13 @@ def identity_table(rankings: Mapping[str, tuple[Features, QueryRanking]]) -> str
                 means = ("", "", "")
                 if counted.any():
                     means = ap[counted].mean(), inp[counted].mean(), (first[counted] == 1).mean()
-                yield name, query.called("identity")[all_of_it][0], all_of_it.sum(), counted.sum(), *means
+                yield name, _written(query, "identity")[all_of_it][0], all_of_it.sum(), counted.sum(), *means
 
     return _csv(IDENTITY_COLUMNS, lines())
+
+
+def _written(query: Features, label: str) -> np.ndarray:
+    return np.where(getattr(query, label) == UNKNOWN, str(UNKNOWN), query.called(label).astype(str))
 
 
 def _columns(ranking: QueryRanking) -> list[np.ndarray]:
