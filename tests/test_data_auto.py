@@ -252,7 +252,8 @@ def test_one_odd_name_does_not_make_another_kind_of_a_data_set(tmp_path):
     of_split = {"train": 3, "query": 4, "gallery": 4}
     people(tmp_path, *(f"{split}/Cam{c}/Cam{c}_day_{i}_{c}.jpg" for split, i in of_split.items() for c in (1, 6)))
     assert unchecked(tmp_path).identity_names == ("3",)
-    people(tmp_path, "train/Cam1/x.jpg")
+    (tmp_path / "query/Cam6/Cam6_day_4_6.jpg").unlink()
+    (tmp_path / "query/Cam1/Cam1_day_4_1.jpg").rename(tmp_path / "query/Cam1/x.jpg")  # the one name of its folder
     for needed in (("train", "query", "gallery"), ()):
         with pytest.raises(ValueError, match=r"CARGO: the name of .*x\.jpg must begin with"):
             unchecked(tmp_path, needed=needed)

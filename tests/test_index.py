@@ -230,8 +230,8 @@ def test_errors_of_a_search_name_the_argument(tmp_path, arguments, error, words)
         ({"k1": 0}, ValueError, "k1: 0 was given"),
         ({"camera": [1, 2]}, ValueError, "camera: 2 entries were given; 20 are needed"),
         ({"identity": [0.5] * 20}, ValueError, "identity: values of type float64"),
-        ({"identity": ["a"] * 19 + [float("nan")]}, TypeError, "identity: nan was given among texts"),
-        ({"camera": np.array(["a"] * 19 + [None])}, TypeError, "camera: None was given among texts"),
+        ({"identity": ["a"] * 19 + [float("nan")]}, TypeError, "identity: nan was given in an array of objects"),
+        ({"camera": np.array(["a"] * 19 + [None])}, TypeError, "camera: None was given in an array of objects"),
         ({"paths": ["a"]}, ValueError, "paths: 1 entries were given; 20"),
     ],
 )

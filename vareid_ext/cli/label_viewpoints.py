@@ -146,12 +146,13 @@ def _train(options: argparse.Namespace) -> Result:
     if data.classes.angles:
         raise ValueError("--train: the viewpoints are angles; names are needed")
     undivided = not len(data.train) and not len(data.query)
-    images, names = data.splits[options.split or ("gallery" if undivided else "train")], data.classes.names
+    split = options.split or ("gallery" if undivided else "train")
+    images, names = data.splits[split], data.classes.names
     known = (images.viewpoint >= 0) & np.array([name != _NOISE for name in images.viewpoint_name], dtype=bool)
     if not known.any():
+        of = "" if undivided else f" of split {split}"
         raise ValueError(
-            f"--train: none of the {len(images):,} images of split {options.split or 'train'} has a viewpoint; "
-            "--viewpoint-file gives them, --split takes others"
+            f"--train: none of the {len(images):,} images{of} has a viewpoint; --viewpoint-file gives them"
         )
     (images,), notes, skipped = readable([images.select(known)], options.skip_bad_images, progress=progress)
     learn, tune, test = split_people(images.identity)

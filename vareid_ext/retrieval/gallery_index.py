@@ -295,7 +295,9 @@ def _labels(rows: int, labels: Mapping[str, Any], viewpoints: Sequence[str], pat
             texts = np.asarray(values, dtype=object).tolist()  # before NumPy makes texts of what is none
             others = [text for text in texts if not isinstance(text, str)]
             if others:
-                raise TypeError(f"{label}: {others[0]!r} was given among texts; allowed are texts, or whole numbers")
+                raise TypeError(
+                    f"{label}: {others[-1]!r} was given in an array of objects; allowed are texts or integers"
+                )
             given[label], names[label] = numbered(texts)
         else:
             given[label] = to_tensor(found, label).numpy()

@@ -61,7 +61,7 @@ class Layout:
 
 
 class MisnamedError(ValueError):
-    """No image's name in a folder is as the layout of a data set says."""
+    """No image's name is as the layout of a data set says, though the folders are."""
 
 
 SPLIT_FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
@@ -223,15 +223,19 @@ def _files(folder: Path, layout: Layout, others: list[str]) -> list[str]:
     return sorted(os.path.relpath(os.path.join(place, file), folder) for place, files in places for file in files)
 
 
+def _fits_beside(folder: Path, layout: Layout) -> bool:
+    beside = (other for other in folder.parent.iterdir() if other.is_dir())
+    return any(layout.pattern.match(os.path.basename(file)) for other in beside for file in _files(other, layout, []))
+
+
 def scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> list[ImageEntry]:
     """The images in `folder`; the names of junk images are added to `junk`, those of other entries to `others`.
 
     Raises FileNotFoundError where there are none, ValueError for a name that is not as `layout.pattern` says, and
-    MisnamedError where none is.
+    MisnamedError where none is, here and in the folders beside this one.
     """
     entries: list[ImageEntry] = []
-    files = _files(folder, layout, others)
-    for file in files:
+    for file in _files(folder, layout, others):
         if is_litter(file):
             continue
         if os.path.splitext(file)[1].lower() not in IMAGE_SUFFIXES:
@@ -239,8 +243,7 @@ def scan(folder: Path, layout: Layout, junk: list[str], others: list[str]) -> li
             continue
         match = layout.pattern.match(os.path.basename(file))
         if match is None:
-            some = any(layout.pattern.match(os.path.basename(other)) for other in files)
-            raise (ValueError if some else MisnamedError)(
+            raise (ValueError if _fits_beside(folder, layout) else MisnamedError)(
                 f"{layout.title}: the name of {folder / file} must begin with {_form(layout.pattern)}, numbers of at "
                 f"most 18 digits, as in\n{layout.tree}"
             )
