@@ -181,6 +181,6 @@ def test_options_that_do_not_fit_are_named(manifest, tmp_path, capsys):
     for name in NAMES:
         text = text.replace(f",{name},train", ",,train")
     manifest.write_text(text)
-    assert "none of the 144 images has a viewpoint" in refused(manifest, "--train", "--model", model)
+    assert "none of the 144 images of split train has a viewpoint" in refused(manifest, "--train", "--model", model)
     assert not model.exists()
     assert not output.exists()
