@@ -384,9 +384,9 @@ def test_features_without_paths_may_have_been_there(feature_files, tmp_path, cap
 
 
 def manifest(photos, path, *rows):
-    """A table of the first photos: identity and camera."""
-    lines = [f"{photos}/{i:02}.png,{who},{camera}" for i, who, camera in rows]
-    path.write_text("\n".join(["path,identity,camera", *lines]))
+    """A table of the first photos: identity, camera, and clothes, of which an index knows nothing."""
+    lines = [f"{photos}/{i:02}.png,{who},{camera},{'blue' if i % 2 else 'red'}" for i, who, camera in rows]
+    path.write_text("\n".join(["path,identity,camera,column_clothes", *lines]))
     return path
 
 

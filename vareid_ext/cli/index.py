@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vareid_ext._labels import UNKNOWN, Labels
+from vareid_ext._labels import NAMED, UNKNOWN, Labels
 from vareid_ext.cli.common import Parser, Result, command_parser, run_command
 from vareid_ext.cli.extract import (
     Parts,
@@ -249,7 +249,7 @@ def _write(
 ) -> tuple[GalleryIndex, int]:
     """The index with these images, of whose `paths` those are theirs that are `new`; and how many were added."""
     rows: dict[str, Any] = {name: getattr(labels, name) for name in (*LABELS, "viewpoints")}
-    rows |= {name: labels.called(name) for name in labels.names}
+    rows |= {name: labels.called(name) for name in NAMED if name in labels.names}
     rows["paths"] = [path for path, is_new in zip(paths, new.tolist(), strict=False) if is_new]
     rows["progress"] = not options.quiet
     if index is None:
