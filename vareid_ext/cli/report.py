@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vareid_ext._labels import Labels
+from vareid_ext._labels import Labels, joined
 from vareid_ext._text import viewpoint_name
 from vareid_ext.cli.common import Parser, Result, command_parser, run_command
 from vareid_ext.cli.compare import add_bootstrap_arguments, check_bootstrap
@@ -286,7 +286,7 @@ def _fill(options: argparse.Namespace, item: _Item) -> None:
 def _test_map(options: argparse.Namespace, item: _Item) -> plots.Plot:
     """Test images of a few identities that are asked for, with the means of their features."""
     query, gallery = item.sides.query, item.sides.gallery
-    labels = query if item.sides.same else _joined(query, gallery)
+    labels = query if item.sides.same else joined(query, gallery)
     feature = query.feature if item.sides.same else torch.cat([query.feature, gallery.feature])
     known = query.identity[np.asarray(item.measured.ranking.num_matches.cpu()) > 0]
     chosen = chosen_images(labels, known)
@@ -294,12 +294,6 @@ def _test_map(options: argparse.Namespace, item: _Item) -> plots.Plot:
     what = _what(some, len(np.unique(known)), "test identities; centres are means")
     found = feature_map(rows, some, mean_centers(rows, some), method=options.map, what=what)
     return plots.map_plot(found, item.name, "Test images and the means of their features")
-
-
-def _joined(query: Features, gallery: Features) -> Labels:
-    names = ("identity", "camera", "viewpoint")
-    identity, camera, viewpoint = (np.concatenate([getattr(query, name), getattr(gallery, name)]) for name in names)
-    return Labels(identity, camera, viewpoint, viewpoints=query.viewpoints, names=query.names)
 
 
 def _what(some: Labels, of: int, what: str) -> str:
