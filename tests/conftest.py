@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.processes import Processes
 from vareid_ext import _native, reference_backend
 
 
@@ -37,6 +39,13 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     if not _native.available("cpu"):
         pytest.skip(_native.backends()["cpu"])
     yield request.param
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Processes that run a function each, as one group."""
+    with contextlib.closing(Processes()) as processes:
+        yield processes
 
 
 @pytest.fixture(scope="session")
