@@ -27,7 +27,7 @@ HEAVY = (
 )  # fmt: skip
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = (
-    ("_version", "_interrupt", "_native", "_processes", "_arrays", "_text", "_labels", "_limits"),
+    ("_version", "_interrupt", "_native", "_processes", "_ring", "_arrays", "_text", "_labels", "_limits"),
     ("reference",),
     ("ops",),
     ("losses", "models", "retrieval", "files"),

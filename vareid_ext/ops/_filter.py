@@ -59,23 +59,42 @@ def common_scale(parts: Sequence[Tensor], largest: float) -> float:
     """
     if largest == 0:
         return 1.0
-    spread = _spread(parts, _NARROW * largest)
+    first = next(part[:1] for part in parts if part.shape[0]).double()
+    return scale_of(largest, spread_from(first, parts, largest))
+
+
+def scale_of(largest: float, spread: float) -> float:
+    """:func:`common_scale` of features whose largest element, and whose largest difference from a row, are these."""
+    if largest == 0:
+        return 1.0
     size, exponent = (largest, 1022) if spread == 0 or spread >= _NARROW * largest else (spread, 1000)
     if 2.0**-20 <= size <= 2.0**20:
         return 1.0
     return 2.0 ** max(-1022, min(1023, 1 - math.frexp(size)[1], exponent - math.frexp(largest)[1]))
 
 
-def _spread(parts: Sequence[Tensor], enough: float) -> float:
-    """The largest absolute difference between elements of a row and of the first row; or one that is ``enough``."""
-    first = next(part[:1] for part in parts if part.shape[0]).double()
-    largest = 0.0
+def spread_from(first: Tensor, parts: Sequence[Tensor], largest: float) -> float:
+    """The largest absolute difference between elements of a row and of the first row, float64 [1, D].
+
+    Or one that is so large a share of ``largest``, the features' largest element, that it does not matter which.
+    """
+    spread = 0.0
     for part in parts:
         for rows in part.split(rows_at_once(part)):
-            largest = max([largest, *(rows.double() - first).abs().amax(1).tolist()])
-            if largest >= enough:
-                return largest
-    return largest
+            spread = max([spread, *(rows.double() - first).abs().amax(1).tolist()])
+            if spread >= _NARROW * largest:
+                return spread
+    return spread
+
+
+def samples(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The rows of each part that features are centred by."""
+    return [part[:: sample_step(part.shape[0], len(parts))] for part in parts]
+
+
+def sample_step(rows: int, parts: int) -> int:
+    """Every so many rows of a part with so many, one of some parts, is among :func:`samples`."""
+    return max(1, -(-rows * parts // _SAMPLE))
 
 
 def block_side(device: torch.device) -> int:
@@ -114,12 +133,16 @@ class Filter:
         names: how errors call them.
         metric: "sqeuclidean", "euclidean" or "cosine".
         scale: the common factor, where the rows have been checked before; distances are then those of the scaled rows.
+        center_by: with a scale, the :func:`samples` of more rows than these that are centred alike; None: of these.
 
     Raises:
         ValueError: a row with NaN or Inf, or (cosine) a zero row.
     """
 
-    def __init__(self, parts: Sequence[Tensor], names: Sequence[str], metric: str, scale: float | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[Tensor], names: Sequence[str], metric: str, scale: float | None = None,
+        center_by: Sequence[Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self.parts = [contiguous_rows(part.detach()) for part in parts]
         D, device = self.parts[0].shape[1], self.parts[0].device
         self.unscale = 1.0
@@ -138,7 +161,13 @@ class Filter:
                 self.unscale = 1 / scale
         if scale != 1:
             self.factors = [torch.full((p.shape[0],), scale, dtype=torch.float64, device=device) for p in self.parts]
-        self.center, center_norm = self._find_center()
+        if center_by is None:
+            factors = [None if f is None else f[:: sample_step(len(f), len(parts))] for f in self.factors]
+            self.center, center_norm = self._find_center(samples(self.parts), factors)
+        else:
+            each = None if scale == 1 else torch.full((1,), scale, dtype=torch.float64, device=device)
+            factors = [None if each is None else each.expand(len(part)) for part in center_by]
+            self.center, center_norm = self._find_center(center_by, factors)
         rounded = center_norm if metric == "cosine" else 0.0  # the other factors are powers of two
         self.direct = self.center is None and self.factors[0] is None and self.parts[0].dtype == torch.float32
         self._buffers: dict[int, Tensor] = {}
@@ -162,17 +191,15 @@ class Filter:
         _native.launch("pairwise_distance_norm", x, factor, out, on=x)
         return out
 
-    def _find_center(self) -> tuple[Tensor | None, float]:
+    def _find_center(self, sampled: Sequence[Tensor], factors: Sequence[Tensor | None]) -> tuple[Tensor | None, float]:
         """The centre and its squared length, or None and 0: one look at the device's values."""
         first: Tensor | None = None  # elements that are the same in all rows get a centre without rounding errors
         total = torch.zeros(self.parts[0].shape[1], dtype=torch.float64, device=self.parts[0].device)
         squares, count = torch.zeros_like(total[0]), 0
         whole = torch.ones_like(squares, dtype=torch.bool)
-        for part, factor in zip(self.parts, self.factors, strict=True):
-            step = max(1, -(-part.shape[0] * len(self.parts) // _SAMPLE))
-            span = rows_at_once(part) * step
-            for begin in range(0, part.shape[0], span):
-                some = slice(begin, begin + span, step)
+        for part, factor in zip(sampled, factors, strict=True):
+            for begin in range(0, part.shape[0], rows_at_once(part)):
+                some = slice(begin, begin + rows_at_once(part))
                 rows = part[some].double()
                 if factor is not None:
                     rows = rows * factor[some, None]

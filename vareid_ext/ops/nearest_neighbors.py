@@ -9,6 +9,7 @@ columns. Rows that had more near ties than places are done again, whole.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -80,6 +81,19 @@ class _Scan:
             window = self.left_bounds[1]
             reach = torch.stack([window[index[:, place].long()] for place in range(width)]).amax(0)
             threshold[:rows] = lower[:rows, width - 1] + 2 * (window[:rows] + reach)
+
+    def side(self, begin: int, end: int, left: int, right: int, k: int) -> _Scan:
+        """The candidates of rows begin to end - 1, which are one part, among those of another part, to be selected."""
+        one = copy.copy(self)
+        one.left_parts, one.right_parts, one.k = [left], [right], k
+        one.left, one.right = self.filtered.sets(left), self.filtered.sets(right)
+        one.left_bounds, one.right_bounds = self.filtered.bounds([left]), self.filtered.bounds([right])
+        one.rows, one.columns = end - begin, self.filtered.parts[right].shape[0]
+        one.candidates = [state[begin:end] for state in self.candidates]
+        if right:  # they are numbered from the first part on
+            one.candidates[1] = one.candidates[1] - self.filtered.parts[0].shape[0]
+        one.row_max = self.row_max[begin:end]
+        return one
 
     def scan(self, block: Tensor, row: int, column: int, *, both: bool, write: bool) -> None:
         """Takes the candidates of a block of products; ``both``: for its columns too."""

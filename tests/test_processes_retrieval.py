@@ -1,0 +1,215 @@
+"""Retrieval over real processes against that of one, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.factories import features
+from tests.processes import free_port
+from vareid_ext import nearest_neighbors, reference_backend
+from vareid_ext._processes import LostProcessError
+from vareid_ext.ops import _shared_neighbors as neighbors_module
+
+SHARES = ([5, 3], [70, 0], [0, 1, 60], [23, 23, 24], [31])
+
+
+def of(group: Any, shares: Any) -> Any:
+    """This process's share; None stays."""
+    return None if shares is None else shares[group.rank()]
+
+
+def neighbors(group: Any, x: Any, y: Any, options: dict[str, Any], backend: str = "native") -> Any:
+    with reference_backend() if backend == "reference" else contextlib.nullcontext():
+        return nearest_neighbors(of(group, x), of(group, y), group=group, **options)
+
+
+def assert_as_one(processes: Any, x: torch.Tensor, y: Any, shares: Any, other: Any = None, **options: Any) -> None:
+    backend = options.pop("backend", "native")
+    with reference_backend() if backend == "reference" else contextlib.nullcontext():
+        expected = nearest_neighbors(x, y, **options)
+    given = None if y is None else y.split(other)
+    results = processes.run(len(shares), neighbors, x.split(shares), given, options, backend)
+    for result, whole in zip(zip(*results, strict=True), expected, strict=True):
+        assert [len(part) for part in result] == list(shares)
+        assert result[0].dtype == whole.dtype
+        assert torch.equal(torch.cat(result), whole)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_a_set_has_the_neighbours_of_one_process(processes, backend, shares, metric):
+    x = features(sum(shares), 7)
+    assert_as_one(processes, x, None, shares, k=min(6, len(x)), metric=metric, backend=backend)
+
+
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine"])
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_another_set_has_them_too(processes, backend, shares, metric):
+    x, y = features(sum(shares), 5), features(sum(shares) + 4, 5, 1)
+    other = [*shares[1:], shares[0] + 4]
+    assert_as_one(processes, x, y, shares, other, k=5, metric=metric, backend=backend)
+
+
+@pytest.mark.parametrize("shares", [[40, 41], [0, 81, 0], [1, 50, 30]], ids=str)
+def test_ties_go_by_index_and_lists_may_be_longer_than_shares(processes, backend, shares):
+    x = torch.arange(81 * 3).reshape(81, 3).remainder(3).float()  # whole numbers: 3 different rows
+    assert_as_one(processes, x, None, shares, k=81, backend=backend)
+    assert_as_one(processes, x[:, :2].contiguous(), x[:, 1:].contiguous(), shares, shares[::-1], k=60, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_all_types_of_features(processes, dtype):
+    assert_as_one(processes, features(60, 9).to(dtype), None, [20, 11, 29], k=7)
+    assert_as_one(processes, features(60, 9).to(dtype), features(30, 9, 1).to(dtype), [20, 40], [29, 1], k=7)
+
+
+@pytest.mark.parametrize("factor", [1e-150, 1e-30, 1e30, 1e150])
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean", "cosine"])
+def test_features_far_from_one_share_a_scale(processes, factor, metric):
+    x = features(40, 6).double()
+    x[:20] *= 1e-3  # one process alone would take another scale
+    assert_as_one(processes, x * factor, None, [20, 20], k=5, metric=metric)
+    shifted = (1 + 1e-9 * x) * factor
+    assert_as_one(processes, shifted, None, [0, 13, 27], k=5, metric=metric)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_many_blocks_and_near_ties(processes, count):
+    x = features(900, 16)
+    x = torch.cat([x, x[:300], x[:300] + 1e-6 * features(300, 16, 3)])
+    x += 100 * features(1, 16, 2)
+    cuts = [1500 * p * p // count**2 for p in range(count + 1)]
+    assert_as_one(processes, x, None, [b - a for a, b in itertools.pairwise(cuts)], k=70)
+
+
+def as_numpy(group: Any, x: Any) -> Any:
+    rows = of(group, x).numpy()[:, ::-1]
+    return nearest_neighbors(rows, k=3, group=group), nearest_neighbors(rows, rows[:2], k=3, group=group)
+
+
+def test_numpy_in_numpy_out(processes):
+    x = features(21, 4)
+    for each in processes.run(2, as_numpy, x.split([10, 11])):
+        assert all(isinstance(part, np.ndarray) for pair in each for part in pair)
+    flipped = x.flip(1).contiguous()
+    expected = nearest_neighbors(flipped, k=3)[1].numpy()
+    found = processes.run(2, as_numpy, x.split([10, 11]))
+    assert np.array_equal(np.concatenate([each[0][1] for each in found]), expected)
+
+
+def varied(group: Any, arguments: list[dict[str, Any]]) -> Any:
+    return nearest_neighbors(group=group, **arguments[group.rank()])
+
+
+def nan_row() -> torch.Tensor:
+    x = features(5, 4)
+    x[3, 1] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"x": features(5, 4).double()}, ValueError, "dtype of x: process 1 has 'float64' and process 0 has 'float32'"),
+        ({"x": features(5, 3)}, ValueError, "elements of a row of x: process 1 has 3 and process 0 has 4"),
+        ({"k": 3}, ValueError, "k: process 1 has 3 and process 0 has 2"),
+        ({"metric": "cosine"}, ValueError, "metric: process 1 has 'cosine' and process 0 has 'sqeuclidean'"),
+        ({"y": features(5, 4)}, ValueError, "y: process 1 has 'an array' and process 0 has 'None'"),
+        ({"x": nan_row()}, ValueError, r"x (process 1): row 3 holds NaN or Inf"),
+        ({"x": [1.0]}, TypeError, "x (process 1): list was given"),
+        ({"x": features(5, 4)[0]}, ValueError, "x (process 1): shape [4] was given"),
+        ({"k": 0}, ValueError, "k: 0 was given; allowed are 1 to"),
+        ({"metric": "manhattan"}, ValueError, "metric: 'manhattan' was given"),
+    ],
+)  # fmt: skip
+def test_what_one_process_gets_wrong_all_raise(processes, changes, kind, message):
+    good = {"x": features(5, 4), "k": 2, "metric": "sqeuclidean"}
+    outcomes = processes(3, varied, [good, good | changes, good])
+    assert {type(outcome) for outcome in outcomes} == {kind}
+    assert len({str(outcome) for outcome in outcomes}) == 1
+    assert message in str(outcomes[0])
+    assert processes.run(3, varied, [good] * 3)[0][0].shape == (5, 2)  # nobody was left behind
+
+
+def test_k_is_at_most_the_rows_of_all(processes):
+    arguments = [{"x": features(2, 4), "k": 7}] * 3
+    outcomes = processes(3, varied, arguments)
+    assert {str(outcome) for outcome in outcomes} == {
+        "k: 7 was given; allowed are 1 to 6, the number of rows of x of all processes"
+    }
+
+
+def test_a_group_is_one():
+    with pytest.raises(TypeError, match=r"group: str was given; a torch\.distributed\.ProcessGroup is needed"):
+        nearest_neighbors(features(5, 4), k=1, group="gloo")
+
+
+def bytes_sent(group: Any, function: Any, *arguments: Any) -> int:
+    """What this process sends to others of features and lists while it runs a function."""
+    sent, batch = [], dist.batch_isend_irecv
+
+    def counted(operations: Any) -> Any:
+        sent.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+        return batch(operations)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "batch_isend_irecv", counted)
+        function(group, *arguments)
+    return sum(sent)
+
+
+def test_rows_are_sent_as_often_as_they_are_needed(processes):
+    N, D, k = 48, 16, 5
+    x, y, row, lists = features(N, D), features(N, D, 1), 4 * D, 12 * k + 4
+    for count in (1, 2, 3):
+        even = x.split(N // count), y.split(N // count)
+        # Every row of y is needed by all other processes.
+        sent = processes.run(count, bytes_sent, neighbors, *even, {"k": k})
+        assert sent == [(count - 1) * N // count * row] * count
+    # Of two opposite processes one compares its first half with all of the other's, which compares the second half.
+    sent = processes.run(2, bytes_sent, neighbors, x.split(24), None, {"k": k})
+    assert sent == [12 * row + 24 * lists, 24 * row + 12 * lists]
+    # Of three, each pair meets once.
+    assert processes.run(3, bytes_sent, neighbors, x.split(16), None, {"k": k}) == [16 * (row + lists)] * 3
+
+
+def one_of_two(process: int, port: int, outcomes: Any) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=process, world_size=2, timeout=timedelta(seconds=20)
+    )
+    begun = neighbors_module.visits
+
+    def ending(*arguments: Any) -> Any:
+        for step in begun(*arguments):
+            if process == 1:
+                os._exit(9)  # with features on their way
+            yield step
+
+    neighbors_module.visits = ending
+    try:
+        nearest_neighbors(features(100, 4), features(100, 4), k=3, group=dist.group.WORLD)
+    except Exception as error:
+        outcomes.put(error)
+
+
+def test_a_process_that_ends_on_the_way_is_said():
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    outcomes = context.Queue()
+    both = [context.Process(target=one_of_two, args=(p, port, outcomes)) for p in range(2)]
+    for process in both:
+        process.start()
+    error = outcomes.get(timeout=60)
+    for process in both:
+        process.join()
+    assert type(error) is LostProcessError
+    assert "of its 2 processes one has ended or did not answer" in str(error)
