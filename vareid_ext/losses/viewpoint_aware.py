@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from vareid_ext._processes import gather_rows, whole_batch
 from vareid_ext.ops._checks import (
     autocast_enabled,
     check_count,
@@ -18,9 +20,21 @@ from vareid_ext.ops._checks import (
     check_shape,
     check_values,
 )
-from vareid_ext.ops._labels import check_batch, check_scalars, warn_of_alpha
+from vareid_ext.ops._labels import (
+    check_batch,
+    check_labels,
+    check_scalars,
+    plain_identity,
+    plain_viewpoint,
+    smoothing_arguments,
+    warn_of_alpha,
+)
+from vareid_ext.ops._sharded_cross_entropy import identity_range, sharded_losses, sum_of_shards
 from vareid_ext.ops.angular_center import angular_center_regularizer
-from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import linear_viewpoint_aware_cross_entropy
+from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import (
+    MEMORY_BUDGET,
+    linear_viewpoint_aware_cross_entropy,
+)
 from vareid_ext.ops.viewpoint_aware_cross_entropy import identity_cross_entropy, viewpoint_aware_cross_entropy
 
 _LINEAR_FROM_BYTES = 64 * 2**20  # of logits: above this, not holding them is faster, and memory stays bounded
@@ -67,12 +81,14 @@ class ViewpointAwareLoss(nn.Module):
     Attributes:
         identity_centers: W [K, D].
         viewpoint_centers: U [K, V, D], or None where neither L_v nor L_R is used.
+        group: the processes that the centres are divided among (:meth:`shard_identities`); None: all are here.
 
     Raises:
         ValueError, TypeError: a size, a scalar or the mask does not fit.
     """
 
     mask: Tensor | None
+    group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -129,6 +145,30 @@ class ViewpointAwareLoss(nn.Module):
         if self.viewpoint_centers is not None:
             nn.init.normal_(self.viewpoint_centers, std=_INITIAL_STD)
 
+    def shard_identities(self, group: ProcessGroup) -> None:
+        """Divide the centres among processes: each keeps those of a range of identities, all their views among them.
+
+        From then on :meth:`forward` is called by all processes at once, each with its own images; the losses it gives
+        are those of all of them together, the same on every process. The rest of the network may be in a
+        DistributedDataParallel, which must leave the centres out; what it averages over the processes fits these
+        gradients. Call this before the optimizer is made, with the same centres on all processes.
+
+        Args:
+            group: the processes. The first ones have ceil(K / their number) identities each; the last may have none.
+
+        Raises:
+            ValueError: there are fewer identities than processes.
+        """
+        if self.num_identities < group.size():
+            raise ValueError(
+                f"num_identities: {self.num_identities} was given; {group.size()} processes need one each at least"
+            )
+        first, end = identity_range(self.num_identities, group)
+        self.group = group
+        self.identity_centers = nn.Parameter(self.identity_centers.detach()[first:end].clone())
+        if self.viewpoint_centers is not None:
+            self.viewpoint_centers = nn.Parameter(self.viewpoint_centers.detach()[first:end].clone())
+
     def extra_repr(self) -> str:
         """The sizes and switches, for ``print(module)``."""
         return (
@@ -141,7 +181,8 @@ class ViewpointAwareLoss(nn.Module):
         """The losses of a batch, averaged over it (L_R: summed over the centres).
 
         Args:
-            feature: [N, D], the post-BN feature; N at least 1. Of the centres' dtype (any under autocast) and device.
+            feature: [N, D], the post-BN feature; N, of all processes together, at least 1. Of the centres' dtype (any
+                under autocast) and device.
             identity: integer [N] in [0, K).
             viewpoint: integer [N] in [0, V), -1 for unknown; or a distribution over the views, floating [N, V].
                 Needed where L_v is used, else ignored.
@@ -154,15 +195,20 @@ class ViewpointAwareLoss(nn.Module):
         """
         check_floating("feature", feature)
         check_shape("feature", feature, ("N", self.feature_dim))
-        check_batch(feature.shape[0], self.num_identities, "mean", "feature")
+        if self.group is None:
+            check_batch(feature.shape[0], self.num_identities, "mean", "feature")
         check_same_device("feature", feature, "identity_centers", self.identity_centers)
         if not autocast_enabled(feature.device):
             check_dtype("feature", feature, self.identity_centers.dtype)
         zero = torch.zeros((), device=feature.device)
         viewpoint_loss = regularizer = zero
-        if self.use_viewpoint:
-            if viewpoint is None:
-                raise ValueError("viewpoint: None was given; use_viewpoint=True needs a label for each sample")
+        if self.use_viewpoint and viewpoint is None:
+            raise ValueError("viewpoint: None was given; use_viewpoint=True needs a label for each sample")
+        if self.group is not None:
+            identity_loss, *others = self._sharded_losses(feature, identity, viewpoint, self.group)
+            viewpoint_loss = others[0] if others else zero
+        elif self.use_viewpoint:
+            assert viewpoint is not None
             identity_loss, viewpoint_loss = self._both_losses(feature, identity, viewpoint)
         else:
             identity_loss = identity_cross_entropy(
@@ -174,7 +220,7 @@ class ViewpointAwareLoss(nn.Module):
             total = total + self.view_weight * viewpoint_loss
         if self.use_regularizer:
             assert self.viewpoint_centers is not None
-            regularizer = angular_center_regularizer(self.identity_centers, self.viewpoint_centers, mask=self.mask)
+            regularizer = self._regularizer(self.viewpoint_centers)
             total = total + self.beta * regularizer
         return LossParts(total, identity_loss, viewpoint_loss, regularizer)
 
@@ -193,3 +239,31 @@ class ViewpointAwareLoss(nn.Module):
             nn.functional.linear(feature, W), viewpoint_logits.unflatten(1, (self.num_identities, self.num_viewpoints)),
             identity, viewpoint, smoothing=self.smoothing, alpha=self.alpha, epsilon=self.epsilon, mask=self.mask,
         )  # fmt: skip
+
+    def _sharded_losses(
+        self, feature: Tensor, identity: Tensor, viewpoint: Tensor | None, group: ProcessGroup
+    ) -> tuple[Tensor, ...]:
+        """(L_y,) or (L_y, L_v) of the images of all processes."""
+        shape = (feature.shape[0], self.num_identities, self.num_viewpoints)
+        viewpoint = viewpoint if viewpoint is not None else torch.full_like(identity, -1)
+        check_labels("feature", feature, shape, identity, viewpoint, self.mask, "sum", self.alpha)
+        everyone = whole_batch(feature.to(self.identity_centers.dtype), group)
+        identity, viewpoint = (
+            torch.cat(gather_rows(label, group)) for label in (plain_identity(identity), plain_viewpoint(viewpoint))
+        )
+        check_batch(len(everyone), self.num_identities, "mean", "feature")
+        return sharded_losses(
+            everyone, self.identity_centers, self.viewpoint_centers if self.use_viewpoint else None, identity,
+            viewpoint, self.mask, smoothing=smoothing_arguments(self.smoothing, self.alpha, self.epsilon),
+            num_identities=self.num_identities, group=group, budget=MEMORY_BUDGET,
+        )  # fmt: skip
+
+    def _regularizer(self, viewpoint_centers: Tensor) -> Tensor:
+        """L_R of all centres."""
+        if self.group is None:
+            return angular_center_regularizer(self.identity_centers, viewpoint_centers, mask=self.mask)
+        first, end = identity_range(self.num_identities, self.group)
+        mask = None if self.mask is None else self.mask[first:end]
+        return sum_of_shards(
+            angular_center_regularizer(self.identity_centers, viewpoint_centers, mask=mask), self.group
+        )

@@ -9,6 +9,7 @@ feature's gradient is gathered in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,20 @@ from vareid_ext.reference.viewpoint_aware_cross_entropy import STATISTICS
 
 _FEW_ROWS = 64  # below this, products over a chunk of rows are slower than computing the logits twice
 _ALIGNED_IDENTITIES = 16  # blocks of identities are multiples of this, so that their rows stay aligned
+
+
+class Shard(NamedTuple):
+    """Which identities a head's centres are, where other processes have the others'."""
+
+    first: int
+    """The number of the first."""
+    identities: int
+    """K, of all processes."""
+    most: int
+    """Identities that a process has at most: all of them take tiles of the same rows."""
+    exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    """Of these identities' summaries [N, parts, 4] and own logits [N, V], those of all; called with the same N by all
+    processes."""
 
 
 class Head(NamedTuple):
@@ -79,15 +94,21 @@ def project(x: Tensor, inverse: Tensor, gradient: Tensor) -> None:
 class _Rows:
     """The native row kernels over the tiles of some rows."""
 
-    def __init__(self, head: Head, first_row: int, rows: int, blocks: list[int], scale: Tensor | None) -> None:
-        self.head, self.scale = head, scale
+    def __init__(
+        self, head: Head, first_row: int, rows: int, blocks: list[int], scale: Tensor | None, shard: Shard | None
+    ) -> None:
+        self.head, self.scale, self.shard = head, scale, shard
         self.K, self.V, _ = head.centers.shape
+        self.offset = 0
+        if shard is not None:
+            self.K, self.offset = shard.identities, shard.first
         self.identity = head.identity[first_row : first_row + rows]
         self.viewpoint = None if head.viewpoint is None else head.viewpoint[first_row : first_row + rows]
         self.parts = [self._parts(rows, identities * self.V) for identities in blocks]
         new = head.centers.new_empty
         self.summaries = new((rows, sum(self.parts), 4), dtype=torch.float64)
-        self.own_logits = new((self.V, rows), dtype=torch.float64)
+        make = new if shard is None else head.centers.new_zeros  # another process may have the identity
+        self.own_logits = make((self.V, rows), dtype=torch.float64)
         self.statistics = new((STATISTICS, rows), dtype=torch.float64)
 
     def _parts(self, rows: int, columns: int) -> int:
@@ -99,8 +120,15 @@ class _Rows:
     def summarise(self, logits: Tensor, first: int, block: int) -> None:
         _native.launch(
             "linear_viewpoint_aware_cross_entropy_summarise", logits, self._scale(first, logits), self.identity,
-            self.head.mask, self.summaries, self.own_logits, self.K, self.V, first, sum(self.parts[:block]), on=logits,
+            self.head.mask, self.summaries, self.own_logits, self.K, self.V, self.offset + first,
+            sum(self.parts[:block]), on=logits,
         )  # fmt: skip
+
+    def exchange(self) -> None:
+        """Make the summaries those of all processes' identities."""
+        if self.shard is not None:
+            others, own = self.shard.exchange(self.summaries, self.own_logits.T)
+            self.summaries, self.own_logits = others.contiguous(), own.T.contiguous()
 
     def finish(self, loss: Tensor) -> None:
         head = self.head
@@ -113,7 +141,8 @@ class _Rows:
     def differentiate(self, logits: Tensor, first: int, upstream: Tensor, share: float) -> None:
         _native.launch(
             "linear_viewpoint_aware_cross_entropy_gradient", logits, self._scale(first, logits), self.identity,
-            self.viewpoint, self.head.mask, self.statistics, upstream, share, self.K, self.V, first, on=logits,
+            self.viewpoint, self.head.mask, self.statistics, upstream, share, self.K, self.V, self.offset + first,
+            on=logits,
         )  # fmt: skip
 
 
@@ -126,6 +155,7 @@ def run_head(
     chunk_rows: int,
     want_feature: bool,
     want_centers: bool,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss [N] of one head, and the gradients that are wanted, times ``upstream * share``.
 
@@ -138,6 +168,7 @@ def run_head(
         chunk_rows: rows of a tile, 0 for as many as fit.
         want_feature: whether feature's gradient is wanted.
         want_centers: whether the centres' gradient is wanted.
+        shard: where these are some of the identities; labels and mask are of all.
     """
     (N, D), (K, V, _) = feature.shape, head.centers.shape
     wide = accumulator_dtype(feature.dtype)
@@ -151,7 +182,8 @@ def run_head(
     if head.normalize:
         feature_inverse, scale = inverse_norms(feature), inverse_norms(centers)
         operand = (feature * (feature_inverse * head.scale)[:, None]).to(feature.dtype)
-    tile = tiling(N, K, V, feature.element_size(), budget, chunk_rows)
+    most = K if shard is None else shard.most
+    tile = tiling(N, most, V, feature.element_size(), budget, chunk_rows)
     firsts = list(range(0, K, tile.identities))
     blocks = [min(tile.identities, K - first) for first in firsts]
     stride = _row_stride(tile.identities * V, feature)
@@ -162,7 +194,7 @@ def run_head(
     for begin in range(0, N, tile.rows):
         rows = slice(begin, min(begin + tile.rows, N))
         count = rows.stop - begin
-        kernels = _Rows(head, begin, count, blocks, scale)
+        kernels = _Rows(head, begin, count, blocks, scale, shard)
 
         def logits_of(block: int, rows: slice = rows, count: int = count) -> tuple[Tensor, Tensor]:
             first, columns = firsts[block] * V, blocks[block] * V
@@ -173,6 +205,7 @@ def run_head(
         for block, first in enumerate(firsts):
             logits, _ = logits_of(block)
             kernels.summarise(logits, first, block)
+        kernels.exchange()
         kernels.finish(loss[rows])
         if not (want_feature or want_centers):
             continue
@@ -187,6 +220,8 @@ def run_head(
                 _product(logits.T, operand[rows], out, add=begin > 0)
     if feature_gradient is not None and feature_sum is not None and feature_sum is not feature_gradient:
         feature_gradient.copy_(feature_sum)
+    if feature_gradient is not None and K == 0:
+        feature_gradient.zero_()
     if head.normalize:
         if feature_gradient is not None and feature_inverse is not None:
             feature_gradient.mul_((feature_inverse * head.scale)[:, None])

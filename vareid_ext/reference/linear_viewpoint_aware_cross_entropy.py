@@ -16,6 +16,8 @@ A zero vector has logits 0 and gradient 0. This module holds all logits at once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from vareid_ext.reference import accumulator_dtype
@@ -44,6 +46,8 @@ def linear_head(
     normalize: bool,
     scale: float,
     upstream: Tensor,
+    first: int = 0,
+    exchange: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss and gradients of one head.
 
@@ -55,6 +59,9 @@ def linear_head(
         normalize: whether logits are cosines times ``scale``.
         scale: factor of the cosines.
         upstream: gradient of each row's loss, [N] or [].
+        first: number of the first identity, where these are some of them.
+        exchange: makes what :func:`vareid_ext.reference.viewpoint_aware_cross_entropy.summarise_rows` would give for
+            all identities of what it gives for these.
 
     Returns:
         loss [N], gradient of feature [N, D] and of centers [K, V, D] (in their dtype).
@@ -62,8 +69,10 @@ def linear_head(
     wide = accumulator_dtype(feature.dtype)
     f, C = feature.to(wide), centers.to(wide).flatten(0, 1)
     logits = linear_logits(feature, centers, normalize, scale)
-    loss, statistics = rows.cross_entropy_forward(logits, identity, viewpoint, mask, adaptive, alpha, epsilon)
-    g = rows.cross_entropy_backward(upstream, logits, identity, viewpoint, mask, statistics).flatten(1)
+    summary = rows.summarise_rows(logits, identity, mask, first)
+    others, own = summary if exchange is None else exchange(*summary)
+    loss, statistics = rows.finish_rows(others, own, identity, viewpoint, mask, adaptive, alpha, epsilon)
+    g = rows.cross_entropy_backward(upstream, logits, identity, viewpoint, mask, statistics, first).flatten(1)
     if normalize:
         (f_unit, f_inverse), (C_unit, C_inverse) = unit_vectors(f), unit_vectors(C)
         f_grad, C_grad = g @ C_unit, g.T @ f_unit
@@ -71,4 +80,4 @@ def linear_head(
         C_grad = scale * C_inverse * (C_grad - C_unit * (C_unit * C_grad).sum(1, keepdim=True))
     else:
         f_grad, C_grad = g @ C, g.T @ f
-    return loss, f_grad.to(feature.dtype), C_grad.view(centers.shape).to(centers.dtype)
+    return loss.to(wide), f_grad.to(feature.dtype), C_grad.view(centers.shape).to(centers.dtype)

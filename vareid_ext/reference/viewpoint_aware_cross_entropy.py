@@ -71,14 +71,10 @@ def _existing_views(identity: Tensor, views: int, mask: Tensor | None) -> Tensor
     return mask[identity]
 
 
-def _is_own(identity: Tensor, identities: int) -> Tensor:
-    """bool [N, K, 1]: which subclasses belong to the sample's identity."""
-    return (torch.arange(identities, device=identity.device) == identity[:, None])[:, :, None]
-
-
-def _own(values: Tensor, identity: Tensor) -> Tensor:
-    """The values [N, V] of each sample's identity, of ``values [N, K, V]``."""
-    return values.gather(1, identity[:, None, None].expand(-1, 1, values.shape[2]))[:, 0]
+def _is_own(identity: Tensor, identities: int, first: int) -> Tensor:
+    """bool [N, K, 1]: which subclasses of the identities from `first` on belong to the sample's."""
+    numbers = torch.arange(first, first + identities, device=identity.device)
+    return (numbers == identity[:, None])[:, :, None]
 
 
 def _own_target(w: Tensor, statistics: Tensor, exists: Tensor) -> Tensor:
@@ -110,37 +106,87 @@ def cross_entropy_forward(
     Returns:
         loss [N] (float64 for float64 logits, else float32) and statistics [5, N] (float64).
     """
-    _, K, V = logits.shape
-    x = _wide(logits, mask)
-    exists = _existing_views(identity, V, mask)
-    w = view_distribution(identity, viewpoint, V, mask, x.dtype)
-    is_own = _is_own(identity, K)
+    others, own = summarise_rows(logits, identity, mask)
+    loss, statistics = finish_rows(others, own, identity, viewpoint, mask, adaptive, alpha, epsilon)
+    return loss.to(accumulator_dtype(logits.dtype)), statistics
 
-    largest = x.flatten(1).amax(1)
-    shifted = x - largest[:, None, None]
-    total = shifted.exp().flatten(1).sum(1)
-    own_shifted = _own(shifted, identity)
-    own_probability = own_shifted.exp() / total[:, None]
+
+def summarise_rows(logits: Tensor, identity: Tensor, mask: Tensor | None, first: int = 0) -> tuple[Tensor, Tensor]:
+    """What each row's loss needs of some identities' logits.
+
+    Args:
+        logits: x [N, k, V] of the identities [first, first + k), of which there may be none.
+        identity, mask: of all K identities, as in :func:`cross_entropy_forward`.
+        first: number of the first of these identities.
+
+    Returns:
+        others [N, 4]: of the subclasses of other identities the largest logit (-inf where there is none), the sum of
+        exp(x - largest), the sum of the logits, and how many exist; and own [N, V], the logits of the sample's
+        identity, 0 where that is not here. Both float64.
+    """
+    identities = logits.shape[1]
+    here = None if mask is None else mask[first : first + identities]
+    x, is_own = _wide(logits, here), _is_own(identity, identities, first)
+    other = ~is_own if here is None else ~is_own & here
+    other = other.expand(x.shape)
+    nothing = x.new_full((x.shape[0], 1), -torch.inf)
+    largest = torch.cat([nothing, x.masked_fill(~other, -torch.inf).flatten(1)], 1).amax(1)
+    shift = torch.where(largest == -torch.inf, 0, largest)[:, None, None]
+    total, of_logits, count = (
+        torch.where(other, values, 0).flatten(1).sum(1, dtype=torch.float64)
+        for values in ((x - shift).exp(), x, torch.ones_like(x))
+    )
+    own = torch.where(is_own, logits, 0).sum(1, dtype=torch.float64)
+    return torch.stack([largest.double(), total, of_logits, count], 1), own
+
+
+def merge_summaries(others: Tensor) -> Tensor:
+    """One summary [N, 4] of each row, of any number [N, parts, 4] of different identities each."""
+    nothing = others.new_tensor([-torch.inf, 0, 0, 0]).expand(others.shape[0], 1, 4)
+    others = torch.cat([nothing, others], 1)
+    largest = others[:, :, 0].amax(1, keepdim=True)
+    scale = torch.where(others[:, :, 0] == largest, 1, (others[:, :, 0] - largest).exp())
+    total = (others[:, :, 1] * scale).sum(1, keepdim=True)
+    return torch.cat([largest, total, others[:, :, 2:].sum(1)], 1)
+
+
+def finish_rows(
+    others: Tensor,
+    own: Tensor,
+    identity: Tensor,
+    viewpoint: Tensor | None,
+    mask: Tensor | None,
+    adaptive: bool,
+    alpha: float,
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss [N] and the statistics [5, N], float64, of what :func:`summarise_rows` gives for all identities."""
+    V = own.shape[1]
+    largest_other, total_of_others, sum_of_others, existing_of_others = others.unbind(1)
+    exists = _existing_views(identity, V, mask)
+    w = view_distribution(identity, viewpoint, V, mask, torch.float64)
+    own = own.masked_fill(~exists, -torch.inf)
+
+    largest = torch.maximum(largest_other, own.amax(1))
+    shifted = own - largest[:, None]
+    terms = shifted.exp()
+    of_identity, of_view = terms.sum(1), (w * terms).sum(1)
+    scale = torch.where(largest_other == largest, 1, (largest_other - largest).exp())
+    total = of_identity + total_of_others * scale
 
     existing_of_identity = exists.sum(1)
-    existing_of_others = (K * V if mask is None else mask.sum()) - existing_of_identity
-    identity_error = (1 - own_probability.sum(1)).clamp(min=0)
-    view_error = (1 - (w * own_probability).sum(1)).clamp(min=0)
+    identity_error, view_error = ((1 - part / total).clamp(min=0) for part in (of_identity, of_view))
     eps1 = alpha * identity_error if adaptive else torch.full_like(total, epsilon)
     eps1 = torch.where(existing_of_others > 0, eps1, 0)
     eps2 = torch.where(existing_of_identity > 1, alpha * view_error, 0)
     other = eps1 / existing_of_others.clamp(min=1)
     spread = eps2 / (existing_of_identity - 1).clamp(min=1)
-    statistics = torch.stack([largest, 1 / total, other, 1 - eps1 - eps2, spread]).to(torch.float64)
+    statistics = torch.stack([largest, 1 / total, other, 1 - eps1 - eps2, spread])
 
-    counted = ~is_own & (other > 0)[:, None, None]
-    if mask is not None:
-        counted = counted & mask
-    sum_of_others = torch.where(counted, shifted, 0).flatten(1).sum(1)
     target = _own_target(w, statistics, exists)
-    own_part = torch.where(target == 0, 0, target * own_shifted).sum(1)
-    loss = total.log() - torch.where(other > 0, other * sum_of_others, 0) - own_part
-    return loss, statistics
+    own_part = torch.where(target == 0, 0, target * shifted).sum(1)
+    others_part = torch.where(other > 0, other * (sum_of_others - existing_of_others * largest), 0)
+    return total.log() - others_part - own_part, statistics
 
 
 def cross_entropy_backward(
@@ -150,21 +196,25 @@ def cross_entropy_backward(
     viewpoint: Tensor | None,
     mask: Tensor | None,
     statistics: Tensor,
+    first: int = 0,
 ) -> Tensor:
-    """``(r - t) * upstream``: the gradient [N, K, V] with respect to the logits, in their dtype.
+    """``(r - t) * upstream``: the gradient [N, k, V] with respect to the logits, in their dtype.
 
     Args:
         upstream: gradient of each row's loss, [N], or [] for one that all rows share.
-        logits: x [N, K, V]; identity, viewpoint and mask as in :func:`cross_entropy_forward`.
+        logits: x [N, k, V] of the identities [first, first + k); identity, viewpoint and mask as in
+            :func:`cross_entropy_forward`.
         statistics: float64 [5, N] of :func:`cross_entropy_forward`.
+        first: number of the first of these identities.
     """
-    N, K, V = logits.shape
-    x = _wide(logits, mask)
+    N, identities, V = logits.shape
+    here = None if mask is None else mask[first : first + identities]
+    x = _wide(logits, here)
     largest, inverse = (statistics[column, :, None, None].to(x.dtype) for column in range(2))
     probability = (x - largest).exp() * inverse
-    gradient = probability - _target(identity, viewpoint, mask, statistics, K, V, x.dtype)
+    gradient = probability - _target(identity, viewpoint, mask, statistics, identities, V, x.dtype, first)
     gradient = gradient * upstream.to(x.dtype).expand(N)[:, None, None]
-    return (gradient if mask is None else torch.where(mask, gradient, 0)).to(logits.dtype)
+    return (gradient if here is None else torch.where(here, gradient, 0)).to(logits.dtype)
 
 
 def _target(
@@ -172,15 +222,16 @@ def _target(
     viewpoint: Tensor | None,
     mask: Tensor | None,
     statistics: Tensor,
-    K: int,
+    identities: int,
     V: int,
     dtype: torch.dtype,
+    first: int = 0,
 ) -> Tensor:
-    """t [N, K, V], from the statistics."""
+    """t [N, k, V] of the identities [first, first + k), from the statistics."""
     w = view_distribution(identity, viewpoint, V, mask, dtype)
     own = _own_target(w, statistics, _existing_views(identity, V, mask))
-    target = torch.where(_is_own(identity, K), own[:, None], statistics[2, :, None, None].to(dtype))
-    return target if mask is None else torch.where(mask, target, 0)
+    target = torch.where(_is_own(identity, identities, first), own[:, None], statistics[2, :, None, None].to(dtype))
+    return target if mask is None else torch.where(mask[first : first + identities], target, 0)
 
 
 def soft_target(
