@@ -43,7 +43,7 @@ def test_the_losses_against_plain_formulas():
     assert "OW" not in method_of("abdnet", dim=16, kernel_weight=0)(batch)
 
 
-def gap(matrix):
+def gap(matrix, share=None):
     values = torch.linalg.eigvalsh(matrix.double() @ matrix.double().mT)
     return values[..., -1] - values[..., 0]
 

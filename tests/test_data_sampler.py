@@ -133,24 +133,31 @@ def test_augmentation_keys_differ_everywhere(images, sampler_of):
 
 
 @both
-def test_ranks_share_a_global_batch(images, sampler_of):
-    options = {"seed": 5, "batches_per_epoch": 6}
-    ranks = [sampler_of(images, rank=rank, world_size=3, **options) for rank in range(3)]
-    alone = sampler_of(
-        images, **options, **({"batch_size": 18} if sampler_of is shuffled else {"identities_per_batch": 6})
-    )
-    for parts, together in zip(zip(*map(batches, ranks), strict=True), batches(alone), strict=True):
-        assert [index for part in parts for index in part] == together
-    keys = [draw.key for sampler in ranks for batch in sampler for draw in batch]
-    assert len(set(keys)) == len(keys)
-    assert len(sampler_of(images, world_size=3)) == 200 // 18
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_processes_share_every_batch(images, sampler_of, count):
+    """Unevenly too: 6 images, or 5 identities, for 4 of them."""
+    options = {"seed": 5, "batches_per_epoch": 6} | ({"identities_per_batch": 5} if sampler_of is p_by_k else {})
+    alone = sampler_of(images, **options)
+    ranks = [sampler_of(images, rank=rank, world_size=count, **options) for rank in range(count)]
+    for sampler in (alone, *ranks):
+        sampler.set_epoch(3, start_batch=2)
+    for parts, whole in zip(zip(*ranks, strict=True), alone, strict=True):
+        assert [draw for part in parts for draw in part] == whole
+        sizes = [len(part) for part in parts]
+        assert max(sizes) - min(sizes) <= (3 if sampler_of is p_by_k else 1)
+        assert [part == whole[slice(*s.own)] for part, s in zip(parts, ranks, strict=True)] == [True] * count
+        if sampler_of is p_by_k:
+            people = [set(images.identity[[draw.index for draw in part]]) for part in parts]
+            assert sum(map(len, people)) == len(set().union(*people)) == 5
+    assert {s.batch_size for s in ranks} == {alone.batch_size}
+    assert len(sampler_of(images, world_size=2)) == 200 // 6
 
 
-def test_ranks_get_equal_shares_of_an_incomplete_batch():
-    ranks = [ShuffledSampler(images_of([0] * 8), batch_size=5, rank=rank, world_size=3) for rank in range(3)]
+def test_a_batch_smaller_than_asked_for_is_shared_too():
+    ranks = [ShuffledSampler(images_of([0] * 8), batch_size=9, rank=rank, world_size=3) for rank in range(3)]
     shares = [index for sampler in ranks for batch in batches(sampler) for index in batch]
-    assert [sampler.batch_size for sampler in ranks] == [2, 2, 2]
-    assert len(set(shares)) == len(shares) == 6
+    assert [sampler.own for sampler in ranks] == [(0, 2), (2, 5), (5, 8)]
+    assert sorted(shares) == list(range(8))
 
 
 def test_a_shuffled_epoch_shows_every_image_once():
@@ -222,15 +229,16 @@ def test_a_seed_out_of_range_is_refused(images, sampler_of, seed):
         (p_by_k, {"instances": 10**9}, "instances: 1000000000 was given"),
         (p_by_k, {"instances": 2.0}, "instances: 2.0 was given"),
         (p_by_k, {"identities_per_batch": 11}, "integers from 1 to 10"),
-        (p_by_k, {"identities_per_batch": 6, "world_size": 2}, "integers from 1 to 5"),
+        (p_by_k, {"world_size": 3}, "world_size: 3 was given; allowed are integers from 1 to 2"),
+        (shuffled, {"world_size": 7}, "world_size: 7 was given; allowed are integers from 1 to 6"),
         (p_by_k, {"rank": 1}, "rank: 1 was given; allowed are integers from 0 to 0"),
-        (p_by_k, {"world_size": 11}, "world_size: 11 was given; allowed are integers from 1 to 10"),
+        (p_by_k, {"world_size": 11}, "world_size: 11 was given; allowed are integers from 1 to 2"),
         (p_by_k, {"spread": ("colour",)}, "spread: 'colour' was given; allowed are viewpoint, camera"),
         (p_by_k, {"batches_per_epoch": 0}, "batches_per_epoch: 0 was given"),
         (shuffled, {"batch_size": 0}, "batch_size: 0 was given"),
         (shuffled, {"batch_size": 10**9}, "batch_size: 1000000000 was given; allowed are integers from 1 to 1,048,576"),
         (shuffled, {"rank": -1, "world_size": 2}, "rank: -1 was given; allowed are integers from 0 to 1"),
-        (shuffled, {"world_size": 0}, "world_size: 0 was given; allowed are integers from 1 to 200"),
+        (shuffled, {"world_size": 0}, "world_size: 0 was given; allowed are integers from 1 to 6"),
         (shuffled, {"world_size": 201}, "world_size: 201 was given"),
         (shuffled, {"batches_per_epoch": 0}, "batches_per_epoch: 0 was given"),
     ],

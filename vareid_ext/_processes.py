@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -141,3 +142,50 @@ def whole_batch(rows: Tensor, group: ProcessGroup | None) -> Tensor:
     The gradient of each process's rows is the sum over the processes of the gradients of what they make of the whole.
     """
     return rows if group is None else _WholeBatch.apply(rows, group)
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """The images of a training batch that this process has, of those that the processes of a group have together."""
+
+    group: ProcessGroup
+    begin: int
+    """its first image's place in the batch"""
+    end: int
+    """the place behind its last image's"""
+    total: int
+    """images of the batch"""
+
+    @property
+    def fraction(self) -> float:
+        """Of the batch."""
+        return (self.end - self.begin) / self.total
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Means over the batch of values that are means over this process's images; not differentiable."""
+        whole = values.detach() * self.fraction
+        with answering(self.group):
+            dist.all_reduce(whole, group=self.group)
+        return whole
+
+
+def drawn(share: BatchShare | None, rows: int, draw: Callable[[int], Tensor]) -> Tensor:
+    """Random rows of a batch's images: drawn for the batch of all processes by each of them, which takes its own.
+
+    So the random number generators of all processes stay the same, and N processes compute what one would.
+
+    Args:
+        share: of the batch; None for all of it.
+        rows: of this process's images, as many of each image, one image's after the other's.
+        draw: makes so many rows.
+
+    Raises:
+        ValueError: `rows` is not a multiple of the number of images.
+    """
+    if share is None:
+        return draw(rows)
+    own = share.end - share.begin
+    if rows % own:
+        raise ValueError(f"rows: {rows} was given; allowed are multiples of the {own} images of this process")
+    of_each = rows // own
+    return draw(share.total * of_each)[share.begin * of_each : share.end * of_each]

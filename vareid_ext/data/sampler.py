@@ -9,6 +9,7 @@ from itertools import islice
 import numpy as np
 from torch.utils.data import Sampler
 
+from vareid_ext._processes import share
 from vareid_ext.data.random_stream import Stream
 from vareid_ext.data.text_files import shown
 from vareid_ext.data.types import ImageList
@@ -32,29 +33,35 @@ def _whole(name: str, value: object, low: int, high: int) -> int:
     return int(value)
 
 
+def _own(total: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The share of one of several processes of a batch of so many things, at least one."""
+    _whole("world_size", world_size, 1, total)
+    return share(total, _whole("rank", rank, 0, world_size - 1), world_size)
+
+
 class BatchSampler(Sampler[list[Draw]]):
     """What the samplers share: epochs that can be repeated and resumed, a share for each process, keys.
 
     The batches are a pure function of the arguments and the epoch (`set_epoch`), whatever ran before.
 
     Attributes:
-        batch_size: images in each batch of this process.
+        batch_size: images in each batch, those of all processes together.
         batches_per_epoch: batches in a whole epoch.
+        own: begin and end of what this process has of every batch, in the batch's order.
         description: what a batch is, in words.
     """
 
     description: str
 
     def __init__(
-        self, num_images: int, batch_size: int, seed: int, batches_per_epoch: int | None, rank: int, world_size: int
+        self, num_images: int, batch_size: int, seed: int, batches_per_epoch: int | None, own: tuple[int, int]
     ) -> None:
         if batches_per_epoch is None:
-            batches_per_epoch = max(1, num_images // (batch_size * world_size))
+            batches_per_epoch = max(1, num_images // batch_size)
         self.batch_size = batch_size
         self.batches_per_epoch = _whole("batches_per_epoch", batches_per_epoch, 1, _MAX_BATCHES)
         self.seed = _whole("seed", seed, 0, (1 << 63) - 1)
-        self.rank = _whole("rank", rank, 0, world_size - 1)
-        self.world_size = world_size
+        self.own = own
         self.epoch = 0
         self.start_batch = 0
 
@@ -69,15 +76,15 @@ class BatchSampler(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, start = self.epoch, self.start_batch
         generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
-        begin, end = self.rank * self.batch_size, (self.rank + 1) * self.batch_size
         # Every process draws the whole of every batch, used or not, to keep the processes' random numbers together.
-        for batch, everyone in enumerate(islice(self._global_batches(generator), self.batches_per_epoch)):
+        for batch, everyone in enumerate(islice(self._whole_batches(generator), self.batches_per_epoch)):
             if batch >= start:
-                keys = Stream(self.seed, epoch, batch, self.rank)
-                yield [Draw(index, keys.bits() >> 1) for index in everyone[begin:end]]
+                keys = Stream(self.seed, epoch, batch, 0)
+                draws = [Draw(index, keys.bits() >> 1) for index in everyone]
+                yield draws[slice(*self.own)]
 
-    def _global_batches(self, generator: np.random.Generator) -> Iterator[list[int]]:
-        """Batches without end, each of world_size * batch_size image indices, the processes' shares in turn."""
+    def _whole_batches(self, generator: np.random.Generator) -> Iterator[list[int]]:
+        """Batches without end, each of batch_size image indices."""
         raise NotImplementedError
 
 
@@ -89,10 +96,11 @@ class ShuffledSampler(BatchSampler):
 
     Args:
         images: the training images, N of them.
-        batch_size: images per batch and process, at least 1.
+        batch_size: images per batch, at least 1.
         seed: an integer in [0, 2^63).
         batches_per_epoch: at least 1; beyond one round of all images another round begins. None takes one round.
-        rank, world_size: which share of each global batch of world_size * batch_size images this process gets.
+        rank, world_size: this process out of so many, each of which gets its share of the images of every batch, as
+            even as can be; at most as many as images.
     """
 
     def __init__(
@@ -106,13 +114,12 @@ class ShuffledSampler(BatchSampler):
         world_size: int = 1,
     ) -> None:
         self._num_images = len(images)
-        world_size = _whole("world_size", world_size, 1, max(1, len(images)))
-        batch_size = min(_whole("batch_size", batch_size, 1, _MAX_BATCH), len(images) // world_size)
-        super().__init__(len(images), batch_size, seed, batches_per_epoch, rank, world_size)
+        batch_size = min(_whole("batch_size", batch_size, 1, _MAX_BATCH), len(images))
+        super().__init__(len(images), batch_size, seed, batches_per_epoch, _own(batch_size, rank, world_size))
         self.description = f"{batch_size} images"
 
-    def _global_batches(self, generator: np.random.Generator) -> Iterator[list[int]]:
-        size = self.batch_size * self.world_size
+    def _whole_batches(self, generator: np.random.Generator) -> Iterator[list[int]]:
+        size = self.batch_size
         while True:
             order = generator.permutation(self._num_images).tolist()
             for begin in range(0, len(order) - size + 1, size):
@@ -127,13 +134,14 @@ class PKSampler(BatchSampler):
 
     Args:
         images: the training images, N of them; its identities, viewpoints and cameras count.
-        identities_per_batch: P, at least 1 and at most the number of identities over `world_size`.
+        identities_per_batch: P, at least 1 and at most the number of identities.
         instances: K, images per identity, at least 1; P * K is at most 2^20.
         spread: which of "viewpoint", "camera" an identity's images in a batch should differ in, the more important
             first; empty for none. Unknown ones (-1) count as one more value.
         seed: an integer in [0, 2^63).
-        batches_per_epoch: at least 1; None takes N / (P * instances * world_size), rounded down, but at least 1.
-        rank, world_size: which share of each global batch of world_size * P identities this process gets.
+        batches_per_epoch: at least 1; None takes N / (P * instances), rounded down, but at least 1.
+        rank, world_size: this process out of so many, each of which gets all images of its share of the identities of
+            every batch, as even as can be; at most P.
     """
 
     def __init__(
@@ -149,13 +157,14 @@ class PKSampler(BatchSampler):
         world_size: int = 1,
     ) -> None:
         numbers = np.unique(images.identity)
-        world_size = _whole("world_size", world_size, 1, numbers.size)
-        identities_per_batch = _whole("identities_per_batch", identities_per_batch, 1, numbers.size // world_size)
+        identities_per_batch = _whole("identities_per_batch", identities_per_batch, 1, numbers.size)
         instances = _whole("instances", instances, 1, _MAX_BATCH // identities_per_batch)
         unknown = [name for name in spread if name not in SPREADABLE]
         if unknown:
             raise ValueError(f"spread: {unknown[0]!r} was given; allowed are {', '.join(SPREADABLE)}")
-        super().__init__(len(images), identities_per_batch * instances, seed, batches_per_epoch, rank, world_size)
+        begin, end = _own(identities_per_batch, rank, world_size)
+        own = begin * instances, end * instances
+        super().__init__(len(images), identities_per_batch * instances, seed, batches_per_epoch, own)
         self.description = f"{identities_per_batch} identities x {instances} images"
         self.identities_per_batch = identities_per_batch
         self.instances = instances
@@ -164,9 +173,9 @@ class PKSampler(BatchSampler):
         self._images_of = np.split(order, starts[1:])
         self._spread = [np.asarray(getattr(images, name)) for name in spread]
 
-    def _global_batches(self, generator: np.random.Generator) -> Iterator[list[int]]:
+    def _whole_batches(self, generator: np.random.Generator) -> Iterator[list[int]]:
         left: list[list[int]] = [[] for _ in self._images_of]
-        size = self.identities_per_batch * self.world_size
+        size = self.identities_per_batch
         while True:
             # A batch never straddles two rounds, so that no identity is in it twice.
             order = generator.permutation(len(self._images_of)).tolist()

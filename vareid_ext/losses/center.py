@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from vareid_ext._processes import whole_batch
 
 
 class CenterLoss(nn.Module):
@@ -37,15 +40,17 @@ class CenterLoss(nn.Module):
         self.rate = rate
         self.register_buffer("centers", torch.randn(num_identities, feature_dim))
 
-    def forward(self, feature: Tensor, identity: Tensor) -> Tensor:
+    def forward(self, feature: Tensor, identity: Tensor, *, group: ProcessGroup | None = None) -> Tensor:
         """The loss of a batch before the centres move.
 
         Args:
             feature: floating point [N, D]; computed in the centres' dtype.
             identity: integer [N] in [0, K).
+            group: processes that have a share of the batch each, and all call this; the centres, the same in all of
+                them, follow the images of all. None: the batch is all here.
 
         Returns:
-            Scalar tensor; 0 for an empty batch, which moves nothing.
+            Scalar tensor, the mean over this process's images; 0 for an empty batch, which moves nothing.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -57,7 +62,7 @@ class CenterLoss(nn.Module):
                 f"[N, {self.centers.shape[1]}] and [N]"
             )
         difference = feature.to(self.centers.dtype) - self.centers[identity]
-        if self.training and len(feature):
-            step = difference.detach() * (2 * self.rate / len(feature))
-            self.centers.index_add_(0, identity, step)
+        if self.training:
+            moved, steps = whole_batch(identity, group), whole_batch(difference.detach(), group)
+            self.centers.index_add_(0, moved, steps * (2 * self.rate / max(len(moved), 1)))
         return difference.square().sum() / max(len(feature), 1)

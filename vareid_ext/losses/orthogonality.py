@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vareid_ext._processes import BatchShare, drawn
 
-def spectral_gap(matrix: Tensor, *, steps: int = 1) -> Tensor:
+
+def spectral_gap(matrix: Tensor, *, steps: int = 1, share: BatchShare | None = None) -> Tensor:
     """An estimate of ``lambda_max - lambda_min`` of A = matrix matrix^T, 0 where the rows are orthogonal and as long.
 
     Both eigenvalues are Rayleigh quotients after a few power iterations from a random vector (Chen et al., ICCV 2019):
@@ -17,6 +19,8 @@ def spectral_gap(matrix: Tensor, *, steps: int = 1) -> Tensor:
     Args:
         matrix: floating point [..., R, C]; computed in float32 or wider.
         steps: power iterations, at least 1; many give the gap itself.
+        share: what this process has of a batch whose images the first dimension counts, as a method's `share`; the
+            random vectors are drawn for the whole batch. None: the batch is all here.
 
     Returns:
         [...]. The random vectors come from torch's default generator.
@@ -36,8 +40,11 @@ def spectral_gap(matrix: Tensor, *, steps: int = 1) -> Tensor:
     def times(vector: Tensor, shift: Tensor) -> Tensor:
         return matrix @ (matrix.mT @ vector) - shift * vector
 
+    def random_columns(rows: int) -> Tensor:
+        return torch.rand(rows, *matrix.shape[1:-1], 1, dtype=matrix.dtype, device=matrix.device)
+
     def eigenvalue(shift: Tensor) -> Tensor:
-        vector = torch.rand_like(matrix[..., :1])
+        vector = drawn(share, len(matrix), random_columns)
         for _ in range(steps):
             vector = times(vector, shift)
             vector = vector / _norm(vector)

@@ -123,14 +123,18 @@ class AbdNet(Method):
             else:
                 heads.append((self.head, features[0]))
             identity = [self._cross_entropy(head(feature), batch.identity) for head, feature in heads]
-            triplet = [batch_hard_triplet(f, batch.identity, margin=config.triplet_margin) for f in features]
+            triplet = [
+                batch_hard_triplet(f, batch.identity, margin=config.triplet_margin, group=self.triplet_group)
+                for f in features
+            ]
             terms |= {
                 "identity": Term(torch.stack(identity).mean()),
                 "triplet": Term(torch.stack(triplet).mean(), config.triplet_weight),
             }
             if self.feature_weight > 0:
-                of_halves = [spectral_gap(x.flatten(2)) / HALVES for maps in halves for x in maps]
-                of = torch.stack([*of_halves, 0.01 * spectral_gap(shallow.flatten(2))]).sum(0)
+                gaps = [spectral_gap(x.flatten(2), share=self.share) / HALVES for maps in halves for x in maps]
+                gaps.append(0.01 * spectral_gap(shallow.flatten(2), share=self.share))
+                of = torch.stack(gaps).sum(0)
                 terms["OF"] = Term(32 * of.mean(), self.feature_weight)  # published as the sum over a batch of 32
             if config.kernel_weight > 0:
                 ow = [exact_spectral_gap(weight.flatten(1)).square() for weight in self._kernels()]

@@ -8,8 +8,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from vareid_ext._processes import BatchShare
 from vareid_ext.data import Batch
 
 NORMALIZATIONS = ("whole", "parts", "none")
@@ -84,6 +86,13 @@ class Method(nn.Module):
     test_inputs: ClassVar[tuple[str, ...]] = ()
     """those of the extras in `inputs` that the test feature needs too"""
 
+    needs_whole_identities: ClassVar[bool] = False
+    """whether training compares images of an identity, so that a process needs all that a batch has of it"""
+    share: BatchShare | None = None
+    """what this process has of the batches in training, where it trains with others; None: all"""
+    gather_triplets: bool = True
+    """whether triplets are made of the images of all processes"""
+
     own_pooling: ClassVar[str] = ""
     """what it classifies where it does not use ``model.pooling``, such as "means of rows\""""
 
@@ -100,6 +109,16 @@ class Method(nn.Module):
     def features(self, batch: Batch) -> list[Tensor]:
         """The parts of the test feature of a batch of N images, each float32 [N, d], not normalised."""
         raise NotImplementedError
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The processes that train together, for losses that look at the whole batch; None: this one alone."""
+        return None if self.share is None else self.share.group
+
+    @property
+    def triplet_group(self) -> ProcessGroup | None:
+        """The processes whose images triplets are made of; None: this one alone."""
+        return self.group if self.gather_triplets else None
 
     def at_epoch(self, epoch: int) -> None:
         """Set what changes with the epoch (counted from 0), such as weights of terms."""

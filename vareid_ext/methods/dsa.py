@@ -111,7 +111,9 @@ class Dsa(Method):
             for name, feature, region in zip(STREAMS, wholes, parts, strict=True):
                 logits, region_logits = self.stream_heads[name](feature, region)
                 identity = nn.functional.cross_entropy(logits, batch.identity)
-                triplet = batch_hard_triplet(feature, batch.identity, margin=self.config.triplet_margin)
+                triplet = batch_hard_triplet(
+                    feature, batch.identity, margin=self.config.triplet_margin, group=self.triplet_group
+                )
                 terms[f"{name} identity"] = Term(identity)
                 terms[f"{name} triplet"] = Term(triplet)
                 terms[f"{name} regions"] = Term(part_cross_entropy(region_logits, batch.identity))

@@ -101,7 +101,10 @@ class Mgn(Method):
         with full_precision(pooled[0]):
             classified = pooled[:count] + reduced[count:] if config.global_heads == "pooled" else reduced
             logits = torch.stack([head(x) for head, x in zip(self.head, classified, strict=True)], dim=1)
-            triplets = [batch_hard_triplet(x, batch.identity, margin=config.triplet_margin) for x in reduced[:count]]
+            triplets = [
+                batch_hard_triplet(x, batch.identity, margin=config.triplet_margin, group=self.triplet_group)
+                for x in reduced[:count]
+            ]
             terms = {
                 "identity": Term(part_cross_entropy(logits, batch.identity), config.identity_weight),
                 "triplet": Term(torch.stack(triplets).mean(), config.triplet_weight),

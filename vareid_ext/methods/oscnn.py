@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vareid_ext._limits import check_limits
+from vareid_ext._processes import whole_batch
 from vareid_ext.data import Batch
 from vareid_ext.losses import batch_hard_triplet
 from vareid_ext.methods.base import About, Method, Term, TrainingClasses, full_precision
@@ -95,7 +96,11 @@ class Oscnn(Method):
                 terms = self.head(behind, batch)
             else:
                 terms = {"identity": Term(F.cross_entropy(self.head(behind), batch.identity))}
-            triplet = batch_hard_triplet(feature, batch.identity, margin=config.triplet_margin)
+            triplet = batch_hard_triplet(
+                feature, batch.identity, margin=config.triplet_margin, group=self.triplet_group
+            )
+            # A mean over the known ones of the whole batch.
+            logits, label, known = (whole_batch(x, self.group) for x in (logits, label, known))
             orientation = F.cross_entropy(logits, label, reduction="none")[known].sum() / known.sum().clamp(min=1)
             return terms | {
                 "triplet": Term(triplet, config.triplet_weight),

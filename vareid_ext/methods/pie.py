@@ -89,6 +89,8 @@ class Pie(Method):
         """Photograph [N, C], PoseBox [N, C], confidences [N, 14]."""
         config, keypoints = self.config, batch.extras["keypoints"]
         jitter = config.jitter and self.training
-        posebox = draw_posebox(batch.image, keypoints, parts=config.posebox, size=config.posebox_size, jitter=jitter)
+        posebox = draw_posebox(
+            batch.image, keypoints, parts=config.posebox, size=config.posebox_size, jitter=jitter, share=self.share
+        )
         maps = self.photograph(batch.image), self.posebox(posebox)
         return [*(pool(x) for pool, x in zip(self.pools, maps, strict=True)), keypoints[..., 2]]

@@ -110,8 +110,11 @@ class Pyramid(Method):
             logits = self.parts.logits(self.dropout(feature) for feature in features)
             identity = part_cross_entropy(logits, batch.identity)
             margin = self.config.triplet_margin
-            triplet = torch.stack([batch_hard_triplet(f, batch.identity, margin=margin) for f in features]).mean()
-            joint = self.dynamic(identity, triplet)
+            triplet = torch.stack(
+                [batch_hard_triplet(f, batch.identity, margin=margin, group=self.triplet_group) for f in features]
+            ).mean()
+            losses = torch.stack([identity, triplet]).detach()
+            joint = self.dynamic(*(losses if self.share is None else self.share.mean(losses)))
             terms = {
                 "identity": Term(identity, len(features)),
                 "triplet": Term(torch.where(joint, triplet, 0.0), self.config.triplet_weight * len(features)),

@@ -89,10 +89,10 @@ class Srb(Method):
                     self.head(feature), batch.identity, smoothing="uniform", epsilon=self.epsilon
                 )
                 terms = {"identity": Term(identity)}
-            triplet = batch_hard_triplet(pooled, batch.identity, margin=config.triplet_margin)
+            triplet = batch_hard_triplet(pooled, batch.identity, margin=config.triplet_margin, group=self.triplet_group)
             terms["triplet"] = Term(triplet, config.triplet_weight)
             if self.center is not None:
-                terms["center"] = Term(self.center(pooled, batch.identity), config.center_weight)
+                terms["center"] = Term(self.center(pooled, batch.identity, group=self.group), config.center_weight)
         return terms
 
     def features(self, batch: Batch) -> list[Tensor]:

@@ -111,7 +111,9 @@ class TwoBranch(Method):
             }
             if config.triplet_weight > 0:
                 for branch, x in zip(("identity", "viewpoint"), pooled, strict=True):
-                    triplet = batch_hard_triplet(x, batch.identity, margin=config.triplet_margin)
+                    triplet = batch_hard_triplet(
+                        x, batch.identity, margin=config.triplet_margin, group=self.triplet_group
+                    )
                     terms[f"{branch} triplet"] = Term(triplet, config.triplet_weight)
         return terms
 

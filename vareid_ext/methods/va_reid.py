@@ -137,7 +137,9 @@ class VaReid(Method):
                 stripes = part_cross_entropy(
                     logits, batch.identity, smoothing=config.smoothing, alpha=config.alpha, epsilon=config.epsilon
                 )
-                triplet = batch_hard_triplet(pooled, batch.identity, margin=config.triplet_margin)
+                triplet = batch_hard_triplet(
+                    pooled, batch.identity, margin=config.triplet_margin, group=self.triplet_group
+                )
                 terms["stripes"] = Term(stripes, config.stripe_weight)
                 terms["triplet"] = Term(triplet, config.triplet_weight)
         return terms

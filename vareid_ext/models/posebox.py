@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vareid_ext._processes import BatchShare, drawn
 from vareid_ext.models.joints import LEFT_ARM, LEFT_LEG, RIGHT_ARM, RIGHT_LEG, box_along, check_joints, to_canvas
 from vareid_ext.models.warp import warp_quad
 
@@ -12,7 +13,15 @@ _CANVAS = (368, 184)  # height and width of the pixels that the PoseBox's margin
 _TORSO = (RIGHT_ARM[0], LEFT_ARM[0], LEFT_LEG[0], RIGHT_LEG[0])
 
 
-def draw_posebox(images: Tensor, keypoints: Tensor, *, parts: int = 3, size: int = 224, jitter: bool = False) -> Tensor:
+def draw_posebox(
+    images: Tensor,
+    keypoints: Tensor,
+    *,
+    parts: int = 3,
+    size: int = 224,
+    jitter: bool = False,
+    share: BatchShare | None = None,
+) -> Tensor:
     """The PoseBox: torso, upright arms beside it, upright legs below it. Left and right are those of the image.
 
     Args:
@@ -22,6 +31,8 @@ def draw_posebox(images: Tensor, keypoints: Tensor, *, parts: int = 3, size: int
         size: height and width of the PoseBox, pixels; a multiple of 28.
         jitter: move joints at random by 1 to 4 pixels of an image 368 pixels high, where the confidences of shoulders
             and hips sum up to less than 0.8; drawn from torch's default generator.
+        share: what this process has of a batch, as a method's `share`; the jitter is drawn for the whole batch. None:
+            the batch is all here.
 
     Returns:
         Float32 [N, C, size, size], 0 where there is no part, and in a part with a missing joint.
@@ -34,8 +45,13 @@ def draw_posebox(images: Tensor, keypoints: Tensor, *, parts: int = 3, size: int
     point, confidence = to_canvas(keypoints, image_size, _CANVAS), keypoints[..., 2:]
     if jitter:
         unsure = confidence[:, _TORSO].sum(1, keepdim=True) < 0.8
-        sign = 2 * torch.randint(2, point.shape, device=point.device) - 1
-        point = point + unsure * sign * torch.randint(1, 5, point.shape, device=point.device)
+
+        def integers(low: int, high: int) -> Tensor:
+            of_one, device = point.shape[1:], point.device
+            return drawn(share, len(point), lambda rows: torch.randint(low, high, (rows, *of_one), device=device))
+
+        sign = 2 * integers(0, 2) - 1
+        point = point + unsure * sign * integers(1, 5)
     joints, unit = torch.cat([point, confidence], 2), size // 28
 
     def by_side(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[Tensor, Tensor]:
