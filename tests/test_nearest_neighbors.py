@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -256,12 +257,49 @@ def check_growth(kind, k, steps):
         np.testing.assert_allclose(lists[2], expected.max(1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["random", "ties", "equal", "far"])
+def test_lists_of_some_rows_are_those_of_all(backend, kind, dtype):
+    """To the last bit, wherever the blocks are divided."""
+    x = features(150, 5, levels=3 if kind == "ties" else None)
+    x = (x[:1].expand(150, 5) if kind == "equal" else x + 100 if kind == "far" else x).to(dtype)
+    query, gallery = x[:37], x[37:]
+    edges = op.edges(37, 113, 16)
+    assert edges[0] == 0
+    assert edges[-1] == 150
+    assert 37 in edges
+    expected = op.joint_neighbors(query, gallery, 1.0, 9, 0, None, 16)[:3]
+    for cuts in ((0, 150), (0, edges[1], edges[4], 150), edges):
+        pieces = [
+            op.neighbors_of_rows(query, gallery, 1.0, 9, "sqeuclidean", begin, end, 16)
+            for begin, end in itertools.pairwise(cuts)
+        ]
+        for found, right in zip(map(torch.cat, zip(*pieces, strict=True)), expected, strict=True):
+            assert found.dtype == right.dtype
+            assert torch.equal(found, right)
+
+
+def test_lists_of_some_rows_by_the_cosine(backend):
+    x = features(90, 4)
+    x[40:60] = 3 * x[:20]
+    wide = (x.double() / x.double().norm(dim=1, keepdim=True)).numpy()
+    expected = squared_distances(wide, wide) / 2
+    begin, end = op.edges(30, 60, 16)[1:4:2]
+    index, distance, row_max = op.neighbors_of_rows(x[:30], x[30:], 1.0, 7, "cosine", begin, end, 16)
+    order = np.argsort(expected, axis=1, kind="stable")[begin:end, :7]
+    near = np.take_along_axis(expected[begin:end], order, 1)
+    np.testing.assert_allclose(np.take_along_axis(expected[begin:end], index.numpy(), 1), near, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(distance, near, rtol=2e-7, atol=1e-14)
+    np.testing.assert_allclose(row_max, expected.max(1)[begin:end], rtol=1e-5)
+
+
 def test_the_operators_pass_opcheck():
     torch.library.opcheck(op._nearest_neighbors, (features(20, 6), None, 3, "sqeuclidean", 8))
     torch.library.opcheck(op._nearest_neighbors, (features(20, 6), features(9, 6, 1), 3, "cosine", 8))
     out = torch.empty(8, 12)
     lists = torch.arange(8, dtype=torch.int32)[:, None], torch.zeros(8, 1, dtype=torch.float64), torch.ones(8)
     torch.library.opcheck(op.extended_neighbors, (features(8, 6), features(12, 6, 1), 1.0, 5, *lists))
+    torch.library.opcheck(op.neighbors_of_rows, (features(8, 6), features(12, 6, 1), 1.0, 5, "cosine", 4, 16, 4))
     torch.library.opcheck(op.joint_neighbors, (features(8, 6), features(12, 6, 1), 1.0, 5, 4, out, 8))
 
 

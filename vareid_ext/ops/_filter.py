@@ -271,8 +271,13 @@ def row_blocks(filtered: Filter, which: Sequence[int], block_rows: int) -> list[
     blocks, offset = [], 0
     for part in which:
         rows = filtered.parts[part].shape[0]
-        count = -(-rows // block_rows)
-        edges = [rows * b // count for b in range(count + 1)] if count else []
-        blocks += [(part, first, last, offset + first) for first, last in itertools.pairwise(edges)]
+        edges = itertools.pairwise(block_edges(rows, block_rows))
+        blocks += [(part, first, last, offset + first) for first, last in edges]
         offset += rows
     return blocks
+
+
+def block_edges(rows: int, block_rows: int) -> list[int]:
+    """Where the blocks of a part of so many rows begin, and where the last one ends; [0] without rows."""
+    count = -(-rows // block_rows)
+    return [0, *(rows * b // count for b in range(1, count + 1))]

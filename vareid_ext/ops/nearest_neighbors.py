@@ -21,7 +21,7 @@ from vareid_ext import _native
 from vareid_ext.ops import _progress
 from vareid_ext.ops._checks import check_choice, check_count
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
-from vareid_ext.ops._filter import Filter, block_side, row_blocks, strip_side
+from vareid_ext.ops._filter import Filter, block_edges, block_side, row_blocks, strip_side
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.ops._operator import define
 from vareid_ext.reference import accumulator_dtype
@@ -50,17 +50,21 @@ def rescan_bytes(columns: int, threads: int) -> int:
 
 
 class _Scan:
-    """Candidates of the rows of some parts of a filter, gathered block by block."""
+    """Candidates of the rows of some parts of a filter, gathered block by block; or of those among them from number
+    ``begin`` on and before ``end``.
+    """
 
     def __init__(
-        self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str, block_rows: int
-    ) -> None:
+        self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str, block_rows: int,
+        begin: int = 0, end: int | None = None,
+    ) -> None:  # fmt: skip
         self.filtered, self.k, self.metric = filtered, k, METRICS.index(metric)
         self.block_rows = max(MIN_ROWS, block_rows)
-        self.left, self.right = filtered.sets(*left), filtered.sets(*right)
+        self.left, self.right = _between(filtered.sets(*left), begin, end), filtered.sets(*right)
         self.left_parts, self.right_parts = list(left), list(right)
-        self.left_bounds, self.right_bounds = filtered.bounds(left), filtered.bounds(right)
-        self.rows = sum(filtered.parts[w].shape[0] for w in left)
+        norm, window = filtered.bounds(left)
+        self.left_bounds, self.right_bounds = (norm[begin:end], window[begin:end]), filtered.bounds(right)
+        self.begin, self.rows = begin, sum(part.shape[0] for part, _ in self.left)
         self.columns = sum(filtered.parts[w].shape[0] for w in right)
         new, places = filtered.norm.new_empty, capacity(k)
         self.row_max = new(self.rows).zero_()
@@ -149,7 +153,7 @@ class _Scan:
 
     def _gather(self, rows: Tensor, out: Tensor) -> Tensor:
         """The prepared float32 rows of these ascending numbers, in the first rows of ``out``."""
-        filtered, offset, done = self.filtered, 0, 0
+        filtered, offset, done, rows = self.filtered, 0, 0, rows + self.begin
         for which in self.left_parts:
             of_part = rows[(rows >= offset) & (rows < offset + filtered.parts[which].shape[0])] - offset
             filtered.gather(which, of_part, out[done : done + of_part.numel()])
@@ -222,6 +226,42 @@ def _symmetric_scan(
                             scan.scan(block, first, other_first, both=False, write=False)
                     scans[0].scan(block, offset, other_offset, both=not same, write=crossed and out is not None)
                     _progress.advance(size * (size + 1) // 2 if same else size * (other_last - other_first))
+
+
+def _scan_of_rows(filtered: Filter, scan: _Scan, block_rows: int) -> None:
+    """The blocks of :func:`_symmetric_scan` that hold rows of the scan, which are whole blocks: the same products, and
+    so on a CPU, where they are made one by one, the same bits.
+    """
+    blocks = row_blocks(filtered, range(len(filtered.parts)), block_rows)
+    side = max((last - first for _, first, last, _ in blocks), default=0)
+    buffer, turned = (filtered.norm.new_empty(side * side) for _ in range(2))
+    with full_float32(buffer.device.type):
+        for at, (which, first, last, offset) in enumerate(blocks):
+            rows, size = filtered.block(which, first, last, 0), last - first
+            own = scan.begin <= offset < scan.begin + scan.rows
+            for other, begin, end, other_offset in blocks[at:]:
+                same, other_own = other_offset == offset, scan.begin <= other_offset < scan.begin + scan.rows
+                if not own and not other_own:
+                    continue
+                columns = rows if same else filtered.block(other, begin, end, 1)
+                target = buffer[: size * (end - begin)].view(size, end - begin)
+                torch.mm(rows, columns.T, out=target)
+                if own:
+                    scan.scan(target, offset - scan.begin, other_offset, both=False, write=False)
+                if other_own and not same:
+                    crossed = turned[: target.numel()].view(end - begin, size).copy_(target.T)
+                    scan.scan(crossed, other_offset - scan.begin, offset, both=False, write=False)
+                _progress.advance(size * (end - begin))
+
+
+def _between(sets: list[tuple[Tensor, Tensor | None]], begin: int, end: int | None) -> list[tuple[Tensor, Any]]:
+    """Rows and factors of the rows from number ``begin`` on and before ``end`` of some sets, in as many sets."""
+    found, offset = [], 0
+    for part, factor in sets:
+        rows = slice(max(0, begin - offset), None if end is None else max(0, end - offset))
+        found.append((part[rows], None if factor is None else factor[rows]))
+        offset += part.shape[0]
+    return found
 
 
 def _strips(blocks: list[tuple[int, int, int, int]], together: int) -> Iterator[list[tuple[int, int, int, int]]]:
@@ -327,6 +367,46 @@ joint_neighbors = define(
 
 ``scale`` must be what :func:`vareid_ext.ops._filter.common_scale` gives for the two.
 """
+
+
+def _native_neighbors_of_rows(
+    query: Tensor, gallery: Tensor, scale: float, k: int, metric: str, begin: int, end: int, block_rows: int
+) -> Any:
+    if k > MAX_NEIGHBORS[query.device.type]:
+        return NotImplemented
+    of_squares = metric == "sqeuclidean"
+    filtered = Filter([query, gallery], ["query", "gallery"], metric, scale=scale if of_squares else None)
+    scan = _Scan(filtered, [0, 1], [0, 1], k, metric, block_rows, begin, end)
+    _scan_of_rows(filtered, scan, block_rows)
+    filtered.drop_buffers()
+    row_max = scan.row_max if of_squares else scan.row_max / 2
+    return *scan.select(torch.float32), row_max
+
+
+def _fake_neighbors_of_rows(
+    query: Tensor, gallery: Tensor, scale: float, k: int, metric: str, begin: int, end: int, block_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    new, rows = query.new_empty, end - begin
+    return new((rows, k), dtype=torch.int32), new((rows, k), dtype=torch.float32), new((rows,), dtype=torch.float32)
+
+
+neighbors_of_rows = define(
+    "neighbors_of_rows(Tensor query, Tensor gallery, float scale, SymInt k, str metric, SymInt begin, SymInt end, "
+    "SymInt block_rows) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_neighbors_of_rows,
+    reference=lambda *arguments: reference.neighbors_of_rows(*arguments[:-1]),
+    native=_native_neighbors_of_rows,
+)
+"""Neighbour lists of some rows; see :func:`vareid_ext.reference.nearest_neighbors.neighbors_of_rows`.
+
+``scale`` is as for :func:`joint_neighbors`, whose bits these are on a CPU where ``begin`` and ``end`` are edges of its
+blocks, as they must be: :func:`edges` has them.
+"""
+
+
+def edges(query: int, gallery: int, block_rows: int) -> list[int]:
+    """Where the blocks of :func:`joint_neighbors` begin, and where the last one ends."""
+    return [*block_edges(query, block_rows), *(query + edge for edge in block_edges(gallery, block_rows)[1:])]
 
 
 def _native_extended_neighbors(

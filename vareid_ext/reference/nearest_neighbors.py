@@ -80,6 +80,36 @@ def joint_neighbors(
     return neighbor, distance, row_max, gallery_index, gallery_distance
 
 
+def neighbors_of_rows(
+    query: Tensor, gallery: Tensor, scale: float, k: int, metric: str, begin: int, end: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbour lists and row maxima of some rows of query and gallery together.
+
+    Args:
+        query: [Q, D], floating point.
+        gallery: [G, D].
+        scale: a power of two, as for :func:`joint_neighbors`; not used for the cosine.
+        k: 1 to Q + G.
+        metric: "sqeuclidean" or "cosine".
+        begin: the first of the rows, numbered as for :func:`joint_neighbors`.
+        end: the one behind the last.
+
+    Returns:
+        neighbor int32 [end - begin, k], distance float32 [end - begin, k], row_max float32 [end - begin]; for
+        "sqeuclidean" rows ``begin`` to ``end - 1`` of what :func:`joint_neighbors` returns.
+    """
+    every = torch.cat([query, gallery]).to(torch.float64) * (scale if metric == "sqeuclidean" else 1)
+    neighbor = query.new_empty((end - begin, k), dtype=torch.int32)
+    distance = query.new_empty((end - begin, k), dtype=torch.float32)
+    row_max = query.new_empty((end - begin,), dtype=torch.float32)
+    for rows in torch.arange(begin, end, device=query.device).split(rows_per_block(every.shape[0])):
+        block = exact_distance(every[rows], every, metric)
+        ordered, order = torch.sort(block, dim=1, stable=True)
+        at = slice(int(rows[0]) - begin, int(rows[-1]) + 1 - begin)
+        neighbor[at], distance[at], row_max[at] = order[:, :k].to(torch.int32), ordered[:, :k], block.amax(1)
+    return neighbor, distance, row_max
+
+
 def extended_neighbors(
     old: Tensor, new: Tensor, scale: float, k: int, index: Tensor, distance: Tensor, row_max: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
