@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from vareid_ext.cli.common import (
     inference_options,
     run_command,
 )
+from vareid_ext.cli.shards import Parts, add_shard_arguments, check_merge_alone, marks, read_shards, share
 from vareid_ext.data import (
     EXTRAS,
     FORMATS,
@@ -49,7 +48,6 @@ from vareid_ext.data.readers import needs_root
 from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, is_litter, left_out, unreadable_of
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import LABELS, open_arrays
-from vareid_ext.files.lock import locked
 from vareid_ext.trained import TrainedModel, load_trained, unlabelled
 
 _DESCRIPTION = """\
@@ -85,8 +83,7 @@ def _parser() -> Parser:
     parser.add_argument("images", nargs="?", metavar="IMAGES", help="folder, image, list (.txt), manifest (.csv), root")
     parser.add_argument("--output", required=True, metavar="OUTPUT", help="the features: .npz or .npy")
     add_image_arguments(parser)
-    parser.add_argument("--shard", metavar="I/N", type=_shard, help="take the I-th of N equal parts of the images")
-    parser.add_argument("--merge", nargs="+", metavar="SHARD", help="put the outputs of all shards together")
+    add_shard_arguments(parser, "images")
     return parser
 
 
@@ -110,18 +107,10 @@ def add_image_arguments(parser: Parser, *, flip: bool = True) -> None:
     )  # fmt: skip
 
 
-def _shard(text: str) -> tuple[int, int]:
-    number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
-        raise argparse.ArgumentTypeError(f"{text!r} was given; I/N is needed, such as 1/4, with I from 1 to N")
-    return int(number), int(count)
-
-
 def _run(options: argparse.Namespace) -> Result:
     output = check_writable(options.output, (".npz", ".npy"), options.merge or ())
     if options.merge:
-        if options.run:
-            raise ValueError(f"--merge: takes shards alone, but {options.run} was given too")
+        check_merge_alone(options, "run")
         return _merge(options.merge, output)
     if options.run is None:
         raise ValueError("RUN, IMAGES: both are needed")
@@ -129,16 +118,13 @@ def _run(options: argparse.Namespace) -> Result:
     model = load_trained(options.run, options.device)
     (images,), notes, skipped = gather_images(model, [options.images], options)
     request = fingerprint(model, images, options)
-    arrays: dict[str, Any] = {}
+    arrays = marks(request, options.shard)
     if options.shard is not None:
-        number, count = options.shard
-        arrays = {"shard": np.array(options.shard), "request": np.array(request)}
-        bounds = [len(images) * i // count for i in (number - 1, number)]
-        images = images.select(np.arange(*bounds))
-        request = f"{request} {number}/{count}"
-    parts = Parts(Path(f"{output}.parts"), request)
+        images = images.select(np.arange(*share(len(images), options.shard)))
+        request = "{} {}/{}".format(request, *options.shard)
+    parts = parts_of(output, request)
     notes = (*parts.notes(), *notes)
-    feature = parts.complete(model, images, options)
+    feature = complete(parts, model, images, options)
     _write(output, {"feature": feature, **_described(images), **arrays})
     parts.remove()
     text = "\n".join([f"{output}: features {list(feature.shape)}", *notes])
@@ -318,72 +304,15 @@ def fingerprint(model: TrainedModel, images: ImageList, options: argparse.Namesp
     return digest.hexdigest()
 
 
-class Parts:
-    """Features that are done, in files of a folder, until all are.
+def parts_of(output: Path, request: str) -> Parts:
+    """Where features are kept until all that go into `output` are done."""
+    return Parts(Path(f"{output}.parts"), request, "images, model or options")
 
-    Args:
-        folder: made where it does not exist.
-        request: a text that says what the features are of.
 
-    Raises:
-        ValueError: the folder holds the parts of another request.
-        BlockingIOError: another process writes them.
-    """
-
-    def __init__(self, folder: Path, request: str) -> None:
-        self.folder, self.done = folder, 0
-        told = folder / "request"
-        folder.mkdir(exist_ok=True)
-        self._lock = contextlib.ExitStack()  # until they are removed, or the process ends
-        self._lock.enter_context(locked(folder))
-        if not told.exists():
-            with atomic_file(told) as file:
-                file.write(request.encode())
-        if told.read_text() != request:
-            raise ValueError(
-                f"{folder}: holds what another command has begun (other images, model or options); give that command "
-                "again, or remove the folder: the features in it are not used by any other"
-            )
-        self.done = sum(len(part) for part in self._parts())
-
-    def _parts(self) -> Iterator[np.ndarray]:
-        """The parts in order; each is named by the number of its first image."""
-        begin = 0
-        while (path := self.folder / f"{begin}.npy").exists():
-            part = np.load(path, mmap_mode="r", allow_pickle=False)
-            yield part
-            begin += len(part)
-
-    def add(self, feature: np.ndarray) -> None:
-        """Keep the next features [n, D]."""
-        with atomic_file(self.folder / f"{self.done}.npy") as file:
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(feature))
-            file.write(feature.tobytes())
-        self.done += len(feature)
-
-    def notes(self) -> tuple[str, ...]:
-        """What is to be said about what was there before."""
-        return (f"{self.done} of them by an earlier start",) if self.done else ()
-
-    def complete(self, model: TrainedModel, images: ImageList, options: argparse.Namespace) -> np.ndarray:
-        """All features, of which those that are not there yet are made: float32 [N, D]."""
-        _extract(model, images, self, inference_options(options), progress=not options.quiet)
-        return self.read(len(images), model.feature_dim)
-
-    def read(self, count: int, dim: int) -> np.ndarray:
-        """All features, float32 [count, dim]. Raises ValueError where some are gone, which another process may do."""
-        parts = [*self._parts(), np.empty((0, dim), np.float32)]
-        feature = np.concatenate(parts)
-        if len(feature) != count:
-            raise ValueError(
-                f"{self.folder}: holds {len(feature)} features; {count} are needed; give the command again"
-            )
-        return feature
-
-    def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder)
-        self._lock.close()
+def complete(parts: Parts, model: TrainedModel, images: ImageList, options: argparse.Namespace) -> np.ndarray:
+    """The features of all images, of which those that are not there yet are made: float32 [N, D]."""
+    _extract(model, images, parts, inference_options(options), progress=not options.quiet)
+    return np.concatenate([*parts.read(len(images)), np.empty((0, model.feature_dim), np.float32)])
 
 
 def _extract(model: TrainedModel, images: ImageList, parts: Parts, how: dict[str, Any], *, progress: bool) -> None:
@@ -459,36 +388,21 @@ def _read(path: Path) -> dict[str, np.ndarray]:
 
 
 def _merge(names: Sequence[str], output: Path) -> Result:
-    shards: dict[int, dict[str, np.ndarray]] = {}
-    first, count, request = names[0], 0, ""
-    for name in names:
-        arrays = _read(Path(name))
-        if "shard" not in arrays or "request" not in arrays:
-            raise ValueError(f"{name}: is no shard: it was not made with --shard")
-        number, total = arrays.pop("shard").tolist()
-        asked = str(arrays.pop("request"))
-        if shards and (asked, total) != (request, count):
-            raise ValueError(f"{name}: is of other images, another model or other options than {first}")
-        if number in shards:
-            raise ValueError(f"{name}: shard {number}/{total} was given twice")
-        shards[number], request, count = arrays, asked, total
-    missing = [f"{i}/{count}" for i in range(1, count + 1) if i not in shards]
-    if missing:
-        raise ValueError(f"--merge: shards {', '.join(missing)} are missing")
+    shards = read_shards(names, _read, "other images, another model or other options")
     # A shard's labels may all be unknown where another's are not.
     known = (*LABELS, *_NAMES)
     labels = {
         name: "" if values.dtype.kind == "U" else UNKNOWN
-        for shard in shards.values()
+        for shard in shards
         for name, values in shard.items()
         if name in known or name.startswith(COLUMN)
     }
-    filled = [_filled(shards[i], labels) for i in range(1, count + 1)]
+    filled = [_filled(shard, labels) for shard in shards]
     merged = {name: np.concatenate([shard[name] for shard in filled]) for name in filled[0]}
     _write(output, merged)
     shape = merged["feature"].shape
-    text = f"{output}: features {list(shape)} of {count} shards"
-    return Result(text, {"output": str(output), "images": shape[0], "D": shape[1], "shards": count})
+    text = f"{output}: features {list(shape)} of {len(shards)} shards"
+    return Result(text, {"output": str(output), "images": shape[0], "D": shape[1], "shards": len(shards)})
 
 
 def _filled(arrays: dict[str, np.ndarray], unknown: Mapping[str, int | str]) -> dict[str, np.ndarray]:

@@ -16,12 +16,13 @@ import torch
 from vareid_ext._labels import NAMED, UNKNOWN, Labels
 from vareid_ext.cli.common import Parser, Result, command_parser, run_command
 from vareid_ext.cli.extract import (
-    Parts,
     add_image_arguments,
     check_no_image_options,
     check_source,
+    complete,
     fingerprint,
     gather_images,
+    parts_of,
 )
 from vareid_ext.cli.rerank import RERANKING, add_max_unpacked
 from vareid_ext.files.features import LABELS, Features, read_features
@@ -191,9 +192,9 @@ def _run(options: argparse.Namespace) -> Result:
         return _result(options, index, 0, len(new), notes, skipped)
     if index is not None:
         said = (*said, *_unlike(index, images))
-    parts = Parts(Path(f"{output}.parts"), fingerprint(model, images, options))
+    parts = parts_of(output, fingerprint(model, images, options))
     notes = (*said, *parts.notes(), *notes)
-    index, added = _write(options, index, images, parts.complete(model, images, options), paths, new, about)
+    index, added = _write(options, index, images, complete(parts, model, images, options), paths, new, about)
     parts.remove()
     return _result(options, index, added, len(new), (*notes, *_meanwhile(len(images) - added)), skipped)
 
