@@ -27,6 +27,7 @@ COMMANDS = {
     "views": "pictures of the people on images in eight poses, drawn by a trained PN-GAN",
     "label-viewpoints": "viewpoint labels of images of people, from keypoints or a small network",
     "export": "the feature of a trained model as an ONNX file or a torch.export program",
+    "neighbors": "the exact neighbour lists of features in files, by one machine or by many",
     "rerank": "k-reciprocal re-ranking of features in files",
     "figures": "the pictures and tables of a finished run again",
     "methods": "every method: paper, claim, published and measured scores, what it needs",

@@ -80,6 +80,7 @@ ADDED = {
     "vareid export": ["--quiet"],
     "vareid index": ["--quiet"],
     "vareid search": ["--quiet"],
+    "vareid neighbors": ["--quiet", "-k=30"],
     "vareid rerank": ["--quiet", "--topk=10"],
     "vareid evaluate": ["--quiet"],
     "vareid label-viewpoints my/manifest.csv --train": ["--quiet", "--epochs=1"],

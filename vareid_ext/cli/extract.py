@@ -47,7 +47,7 @@ from vareid_ext.data.load import listed, unreadable_images
 from vareid_ext.data.readers import needs_root
 from vareid_ext.data.types import IMAGE_SUFFIXES, SPLITS, is_litter, left_out, unreadable_of
 from vareid_ext.files.atomic import atomic_file, check_writable
-from vareid_ext.files.features import LABELS, open_arrays
+from vareid_ext.files.features import LABELS, read_arrays
 from vareid_ext.trained import TrainedModel, load_trained, unlabelled
 
 _DESCRIPTION = """\
@@ -382,13 +382,13 @@ def _write(output: Path, arrays: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, np.ndarray]:
     """What :func:`_write` has written."""
     if path.suffix.lower() == ".npz":
-        return {name: np.asarray(entry.read()) for name, entry in open_arrays(path).items()}
+        return read_arrays(path)
     files = {name: _beside(path, name) for name in ("feature", *_there(path))}
-    return {name: np.asarray(open_arrays(file)[""].read()) for name, file in files.items()}
+    return {name: read_arrays(file)[""] for name, file in files.items()}
 
 
 def _merge(names: Sequence[str], output: Path) -> Result:
-    shards = read_shards(names, _read, "other images, another model or other options")
+    shards, _ = read_shards(names, _read, "other images, another model or other options")
     # A shard's labels may all be unknown where another's are not.
     known = (*LABELS, *_NAMES)
     labels = {

@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -98,34 +98,61 @@ def add_max_unpacked(parser: argparse._ActionsContainer) -> None:
     )  # fmt: skip
 
 
-def _parser() -> Parser:
-    parser = command_parser("rerank", _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("query", help="file with the query features")
-    parser.add_argument("gallery", help="file with the gallery features")
-    parser.add_argument("--output", required=True, metavar="OUTPUT", help="the result: .npy, or .npz with --topk")
-    parser.add_argument("--topk", type=int, metavar="K", help="keep each query's K best gallery rows only")
+def add_joint_features(parser: Parser) -> None:
+    """Files of a query and of a gallery, and what is left out of it, for :func:`read_joint_features`."""
+    parser.add_argument("query", nargs="?", help="file with the query features")
+    parser.add_argument("gallery", nargs="?", help="file with the gallery features")
     parser.add_argument("--query-key", metavar="KEY", help="key of the query features (default: the usual names)")
     parser.add_argument("--gallery-key", metavar="KEY", help="key of the gallery features (default: the usual names)")
     parser.add_argument(
         "--gallery-identity", metavar="SOURCE", help="key, file or file:key, to know junk by (default: the usual names)"
     )
     add_junk_identity(parser)
-    add_rerank_arguments(parser.add_argument_group("re-ranking"))
     add_max_unpacked(parser)
+
+
+class JointFeatures(NamedTuple):
+    """A query and a gallery without its junk."""
+
+    query: Tensor
+    gallery: Tensor
+    kept: np.ndarray
+    """bool [rows of the gallery's file]: those that are no junk"""
+    note: str
+    """where they are from"""
+
+
+def read_joint_features(options: argparse.Namespace) -> JointFeatures:
+    """What the arguments of :func:`add_joint_features` name."""
+    if options.gallery is None:
+        raise ValueError("QUERY, GALLERY: both are needed")
+    check_junk_identity(options.junk_identity)
+    found = read_features(options.query, "query", key=options.query_key, labels=(), max_unpacked=options.max_unpacked)
+    gallery, kept, note = _read_gallery(options)
+    return JointFeatures(found.feature, gallery, kept, f"query: {found.used()}\n{note}")
+
+
+def add_memory_arguments(parser: Parser) -> None:
+    """The limit on memory and what is said about it."""
     parser.add_argument("--max-memory", type=size_in_bytes, metavar="SIZE", help="limit beyond input and result: 200M")
     parser.add_argument("--block-rows", type=int, metavar="ROWS", help="rows of a block of products (default: chosen)")
     parser.add_argument("--plan", action="store_true", help="print how memory will be used")
+
+
+def _parser() -> Parser:
+    parser = command_parser("rerank", _DESCRIPTION, _EXAMPLES)
+    add_joint_features(parser)
+    parser.add_argument("--output", required=True, metavar="OUTPUT", help="the result: .npy, or .npz with --topk")
+    parser.add_argument("--topk", type=int, metavar="K", help="keep each query's K best gallery rows only")
+    add_rerank_arguments(parser.add_argument_group("re-ranking"))
+    add_memory_arguments(parser)
     return parser
 
 
 def _run(options: argparse.Namespace) -> Result:
     suffixes = (".npy",) if options.topk is None else (".npy", ".npz")
-    output = check_writable(options.output, suffixes, (options.query, options.gallery))
-    check_junk_identity(options.junk_identity)
-    found = read_features(options.query, "query", key=options.query_key, labels=(), max_unpacked=options.max_unpacked)
-    query = found.feature
-    gallery, kept, note = _read_gallery(options)
-    note = f"query: {found.used()}\n{note}"
+    output = check_writable(options.output, suffixes, filter(None, (options.query, options.gallery)))
+    query, gallery, kept, note = read_joint_features(options)
     values = {
         "output": str(output), "queries": len(query), "gallery": len(kept), "junk": int((~kept).sum()),
         "topk": options.topk,

@@ -13,6 +13,7 @@ import numpy as np
 
 from vareid_ext.cli.common import Parser
 from vareid_ext.files.atomic import atomic_file
+from vareid_ext.files.features import FeatureFileError, read_arrays
 from vareid_ext.files.lock import locked
 
 
@@ -48,8 +49,22 @@ def marks(request: str, shard: tuple[int, int] | None) -> dict[str, np.ndarray]:
     return {} if shard is None else {"shard": np.array(shard), "request": np.array(request)}
 
 
-def read_shards(names: Sequence[str], read: Callable[[Path], dict[str, Any]], what: str) -> list[dict[str, Any]]:
-    """The arrays of all shards of one request in order, without their marks.
+def is_done(output: Path, request: str, shard: tuple[int, int] | None) -> bool:
+    """Whether a file, which is there or not, is the whole answer to a request, or this shard of it."""
+    if not output.exists():
+        return False
+    try:
+        found = read_arrays(output)
+    except FeatureFileError:  # damaged, or of another kind
+        return False
+    there = found["shard"].tolist() if "shard" in found else None
+    return str(found.get("request")) == request and there == (None if shard is None else list(shard))
+
+
+def read_shards(
+    names: Sequence[str], read: Callable[[Path], dict[str, Any]], what: str
+) -> tuple[list[dict[str, Any]], str]:
+    """The arrays of all shards of one request in order, without their marks; and the request.
 
     Args:
         names: of the files, in any order.
@@ -75,7 +90,7 @@ def read_shards(names: Sequence[str], read: Callable[[Path], dict[str, Any]], wh
     missing = [f"{i}/{count}" for i in range(1, count + 1) if i not in shards]
     if missing:
         raise ValueError(f"--merge: shards {', '.join(missing)} are missing")
-    return [shards[i] for i in range(1, count + 1)]
+    return [shards[i] for i in range(1, count + 1)], request
 
 
 class Parts:

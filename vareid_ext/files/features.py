@@ -22,7 +22,16 @@ from vareid_ext.files.matlab_files import open_mat
 from vareid_ext.files.numpy_files import open_npy, open_npz
 from vareid_ext.files.torch_files import open_pt
 
-__all__ = ["LABELS", "MAX_RATIO", "MAX_UNPACKED", "FeatureFileError", "Features", "open_arrays", "read_features"]
+__all__ = [
+    "LABELS",
+    "MAX_RATIO",
+    "MAX_UNPACKED",
+    "FeatureFileError",
+    "Features",
+    "open_arrays",
+    "read_arrays",
+    "read_features",
+]
 
 SIDES = ("query", "gallery")
 LABELS = ("identity", "camera", "viewpoint")
@@ -104,6 +113,15 @@ def open_arrays(path: str | os.PathLike[str], max_unpacked: int = MAX_UNPACKED) 
         raise FeatureFileError(f"{path}: suffix {path.suffix!r} was given; allowed are {', '.join(_OPENERS)}")
     with _naming(path):
         return _OPENERS[path.suffix.lower()](path, Limit(path, max_unpacked))
+
+
+def read_arrays(path: str | os.PathLike[str], max_unpacked: int = MAX_UNPACKED) -> dict[str, np.ndarray]:
+    """All that a file holds, by key, as :func:`open_arrays` opens it. Raises FeatureFileError where it is damaged."""
+    found = {}
+    for key, entry in open_arrays(path, max_unpacked).items():
+        with _naming(Path(path), key):
+            found[key] = np.asanyarray(entry.read())
+    return found
 
 
 def _look(entry: Entry) -> tuple[int, ...] | str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import math
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from vareid_ext.files.entries import Entry, Limit, check_held, entries_of, shape_of, stored_at
 from vareid_ext.files.pickles import read_pickle
 
+_WRITTEN = 2**22  # bytes written at once
 _HEAD = 2**14  # NumPy reads headers of at most 10,000 characters
 _NUMBERS = "biufc"  # kinds of dtypes
 _LONGEST_NAME = 20  # of a dtype: "U" and the number of its letters
@@ -86,6 +88,26 @@ class _NpzMember(Entry):
         check_held(header.shape, header.dtype.itemsize, len(content) - header.size)
         array = np.frombuffer(content, header.dtype, math.prod(header.shape), header.size)
         return array.reshape(header.shape, order=header.order)
+
+
+def write_npz(file: BinaryIO, arrays: Mapping[str, np.ndarray | Sequence[np.ndarray]]) -> None:
+    """Write an uncompressed .npz file, with the same bytes for the same arrays.
+
+    Args:
+        file: receives it.
+        arrays: each whole, or cut along its first dimension; of such parts no more than a few MiB are held at once.
+    """
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, value in arrays.items():
+            parts = [value] if isinstance(value, np.ndarray) else value
+            shape = parts[0].shape if parts[0].ndim == 0 else (sum(map(len, parts)), *parts[0].shape[1:])
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                head = {"descr": np.lib.format.dtype_to_descr(parts[0].dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, head)
+                for part in map(np.atleast_1d, parts):
+                    step = max(1, _WRITTEN // max(1, part[:1].nbytes))
+                    for begin in range(0, len(part), step):
+                        member.write(part[begin : begin + step].tobytes())
 
 
 def open_npy(path: Path, limit: Limit) -> dict[str, Entry]:

@@ -251,7 +251,7 @@ def _scan_of_rows(filtered: Filter, scan: _Scan, block_rows: int) -> None:
                 if other_own and not same:
                     crossed = turned[: target.numel()].view(end - begin, size).copy_(target.T)
                     scan.scan(crossed, other_offset - scan.begin, offset, both=False, write=False)
-                _progress.advance(size * (end - begin))
+                _progress.advance(target.numel() * (own + (other_own and not same)))
 
 
 def _between(sets: list[tuple[Tensor, Tensor | None]], begin: int, end: int | None) -> list[tuple[Tensor, Any]]:

@@ -54,6 +54,16 @@ _PLACE = 256  # bytes of a block's place in the list of blocks
 _SIDES = (1024, 768, 512, 256, 128, 64)
 
 
+def block_sides(M: int) -> list[int]:
+    """Rows of a block of products of M rows that are tried, the first unless memory is short."""
+    return [side for side in _SIDES if side <= max(_SIDES[-1], M)]
+
+
+def _block_bytes(side: int, M: int, D: int) -> int:
+    rows = min(max(_nearest.MIN_ROWS, side), M)
+    return 4 * rows * (rows + 2 * D) + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
+
+
 def rerank_plan(
     Q: int, G: int, D: int, *, k1: int = 20, k2: int = 6, topk: int | None = None, block_rows: int | None = None,
     max_memory: int | None = None, copies: int = 0,
@@ -84,10 +94,77 @@ def rerank_plan(
         candidates, rescan = 16 * M * D + 56 * M * min(M, rows_per_block(M)), 0
     entries = M * min(M, math.ceil(2 * (k1 + 1) * math.sqrt(k2)))
     sparse = _ENTRY * entries + M * (40 + 24 * threads)
-    for side in [block_rows] if block_rows else [side for side in _SIDES if side <= max(64, M)]:
-        rows = min(max(_nearest.MIN_ROWS, side), M)
-        block = 4 * rows * (rows + 2 * D) + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
+    for side in [block_rows] if block_rows else block_sides(M):
+        block = _block_bytes(side, M, D)
         plan = RerankPlan(side, copies, candidates, block, lists, rescan, entries, sparse)
         if max_memory is None or plan.peak <= max_memory:
             return plan
     raise ValueError(f"max_memory: {max_memory} bytes were given, but the least needed is {plan.peak}: {plan}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ListsPlan:
+    """How neighbour lists will use memory beyond the features, in bytes. Made by :func:`lists_plan`."""
+
+    block_rows: int
+    """Rows and columns of a block of products."""
+    rows: int
+    """Rows whose lists are made at once."""
+    copies: int
+    """Copies of features whose rows are not contiguous."""
+    candidates: int
+    """Candidates of the rows that are made at once, and the norms and bounds of all."""
+    block: int
+    """Two blocks of products, and what a block of them takes in a re-ranking."""
+    lists: int
+    """The lists of the rows that are made at once; while they are written there are two copies of them."""
+    rescan: int
+    """What the rows that have more near ties than candidates take beyond a block when they are done again."""
+
+    @property
+    def peak(self) -> int:
+        """The largest of the phases: products, rows done again, writing."""
+        return self.copies + self.block + self.lists + max(self.candidates, self.rescan, 2 * self.lists)
+
+    def __str__(self) -> str:
+        parts = ("copies", "candidates", "block", "lists", "rescan", "peak")
+        sizes = ", ".join(f"{name} {getattr(self, name) / 2**20:.1f} MiB" for name in parts)
+        return f"lists of {self.rows} rows at once, in blocks of {self.block_rows}: {sizes}"
+
+
+_ROWS_AT_ONCE = (
+    1 << 17
+)  # more save products (every block of theirs with each other serves both), and are lost if killed
+
+
+def lists_plan(
+    Q: int, G: int, D: int, k: int, rows: int, block_rows: int, *, max_memory: int | None = None, copies: int = 0
+) -> ListsPlan:
+    """The memory that :class:`vareid_ext.retrieval.joint_lists.JointLists` will need on the CPU beyond the features.
+
+    Args:
+        Q: number of queries.
+        G: number of gallery rows.
+        D: elements of a feature.
+        k: how many rows a list names.
+        rows: how many rows' lists are wanted.
+        block_rows: rows of a block of products.
+        max_memory: bytes that may be used; None for no limit.
+        copies: bytes of features whose rows are not contiguous.
+
+    Raises:
+        ValueError: ``max_memory`` does not suffice.
+    """
+    M = Q + G
+    block = _block_bytes(block_rows, M, D) + 4 * min(block_rows, M) ** 2
+    while True:
+        candidates = rows * (8 * _nearest.capacity(k) + 24) + 40 * M
+        rescan = _nearest.rescan_bytes(M, torch.get_num_threads())
+        if k > _nearest.MAX_NEIGHBORS["cpu"]:  # whole rows in float64, of features in float64
+            candidates, rescan = 16 * M * D + 56 * M * min(rows, rows_per_block(M)), 0
+        plan = ListsPlan(block_rows, rows, copies, candidates, block, rows * (8 * k + 8), rescan)
+        if rows <= _ROWS_AT_ONCE and (max_memory is None or plan.peak <= max_memory):
+            return plan
+        if rows <= block_rows:
+            raise ValueError(f"max_memory: {max_memory} bytes were given, but the least needed is {plan.peak}: {plan}")
+        rows = max(block_rows, rows // 2)

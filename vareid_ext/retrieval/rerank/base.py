@@ -41,18 +41,7 @@ class Reranker(ABC):
 
     def __init__(self, query: Any, gallery: Any) -> None:
         self._back = returner(query)
-        self.query, self.gallery = to_tensor(query, "query"), to_tensor(gallery, "gallery")
-        check_values("query", self.query)
-        check_values("gallery", self.gallery)
-        check_features("query", self.query)
-        check_same_features("gallery", self.gallery, "query", self.query)
-        Q, G = self.shape
-        for name, rows in (("query", Q), ("gallery", G)):
-            if rows == 0:
-                raise ValueError(f"{name}: no rows were given; at least one is needed")
-        if Q + G >= 1 << 31:
-            raise ValueError(f"query, gallery: {Q} and {G} rows were given; together less than 2^31 are allowed")
-        self.largest = largest_magnitude({"query": self.query, "gallery": self.gallery})
+        self.query, self.gallery, self.largest = check_sides(query, gallery)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -103,6 +92,22 @@ class Reranker(ABC):
         if out is None:
             return self.query.new_empty(self.shape, dtype=torch.float32)
         return _check_out(out, self.shape, self.query, self.gallery)
+
+
+def check_sides(query: Any, gallery: Any) -> tuple[Tensor, Tensor, float]:
+    """Query and gallery as tensors, and the largest absolute value of both; the errors are those of a re-ranker."""
+    query, gallery = to_tensor(query, "query"), to_tensor(gallery, "gallery")
+    check_values("query", query)
+    check_values("gallery", gallery)
+    check_features("query", query)
+    check_same_features("gallery", gallery, "query", query)
+    Q, G = query.shape[0], gallery.shape[0]
+    for name, rows in (("query", Q), ("gallery", G)):
+        if rows == 0:
+            raise ValueError(f"{name}: no rows were given; at least one is needed")
+    if Q + G >= 1 << 31:
+        raise ValueError(f"query, gallery: {Q} and {G} rows were given; together less than 2^31 are allowed")
+    return query, gallery, largest_magnitude({"query": query, "gallery": gallery})
 
 
 @contextlib.contextmanager
