@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.harness import Suite
 from benchmarks.retrieval import features
 from vareid_ext import nearest_neighbors, reference_backend
+from vareid_ext.ops._byte_filter import ByteFilter
 
 
 def run_case(suite: Suite, N: int, D: int, k: int) -> None:
@@ -21,6 +23,10 @@ def run_case(suite: Suite, N: int, D: int, k: int) -> None:
     def one_sided() -> Any:
         return nearest_neighbors(x, x, k=k)
 
+    def by_float32() -> Any:
+        with mock.patch.object(ByteFilter, "pays", return_value=False):
+            return nearest_neighbors(x, k=k)
+
     def product() -> Any:
         return x @ x.T
 
@@ -31,7 +37,13 @@ def run_case(suite: Suite, N: int, D: int, k: int) -> None:
         with reference_backend():
             return nearest_neighbors(x, k=k)
 
-    contenders = {"ours": ours, "ours, x with x": one_sided, "product": product, "product and topk": topk}
+    contenders = {
+        "ours": ours,
+        "ours, x with x": one_sided,
+        "ours, float32 filter": by_float32,
+        "product": product,
+        "product and topk": topk,
+    }
     suite.case(f"N={N} D={D} k={k}", contenders, rounds=min(suite.arguments.rounds, 5))
     if N * N * D <= 1 << 31:
         suite.case(f"N={N} D={D} k={k}, plain PyTorch", {"ours": ours, "reference": plain}, rounds=1)

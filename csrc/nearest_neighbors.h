@@ -44,6 +44,31 @@ using NearestNeighborsScan = void(float* block, int64_t ld, int64_t rows, int64_
                                   const Candidates& candidates, bool both, bool write, const Place& place);
 NearestNeighborsScan nearest_neighbors_scan_cpu, nearest_neighbors_scan_cuda;
 
+// The same with products of rows that are rounded to 8 bits (cpu/byte_products.h), on a CPU that has them. Their window
+// is another one; it stands at the same place as the first.
+//
+// Packed rows: bytes [packed rows, packed elements], scale and sum [packed rows].
+struct PackedRows {
+  const uint8_t* bytes;
+  const float* scale;
+  const int32_t* sum;
+  int64_t rows;
+};
+
+// What rounding takes from the rows x [rows, D]: scale [rows] and rounded [rows], |r_i|^2.
+void nearest_neighbors_round_cpu(const float* x, int64_t stride, int64_t rows, int64_t D, float* scale, double* rounded,
+                                 const Place& place);
+
+// Packs rows with the scales that nearest_neighbors_round_cpu found, as left or as right operand.
+void nearest_neighbors_pack_cpu(const float* x, int64_t stride, int64_t rows, int64_t D, const float* scale, bool left,
+                                uint8_t* bytes, float* packed_scale, int32_t* sum, const Place& place);
+
+// workspace: kPackedScanBytes for each thread. The largest distances are those of the rounded rows.
+void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows& right, int64_t D, int64_t row_begin,
+                                       int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                                       const Candidates& candidates, bool both, void* workspace, const Place& place);
+constexpr int64_t kPackedScanBytes = 64 * 1024 * 4;
+
 // The k nearest of each row in exact order, from its candidates. The left set's rows are x's and then x2's, the right
 // set's y's and then y2's; x2 and y2 may be empty. Writes index [rows, k], distance [rows, k] (float32 or float64, null
 // for none), and for rows that need nearest_neighbors_rescan unsure[row] = 1 and kth_upper[row] = the k-th smallest

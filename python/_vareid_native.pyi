@@ -242,6 +242,29 @@ def nearest_neighbors_rescan(
     place: _Place,
     /,
 ) -> None: ...
+
+packed_scan_bytes: int
+
+def byte_products() -> int: ...
+def nearest_neighbors_round(x: Any, scale: Any, rounded: Any, place: _Place, /) -> None: ...
+def nearest_neighbors_pack(x: Any, scale: Any, left: bool, packed: Any, place: _Place, /) -> None: ...
+def nearest_neighbors_scan_packed(
+    left: Any,
+    rows: int,
+    right: Any,
+    columns: int,
+    D: int,
+    row_begin: int,
+    column_begin: int,
+    left_bounds: Any,
+    right_bounds: Any,
+    candidates: Any,
+    k: int,
+    both: bool,
+    workspace: Any,
+    place: _Place,
+    /,
+) -> None: ...
 def k_reciprocal_sets(neighbor: Any, k: int, out: Any, size: Any, place: _Place, /) -> None: ...
 def k_reciprocal_robust_sets(
     sets: Any, size: Any, half: Any, half_size: Any, indptr: Any, index: Any | None, workspace: Any, place: _Place, /

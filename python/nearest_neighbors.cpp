@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "cpu/byte_products.h"
 #include "features.h"
 
 namespace vareid {
@@ -101,6 +102,50 @@ void rescan(const Array& block, const Array& rows, const Parts& x, const Parts& 
        scratch(workspace, place.threads * (right.rows + (right.rows + 1) / 2) * 16, index), place);
 }
 
+int byte_products_state() { return static_cast<int>(byte_products()); }
+
+void need_byte_products(const Array& array) {
+  if (array.device_type != kDeviceCpu || byte_products() != ByteProducts::kUsable)
+    refuse("device", "has no products of 8 bits");
+}
+
+void round_rows(const Array& x, const Array& scale, const Array& rounded, const Place& place) {
+  need_byte_products(x);
+  const int64_t stride = leading_dimension(x, "x"), rows = x.shape[0];
+  nearest_neighbors_round_cpu(x.as<float>(), stride, rows, x.shape[1], pointer<float>(scale, "scale", rows),
+                              pointer<double>(rounded, "rounded", rows), place);
+}
+
+// bytes, scale, sum.
+PackedRows make_packed(const Arrays& arrays, int64_t rows, int64_t D) {
+  if (arrays.size() != 3) refuse("packed", "must be bytes, scale and sum");
+  const int64_t padded = packed_rows(rows);
+  return {pointer<uint8_t>(arrays[0], "bytes", padded * packed_elements(D)), pointer<float>(arrays[1], "scale", padded),
+          pointer<int32_t>(arrays[2], "sum", padded), rows};
+}
+
+void pack(const Array& x, const Array& scale, bool left, const Arrays& out, const Place& place) {
+  need_byte_products(x);
+  const int64_t stride = leading_dimension(x, "x"), rows = x.shape[0], D = x.shape[1];
+  make_packed(out, rows, D);
+  nearest_neighbors_pack_cpu(x.as<float>(), stride, rows, D, pointer<float>(scale, "scale", rows), left,
+                             out[0].as<uint8_t>(), out[1].as<float>(), out[2].as<int32_t>(), place);
+}
+
+void scan_packed(const Arrays& left, int64_t rows, const Arrays& right, int64_t columns, int64_t D, int64_t row_begin,
+                 int64_t column_begin, const Arrays& left_bounds, const Arrays& right_bounds, const Arrays& candidates,
+                 int64_t k, bool both, const Array& workspace, const Place& place) {
+  const Candidates state = make_candidates(candidates, k);
+  const int64_t known = candidates[0].shape[0];
+  if (row_begin < 0 || known < row_begin + rows) refuse("row_begin", "is out of range");
+  if (column_begin < 0 || (both && known < column_begin + columns)) refuse("column_begin", "is out of range");
+  need_byte_products(candidates[0]);
+  nearest_neighbors_scan_packed_cpu(make_packed(left, rows, D), make_packed(right, columns, D), D, row_begin,
+                                    column_begin, make_bounds(left_bounds, row_begin + rows),
+                                    make_bounds(right_bounds, column_begin + columns), state, both,
+                                    scratch(workspace, place.threads * kPackedScanBytes, candidates[0]), place);
+}
+
 }  // namespace
 
 void bind_nearest_neighbors(pybind11::module_& m) {
@@ -108,6 +153,11 @@ void bind_nearest_neighbors(pybind11::module_& m) {
   m.def("nearest_neighbors_scan", &scan, release());
   m.def("nearest_neighbors_select", &select, release());
   m.def("nearest_neighbors_rescan", &rescan, release());
+  m.def("byte_products", &byte_products_state, release());
+  m.def("nearest_neighbors_round", &round_rows, release());
+  m.def("nearest_neighbors_pack", &pack, release());
+  m.def("nearest_neighbors_scan_packed", &scan_packed, release());
+  m.attr("packed_scan_bytes") = kPackedScanBytes;
 }
 
 }  // namespace vareid

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/byte_products.h"
 #include "cpu/exact_distance.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
@@ -135,6 +136,28 @@ VAREID_SCAN(scan_both, true, false)
 VAREID_SCAN(scan_both_write, true, true)
 #undef VAREID_SCAN
 
+struct Rectangle {
+  int64_t r0, r1, c0, c1;
+};
+
+// Calls body(rectangle, thread) for parts of a block that begin at multiples of `unit`: bands of rows or, with both, in
+// as many rounds as there are threads, rectangles whose rows and columns no other thread has.
+template <typename Body>
+void by_rectangles(int64_t rows, int64_t columns, int64_t unit, bool both, const Place& place, const Body& body) {
+  const auto units = [unit](int64_t size) { return (size + unit - 1) / unit; };
+  const int64_t parts = usable_threads(std::min(units(rows), units(columns)), place.threads);
+  const auto edge = [&](int64_t size, int64_t part) { return std::min(size, units(size) * part / parts * unit); };
+  for (int64_t round = 0; round < (both ? parts : 1); ++round)
+    parallel_for(parts, static_cast<int>(parts), [&](int64_t first, int64_t last, int) {
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t other = (part + round) % parts;
+        body(Rectangle{edge(rows, part), edge(rows, part + 1), both ? edge(columns, other) : 0,
+                       both ? edge(columns, other + 1) : columns},
+             part);
+      }
+    });
+}
+
 // Two sets of features whose rows are numbered together.
 struct Rows {
   const Features& first;
@@ -189,21 +212,50 @@ void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t 
                                 const Candidates& candidates, bool both, bool write, const Place& place) {
   const Candidates* const right = both ? &candidates : nullptr;
   const auto scan = right ? (write ? scan_both_write : scan_both) : (write ? scan_left_write : scan_left);
-  // With T threads, T rounds: in each, every thread has rows and columns of its own.
-  const int64_t parts = usable_threads(std::min(rows, columns), place.threads);
-  const auto split = [parts](int64_t size, int64_t part) { return size * part / parts; };
-  const int64_t rounds = right ? parts : 1;
-  for (int64_t round = 0; round < rounds; ++round)
-    parallel_for(parts, static_cast<int>(parts), [&](int64_t first, int64_t last, int) {
-      for (int64_t part = first; part < last; ++part) {
-        const int64_t r0 = split(rows, part), r1 = split(rows, part + 1);
-        const int64_t other = (part + round) % parts;
-        const int64_t c0 = right ? split(columns, other) : 0, c1 = right ? split(columns, other + 1) : columns;
-        for (int64_t c = c0; c < c1; c += kSegment)
-          scan(block + r0 * ld + c, ld, r1 - r0, std::min(kSegment, c1 - c), row_begin + r0, column_begin + c,
-               left_bounds, right_bounds, candidates, right);
+  by_rectangles(rows, columns, 1, both, place, [&](const Rectangle& part, int64_t) {
+    for (int64_t c = part.c0; c < part.c1; c += kSegment)
+      scan(block + part.r0 * ld + c, ld, part.r1 - part.r0, std::min(kSegment, part.c1 - c), row_begin + part.r0,
+           column_begin + c, left_bounds, right_bounds, candidates, right);
+  });
+}
+
+void nearest_neighbors_round_cpu(const float* x, int64_t stride, int64_t rows, int64_t D, float* scale, double* rounded,
+                                 const Place& place) {
+  parallel_for(rows, place.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) byte_rounding(x + r * stride, D, scale + r, rounded + r);
+  });
+}
+
+void nearest_neighbors_pack_cpu(const float* x, int64_t stride, int64_t rows, int64_t D, const float* scale, bool left,
+                                uint8_t* bytes, float* packed_scale, int32_t* sum, const Place& place) {
+  std::copy(scale, scale + rows, packed_scale);
+  std::fill(packed_scale + rows, packed_scale + packed_rows(rows), 0.0f);
+  parallel_for(packed_rows(rows) / kBytePanel, place.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin * kBytePanel; r < end * kBytePanel; r += kBytePanel)
+      byte_pack(x + r * stride, stride, std::min(kBytePanel, rows - r), D, packed_scale + r, left,
+                bytes + r * packed_elements(D), sum + r);
+  });
+}
+
+void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows& right, int64_t D, int64_t row_begin,
+                                       int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                                       const Candidates& candidates, bool both, void* workspace, const Place& place) {
+  constexpr int64_t kStrip = kPackedScanBytes / (kSegment * sizeof(float));  // rows of products that stay in cache
+  const Candidates* const other = both ? &candidates : nullptr;
+  const auto scan = both ? scan_both : scan_left;
+  const int64_t elements = packed_elements(D);
+  by_rectangles(left.rows, right.rows, kByteColumns, both, place, [&](const Rectangle& part, int64_t thread) {
+    float* const products = static_cast<float*>(workspace) + thread * kStrip * kSegment;
+    for (int64_t c = part.c0; c < part.c1; c += kSegment)
+      for (int64_t r = part.r0; r < part.r1; r += kStrip) {
+        const int64_t rows = std::min(kStrip, part.r1 - r), columns = std::min(kSegment, part.c1 - c);
+        byte_product(left.bytes + r * elements, left.scale + r, (rows + kByteRows - 1) / kByteRows * kByteRows,
+                     right.bytes + c * elements, right.scale + c, right.sum + c, packed_rows(columns), elements,
+                     products, kSegment);
+        scan(products, kSegment, rows, columns, row_begin + r, column_begin + c, left_bounds, right_bounds, candidates,
+             other);
       }
-    });
+  });
 }
 
 void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const Features& y, const Features& y2,
@@ -254,10 +306,18 @@ void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t*
     for (int64_t r = begin; r < end; ++r) {
       const int64_t i = rows[r];
       const float shrunk = left_bounds.norm[i] - left_bounds.window[i];
+      const auto lower_of = [&](int64_t j) {
+        return -2 * block[r * ld + j] + (right_bounds.norm[j] - right_bounds.window[j]) + shrunk;
+      };
+      // These products may be more accurate than those of the scan.
+      float* const upper = reinterpret_cast<float*>(pairs);
+      for (int64_t j = 0; j < columns; ++j)
+        upper[j] = lower_of(j) + 2 * (left_bounds.window[i] + right_bounds.window[j]);
+      std::nth_element(upper, upper + k - 1, upper + columns);
+      const float threshold = std::min(kth_upper[i], upper[k - 1]);
       int64_t kept = 0;
       for (int64_t j = 0; j < columns; ++j) {
-        const float lower = -2 * block[r * ld + j] + (right_bounds.norm[j] - right_bounds.window[j]) + shrunk;
-        if (!(lower <= kth_upper[i])) continue;
+        if (!(lower_of(j) <= threshold)) continue;
         const int64_t first = same ? same[j] : j;
         if (known[first] < 0) known[first] = exact(left.of(i), left.local(i), right.of(j), right.local(j), D);
         pairs[kept].distance = known[first];

@@ -177,7 +177,8 @@ class Filter:
         self.norms = list(norm.split(sizes))
         for which in range(len(self.parts)):
             self._fill_norms(which)
-        window = norm * ((gamma + 32 * _UNIT) * (1 + 2.0**-20)) + (2.0**-77 * rounded + 2.0**-104 * D)
+        self.smallest = 2.0**-77 * rounded + 2.0**-104 * D
+        window = norm * ((gamma + 32 * _UNIT) * (1 + 2.0**-20)) + self.smallest
         self.windows = list(window.split(sizes))
         self.norm, self.window = norm, window
 

@@ -4,7 +4,8 @@ The native kernels take blocks of float32 products from the vendor's library and
 for the entries that can still be among a row's nearest: those whose lower bound does not exceed the k-th smallest upper
 bound (:mod:`vareid_ext.ops._filter` has the bounds and their proof). What remains is measured in float64 and ordered. A
 set against itself is symmetric: only blocks on and above the diagonal are computed, and each serves its rows and its
-columns. Rows that had more near ties than places are done again, whole.
+columns. Rows that had more near ties than places are done again, whole. Where a CPU has products of 8 bits, blocks of
+these filter in place of float32 ones (:mod:`vareid_ext.ops._byte_filter`), unless too many rows would be done again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops import _progress
+from vareid_ext.ops._byte_filter import ByteFilter
 from vareid_ext.ops._checks import check_choice, check_count
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
 from vareid_ext.ops._filter import Filter, block_edges, block_side, row_blocks, strip_side
@@ -30,6 +32,7 @@ from vareid_ext.reference.pairwise_distance import METRICS
 
 MAX_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
 MIN_ROWS = 64  # done again at once, where memory allows it
+_CROWDED = 8  # one row of so many
 _EQUAL_CHUNK = 1 << 16  # elements compared at once
 _BITS = {
     torch.float64: torch.int64,
@@ -39,9 +42,9 @@ _BITS = {
 }
 
 
-def capacity(k: int) -> int:
+def capacity(k: int, rounded: bool = False) -> int:
     """Candidates kept for each row: k and room for near ties and for those that come before the threshold is known."""
-    return (k + max(k // 2, 40) + 15) // 16 * 16
+    return (k + max(k // 2, 80 if rounded else 40) + 15) // 16 * 16
 
 
 def rescan_bytes(columns: int, threads: int) -> int:
@@ -56,17 +59,18 @@ class _Scan:
 
     def __init__(
         self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str, block_rows: int,
-        begin: int = 0, end: int | None = None,
+        begin: int = 0, end: int | None = None, rounded: ByteFilter | None = None,
     ) -> None:  # fmt: skip
-        self.filtered, self.k, self.metric = filtered, k, METRICS.index(metric)
+        self.filtered, self.rounded, self.k, self.metric = filtered, rounded, k, METRICS.index(metric)
         self.block_rows = max(MIN_ROWS, block_rows)
         self.left, self.right = _between(filtered.sets(*left), begin, end), filtered.sets(*right)
         self.left_parts, self.right_parts = list(left), list(right)
-        norm, window = filtered.bounds(left)
-        self.left_bounds, self.right_bounds = (norm[begin:end], window[begin:end]), filtered.bounds(right)
+        bounds = filtered.bounds if rounded is None else rounded.bounds
+        norm, window = bounds(left)
+        self.left_bounds, self.right_bounds = (norm[begin:end], window[begin:end]), bounds(right)
         self.begin, self.rows = begin, sum(part.shape[0] for part, _ in self.left)
         self.columns = sum(filtered.parts[w].shape[0] for w in right)
-        new, places = filtered.norm.new_empty, capacity(k)
+        new, places = filtered.norm.new_empty, capacity(k, rounded is not None)
         self.row_max = new(self.rows).zero_()
         self.candidates = [
             new((self.rows, places)), new((self.rows, places), dtype=torch.int32),
@@ -106,6 +110,21 @@ class _Scan:
             self.k, both, write, on=block,
         )  # fmt: skip
 
+    def scan_packed(
+        self, left: tuple[Tensor, ...], right: tuple[Tensor, ...], sizes: tuple[int, int], row: int, column: int,
+        workspace: Tensor, *, both: bool,
+    ) -> None:  # fmt: skip
+        """As :meth:`scan`, of blocks of packed rows."""
+        _native.launch(
+            "nearest_neighbors_scan_packed", left, sizes[0], right, sizes[1], self.filtered.parts[0].shape[1], row,
+            column, self.left_bounds, self.right_bounds, self.candidates, self.k, both, workspace, on=workspace,
+        )  # fmt: skip
+
+    def crowded(self, rows: int) -> bool:
+        """Whether many of the first rows, which have seen all columns, had more candidates than places."""
+        cut = self.candidates[4][:rows]
+        return bool(cut.isfinite().sum() * _CROWDED > rows)
+
     def select(self, distance_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """index int32 [rows, k] and distance [rows, k], exact."""
         filtered = self.filtered
@@ -138,6 +157,11 @@ class _Scan:
             same = self._equal_rows()
             places = torch.get_num_threads() * (self.columns + (self.columns + 1) // 2) * 16
         workspace = filtered.norm.new_empty(places, dtype=torch.uint8)
+        left_bounds, right_bounds = self.left_bounds, self.right_bounds
+        if self.rounded is not None:  # these products are of float32
+            norm, window = filtered.bounds(self.left_parts)
+            left_bounds = norm[self.begin :], window[self.begin :]
+            right_bounds = filtered.bounds(self.right_parts)
         for begin in range(0, unsure.numel(), step):
             rows = unsure[begin : begin + step]
             products = block[: rows.numel()]
@@ -148,7 +172,7 @@ class _Scan:
                     torch.mm(chosen, columns.T, out=products[:, offset : offset + last - first])
             _native.launch(
                 "nearest_neighbors_rescan", products, rows, self.left, self.right, self.metric, filtered.unscale,
-                self.left_bounds, self.right_bounds, kth_upper, same, self.k, index, distance, workspace, on=index,
+                left_bounds, right_bounds, kth_upper, same, self.k, index, distance, workspace, on=index,
             )  # fmt: skip
 
     def _gather(self, rows: Tensor, out: Tensor) -> Tensor:
@@ -286,6 +310,31 @@ def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
                 scan.scan(target, first, other_first, both=False, write=False)
 
 
+def _packed_scan(filtered: Filter, right: int, k: int, metric: str, block_rows: int) -> _Scan | None:
+    """The first part against the part ``right``, which may be the same, with products of 8 bits.
+
+    None if they do not pay here: for want of the instructions or of rows, or if too many rows of the first blocks have
+    more candidates than places.
+    """
+    if not ByteFilter.pays(filtered, filtered.parts[0].shape[0]):
+        return None
+    rounded = ByteFilter(filtered, block_rows)
+    scan = _Scan(filtered, [0], [right], k, metric, block_rows, rounded=rounded)
+    workspace = filtered.norm.new_empty(torch.get_num_threads() * _native.module().packed_scan_bytes, dtype=torch.uint8)
+    rows_of, columns_of = (row_blocks(filtered, [part], block_rows) for part in (0, right))
+    for at, (_, first, last, _) in enumerate(rows_of):
+        left, done = rounded.block(0, first, last, left=True), 0
+        for _, other_first, other_last, _ in columns_of[0 if right else at :]:
+            columns = rounded.block(right, other_first, other_last, left=False)
+            same, sizes = not right and other_first == first, (last - first, other_last - other_first)
+            scan.scan_packed(left, columns, sizes, first, other_first, workspace, both=not right and not same)
+            done += sizes[0] * (sizes[0] + 1) // 2 if same else sizes[0] * sizes[1]
+        if at == 0 and scan.crowded(last):
+            return None
+        _progress.advance(done)
+    return scan
+
+
 def _reference_nearest_neighbors(
     x: Tensor, y: Tensor | None, k: int, metric: str, block_rows: int
 ) -> tuple[Tensor, Tensor]:
@@ -303,12 +352,16 @@ def _native_nearest_neighbors(
     block_rows = block_rows or block_side(x.device)
     if y is None:
         filtered = Filter([x], ["x"], metric)
-        scan = _Scan(filtered, [0], [0], k, metric, block_rows)
-        _symmetric_scan(filtered, [scan], block_rows)
+        scan = _packed_scan(filtered, 0, k, metric, block_rows)
+        if scan is None:
+            scan = _Scan(filtered, [0], [0], k, metric, block_rows)
+            _symmetric_scan(filtered, [scan], block_rows)
     else:
         filtered = Filter([x, y], ["x", "y"], metric)
-        scan = _Scan(filtered, [0], [1], k, metric, block_rows)
-        _one_sided_scan(filtered, scan, block_rows)
+        scan = _packed_scan(filtered, 1, k, metric, block_rows)
+        if scan is None:
+            scan = _Scan(filtered, [0], [1], k, metric, block_rows)
+            _one_sided_scan(filtered, scan, block_rows)
     index, distance = scan.select(accumulator_dtype(x.dtype))
     return distance, index.to(torch.int64)
 

@@ -1,0 +1,166 @@
+"""Neighbours by way of products of 8 bits: the window, and results that are those of float32 products."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.factories import features
+from tests.reranking_truth import squared_distances
+from vareid_ext import _native
+from vareid_ext.ops import _byte_filter, _filter
+from vareid_ext.ops import nearest_neighbors as op
+
+
+@pytest.fixture(params=["places for all", "crowded"])
+def rounded(monkeypatch, request):
+    """Products of 8 bits however small the work, whether or not many rows have to be done again."""
+    if not (_native.available("cpu") and _byte_filter.byte_products()):
+        pytest.skip("this machine has no products of 8 bits")
+    monkeypatch.setattr(_byte_filter, "_FEW_ROWS", 1)
+    monkeypatch.setattr(_byte_filter, "_FEW_ELEMENTS", 1)
+    if request.param == "places for all":
+        monkeypatch.setattr(op, "_CROWDED", 0)
+    return request.param
+
+
+def scanned(x, y, k, block_rows):
+    """The scan of 8-bit products, which is asked for."""
+    parts, names = ([x], ["x"]) if y is None else ([x, y], ["x", "y"])
+    return op._packed_scan(_filter.Filter(parts, names, "sqeuclidean"), len(parts) - 1, k, "sqeuclidean", block_rows)
+
+
+HOSTILE = {
+    "random": lambda: features(150, 40),
+    "ragged": lambda: features(97, 19),
+    "one element": lambda: features(70, 1),
+    "equal": lambda: features(1, 33).expand(90, 33),
+    "more duplicates than places": lambda: torch.cat([features(1, 30).expand(200, 30), features(60, 30, 1)]),
+    "twice": lambda: features(60, 24).repeat(2, 1),
+    "whole numbers": lambda: features(120, 6, levels=3),
+    "near ties": lambda: features(1, 40) + 1e-6 * features(130, 40, 1),
+    "far from the origin": lambda: features(100, 16) + 3000,
+    "one large element": lambda: features(90, 50) + torch.eye(50)[3] * 1e4 * torch.sign(features(90, 1, 2)),
+    "lengths of all sizes": lambda: features(90, 20) * torch.logspace(-18, 18, 90)[:, None],
+    "zero rows": lambda: features(80, 12) * (torch.arange(80) % 3 > 0)[:, None],
+    "subnormal": lambda: features(80, 12) * 1e-40,
+    "subnormal beside 1": lambda: torch.cat([features(80, 12) * 1e-42, torch.ones(80, 1)], 1),
+    "float64 near its limits": lambda: features(80, 12).double() * 1e307,
+    "float16": lambda: features(80, 40).half(),
+    "bfloat16": lambda: features(80, 40).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_results_are_those_of_float32_products(rounded, name, metric, monkeypatch):
+    x = HOSTILE[name]()
+    if metric == "cosine" and name == "zero rows":
+        x = x + 1
+    y = x[torch.arange(x.shape[0]).flip(0)]
+    got = [op._nearest_neighbors(x, other, k, metric, 64) for other in (None, y) for k in (1, 7, 40)]
+    monkeypatch.setattr(_byte_filter.ByteFilter, "pays", staticmethod(lambda *_: False))
+    expected = [op._nearest_neighbors(x, other, k, metric, 64) for other in (None, y) for k in (1, 7, 40)]
+    for ours, theirs in zip(got, expected, strict=True):
+        assert torch.equal(ours[1], theirs[1])
+        assert torch.equal(ours[0], theirs[0])
+
+
+def test_a_sort_of_float64_distances_agrees(rounded):
+    x = torch.cat([features(1100, 70), features(80, 70)])  # more than one block, and rows that occur twice
+    _, index = op._nearest_neighbors(x, None, 21, "sqeuclidean", 0)
+    expected = np.argsort(squared_distances(x.numpy(), x.numpy()), axis=1, kind="stable")[:, :21]
+    assert np.array_equal(index.numpy(), expected)
+
+
+@pytest.mark.parametrize("block_rows", [1, 33, 64, 1000])
+def test_blocks_and_threads_change_nothing(rounded, block_rows):
+    x = torch.cat([features(90, 30), features(40, 30)])
+    distance, index = op._nearest_neighbors(x, None, 13, "sqeuclidean", 1024)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for y in (None, x):
+                got = op._nearest_neighbors(x, y, 13, "sqeuclidean", block_rows)
+                assert torch.equal(got[0], distance)
+                assert torch.equal(got[1], index)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["random", "one large element", "lengths of all sizes", "centred", "sparse"])
+@pytest.mark.parametrize("D", [3, 64, 2051])
+def test_the_window_holds(rounded, D, kind):
+    """Every pair's distance lies between its bounds, and the bounds are not idle."""
+    x = features(60, D)
+    if kind == "one large element":
+        x[:, 0] = 100 * torch.sign(x[:, 0])
+    elif kind == "lengths of all sizes":
+        x = x * torch.logspace(-3, 3, 60)[:, None]
+    elif kind == "centred":
+        x = x + 50
+    elif kind == "sparse":
+        x = x.clamp_(min=1)
+    scan = scanned(x, x.clone(), 50, 64)  # there are places for all
+    assert scan is not None
+    lower, index, count = scan.candidates[:3]
+    assert bool((count == 60).all())
+    lower = torch.empty(60, 60).scatter_(1, index[:, :60].long(), lower[:, :60]).double()
+    window = scan.left_bounds[1].double()[:, None] + scan.right_bounds[1].double()
+    truth = torch.from_numpy(squared_distances(x.numpy(), x.numpy()))
+    assert bool((lower <= truth).all())
+    assert bool((truth <= lower + 2 * window).all())
+    if kind != "sparse":
+        assert float(((lower + window - truth) / window).abs().max()) > 1e-3
+
+
+def test_rows_that_have_too_many_candidates_go_back_to_float32(monkeypatch, rounded):
+    """All rows within the window: with places enough they are done again one by one, else all at once."""
+    x = torch.ones(300, 40) + 1e-3 * features(300, 40) + 10 * torch.sign(features(300, 1, 1))
+    again = []
+    rescan = op._Scan._rescan
+
+    def counted(self, unsure, *arguments):
+        again.append(unsure.numel())
+        return rescan(self, unsure, *arguments)
+
+    monkeypatch.setattr(op._Scan, "_rescan", counted)
+    scan = scanned(x, None, 5, 64)
+    assert (scan is None) == (rounded == "crowded")
+    if scan is not None:
+        index, _ = scan.select(torch.float32)
+        assert again
+        assert again[0] > 150
+        expected = np.argsort(squared_distances(x.numpy(), x.numpy()), axis=1, kind="stable")[:, :5]
+        assert np.array_equal(index.numpy(), expected)
+
+
+def test_few_rows_or_elements_keep_float32_products():
+    rows = features(200, 128)
+    usable = _native.available("cpu") and _byte_filter.byte_products()
+    for x, few, pays in ((rows, 200, usable), (rows, 20, False), (rows[:, :60], 200, False)):
+        filtered = _filter.Filter([x], ["x"], "sqeuclidean")
+        assert _byte_filter.ByteFilter.pays(filtered, few) == pays
+
+
+def test_a_machine_that_names_what_it_cannot_do_is_told_of_once(monkeypatch):
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
+    x = features(150, 128)
+    expected = op._nearest_neighbors(x, None, 5, "sqeuclidean", 0)
+    real = _native.module()
+    names = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
+    monkeypatch.setattr(_native, "_module", SimpleNamespace(**{**names, "byte_products": lambda: 2}))
+    monkeypatch.setattr(_byte_filter, "_warned", False)
+    with pytest.warns(RuntimeWarning, match="AVX512-VNNI"):
+        got = op._nearest_neighbors(x, None, 5, "sqeuclidean", 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        op._nearest_neighbors(x, None, 5, "sqeuclidean", 0)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
