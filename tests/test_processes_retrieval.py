@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from tests.factories import features
 from tests.processes import free_port
-from vareid_ext import nearest_neighbors, reference_backend
+from vareid_ext import k_reciprocal_rerank, nearest_neighbors, reference_backend
 from vareid_ext._processes import LostProcessError
 from vareid_ext.ops import _shared_neighbors as neighbors_module
 
@@ -213,3 +213,101 @@ def test_a_process_that_ends_on_the_way_is_said():
         process.join()
     assert type(error) is LostProcessError
     assert "of its 2 processes one has ended or did not answer" in str(error)
+
+
+def reranked(group: Any, query: Any, gallery: Any, options: dict[str, Any], backend: str = "native") -> Any:
+    with reference_backend() if backend == "reference" else contextlib.nullcontext():
+        return k_reciprocal_rerank(of(group, query), of(group, gallery), group=group, **options)
+
+
+def reranked_alone(group: Any, query: Any, gallery: Any, options: dict[str, Any], backend: str = "native") -> Any:
+    """In a process like the others, which has as many threads."""
+    with reference_backend() if backend == "reference" else contextlib.nullcontext():
+        return k_reciprocal_rerank(query, gallery, **options)
+
+
+def assert_reranked_as_one(
+    processes: Any, query: torch.Tensor, gallery: torch.Tensor, shares: Any, others: Any, **options: Any
+) -> None:
+    backend = options.pop("backend", "native")
+    (expected,) = processes.run(1, reranked_alone, query, gallery, options, backend)
+    parts = query.split(shares), gallery.split(others)
+    results = processes.run(len(shares), reranked, *parts, options, backend)
+    for result, whole in zip(zip(*results, strict=True), expected, strict=True):
+        assert [len(part) for part in result] == list(shares)
+        assert torch.equal(torch.cat(result), whole)
+
+
+def people(Q: int, G: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows near a few centres, some of them twice, which re-ranking changes."""
+    x = features(9, D).repeat(-(-(Q + G) // 9), 1)[: Q + G] + 0.5 * features(Q + G, D, 1)
+    x[Q + 2 : Q + 6] = x[0]
+    return x[:Q].clone(), x[Q:].clone()
+
+
+@pytest.mark.parametrize(
+    ("shares", "others"), [([7], [90]), ([7, 6], [0, 90]), ([0, 13], [40, 50]), ([1, 0, 12], [30, 31, 29])], ids=str
+)
+@pytest.mark.parametrize("options", [{}, {"block_rows": 16}, {"k1": 5, "k2": 1, "lambda_value": 0.0, "block_rows": 9}])
+def test_reranking_is_that_of_one_process(processes, shares, others, options):
+    query, gallery = people(sum(shares), sum(others), 6)
+    assert_reranked_as_one(processes, query, gallery, shares, others, topk=12, **options)
+
+
+def test_reranking_without_the_kernels(processes):
+    query, gallery = people(5, 40, 6)
+    assert_reranked_as_one(processes, query, gallery, [2, 0, 3], [9, 31, 0], topk=40, block_rows=4, backend="reference")
+
+
+@pytest.mark.parametrize("factor", [1e120, 1e-120, 1.0, 1e-3, 8e3])
+def test_reranking_of_all_types_and_scales(processes, factor):
+    dtype = torch.float16 if factor in (1e-3, 8e3) else torch.float64
+    query, gallery = (factor * (x.double() / 4 + 2) for x in people(11, 60, 6))  # far from 0: centred, by all rows
+    gallery[40:] *= 0.5
+    query, gallery = query.to(dtype), gallery.to(dtype)
+    assert_reranked_as_one(processes, query, gallery, [5, 6], [20, 40], topk=60, block_rows=7, lambda_value=1.0)
+
+
+def test_reranking_of_rows_that_are_all_the_same(processes):
+    assert_reranked_as_one(processes, torch.ones(4, 3), torch.ones(20, 3), [1, 1, 2], [20, 0, 0], topk=9, block_rows=2)
+
+
+def test_long_lists_are_made_without_the_kernels(processes):
+    query, gallery = people(4, 30, 5)
+    assert_reranked_as_one(processes, query, gallery, [2, 2], [15, 15], k1=2100, topk=3)
+
+
+def varied_reranking(group: Any, arguments: list[dict[str, Any]]) -> Any:
+    return k_reciprocal_rerank(group=group, **arguments[group.rank()])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"topk": None}, "topk: processes of a group make no [Q, G] result; topk is needed"),
+        ({"out": torch.ones(2, 2)}, "out: processes of a group make no [Q, G] result"),
+        ({"topk": 3}, "topk: process 1 has 3 and process 0 has 2"),
+        ({"k1": 3}, "k1: process 1 has 3 and process 0 has 20"),
+        ({"lambda_value": 2.0}, "lambda_value: 2.0 was given; allowed are 0 to 1"),
+        ({"block_rows": 4}, "block_rows: process 1 has 4 and process 0 has None"),
+        ({"gallery": nan_row()}, "gallery (process 1): row 3 holds NaN or Inf"),
+        ({"gallery": features(5, 4).half()}, "gallery (process 1): dtype float16 was given; float32 is needed"),
+    ],
+)
+def test_what_one_process_gets_wrong_of_a_reranking_all_raise(processes, changes, message):
+    good = {"query": features(5, 4, 1), "gallery": features(5, 4), "topk": 2}
+    outcomes = processes(2, varied_reranking, [good, good | changes])
+    assert len({str(outcome) for outcome in outcomes}) == 1
+    assert message in str(outcomes[0])
+
+
+def test_reranking_needs_rows_and_memory_of_all_processes(processes):
+    good = {"query": features(5, 4, 1), "gallery": features(5, 4), "topk": 2}
+    for changes, message in (
+        ({"query": features(5, 4)[:0]}, "query: no rows were given by any process; at least one is needed"),
+        ({"topk": 11}, "topk: 11 was given; allowed are 1 to 10"),
+        ({"max_memory": 10}, "max_memory: 10 bytes were given, but the least needed is"),
+    ):
+        outcomes = processes(2, varied_reranking, [good | changes] * 2)
+        assert len({str(outcome) for outcome in outcomes}) == 1
+        assert message in str(outcomes[0])

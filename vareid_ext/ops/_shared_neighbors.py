@@ -26,7 +26,7 @@ from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import nearest_neighbors as reference
 
 NOBODY = (1 << 31) - 1  # the number at the end of a list that is not full
-_CHUNK = 1 << 21  # elements of lists merged at once
+_CHUNK = 1 << 18  # elements of lists merged at once
 
 
 def edges_of(sizes: Sequence[int]) -> list[int]:
@@ -133,6 +133,14 @@ class Division:
             else:
                 other = other[self._middle(owner) :]
         return own, other
+
+    def pairs(self, process: int) -> int:
+        """How many pairs of rows a process compares, each pair once."""
+        total = self.sizes[process] * (self.sizes[process] + 1) // 2
+        for step in range(1, self.processes // 2 + 1):
+            own, other = self.compared(process, (process + step) % self.processes)
+            total += _length(own) * _length(other)
+        return total
 
     def first_row(self, process: int, owner: int) -> int:
         """The first row of the owner's that a process needs."""
@@ -266,12 +274,10 @@ def _compared(
 
 
 def exact_lists(x: Tensor, y: Tensor, k: int, metric: str, scale: float | None, native: bool) -> tuple[Tensor, Tensor]:
-    """float64 distance [M, k] and index [M, k] of each row's nearest, without a common scale only if not native.
-
-    What the distances are of is the scaled rows natively, else the rows as they are; the order is the same.
-    """
+    """float64 distance [M, k] and index [M, k] of each row's nearest, of the rows times the scale if there is one."""
     if not native:
-        return reference.nearest_neighbors(x.double(), y.double(), k, metric)
+        x, y = (part.double() if scale is None else part.double() * scale for part in (x, y))
+        return reference.nearest_neighbors(x, y, k, metric)
     filtered = Filter([x, y], ["x", "y"], metric, scale)
     scan = op._Scan(filtered, [0], [1], k, metric, block_side(x.device))
     op._one_sided_scan(filtered, scan, block_side(x.device))

@@ -99,7 +99,7 @@ class _Scan:
         one.rows, one.columns = end - begin, self.filtered.parts[right].shape[0]
         one.candidates = [state[begin:end] for state in self.candidates]
         if right:  # they are numbered from the first part on
-            one.candidates[1] = one.candidates[1] - self.filtered.parts[0].shape[0]
+            one.candidates[1].sub_(self.filtered.parts[0].shape[0])
         one.row_max = self.row_max[begin:end]
         return one
 

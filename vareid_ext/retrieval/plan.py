@@ -32,6 +32,9 @@ class RerankPlan:
     """Entries of the sparse encodings, estimated: how many they have depends on the features."""
     sparse: int
     """The sparse encodings with so many entries."""
+    sent: int = 0
+    """What a process sends to others, at most, if all hold equal shares of query and of gallery and the encodings have
+    so many entries."""
 
     def entry_limit(self, max_memory: int) -> int:
         """Entries of the encodings for which ``max_memory`` bytes suffice."""
@@ -50,6 +53,7 @@ class RerankPlan:
 
 _PRODUCT_BUFFERS = 4 << 20  # what the vendor's product packs its operands into
 _ENTRY = 16  # bytes of an entry of the expanded encodings and of their inverted index
+_MERGED = 16 << 20  # lists that are being merged
 _PLACE = 256  # bytes of a block's place in the list of blocks
 _SIDES = (1024, 768, 512, 256, 128, 64)
 
@@ -66,9 +70,12 @@ def _block_bytes(side: int, M: int, D: int) -> int:
 
 def rerank_plan(
     Q: int, G: int, D: int, *, k1: int = 20, k2: int = 6, topk: int | None = None, block_rows: int | None = None,
-    max_memory: int | None = None, copies: int = 0,
+    max_memory: int | None = None, copies: int = 0, processes: int = 1, element_size: int = 4,
 ) -> RerankPlan:  # fmt: skip
     """The memory that :func:`k_reciprocal_rerank` will need on the CPU beyond its input and result.
+
+    Over processes it is that of each, whatever the others' shares. Features, and candidates of their neighbours, are
+    divided by their number; the lists and the encodings of all rows are held by all.
 
     Args:
         Q: number of queries.
@@ -80,6 +87,8 @@ def rerank_plan(
         block_rows: rows of a block of products; None chooses.
         max_memory: bytes that may be used; None for no limit.
         copies: bytes of features whose rows are not contiguous.
+        processes: how many the ``group`` has.
+        element_size: bytes of an element of a feature; it counts over several processes.
 
     Raises:
         ValueError: ``max_memory`` does not suffice.
@@ -97,6 +106,8 @@ def rerank_plan(
     for side in [block_rows] if block_rows else block_sides(M):
         block = _block_bytes(side, M, D)
         plan = RerankPlan(side, copies, candidates, block, lists, rescan, entries, sparse)
+        if processes > 1:
+            plan = _of_each(plan, Q, G, D * element_size, k, topk or 0, processes, native)
         if max_memory is None or plan.peak <= max_memory:
             return plan
     raise ValueError(f"max_memory: {max_memory} bytes were given, but the least needed is {plan.peak}: {plan}")
@@ -168,3 +179,35 @@ def lists_plan(
         if rows <= block_rows:
             raise ValueError(f"max_memory: {max_memory} bytes were given, but the least needed is {plan.peak}: {plan}")
         rows = max(block_rows, rows // 2)
+
+
+def _of_each(
+    alone: RerankPlan, Q: int, G: int, row: int, k: int, topk: int, processes: int, native: bool
+) -> RerankPlan:  # fmt: skip
+    """What each of several processes uses, where one would use that alone; ``row`` is a feature's bytes."""
+    M, side = Q + G, alone.block_rows
+
+    def share(rows: int) -> int:
+        blocks = -(-rows // side)
+        return min(rows, -(-blocks // processes) * -(-rows // blocks))
+
+    q, n = share(Q), share(Q) + share(G)
+    own, coming = n * row, (min(processes, 3) - 1) * n * row
+    entries = -(-alone.entries * n // M)
+    found = n * (60 * k + 16)  # lists of own rows and of visitors, on their way, and being merged
+    candidates = coming + found + 2 * n * (8 * _nearest.capacity(k) + 64) + alone.rescan + _MERGED
+    if not native:
+        candidates = coming + found + alone.candidates + _MERGED
+    measured = coming + 48 * entries + 40 * n
+    nearest = coming + n * 104 + q * (8 * _nearest.capacity(topk) + topk * (8 * processes + 48)) + 16 * M + alone.rescan
+    rounds = processes // 2
+    sent = (
+        own  # to even shares out
+        + rounds * n * (row + 12 * k + 4)  # neighbours
+        + (processes - 1) * (2 * own + n * (4 * k + 4) + 4 * entries)  # two rounds more; lists; distances
+        + q * 12 * topk
+    )
+    return dataclasses.replace(
+        alone, copies=alone.copies + 2 * own, candidates=candidates, lists=M * (8 * k + 16),
+        sparse=alone.sparse + max(measured, nearest + _ENTRY * entries), rescan=0, sent=sent,
+    )  # fmt: skip

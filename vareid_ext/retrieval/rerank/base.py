@@ -113,13 +113,19 @@ def check_sides(query: Any, gallery: Any) -> tuple[Tensor, Tensor, float]:
 @contextlib.contextmanager
 def progress_bar(show: bool, reranker: Reranker) -> Iterator[None]:
     """A bar on standard error over the pairs of rows that are compared inside."""
+    M = sum(reranker.shape)
+    with pair_bar(show, M * (M + 1) // 2):
+        yield
+
+
+@contextlib.contextmanager
+def pair_bar(show: bool, total: int) -> Iterator[None]:
+    """The same over so many pairs."""
     if not show:
         yield
         return
     from tqdm.auto import tqdm
 
-    M = sum(reranker.shape)
-    total = M * (M + 1) // 2
     with tqdm(total=total, desc="re-ranking", unit="pair", unit_scale=True, leave=False) as bar, listen(bar.update):
         yield
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.ops._checks import check_count, check_number
@@ -196,12 +197,19 @@ def k_reciprocal_rerank(
     max_memory: int | None = None,
     show_plan: bool = False,
     progress: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Any:
     """Re-rank with k-reciprocal encoding (Zhong et al., CVPR 2017), from features.
 
     The neighbour sets are those of the definition on float64 distances, ties and duplicates included; the values are
     right to 1e-5. Products run in full float32 whatever TF32, matmul precision or autocast say. Query and gallery are
     never concatenated, and nothing of size (Q+G) x (Q+G) is held.
+
+    Over processes, with topk: each gives its rows of query and gallery, Q and G being those of all together, and gets
+    the results of its queries, with indices into the whole gallery, in order of the processes: those of one process
+    with as many threads and the same ``block_rows``, on CPUs bit for bit. Shares may be of any size, and empty; blocks
+    of rows are shared out evenly. Neighbour lists and sparse encodings of all rows are held by all processes.
+    :func:`rerank_plan` states what each holds and sends.
 
     Args:
         query: features [Q, D], float32, float16, bfloat16 or float64; Q at least 1, D at most 16,384.
@@ -219,8 +227,10 @@ def k_reciprocal_rerank(
             them, that is an error too, and ``out`` then holds unfinished values. What the system's allocator keeps of
             freed memory comes on top: with glibc's up to about 10 MiB, or none with ``MALLOC_TRIM_THRESHOLD_=65536``
             in the environment.
-        show_plan: print the plan on standard error.
-        progress: show a progress bar on standard error.
+        show_plan: print the plan on standard error; over processes the first one does.
+        progress: show a progress bar on standard error; likewise, of what the first one does.
+        group: the processes that hold the rows, all of which call this; None for this one alone. Features on CPUs need
+            gloo, on GPUs NCCL.
 
     Returns:
         float32 [Q, G], the final distances, in [0, 1]; with topk: distance float32 [Q, topk], ascending, and index
@@ -229,8 +239,16 @@ def k_reciprocal_rerank(
     Raises:
         TypeError: not arrays, or dtypes that are not floating or differ.
         ValueError: an empty query or gallery; shapes, devices or parameters do not fit; a row with NaN or Inf;
-            ``max_memory`` does not suffice.
+            ``max_memory`` does not suffice; a group without topk; processes that disagree. All processes raise the
+            same.
+        LostProcessError: a RuntimeError; a process of the group ended, or did not answer within its time limit.
     """
+    if group is not None:
+        from vareid_ext.retrieval.rerank.over_processes import rerank_shares  # which imports this module
+
+        return rerank_shares(
+            query, gallery, k1, k2, lambda_value, topk, out, block_rows, max_memory, show_plan, progress, group
+        )
     if topk is not None and out is not None:
         raise ValueError("out: was given together with topk, whose result it cannot hold")
     fit = KReciprocal(
