@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from vareid_ext import _arrays
 from vareid_ext.metrics.exclusion import Columns, RankingLabels, check_labels
+from vareid_ext.metrics.over_processes import rank_shares
 from vareid_ext.metrics.ranking import (
     QueryRanking,
     RankingMetrics,
@@ -220,12 +222,18 @@ def evaluate_features(
     junk_identity: int | None = -1,
     block_rows: int | None = None,
     progress: bool = False,
+    group: ProcessGroup | None = None,
 ) -> RankingMetrics:
     """CMC, mAP and mINP from features, without holding the Q x G distances.
 
     Equivalent to :func:`evaluate_ranking` on float64 distances: the order is that of
     :func:`vareid_ext.nearest_neighbors`, whatever the block size, the number of threads and the junk. With re-ranking
     equivalent to ``evaluate_ranking(k_reciprocal_rerank(query, gallery, **rerank), ...)``.
+
+    Over processes, without re-ranking: each gives its rows of query and gallery with their labels, Q and G being those
+    of all together, and all get the same metrics: those of one process, with the CPU's kernels bit for bit. Shares may
+    be of any size, and empty. Labels are sent to all; of the gallery's features each process sends 2 (P - 1) G / P
+    rows, P being the number of processes, of the queries' those that even the shares out.
 
     Args:
         query: features [Q, D], float32, float16, bfloat16 or float64; NumPy (memory-mapped, too), PyTorch or CuPy.
@@ -246,15 +254,25 @@ def evaluate_features(
         junk_identity: the identity of gallery images to leave out; None for none.
         block_rows: queries handled at once (default: as many as make 2^23 distances; on a CPU at most 1,024). With
             re-ranking, matrices up to 2^26 elements are made whole unless this is given: that takes one product less.
-        progress: show progress bars on standard error.
+        progress: show progress bars on standard error; over processes the first one does.
+        group: the processes that hold the rows, all of which call this; None for this one alone. Features on CPUs need
+            gloo, on GPUs NCCL.
 
     Returns:
         :class:`RankingMetrics`, the curve in query's kind of array.
 
     Raises:
         TypeError: not arrays, or dtypes that are not floating or differ.
-        ValueError: as :func:`evaluate_ranking` and :func:`k_reciprocal_rerank`.
+        ValueError: as :func:`evaluate_ranking` and :func:`k_reciprocal_rerank`; re-ranking over processes, and
+            processes that disagree. All processes raise the same.
+        LostProcessError: a RuntimeError; a process of the group ended, or did not answer within its time limit.
     """
+    if group is not None:
+        ranking = rank_shares(
+            query, gallery, (query_identity, gallery_identity), (query_camera, gallery_camera), exclude, columns,
+            metric, rerank, max_rank, junk_identity, block_rows, progress, group,
+        )  # fmt: skip
+        return ranking.metrics(max_rank)
     check_max_rank(max_rank)
     return rank_features(
         query,

@@ -20,7 +20,7 @@ from vareid_ext._processes import gather_rows, together
 from vareid_ext._ring import begin_exchange, moved, visits
 from vareid_ext.ops import _progress
 from vareid_ext.ops import nearest_neighbors as op
-from vareid_ext.ops._filter import Filter, block_side, sample_step, scale_of, spread_from
+from vareid_ext.ops._filter import Filter, block_edges, block_side, sample_step, scale_of, spread_from
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import nearest_neighbors as reference
@@ -105,8 +105,8 @@ class Division:
         """of each set, where each process's rows begin, and the end"""
         offset = 0
         for total in totals:
-            count = -(-total // block_rows)
-            rows = [total * block // count for block in range(count + 1)] if count else [0]
+            rows = block_edges(total, block_rows)
+            count = len(rows) - 1
             places = [count * process // processes for process in range(processes + 1)]
             self.edges.append([rows[place] for place in places])
             for process, blocks in enumerate(self.blocks):

@@ -33,6 +33,7 @@ from vareid_ext.reference.pairwise_distance import METRICS
 MAX_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
 MIN_ROWS = 64  # done again at once, where memory allows it
 _CROWDED = 8  # one row of so many
+_PAIR_ELEMENTS = 1 << 20  # of the rows of pairs that are measured at once
 _EQUAL_CHUNK = 1 << 16  # elements compared at once
 _BITS = {
     torch.float64: torch.int64,
@@ -216,6 +217,29 @@ class _Scan:
             equal = (rows_of(some) == rows_of(first[some])).all(1)
             same[some[equal]] = first[some[equal]]
         return same.to(torch.int32)
+
+
+def pair_distances(filtered: Filter, rows: Tensor, columns: Tensor) -> Tensor:
+    """float64 ``|z_i - z_j|^2`` of pairs of rows of the first and of the second part, summed as the nearest's."""
+    out = filtered.norm.new_empty((rows.shape[0], 1), dtype=torch.float64)
+    (x, factor), (y, y_factor) = filtered.sets(0, 1)
+    new, places = filtered.norm.new_zeros, capacity(1)
+    for begin in range(0, rows.shape[0], max(1, _PAIR_ELEMENTS // x.shape[1])):
+        at = slice(begin, begin + max(1, _PAIR_ELEMENTS // x.shape[1]))
+        chosen, size = rows[at], rows[at].shape[0]
+        candidates = [
+            new((size, places)), new((size, places), dtype=torch.int32), new(size, dtype=torch.int32).fill_(1),
+            new(size), new(size).fill_(torch.inf), new(size),
+        ]  # fmt: skip
+        candidates[1][:, 0] = columns[at]
+        left = [(x.index_select(0, chosen), None if factor is None else factor[chosen])]
+        bounds = new(size), new(size)
+        _native.launch(
+            "nearest_neighbors_select", left, [(y, y_factor)], METRICS.index("sqeuclidean"), 1.0, bounds,
+            filtered.bounds([1]), candidates, 1, new((size, 1), dtype=torch.int32), out[at],
+            new(size, dtype=torch.bool), new(size), on=out,
+        )  # fmt: skip
+    return out[:, 0]
 
 
 def _symmetric_scan(
