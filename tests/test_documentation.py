@@ -68,6 +68,7 @@ ELSEWHERE = {
     "python -m vareid_ext.train --method contrastive": ("tests/test_documentation.py", "--method=contrastive"),
     "vareid ablate --output": ("tests/test_ablate.py", "def test_nine_rows_of_seven_runs"),
     "vareid views": ("tests/test_views.py", 'run(["views"'),
+    "torchrun --nproc-per-node 2 search.py": ("tests/test_processes_retrieval.py", "def test_the_documented_search"),
     "pip download": ("tests/test_gpu_report.py", "--wheels"),  # needs the network
 }
 # What a command gets beside its own arguments, by its beginning; the first that fits counts.
@@ -110,6 +111,10 @@ PYTHON: dict[tuple[str, str], Any] = {
     ("docs/your-model.md", "import numpy"): ("tests/test_export.py", "def test_the_documented_use_of_an_onnx_file"),
     ("docs/your-own-data.md", "from vareid_ext import evaluate_features"): lambda: features(),
     ("docs/your-own-data.md", "from vareid_ext import GalleryIndex"): lambda: features(),
+    ("docs/your-own-data.md", "import numpy as np\nimport torch.distributed"): (
+        "tests/test_processes_retrieval.py",
+        "def test_the_documented_search",
+    ),
     ("docs/your-own-data.md", "import faiss"): ("tests/test_neighbor_lists.py", "another index"),
     ("docs/your-own-data.md", "from vareid_ext import evaluate_ranking"): lambda: features(),
     ("docs/your-own-data.md", "from vareid_ext import pairwise_distance, verify_features"): lambda: features(),

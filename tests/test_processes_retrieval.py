@@ -6,7 +6,11 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import shlex
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +18,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import factories
 from tests.factories import features
 from tests.processes import free_port
-from vareid_ext import k_reciprocal_rerank, nearest_neighbors, reference_backend
+from vareid_ext import evaluate_features, k_reciprocal_rerank, nearest_neighbors, reference_backend
 from vareid_ext._processes import LostProcessError
 from vareid_ext.ops import _shared_neighbors as neighbors_module
 
@@ -311,3 +316,22 @@ def test_reranking_needs_rows_and_memory_of_all_processes(processes):
         outcomes = processes(2, varied_reranking, [good | changes] * 2)
         assert len({str(outcome) for outcome in outcomes}) == 1
         assert message in str(outcomes[0])
+
+
+def test_the_documented_search_runs_under_torchrun(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "your-own-data.md").read_text()
+    text = page.partition("## Features shared out among processes\n")[2]
+    (tmp_path / "search.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    query, gallery, *labels = factories.people(0, 9, 40)
+    sides = {"query": (query, *labels[::2]), "gallery": (gallery, *labels[1::2])}
+    for side, arrays in sides.items():
+        np.savez(tmp_path / f"{side}.npz", **dict(zip(("feature", "identity", "camera"), arrays, strict=True)))
+    words = shlex.split(text.partition("```bash\n")[2].partition("```")[0])
+    assert words.pop(0) == "torchrun"
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), *words], cwd=tmp_path,
+        capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # The rows of a share lie apart from each other, so other rows tie first: only the metrics are those of the whole.
+    assert str(evaluate_features(query, gallery, *labels)) in done.stdout

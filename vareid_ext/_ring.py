@@ -24,7 +24,7 @@ def check_group(group: object, device: torch.device, name: str) -> None:
         needed = "nccl" if device.type == "cuda" else "gloo"
         raise ValueError(
             f"{name}: is on {device}, but group's backend for {device.type} is {backend}; {needed} is needed "
-            '(init_process_group("cpu:gloo,cuda:nccl") gives both)'
+            '(on GPUs, init_process_group("cpu:gloo,cuda:nccl") gives both)'
         )
 
 
