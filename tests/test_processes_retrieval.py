@@ -97,6 +97,14 @@ def test_many_blocks_and_near_ties(processes, count):
     assert_as_one(processes, x, None, [b - a for a, b in itertools.pairwise(cuts)], k=70)
 
 
+@pytest.mark.parametrize(("shares", "other"), [([700], [9]), ([300, 400], [500, 9]), ([0, 650, 50], [70, 1, 500])])
+def test_rows_for_which_products_of_8_bits_pay(processes, shares, other):
+    x = features(700, 130)
+    x[600:] = x[:100] + 1e-5 * features(100, 130, 1)
+    assert_as_one(processes, x, None, shares, k=20)
+    assert_as_one(processes, x, features(sum(other), 130, 2), shares, other, k=9, metric="cosine")
+
+
 def as_numpy(group: Any, x: Any) -> Any:
     rows = of(group, x).numpy()[:, ::-1]
     return nearest_neighbors(rows, k=3, group=group), nearest_neighbors(rows, rows[:2], k=3, group=group)

@@ -201,7 +201,7 @@ def mutual_neighbors(
         metric: "sqeuclidean" or "cosine".
         scale: the common factor; None for the cosine.
         group: the processes.
-        center_by: as :class:`Filter` takes it.
+        center_by: as :class:`Filter` takes it; the products are then those of one process. None: whichever are fastest.
 
     Returns:
         The lists; and float32 [n], each row's largest distance as the products give it.
@@ -219,7 +219,7 @@ def mutual_neighbors(
         if mine and theirs:
             parts = [own] if owner == me else [own[_span(mine)], visiting[-_length(theirs) :]]
             filtered = Filter(parts, [""] * len(parts), metric, scale, center_by)
-            found, to_owner = _compared(filtered, mine, theirs, k, metric)
+            found, to_owner = _compared(filtered, mine, theirs, k, metric, center_by is not None)
             take(found, _span(mine))
         if owner != me:
             helper = (2 * me - owner) % processes  # whose visitor this process is
@@ -251,19 +251,25 @@ def _empty(like: Tensor, of: Sequence[_Block], among: Sequence[_Block], k: int) 
 
 
 def _compared(
-    filtered: Filter, mine: Sequence[_Block], theirs: Sequence[_Block], k: int, metric: str
+    filtered: Filter, mine: Sequence[_Block], theirs: Sequence[_Block], k: int, metric: str, whole_products: bool
 ) -> tuple[_Found, _Found]:
-    """The lists of the rows of some blocks among those of others, and the other way round."""
+    """The lists of the rows of some blocks among those of others, and the other way round.
+
+    With ``whole_products``, those of float32 that one process makes; else whichever pay.
+    """
     device, alone = filtered.norm.device, len(filtered.parts) == 1
     rows, columns = _length(mine), 0 if alone else _length(theirs)
-    every = range(len(filtered.parts))
-    scan = op._Scan(filtered, every, every, min(k, rows) if alone else k, metric, block_side(device))
-    _scan_blocks(filtered, scan, mine, None if alone else theirs)
+    every, width, side, scan = range(len(filtered.parts)), min(k, rows) if alone else k, block_side(device), None
+    if not whole_products:
+        scan = op._packed_scan(filtered, len(every) - 1, width, metric, side, crossed=not alone)
+    if scan is None:
+        scan = op._Scan(filtered, every, every, width, metric, side)
+        _scan_blocks(filtered, scan, mine, None if alone else theirs)
     filtered.drop_buffers()
 
-    def found(side: op._Scan, among: Sequence[_Block]) -> _Found:
-        row_max = side.row_max
-        index, distance = side.select(torch.float64)
+    def found(found_by: op._Scan, among: Sequence[_Block]) -> _Found:
+        row_max = found_by.row_max
+        index, distance = found_by.select(torch.float64)
         return _Found(distance, numbers_of(among, device)[index.long()], row_max)
 
     if alone:
@@ -279,8 +285,7 @@ def exact_lists(x: Tensor, y: Tensor, k: int, metric: str, scale: float | None, 
         x, y = (part.double() if scale is None else part.double() * scale for part in (x, y))
         return reference.nearest_neighbors(x, y, k, metric)
     filtered = Filter([x, y], ["x", "y"], metric, scale)
-    scan = op._Scan(filtered, [0], [1], k, metric, block_side(x.device))
-    op._one_sided_scan(filtered, scan, block_side(x.device))
+    scan = op.one_sided_scan(filtered, k, metric, block_side(x.device))
     index, distance = scan.select(torch.float64)
     return distance, index
 

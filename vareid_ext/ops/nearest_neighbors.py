@@ -96,7 +96,8 @@ class _Scan:
         one = copy.copy(self)
         one.left_parts, one.right_parts, one.k = [left], [right], k
         one.left, one.right = self.filtered.sets(left), self.filtered.sets(right)
-        one.left_bounds, one.right_bounds = self.filtered.bounds([left]), self.filtered.bounds([right])
+        bounds = self.filtered.bounds if self.rounded is None else self.rounded.bounds
+        one.left_bounds, one.right_bounds = bounds([left]), bounds([right])
         one.rows, one.columns = end - begin, self.filtered.parts[right].shape[0]
         one.candidates = [state[begin:end] for state in self.candidates]
         if right:  # they are numbered from the first part on
@@ -334,8 +335,11 @@ def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
                 scan.scan(target, first, other_first, both=False, write=False)
 
 
-def _packed_scan(filtered: Filter, right: int, k: int, metric: str, block_rows: int) -> _Scan | None:
-    """The first part against the part ``right``, which may be the same, with products of 8 bits.
+def _packed_scan(
+    filtered: Filter, right: int, k: int, metric: str, block_rows: int, crossed: bool = False
+) -> _Scan | None:
+    """The first part against the part ``right``, which may be the same, with products of 8 bits; ``crossed``: and the
+    other way round, of two parts, which are numbered together.
 
     None if they do not pay here: for want of the instructions or of rows, or if too many rows of the first blocks have
     more candidates than places.
@@ -343,7 +347,9 @@ def _packed_scan(filtered: Filter, right: int, k: int, metric: str, block_rows: 
     if not ByteFilter.pays(filtered, filtered.parts[0].shape[0]):
         return None
     rounded = ByteFilter(filtered, block_rows)
-    scan = _Scan(filtered, [0], [right], k, metric, block_rows, rounded=rounded)
+    left_parts, right_parts = ([0, 1], [0, 1]) if crossed else ([0], [right])
+    scan = _Scan(filtered, left_parts, right_parts, k, metric, block_rows, rounded=rounded)
+    offset = filtered.parts[0].shape[0] if crossed else 0
     workspace = filtered.norm.new_empty(torch.get_num_threads() * _native.module().packed_scan_bytes, dtype=torch.uint8)
     rows_of, columns_of = (row_blocks(filtered, [part], block_rows) for part in (0, right))
     for at, (_, first, last, _) in enumerate(rows_of):
@@ -351,11 +357,21 @@ def _packed_scan(filtered: Filter, right: int, k: int, metric: str, block_rows: 
         for _, other_first, other_last, _ in columns_of[0 if right else at :]:
             columns = rounded.block(right, other_first, other_last, left=False)
             same, sizes = not right and other_first == first, (last - first, other_last - other_first)
-            scan.scan_packed(left, columns, sizes, first, other_first, workspace, both=not right and not same)
+            both = crossed or (not right and not same)
+            scan.scan_packed(left, columns, sizes, first, offset + other_first, workspace, both=both)
             done += sizes[0] * (sizes[0] + 1) // 2 if same else sizes[0] * sizes[1]
         if at == 0 and scan.crowded(last):
             return None
         _progress.advance(done)
+    return scan
+
+
+def one_sided_scan(filtered: Filter, k: int, metric: str, block_rows: int) -> _Scan:
+    """The first part against the second, with whichever products pay."""
+    scan = _packed_scan(filtered, 1, k, metric, block_rows)
+    if scan is None:
+        scan = _Scan(filtered, [0], [1], k, metric, block_rows)
+        _one_sided_scan(filtered, scan, block_rows)
     return scan
 
 
@@ -381,11 +397,7 @@ def _native_nearest_neighbors(
             scan = _Scan(filtered, [0], [0], k, metric, block_rows)
             _symmetric_scan(filtered, [scan], block_rows)
     else:
-        filtered = Filter([x, y], ["x", "y"], metric)
-        scan = _packed_scan(filtered, 1, k, metric, block_rows)
-        if scan is None:
-            scan = _Scan(filtered, [0], [1], k, metric, block_rows)
-            _one_sided_scan(filtered, scan, block_rows)
+        scan = one_sided_scan(Filter([x, y], ["x", "y"], metric), k, metric, block_rows)
     index, distance = scan.select(accumulator_dtype(x.dtype))
     return distance, index.to(torch.int64)
 

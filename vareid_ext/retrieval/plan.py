@@ -199,7 +199,13 @@ def _of_each(
     if not native:
         candidates = coming + found + alone.candidates + _MERGED
     measured = coming + 48 * entries + 40 * n
-    nearest = coming + n * 104 + q * (8 * _nearest.capacity(topk) + topk * (8 * processes + 48)) + 16 * M + alone.rescan
+    nearest = (
+        coming
+        + n * 128
+        + q * (8 * _nearest.capacity(topk, rounded=True) + topk * (8 * processes + 48))
+        + 16 * M
+        + alone.rescan
+    )
     rounds = processes // 2
     sent = (
         own  # to even shares out
