@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tests.test_documentation import python_in, section
 from vareid_ext import k_reciprocal_from_neighbors, k_reciprocal_rerank
 from vareid_ext.ops._filter import common_scale
 from vareid_ext.ops.nearest_neighbors import joint_neighbors
+from vareid_ext.retrieval.rerank.neighbor_lists import rerank_lists
 
 
 def exact_lists(x, Q, k):
@@ -124,6 +127,43 @@ def test_lists_that_reach_beyond_what_is_shared_give_what_features_give(duplicat
     assert_same(k_reciprocal_from_neighbors(index, distance, 24, row_max=row_max, **parameters), expected)
 
 
+@pytest.mark.parametrize("name", FEATURES)
+def test_some_queries_get_what_all_get(backend, name):
+    x = FEATURES[name]
+    Q = min(14, len(x) - 2)
+    index, distance, row_max = exact_lists(x, Q, min(12, len(x)))
+    whole = k_reciprocal_from_neighbors(index, distance, Q, k1=4, row_max=row_max, topk=2)
+    cuts = sorted({0, 1, Q // 2, Q})
+    shares = [(0, 0), *itertools.pairwise(cuts), (Q, Q)]
+    parts = [k_reciprocal_from_neighbors(index, distance, Q, k1=4, row_max=row_max, topk=2, queries=s) for s in shares]
+    assert [len(part[0]) for part in parts] == [end - begin for begin, end in shares]
+    assert_same([np.concatenate(part) for part in zip(*parts, strict=True)], whole)
+
+
+@pytest.mark.parametrize("k", [7, 10, 14, 20, 35, 60])
+@pytest.mark.parametrize("name", ["random", "tied", "twice", "many", "equal"])
+def test_where_no_count_is_above_0_the_result_is_that_of_features(name, k):
+    """And of the counts each is what a count by sets says."""
+    x, Q, parameters = FEATURES[name], 6, (4, 6, 3, 0.3)
+    k = min(k, len(x))
+    index, distance, row_max = exact_lists(x, Q, k)
+    found = rerank_lists(index, distance, Q, *parameters, row_max, None)
+    topk, k1, k2, lambda_value = parameters
+    expected = k_reciprocal_rerank(x[:Q], x[Q:], topk=topk, k1=k1, k2=k2, lambda_value=lambda_value)
+    listed = [set(row) for row in index.tolist()]
+    members = expanded_sets(ranked(squared_distances(x, x)).tolist(), k1)
+    assert found.unlisted == sum(len(set(of_row) - row) for of_row, row in zip(members, listed, strict=True))
+    results = found.best.numpy()
+    assert found.outside == sum(best < 0 or best + Q not in listed[q] for q in range(Q) for best in results[q])
+    assert found.short == 0
+    if found.unlisted == found.outside == 0:
+        assert_same((found.distance.numpy(), results), expected)
+    if k == len(x):
+        assert found.unlisted == found.outside == 0
+    index[3, 2:] = -1
+    assert rerank_lists(index, distance, Q, *parameters, row_max, None).short == (1 if len(x) > 2 else 0)
+
+
 @pytest.mark.parametrize("lambda_value", [0.0, 0.3])
 def test_short_lists_follow_the_definition(backend, lambda_value):
     distance = squared_distances(feature_array(40, 4), feature_array(40, 4))
@@ -218,6 +258,8 @@ BAD = {
     "similarity": ({"distance": 1 - DISTANCE / 2}, ValueError, r"^distance: no row's values rise.* similarities"),
     "num_query": ({"num_query": 30}, ValueError, r"^num_query: 30 was given; allowed are 1 to 29"),
     "no query": ({"num_query": 0}, ValueError, r"^num_query: 0"),
+    "queries": ({"queries": (0, 7)}, ValueError, r"^queries: 7 was given; allowed are 0 to 6"),
+    "queries turned": ({"queries": (3, 2)}, ValueError, r"^queries: 3 was given; allowed are 0 to 2"),
     "topk": ({"topk": 25}, ValueError, r"^topk: 25 was given; allowed are 1 to 24"),
     "k1": ({"k1": 8}, ValueError, r"^index: lists of 8 rows were given; k1 and k2 need 9"),
     "k2": ({"k2": 10}, ValueError, r"^index: lists of 8 .* need 10, or 9 where no row lists itself"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ def k_reciprocal_from_neighbors(
     k2: int = K2,
     lambda_value: float = LAMBDA_VALUE,
     row_max: Any = None,
+    queries: tuple[int, int] | None = None,
 ) -> tuple[Any, Any]:
     """Re-rank with k-reciprocal encoding (Zhong et al., CVPR 2017), from the neighbour lists of any program.
 
@@ -54,13 +55,15 @@ def k_reciprocal_from_neighbors(
         lambda_value: weight of the original distance, 0 to 1.
         row_max: float32 or float64 [M], each row's largest distance to any of the M rows, in the unit of ``distance``.
             None: twice the largest that the row lists, or the largest itself where it lists all M.
+        queries: the first query that is asked for and the one behind the last, 0 to Q; None for all Q. Each one's
+            result is the same whoever else is asked for.
 
     Returns:
         distance float32 [Q, topk], ascending, in [0, 1], and index int64 [Q, topk], counted from the gallery's first
-        row, ties by the lower index. The gallery rows that the query lists and those that share something with it can
-        occur; if these are fewer than ``topk``, rows end with distance Inf and index -1. Where the original distance
-        weighs nothing (``lambda_value`` or the query's ``row_max`` is 0), all others are known to be at
-        1 - ``lambda_value`` and follow. NumPy, PyTorch or CuPy as index was.
+        row, ties by the lower index; rows are the queries that are asked for. The gallery rows that the query lists and
+        those that share something with it can occur; if these are fewer than ``topk``, rows end with distance Inf and
+        index -1. Where the original distance weighs nothing (``lambda_value`` or the query's ``row_max`` is 0), all
+        others are known to be at 1 - ``lambda_value`` and follow. NumPy, PyTorch or CuPy as index was.
 
     Raises:
         TypeError: not arrays, or of other dtypes.
@@ -69,12 +72,42 @@ def k_reciprocal_from_neighbors(
             row's values rise); ``row_max`` below a listed distance.
     """
     back = returner(index)
+    result = rerank_lists(index, distance, num_query, topk, k1, k2, lambda_value, row_max, queries)
+    return back(result.distance), back(result.best)
+
+
+class RerankedLists(NamedTuple):
+    """What :func:`k_reciprocal_from_neighbors` gives as tensors, and how far the lists reached.
+
+    Where the lists are exact and ``row_max`` is given, the result is that of re-ranking the features if none of the
+    three counts is above 0: what is not listed is farther than it was taken to be, and did not come among the best even
+    so.
+    """
+
+    distance: Tensor
+    best: Tensor
+    short: int
+    """rows that list fewer than k1 and k2 need"""
+    unlisted: int
+    """members of a row's set R* that the row does not list, so that their distance was taken to be its farthest"""
+    outside: int
+    """results that their query does not list, or that are not there"""
+
+
+def rerank_lists(
+    index: Any, distance: Any, num_query: int, topk: int, k1: int, k2: int, lambda_value: float, row_max: Any,
+    queries: tuple[int, int] | None,
+) -> RerankedLists:  # fmt: skip
+    """See :func:`k_reciprocal_from_neighbors`."""
     k1, k2, lambda_value = check_parameters(k1, k2, lambda_value)
     index, distance = to_tensor(index, "index"), to_tensor(distance, "distance")
     _check_lists(index, distance)
     M, device = index.shape[0], index.device
     Q = check_count("num_query", num_query, 1, M - 1)
     topk = check_count("topk", topk, 1, M - Q)
+    begin, end_query = (0, Q) if queries is None else queries
+    end_query = check_count("queries", end_query, 0, Q)
+    begin = check_count("queries", begin, 0, end_query)
     K = list_width(M, k1, k2)
     neighbor, near, count = _ordered(index, distance)
     _check_width(index, neighbor, K)
@@ -84,14 +117,19 @@ def k_reciprocal_from_neighbors(
     unit = (torch.frexp(row_max).mantissa / row_max).nan_to_num(nan=1.0, posinf=1.0)
     near, end, row_max = near.mul_(unit[:, None]).float(), (end * unit).float(), (row_max * unit).float()
 
-    short = bool((count < K).any())
+    short = int((count < K).sum())
     lists, largest = neighbor[:, :K], row_max
     if short:  # the ends of lists name a row M, which is nobody's neighbour: it has M + 1 alone, that M + 2, that M
         ring = torch.tensor([M + 1, M + 2, M], dtype=torch.int32, device=device)
         lists, largest = torch.cat([lists, ring[:, None].expand(3, K)]), functional.pad(row_max, (0, 3), value=1.0)
-    indptr, entry, value = encode(
-        lists.contiguous(), largest, lambda *pattern: _listed(neighbor, near, end, *pattern), k1, k2
-    )
+    unlisted = 0
+
+    def distance_of(*pattern: Tensor) -> Tensor:
+        nonlocal unlisted
+        found, unlisted = _listed(neighbor, near, end, *pattern)
+        return found
+
+    indptr, entry, value = encode(lists.contiguous(), largest, distance_of, k1, k2)
     indptr = indptr[: M + 1]
     if short:  # the mean of those that are there
         share = min(k2, K) / count.clamp(max=min(k2, K))
@@ -101,18 +139,22 @@ def k_reciprocal_from_neighbors(
 
     G, listed = M - Q, max(neighbor.shape[1], topk)
     missing = listed - neighbor.shape[1]
-    nearest = functional.pad(neighbor[:Q] - Q, (0, missing), value=-1)
+    asked = slice(begin, end_query)
+    nearest = functional.pad(neighbor[asked] - Q, (0, missing), value=-1)
     known = (nearest >= 0) & (nearest < G)
     # Rows behind the gallery, which share nothing and are infinitely far, stand where a query lists none of it.
     nearest = nearest.where(known, torch.arange(G, G + listed, dtype=torch.int32, device=device))
-    original = functional.pad(near[:Q], (0, missing)).where(known, torch.inf)
+    original = functional.pad(near[asked], (0, missing)).where(known, torch.inf)
     # What is not listed is measured from features: these are as far from each query as its list reaches.
-    reach, origin = end[:Q, None].double().sqrt(), end.new_zeros((G + listed, 1), dtype=torch.float64)
+    reach, origin = end[asked, None].double().sqrt(), end.new_zeros((G + listed, 1), dtype=torch.float64)
+    encodings = indptr[begin:], entry, value
     final, best = stages.k_reciprocal_topk(
-        reach, origin, 1.0, nearest, original, row_max, *encodings, *inverted, lambda_value, topk
+        reach, origin, 1.0, nearest, original, row_max[begin:], *encodings, *inverted, lambda_value, topk
     )
     nobody = (best >= G) | final.isinf()
-    return back(final.masked_fill_(nobody, torch.inf)), back(best.masked_fill_(nobody, -1))
+    final.masked_fill_(nobody, torch.inf)
+    best.masked_fill_(nobody, -1)
+    return RerankedLists(final, best, short, unlisted, _outside(best, nearest))
 
 
 def _check_lists(index: Tensor, distance: Tensor) -> None:
@@ -206,11 +248,24 @@ def _row_max(row_max: Tensor | None, end: Tensor, count: Tensor) -> Tensor:
     return row_max.double()
 
 
-def _listed(neighbor: Tensor, near: Tensor, end: Tensor, indptr: Tensor, index: Tensor) -> Tensor:
-    """Distances of the pairs of a CSR pattern, float32; the row's ``end`` for those that it does not list."""
+def _outside(best: Tensor, nearest: Tensor) -> int:
+    """How many of each query's results are not among its ``nearest``, or are -1."""
+    outside = 0
+    for some in torch.arange(len(best), device=best.device).split(max(1, _CHUNK // nearest.shape[1])):
+        listed = nearest[some].sort(1).values.long()
+        at = torch.searchsorted(listed, best[some]).clamp_(max=listed.shape[1] - 1)
+        outside += int((listed.gather(1, at) != best[some]).sum())
+    return outside
+
+
+def _listed(neighbor: Tensor, near: Tensor, end: Tensor, indptr: Tensor, index: Tensor) -> tuple[Tensor, int]:
+    """Distances of the pairs of a CSR pattern, float32, the row's ``end`` for those that it does not list; and how many
+    these are.
+    """
     rows = torch.arange(indptr.shape[0] - 1, device=index.device).repeat_interleave(indptr.diff())
-    out = end[rows]
+    out, unlisted = end[rows], len(rows)
     for some in torch.arange(len(rows), device=index.device).split(max(1, _CHUNK // neighbor.shape[1])):
         pair, place = (neighbor[rows[some]] == index[some, None]).nonzero(as_tuple=True)
         out[some[pair]] = near[rows[some[pair]], place]
-    return out
+        unlisted -= len(pair)
+    return out, unlisted
