@@ -217,8 +217,8 @@ def test_shards_that_do_not_go_together_are_refused(made, files, tmp_path, capsy
         (["a", "whole"], "whole.npz: is no shard: it was not made with --shard"),
         (["a", "cut"], "cut.npz: cannot be read"),
         (["a", "middle"], "middle.npz: "),
-        (["a", "rows"], "rows.npz: is damaged: index holds (77, 100); (78, 100) is needed"),
-        (["a", "less"], "less.npz: is damaged: row_max holds nothing; (78,) is needed"),
+        (["a", "rows"], "rows.npz: is damaged: index holds [77, 100]; [78, 100] is needed"),
+        (["a", "less"], "less.npz: is damaged: row_max holds nothing; [78] is needed"),
         (["a", "extract"], "extract.npz: is no shard of vareid neighbors"),
         (["a", "nothing"], "nothing.npz: does not exist"),
     ):

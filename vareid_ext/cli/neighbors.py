@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import sys
@@ -16,9 +17,8 @@ from tqdm import tqdm
 
 from vareid_ext.cli.common import Parser, Result, TerminatedError, command_parser, run_command
 from vareid_ext.cli.rerank import JointFeatures, add_joint_features, add_memory_arguments, read_joint_features
-from vareid_ext.cli.shards import Parts, add_shard_arguments, check_merge_alone, is_done, marks, read_shards
+from vareid_ext.cli.shards import Parts, add_shard_arguments, check_merge_alone, is_done, marks, read_shard, read_shards
 from vareid_ext.files.atomic import atomic_file, check_writable
-from vareid_ext.files.features import FeatureFileError, read_arrays
 from vareid_ext.files.numpy_files import write_npz
 from vareid_ext.ops._progress import listen
 from vareid_ext.retrieval.joint_lists import METRICS, JointLists, part_of_rows
@@ -135,7 +135,8 @@ def _make(lists: JointLists, parts: Parts, record: np.dtype, *, progress: bool) 
 
 
 def _merge(names: Sequence[str], output: Path) -> Result:
-    shards, request = read_shards(names, _read_shard, "other features or options")
+    read = functools.partial(read_shard, command="neighbors", shapes=_shapes)
+    shards, request = read_shards(names, read, "other features or options")
     arrays: dict[str, Any] = {name: [shard[name] for shard in shards] for name in LISTED}
     arrays |= {name: shards[0][name] for name in shards[0] if name not in LISTED}
     with atomic_file(output) as file:
@@ -146,22 +147,11 @@ def _merge(names: Sequence[str], output: Path) -> Result:
     return Result(text, {"output": str(output), "queries": Q, "gallery": G, "k": k, "shards": len(shards)})
 
 
-def _read_shard(path: Path) -> dict[str, Any]:
-    """The arrays of a shard; ValueError unless they are what it says that it is."""
-    arrays: dict[str, Any] = dict(read_arrays(path))
-    if "shard" not in arrays or "request" not in arrays:
-        return arrays  # which is said of any command's files alike
-    try:
-        told = json.loads(str(arrays["request"]))
-        begin, end = part_of_rows(told["queries"], told["gallery"], told["block_rows"], *arrays["shard"].tolist())
-        shapes = ((end - begin, told["k"]), (end - begin, told["k"]), (end - begin,))
-    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
-        raise FeatureFileError(f"{path}: is no shard of vareid neighbors") from error
-    for name, shape in zip(LISTED, shapes, strict=True):
-        held = arrays[name].shape if name in arrays else "nothing"
-        if held != shape:
-            raise FeatureFileError(f"{path}: is damaged: {name} holds {held}; {shape} is needed")
-    return arrays
+def _shapes(told: Any, shard: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """What the arrays of a shard of the request `told` are."""
+    begin, end = part_of_rows(told["queries"], told["gallery"], told["block_rows"], *shard)
+    lists = (end - begin, told["k"])
+    return dict(zip(LISTED, (lists, lists, lists[:1]), strict=True))
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -14,10 +17,22 @@ import torch
 from torch import Tensor
 
 from vareid_ext.cli.common import Parser, Result, command_parser, run_command
+from vareid_ext.cli.shards import (
+    add_shard_arguments,
+    check_merge_alone,
+    is_done,
+    marks,
+    read_shard,
+    read_shards,
+    share,
+)
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.features import MAX_RATIO, MAX_UNPACKED, FeatureFileError, read_features
+from vareid_ext.files.neighbor_lists import NeighborLists, read_neighbor_lists
+from vareid_ext.files.numpy_files import write_npz
 from vareid_ext.metrics.ranking import check_junk_identity
 from vareid_ext.retrieval import k_reciprocal_rerank
+from vareid_ext.retrieval.rerank.neighbor_lists import rerank_lists
 
 _DESCRIPTION = """\
 k-reciprocal re-ranking of features in files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
@@ -26,6 +41,12 @@ Without --topk, OUTPUT is a .npy file with the final distances, float32 [queries
 query's K best gallery rows: a .npz file with "index" and "distance" [queries, K], or a .npy file of records with these
 two fields. OUTPUT appears when it is complete; until then, and if anything goes wrong, what was there stays.
 
+With --neighbors it re-ranks neighbour lists, of `vareid neighbors` or of any other program, and needs no features:
+LISTS is a file that holds index and distance [M, K] (and row_max [M], num_query), or it is two or three files, INDEX
+DISTANCE [ROW_MAX]. The M rows are the queries and then the gallery, searched for among all M; -1 ends a list. --shard
+2/5 takes the second fifth of the queries, so that five machines can share them, and --merge puts their outputs
+together. It says whether the lists reach far enough for the result to be that of the features.
+
 Where the gallery's identities are known, its junk images are in nobody's neighbourhood and nobody's result: their
 columns of a matrix hold 2, more than any distance, and they are not among the K best.
 """
@@ -33,7 +54,12 @@ _EXAMPLES = """\
   vareid rerank query.npz gallery.npz --output distances.npy
   vareid rerank query.npz gallery.npz --output best.npz --topk 100
   vareid rerank query.npz gallery.npz --output best.npz --topk 100 --k1 30 --max-memory 2G --plan
+  vareid rerank --neighbors lists.npz --output best.npz --topk 100
+  vareid rerank --neighbors lists.npz --output best-1.npz --topk 100 --shard 1/2
+  vareid rerank --merge best-1.npz best-2.npz --output best.npz
+  vareid rerank --neighbors faiss_index.npy faiss_distance.npy --num-query 3368 --output best.npz --topk 100
 """
+_HASHED = 2**24  # bytes read at once
 _JUNK = 2.0  # the distance to a junk image; all others are 0 to 1
 
 
@@ -146,12 +172,59 @@ def _parser() -> Parser:
     parser.add_argument("--topk", type=int, metavar="K", help="keep each query's K best gallery rows only")
     add_rerank_arguments(parser.add_argument_group("re-ranking"))
     add_memory_arguments(parser)
+    group = parser.add_argument_group("neighbour lists")
+    group.add_argument("--neighbors", nargs="+", metavar="LISTS", help="re-rank these lists instead of features")
+    group.add_argument("--num-query", type=int, metavar="Q", help="how many of their rows are queries")
+    group.add_argument(
+        "--metric", choices=_TO_SQUARES,
+        help="what their distances are; similarity is a cosine, the larger the nearer (default: as the file of vareid "
+        "neighbors says, else sqeuclidean)",
+    )  # fmt: skip
+    add_shard_arguments(group, "queries")
     return parser
 
 
+_TO_SQUARES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
+    "sqeuclidean": lambda distance: distance,
+    "euclidean": np.square,
+    "cosine": lambda distance: distance,
+    "similarity": lambda similarity: 2 - 2 * similarity,
+}
+_OF_FEATURES = ("query", "gallery_identity", "query_key", "gallery_key", "junk_identity", "max_memory", "block_rows")
+_OF_LISTS = ("neighbors", "num_query", "metric", "shard")
+_FORMAT = 1  # of shards, raised whenever what stands in them changes its meaning
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """ValueError where options of features and of lists were given together."""
+    if options.merge:
+        check_merge_alone(options, "query", "topk", *_OF_LISTS)
+    elif options.neighbors:
+        for name in (*_OF_FEATURES, "plan"):
+            if getattr(options, name) != _parser().get_default(name):
+                raise ValueError(f"{_shown(name)}: is for features, but --neighbors was given")
+        if options.topk is None:
+            raise ValueError("--topk: nothing was given; lists are re-ranked for the best K of each query")
+    else:
+        for name in _OF_LISTS[1:]:
+            if getattr(options, name) is not None:
+                raise ValueError(f"{_shown(name)}: is for neighbour lists; --neighbors LISTS is needed, too")
+
+
+def _shown(name: str) -> str:
+    return name.upper() if name == "query" else f"--{name.replace('_', '-')}"
+
+
 def _run(options: argparse.Namespace) -> Result:
-    suffixes = (".npy",) if options.topk is None else (".npy", ".npz")
-    output = check_writable(options.output, suffixes, filter(None, (options.query, options.gallery)))
+    _check_together(options)
+    of_best = options.topk is not None or options.merge
+    suffixes = (".npz",) if options.shard else (".npy", ".npz") if of_best else (".npy",)
+    inputs = filter(None, (options.query, options.gallery, *(options.neighbors or ()), *(options.merge or ())))
+    output = check_writable(options.output, suffixes, inputs)
+    if options.merge:
+        return _merge(options.merge, output)
+    if options.neighbors:
+        return _rerank_lists(options, output)
     query, gallery, kept, note = read_joint_features(options)
     values = {
         "output": str(output), "queries": len(query), "gallery": len(kept), "junk": int((~kept).sum()),
@@ -183,6 +256,99 @@ def _run(options: argparse.Namespace) -> Result:
         result.flush()
         del result
     return Result(f"{output}: distances [{len(query)}, {len(kept)}]\n{note}", values)
+
+
+def _rerank_lists(options: argparse.Namespace, output: Path) -> Result:
+    lists = read_neighbor_lists(options.neighbors, options.max_unpacked)
+    num_query = _one_of(options, "num_query", lists.num_query)
+    if num_query is None:
+        raise ValueError("--num-query: is needed, as the lists do not say how many of their rows are queries")
+    to_squares = _TO_SQUARES[_one_of(options, "metric", lists.metric) or "sqeuclidean"]
+    row_max = None if lists.row_max is None else to_squares(lists.row_max)
+    parameters = {name: getattr(options, name) for name in ("topk", *RERANKING)}
+    request = json.dumps({"format": _FORMAT, "lists": _digest(lists), "queries": num_query, **parameters,
+                          "metric": options.metric})  # fmt: skip
+    queries = share(num_query, options.shard)
+    text = f"{output}: the {options.topk} best of {len(lists.index) - num_query} for "
+    text += f"{queries[1] - queries[0]} of {num_query} queries" if options.shard else f"each of {num_query} queries"
+    values = {
+        "output": str(output), "queries": queries[1] - queries[0], "gallery": len(lists.index) - num_query,
+        "topk": options.topk, "shard": options.shard,
+    }  # fmt: skip
+    if options.shard and is_done(output, request, options.shard):
+        return Result(f"{text}\nis done already", values | {"done_before": True})
+    found = rerank_lists(
+        lists.index, to_squares(lists.distance), num_query, row_max=row_max, queries=queries, **parameters
+    )
+    distance, best = found.distance.numpy(), found.best.numpy()
+    if lists.gallery_row is not None:
+        best = np.where(best < 0, -1, lists.gallery_row[best])
+    reach = [found.short, found.unlisted, found.outside]
+    with atomic_file(output) as file:
+        if options.shard:
+            arrays = {"index": best, "distance": distance, "reach": np.array(reach)}
+            write_npz(file, arrays | marks(request, options.shard))
+        else:
+            _write_best(file, output.suffix.lower(), distance, best)
+    said = [text, *_reach(reach, best.size, lists.metric is not None)]
+    if row_max is None:
+        said.append("row_max: not given; twice each list's largest distance stands for it")
+    return Result("\n".join(said), values | {"done_before": False, **dict(zip(_REACH, reach, strict=True))})
+
+
+_REACH = ("rows_too_short", "distances_beyond_lists", "results_beyond_lists")
+
+
+def _reach(counts: Sequence[int], results: int, exact: bool) -> list[str]:
+    """What is said of how far lists reach; `exact` are those of `vareid neighbors`."""
+    short, unlisted, outside = counts
+    if not any(counts):
+        return ["the lists reach far enough: " + (
+            "this is what their features give" if exact else
+            "if they and row_max are exact, this is what their features give"
+        )]  # fmt: skip
+    said = [f"the lists of {short} rows are shorter than k1 and k2 need"] if short else []
+    beyond = f"beyond the lists: {unlisted} distances within neighbour sets, {outside} of {results} results"
+    return [*said, f"{beyond}; longer lists come nearer to what the features give"]
+
+
+def _one_of(options: argparse.Namespace, name: str, of_file: Any) -> Any:
+    """What was given or what the file says; ValueError where these are two things."""
+    given = getattr(options, name)
+    if None not in (given, of_file) and given != of_file:
+        raise ValueError(f"{_shown(name)}: {given} was given, but {options.neighbors[0]} says {of_file}")
+    return of_file if given is None else given
+
+
+def _digest(lists: NeighborLists) -> str:
+    digest = hashlib.sha256()
+    for array in (lists.index, lists.distance, lists.row_max, lists.gallery_row):
+        if array is not None:
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            step = max(1, _HASHED // max(1, array[:1].nbytes))
+            for begin in range(0, len(array), step):
+                digest.update(array[begin : begin + step].tobytes())
+    return digest.hexdigest()
+
+
+def _merge(names: Sequence[str], output: Path) -> Result:
+    read = functools.partial(read_shard, command="rerank", shapes=_shapes)
+    shards, _ = read_shards(names, read, "other lists or options")
+    index, distance = (np.concatenate([shard[name] for shard in shards]) for name in ("index", "distance"))
+    with atomic_file(output) as file:
+        _write_best(file, output.suffix.lower(), distance, index)
+    reach = [*shards[0]["reach"][:2].tolist(), sum(int(shard["reach"][2]) for shard in shards)]
+    queries, topk = index.shape
+    values = {"output": str(output), "queries": queries, "topk": topk, "shards": len(shards)}
+    text = f"{output}: the {topk} best for each of {queries} queries, of {len(shards)} shards"
+    return Result("\n".join([text, *_reach(reach, index.size, False)]), values | dict(zip(_REACH, reach, strict=True)))
+
+
+def _shapes(told: Any, shard: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """What the arrays of a shard of the request `told` are."""
+    begin, end = share(told["queries"], shard)
+    best = (end - begin, told["topk"])
+    return {"index": best, "distance": best, "reach": (3,)}
 
 
 def _read_gallery(options: argparse.Namespace) -> tuple[Tensor, np.ndarray, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from vareid_ext.cli.common import Parser
 from vareid_ext.files.atomic import atomic_file
 from vareid_ext.files.features import FeatureFileError, read_arrays
 from vareid_ext.files.lock import locked
 
 
-def add_shard_arguments(parser: Parser, what: str) -> None:
+def add_shard_arguments(parser: argparse._ActionsContainer, what: str) -> None:
     """``--shard`` and ``--merge``; `what` is shared out."""
     parser.add_argument("--shard", metavar="I/N", type=_shard, help=f"take the I-th of N equal parts of the {what}")
     parser.add_argument("--merge", nargs="+", metavar="SHARD", help="put the outputs of all shards together")
@@ -91,6 +91,34 @@ def read_shards(
     if missing:
         raise ValueError(f"--merge: shards {', '.join(missing)} are missing")
     return [shards[i] for i in range(1, count + 1)], request
+
+
+def read_shard(
+    path: Path, command: str, shapes: Callable[[Any, tuple[int, int]], dict[str, tuple[int, ...]]]
+) -> dict[str, Any]:
+    """The arrays of a command's shard, for :func:`read_shards`.
+
+    Args:
+        path: of the file.
+        command: that writes such shards.
+        shapes: what arrays a shard has, from the request (out of JSON, of any kind) and its number and count.
+
+    Raises:
+        FeatureFileError: it is damaged, or not what it says that it is.
+    """
+    arrays: dict[str, Any] = dict(read_arrays(path))
+    if "shard" not in arrays or "request" not in arrays:
+        return arrays
+    try:
+        number, count = arrays["shard"].tolist()
+        needed = shapes(json.loads(str(arrays["request"])), (number, count))
+    except (ValueError, TypeError, KeyError, IndexError, ZeroDivisionError) as error:
+        raise FeatureFileError(f"{path}: is no shard of vareid {command}") from error
+    for name, shape in needed.items():
+        held = list(arrays[name].shape) if name in arrays else "nothing"
+        if held != list(shape):
+            raise FeatureFileError(f"{path}: is damaged: {name} holds {held}; {list(shape)} is needed")
+    return arrays
 
 
 class Parts:
