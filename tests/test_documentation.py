@@ -24,6 +24,7 @@ from PIL import Image
 import _vareid_cli
 from benchmarks import plot
 from tests.test_train import SMALL
+from vareid_ext import nearest_neighbors, pairwise_distance
 from vareid_ext.data import SyntheticSettings, synthetic_data, write_manifest
 from vareid_ext.files.features import read_features
 
@@ -69,6 +70,10 @@ ELSEWHERE = {
     "vareid ablate --output": ("tests/test_ablate.py", "def test_nine_rows_of_seven_runs"),
     "vareid views": ("tests/test_views.py", 'run(["views"'),
     "torchrun --nproc-per-node 2 search.py": ("tests/test_processes_retrieval.py", "def test_the_documented_search"),
+    **dict.fromkeys(
+        ("n=8", "lists=$(sbatch", "merged=$(sbatch", "best=$(sbatch", "sbatch"),
+        ("tests/test_clusters.py", "def test_the_slurm_script"),
+    ),
     "pip download": ("tests/test_gpu_report.py", "--wheels"),  # needs the network
 }
 # What a command gets beside its own arguments, by its beginning; the first that fits counts.
@@ -81,7 +86,9 @@ ADDED = {
     "vareid export": ["--quiet"],
     "vareid index": ["--quiet"],
     "vareid search": ["--quiet"],
-    "vareid neighbors": ["--quiet", "-k=30"],
+    "vareid neighbors": ["--quiet"],
+    "vareid rerank --merge": ["--quiet"],
+    "vareid rerank --neighbors": ["--quiet", "--num-query=18", "--topk=10"],
     "vareid rerank": ["--quiet", "--topk=10"],
     "vareid evaluate": ["--quiet"],
     "vareid label-viewpoints my/manifest.csv --train": ["--quiet", "--epochs=1"],
@@ -96,6 +103,10 @@ ADDED = {
 # Blocks of Python, by page and beginning: the names that they expect, or the file that runs them and what stands there.
 _LOSS_AND_METHOD = ("tests/test_documentation.py", "def test_a_new_loss_and_a_new_method_are")
 PYTHON: dict[tuple[str, str], Any] = {
+    **{
+        ("docs/clusters.md", beginning): ("tests/test_clusters.py", "def test_the_scripts_of_spark_ray_and_dask")
+        for beginning in ("import subprocess", "from pyspark", "import ray", "from dask")
+    },
     ("docs/extending.md", '"""Supervised contrastive loss'): _LOSS_AND_METHOD,
     ("docs/extending.md", '"""Cross entropy and the'): _LOSS_AND_METHOD,
     ("docs/extending.md", '"""Files named'): ("tests/test_data_readers.py", "def documented_reader"),
@@ -142,6 +153,11 @@ def folder(trained_run, tmp_path_factory) -> Path:
     for side in ("query", "gallery"):
         arrays = {**np.load(trained_run / f"{side}.npz")}
         np.savez(folder / f"{side}.npz", **arrays, column_clothes=np.arange(len(arrays["identity"])) % 5)
+    feature = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    squared, row = nearest_neighbors(feature, k=30)  # what another index would have found
+    farthest = pairwise_distance(feature, metric="sqeuclidean").amax(1)
+    for name, array in (("row", row), ("squared", squared), ("farthest", farthest)):
+        np.save(folder / f"{name}.npy", array.numpy())
     size = {"identities_train": 4, "identities_test": 3, "images_per_identity": 6, "distractors": 1}
     data = synthetic_data(SyntheticSettings(**size, height=32, width=16))
     write_manifest(data, folder / "my")

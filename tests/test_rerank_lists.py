@@ -79,6 +79,60 @@ def test_shards_of_exact_lists_are_the_bytes_of_a_re_ranking_of_the_features(fea
     assert (tmp_path / f"merged{suffix}").read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["random", "tied", "twice", "far"])
+def test_features_and_short_lists_give_the_bytes_of_the_features_alone(backend, tmp_path, kind):
+    """Junk, ties and duplicates included, however far the lists reach."""
+    x = feature_array(120, 5, levels=3 if kind == "tied" else None)
+    x = np.concatenate([x[:60], x[:60]]) if kind == "twice" else x * np.float32(1e-17) if kind == "far" else x
+    identity = np.arange(90)
+    identity[5:60:7] = -1
+    np.save(tmp_path / "q.npy", x[:30])
+    np.savez(tmp_path / "g.npz", feature=x[30:], identity=identity)
+    features = [str(tmp_path / "q.npy"), str(tmp_path / "g.npz")]
+    lists = str(tmp_path / "l.npz")
+    assert run(["neighbors", *features, "--output", lists, "-k", "7", "--quiet"]) == 0
+    options = ["--topk", 20, "--k1", 6, "--k2", 3]
+    assert call(*features, "--output", tmp_path / "whole.npz", *options) == 0
+    names = [tmp_path / f"s{i}.npz" for i in (1, 2, 3, 4)]
+    for i, name in enumerate(names, start=1):
+        assert call(*features, "--neighbors", lists, "--output", name, *options, "--shard", f"{i}/4") == 0
+    assert call("--merge", *names, "--output", tmp_path / "merged.npz") == 0
+    assert (tmp_path / "merged.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+
+
+def test_features_that_the_lists_are_not_of_are_refused(features, tmp_path, capsys, lists):
+    def made(name, *arguments):
+        path = str(tmp_path / name)
+        assert run(["neighbors", *map(str, features), "--output", path, "--quiet", *arguments]) == 0
+        return path
+
+    good, other = made("l.npz", "-k", "9"), made("c.npz", "--metric", "cosine")
+    ended = tmp_path / "ended.npz"
+    found = content(good)
+    found["index"][5, 2:] = -1
+    np.savez(ended, **found)
+    changed = {**content(features[1])}
+    changed["feature"][3, 2] += 1
+    np.savez(tmp_path / "g2.npz", **changed)
+    output = ["--output", tmp_path / "b.npz", *OPTIONS]
+    for gallery, of_lists, arguments, message in (
+        (tmp_path / "g2.npz", good, [], "l.npz is of other features than"),
+        (features[0], good, [], "l.npz is of other features than"),
+        (features[1], good, ["--junk-identity", "none"], "l.npz is of other features than"),
+        (features[1], other, [], "c.npz holds cosine distances; with QUERY and GALLERY the squared distances"),
+        (features[1], tmp_path / "lists.npz", [], "lists.npz holds lists of another program; with QUERY"),
+        (features[1], good, ["--k1", "9"], "k1 and k2 need [93, 10] or more"),
+        (features[1], good, ["--metric", "cosine"], "--metric: is for lists alone, but QUERY was given"),
+        (features[1], good, ["--num-query", "24"], "--num-query: is for lists alone, but QUERY was given"),
+        (features[1], ended, [], "index: holds -1"),
+        (features[1], good, ["--topk", "70"], "topk: 70 was given; allowed are 1 to 69"),
+    ):
+        capsys.readouterr()
+        assert call(features[0], gallery, "--neighbors", of_lists, *output, *arguments) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "b.npz").exists()
+
+
 def test_a_shard_that_is_done_is_not_made_again(lists, tmp_path, capsys, monkeypatch):
     arguments = ("--neighbors", tmp_path / "lists.npz", *OPTIONS, "--shard", "2/3", "--output", tmp_path / "s.npz")
     assert call(*arguments) == 0
@@ -245,7 +299,9 @@ def test_lists_that_cannot_be_re_ranked_are_refused(lists, tmp_path, monkeypatch
         (["q.npz", "g.npz", "--shard", "1/2"], "--shard: is for neighbour lists; --neighbors LISTS is needed, too"),
         (["q.npz", "g.npz", "--num-query", "3"], "--num-query: is for neighbour lists"),
         (["q.npz", "g.npz", "--metric", "cosine"], "--metric: is for neighbour lists"),
-        (["q.npz", "g.npz", "--neighbors", "l.npz"], "QUERY: is for features, but --neighbors was given"),
+        (["q.npz", "g.npz", "--neighbors", "l.npz"], "--topk: nothing was given; lists are re-ranked for the best K"),
+        (["q.npz", "--neighbors", "q.npz", "--topk", "3"], "q.npz: does not exist"),
+        (["--neighbors", "l.npz", "--plan"], "--plan: is for features, but --neighbors was given"),
         (["--neighbors", "l.npz"], "--topk: nothing was given; lists are re-ranked for the best K"),
         (["--neighbors", "l.npz", "--topk", "3"], "l.npz: does not exist"),
         (["--neighbors", *"abcd", "--topk", "3"], "--neighbors: 4 files were given; 1 to 3 are needed"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from vareid_ext.cli.common import Parser, Result, TerminatedError, command_parser, run_command
-from vareid_ext.cli.rerank import JointFeatures, add_joint_features, add_memory_arguments, read_joint_features
+from vareid_ext.cli.rerank import (
+    JointFeatures,
+    add_joint_features,
+    add_memory_arguments,
+    identity_of,
+    read_joint_features,
+)
 from vareid_ext.cli.shards import Parts, add_shard_arguments, check_merge_alone, is_done, marks, read_shard, read_shards
 from vareid_ext.files.atomic import atomic_file, check_writable
 from vareid_ext.files.numpy_files import write_npz
@@ -43,7 +47,6 @@ _EXAMPLES = """\
 LISTED = ("index", "distance", "row_max")
 """The arrays of lists that have a row for each image."""
 _FORMAT = 1  # raised whenever what stands in the file changes its meaning
-_HASHED = 2**24  # bytes read at once
 
 
 def _parser() -> Parser:
@@ -99,16 +102,9 @@ def _run(options: argparse.Namespace) -> Result:
 
 def _request(features: JointFeatures, lists: JointLists, metric: str) -> str:
     """What the lists are of: it differs where they would."""
-    query, gallery, kept, _ = features
-    digest = hashlib.sha256()
-    for part in (query, gallery):
-        for rows in part.split(max(1, _HASHED // (part.shape[1] * part.element_size()))):
-            digest.update(rows.contiguous().view(torch.uint8).numpy())
     told = {
-        "format": _FORMAT, "queries": len(query), "gallery": len(gallery), "D": query.shape[1],
-        "dtype": str(query.dtype).removeprefix("torch."), "features": digest.hexdigest(),
-        "kept": None if kept.all() else hashlib.sha256(kept.tobytes()).hexdigest(),
-        "k": lists.k, "metric": metric, "scale": lists.scale, "block_rows": lists.plan.block_rows,
+        "format": _FORMAT, **identity_of(features), "k": lists.k, "metric": metric, "scale": lists.scale,
+        "block_rows": lists.plan.block_rows,
     }  # fmt: skip
     return json.dumps(told)
 

@@ -32,6 +32,7 @@ from vareid_ext.files.neighbor_lists import NeighborLists, read_neighbor_lists
 from vareid_ext.files.numpy_files import write_npz
 from vareid_ext.metrics.ranking import check_junk_identity
 from vareid_ext.retrieval import k_reciprocal_rerank
+from vareid_ext.retrieval.joint_lists import rerank_with_lists
 from vareid_ext.retrieval.rerank.neighbor_lists import rerank_lists
 
 _DESCRIPTION = """\
@@ -41,11 +42,14 @@ Without --topk, OUTPUT is a .npy file with the final distances, float32 [queries
 query's K best gallery rows: a .npz file with "index" and "distance" [queries, K], or a .npy file of records with these
 two fields. OUTPUT appears when it is complete; until then, and if anything goes wrong, what was there stays.
 
-With --neighbors it re-ranks neighbour lists, of `vareid neighbors` or of any other program, and needs no features:
-LISTS is a file that holds index and distance [M, K] (and row_max [M], num_query), or it is two or three files, INDEX
-DISTANCE [ROW_MAX]. The M rows are the queries and then the gallery, searched for among all M; -1 ends a list. --shard
-2/5 takes the second fifth of the queries, so that five machines can share them, and --merge puts their outputs
-together. It says whether the lists reach far enough for the result to be that of the features.
+With --neighbors LISTS, a file of `vareid neighbors` with lists of k1 + 1 or more, the lists are not made again; the
+result is the same to the last bit. --shard 2/5 takes the second fifth of the queries, so that five machines can share
+them, and --merge puts their outputs together.
+
+Without QUERY and GALLERY it re-ranks the lists alone, of any program: LISTS is a file that holds index and distance
+[M, K] (and row_max [M], num_query), or it is two or three files, INDEX DISTANCE [ROW_MAX]. The M rows are the queries
+and then the gallery, searched for among all M; -1 ends a list. Lists of 100 miss few of the distances that are needed;
+how many, is said.
 
 Where the gallery's identities are known, its junk images are in nobody's neighbourhood and nobody's result: their
 columns of a matrix hold 2, more than any distance, and they are not among the K best.
@@ -54,8 +58,7 @@ _EXAMPLES = """\
   vareid rerank query.npz gallery.npz --output distances.npy
   vareid rerank query.npz gallery.npz --output best.npz --topk 100
   vareid rerank query.npz gallery.npz --output best.npz --topk 100 --k1 30 --max-memory 2G --plan
-  vareid rerank --neighbors lists.npz --output best.npz --topk 100
-  vareid rerank --neighbors lists.npz --output best-1.npz --topk 100 --shard 1/2
+  vareid rerank query.npz gallery.npz --neighbors lists.npz --output best-1.npz --topk 100 --shard 1/2
   vareid rerank --merge best-1.npz best-2.npz --output best.npz
   vareid rerank --neighbors faiss_index.npy faiss_distance.npy --num-query 3368 --output best.npz --topk 100
 """
@@ -158,6 +161,20 @@ def read_joint_features(options: argparse.Namespace) -> JointFeatures:
     return JointFeatures(found.feature, gallery, kept, f"query: {found.used()}\n{note}")
 
 
+def identity_of(features: JointFeatures) -> dict[str, Any]:
+    """What differs where the features do, for JSON."""
+    query, gallery, kept, _ = features
+    digest = hashlib.sha256()
+    for part in (query, gallery):
+        for rows in part.split(max(1, _HASHED // (part.shape[1] * part.element_size()))):
+            digest.update(rows.contiguous().view(torch.uint8).numpy())
+    return {
+        "queries": len(query), "gallery": len(gallery), "D": query.shape[1],
+        "dtype": str(query.dtype).removeprefix("torch."), "features": digest.hexdigest(),
+        "kept": None if kept.all() else hashlib.sha256(kept.tobytes()).hexdigest(),
+    }  # fmt: skip
+
+
 def add_memory_arguments(parser: Parser) -> None:
     """The limit on memory and what is said about it."""
     parser.add_argument("--max-memory", type=size_in_bytes, metavar="SIZE", help="limit beyond input and result: 200M")
@@ -173,7 +190,7 @@ def _parser() -> Parser:
     add_rerank_arguments(parser.add_argument_group("re-ranking"))
     add_memory_arguments(parser)
     group = parser.add_argument_group("neighbour lists")
-    group.add_argument("--neighbors", nargs="+", metavar="LISTS", help="re-rank these lists instead of features")
+    group.add_argument("--neighbors", nargs="+", metavar="LISTS", help="lists that are there already")
     group.add_argument("--num-query", type=int, metavar="Q", help="how many of their rows are queries")
     group.add_argument(
         "--metric", choices=_TO_SQUARES,
@@ -190,7 +207,8 @@ _TO_SQUARES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
     "cosine": lambda distance: distance,
     "similarity": lambda similarity: 2 - 2 * similarity,
 }
-_OF_FEATURES = ("query", "gallery_identity", "query_key", "gallery_key", "junk_identity", "max_memory", "block_rows")
+_OF_FEATURES = ("gallery_identity", "query_key", "gallery_key", "junk_identity")
+_OF_NEW_LISTS = ("max_memory", "block_rows", "plan")
 _OF_LISTS = ("neighbors", "num_query", "metric", "shard")
 _FORMAT = 1  # of shards, raised whenever what stands in them changes its meaning
 
@@ -200,9 +218,10 @@ def _check_together(options: argparse.Namespace) -> None:
     if options.merge:
         check_merge_alone(options, "query", "topk", *_OF_LISTS)
     elif options.neighbors:
-        for name in (*_OF_FEATURES, "plan"):
+        for name in (*_OF_NEW_LISTS, *(_OF_LISTS[1:3] if options.query else _OF_FEATURES)):
             if getattr(options, name) != _parser().get_default(name):
-                raise ValueError(f"{_shown(name)}: is for features, but --neighbors was given")
+                what = "lists alone, but QUERY was" if name in _OF_LISTS else "features, but --neighbors was"
+                raise ValueError(f"{_shown(name)}: is for {what} given")
         if options.topk is None:
             raise ValueError("--topk: nothing was given; lists are re-ranked for the best K of each query")
     else:
@@ -212,7 +231,7 @@ def _check_together(options: argparse.Namespace) -> None:
 
 
 def _shown(name: str) -> str:
-    return name.upper() if name == "query" else f"--{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')}"
 
 
 def _run(options: argparse.Namespace) -> Result:
@@ -260,40 +279,69 @@ def _run(options: argparse.Namespace) -> Result:
 
 def _rerank_lists(options: argparse.Namespace, output: Path) -> Result:
     lists = read_neighbor_lists(options.neighbors, options.max_unpacked)
+    features = read_joint_features(options) if options.query else None
+    told = {} if lists.about is None else lists.about
+    if features is not None:
+        _check_lists_of(features, told, options)
     num_query = _one_of(options, "num_query", lists.num_query)
     if num_query is None:
         raise ValueError("--num-query: is needed, as the lists do not say how many of their rows are queries")
-    to_squares = _TO_SQUARES[_one_of(options, "metric", lists.metric) or "sqeuclidean"]
-    row_max = None if lists.row_max is None else to_squares(lists.row_max)
+    metric = _one_of(options, "metric", told.get("metric")) or "sqeuclidean"
     parameters = {name: getattr(options, name) for name in ("topk", *RERANKING)}
-    request = json.dumps({"format": _FORMAT, "lists": _digest(lists), "queries": num_query, **parameters,
-                          "metric": options.metric})  # fmt: skip
+    request = json.dumps(
+        {"format": _FORMAT, "lists": _digest(lists), "of_features": features is not None, "queries": num_query,
+         "metric": metric, **parameters}
+    )  # fmt: skip
     queries = share(num_query, options.shard)
-    text = f"{output}: the {options.topk} best of {len(lists.index) - num_query} for "
-    text += f"{queries[1] - queries[0]} of {num_query} queries" if options.shard else f"each of {num_query} queries"
+    count, gallery = queries[1] - queries[0], len(lists.index) - num_query
+    asked = f"each of {num_query} queries" if options.shard is None else f"{count} of {num_query} queries"
+    text = f"{output}: the {options.topk} best of {gallery} for {asked}"
     values = {
-        "output": str(output), "queries": queries[1] - queries[0], "gallery": len(lists.index) - num_query,
-        "topk": options.topk, "shard": options.shard,
+        "output": str(output), "queries": count, "gallery": gallery, "topk": options.topk, "shard": options.shard,
+        "done_before": options.shard is not None and is_done(output, request, options.shard),
     }  # fmt: skip
-    if options.shard and is_done(output, request, options.shard):
-        return Result(f"{text}\nis done already", values | {"done_before": True})
-    found = rerank_lists(
-        lists.index, to_squares(lists.distance), num_query, row_max=row_max, queries=queries, **parameters
-    )
-    distance, best = found.distance.numpy(), found.best.numpy()
+    if values["done_before"]:
+        return Result(f"{text}\nis done already", values)
+    arrays = lists.index, _TO_SQUARES[metric](lists.distance)
+    row_max = None if lists.row_max is None else _TO_SQUARES[metric](lists.row_max)
+    reach, said = [0, 0, 0], []
+    if features is None:
+        found = rerank_lists(*arrays, num_query, row_max=row_max, queries=queries, **parameters)
+        distance, best = found.distance.numpy(), found.best.numpy()
+        reach = [found.short, found.unlisted, found.outside]
+        said = _reach(reach, best.size, lists.about is not None)
+        if row_max is None:
+            said.append("row_max: not given; twice each list's largest distance stands for it")
+    else:
+        result = rerank_with_lists(*features[:2], *arrays, row_max, queries=queries, **parameters)
+        distance, best = (part.numpy() for part in result)
+        said = [features.note]
     if lists.gallery_row is not None:
         best = np.where(best < 0, -1, lists.gallery_row[best])
-    reach = [found.short, found.unlisted, found.outside]
     with atomic_file(output) as file:
-        if options.shard:
-            arrays = {"index": best, "distance": distance, "reach": np.array(reach)}
-            write_npz(file, arrays | marks(request, options.shard))
-        else:
+        if options.shard is None:
             _write_best(file, output.suffix.lower(), distance, best)
-    said = [text, *_reach(reach, best.size, lists.metric is not None)]
-    if row_max is None:
-        said.append("row_max: not given; twice each list's largest distance stands for it")
-    return Result("\n".join(said), values | {"done_before": False, **dict(zip(_REACH, reach, strict=True))})
+        else:
+            held = {"index": best, "distance": distance, "reach": np.array(reach)}
+            write_npz(file, held | marks(request, options.shard))
+    return Result("\n".join([text, *said]), values | dict(zip(_REACH, reach, strict=True)))
+
+
+def _check_lists_of(features: JointFeatures, told: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """ValueError unless the lists are those of `vareid neighbors` of these features."""
+    name = options.neighbors[0]
+    if told.get("metric") != "sqeuclidean":
+        found = f"{told['metric']} distances" if told else "lists of another program"
+        raise ValueError(
+            f"--neighbors: {name} holds {found}; with QUERY and GALLERY the squared distances of vareid neighbors are "
+            "needed"
+        )
+    for what, value in identity_of(features).items():
+        if told.get(what) != value:
+            raise ValueError(
+                f"--neighbors: {name} is of other features than {options.query} and {options.gallery}: {what} was "
+                f"{told.get(what)!s:.20}, not {value!s:.20}"
+            )
 
 
 _REACH = ("rows_too_short", "distances_beyond_lists", "results_beyond_lists")
@@ -341,7 +389,8 @@ def _merge(names: Sequence[str], output: Path) -> Result:
     queries, topk = index.shape
     values = {"output": str(output), "queries": queries, "topk": topk, "shards": len(shards)}
     text = f"{output}: the {topk} best for each of {queries} queries, of {len(shards)} shards"
-    return Result("\n".join([text, *_reach(reach, index.size, False)]), values | dict(zip(_REACH, reach, strict=True)))
+    said = _reach(reach, index.size, False) if any(reach) else []
+    return Result("\n".join([text, *said]), values | dict(zip(_REACH, reach, strict=True)))
 
 
 def _shapes(told: Any, shard: tuple[int, int]) -> dict[str, tuple[int, ...]]:

@@ -32,7 +32,7 @@ class NeighborLists:
         row_max: [M], or None.
         num_query: how many of the rows are queries, or None.
         gallery_row: the rows of the gallery's file that the M rows hold, or None for all.
-        metric: what the distances are, where `vareid neighbors` has made them; else None.
+        about: what `vareid neighbors` says of lists that it has made, with their "metric"; else None.
     """
 
     index: np.ndarray
@@ -40,7 +40,7 @@ class NeighborLists:
     row_max: np.ndarray | None = None
     num_query: int | None = None
     gallery_row: np.ndarray | None = None
-    metric: str | None = None
+    about: Mapping[str, Any] | None = None
 
 
 def read_neighbor_lists(paths: Sequence[str], max_unpacked: int = MAX_UNPACKED) -> NeighborLists:
@@ -87,7 +87,7 @@ def _of_vareid(path: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if metric not in _METRICS:
         raise FeatureFileError(f"{path}: request names the metric {metric!r:.40}; {' or '.join(_METRICS)} is needed")
     row = arrays.get("gallery_row")
-    return {"metric": metric, "gallery_row": None if row is None else _whole(path, "gallery_row", row, (gallery,))}
+    return {"about": told, "gallery_row": None if row is None else _whole(path, "gallery_row", row, (gallery,))}
 
 
 def _whole(path: str, name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import bisect
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vareid_ext._arrays import to_tensor
+from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.ops import nearest_neighbors as _op
-from vareid_ext.ops._checks import check_choice, check_count
+from vareid_ext.ops._checks import check_choice, check_count, check_shape
 from vareid_ext.ops._features import row_magnitudes
 from vareid_ext.ops._filter import common_scale, contiguous_rows, has_contiguous_rows
 from vareid_ext.retrieval.plan import block_sides, lists_plan
 from vareid_ext.retrieval.rerank.base import check_sides
+from vareid_ext.retrieval.rerank.k_reciprocal import check_parameters, encode
+from vareid_ext.retrieval.rerank.neighbor_lists import check_lists
+from vareid_ext.retrieval.rerank.one_query import list_width
 
 METRICS = ("sqeuclidean", "cosine")
 """The distances of lists that can be re-ranked."""
@@ -107,3 +113,62 @@ def part_of_rows(query: int, gallery: int, block_rows: int, number: int, count: 
     edges = _op.edges(query, gallery, block_rows)
     blocks = len(edges) - 1
     return edges[blocks * (number - 1) // count], edges[blocks * number // count]
+
+
+def rerank_with_lists(
+    query: Any, gallery: Any, index: Any, distance: Any, row_max: Any, *, topk: int, k1: int, k2: int,
+    lambda_value: float, queries: tuple[int, int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What :func:`vareid_ext.k_reciprocal_rerank` gives for some queries, where the lists are known: the same bits.
+
+    Args:
+        query: as for :class:`JointLists`.
+        gallery: likewise.
+        index: int32 [M, k], of :meth:`JointLists.rows` for all rows of these features, by squared Euclidean distances;
+            k at least max(k1 + 1, k2), or M.
+        distance: float32 [M, k], likewise.
+        row_max: float32 [M], likewise.
+        topk: best gallery rows for each query, 1 to G.
+        k1: as in :func:`vareid_ext.k_reciprocal_rerank`.
+        k2: as there.
+        lambda_value: as there.
+        queries: the first query that is asked for and the one behind the last.
+
+    Returns:
+        distance float32 and index int64 [queries that are asked for, topk].
+
+    Raises:
+        TypeError, ValueError: as :class:`JointLists`; the lists do not fit.
+    """
+    k1, k2, lambda_value = check_parameters(k1, k2, lambda_value)
+    query, gallery, largest = check_sides(query, gallery)
+    (Q, G), (begin, end) = (query.shape[0], gallery.shape[0]), queries
+    topk = check_count("topk", topk, 1, G)
+    K = list_width(Q + G, k1, k2)
+    lists = [to_tensor(value[:, :K], name).contiguous() for name, value in (("index", index), ("distance", distance))]
+    row_max = to_tensor(row_max, "row_max")
+    check_lists(*lists)
+    if lists[0].shape != (Q + G, K):
+        raise ValueError(f"index: shape {list(index.shape)} was given; k1 and k2 need {[Q + G, K]} or more")
+    check_shape("row_max", row_max, (Q + G,))
+    if bool((lists[0] < 0).any()):
+        raise ValueError(f"index: holds -1; k1 and k2 need {K} rows in every list")
+    query, gallery = contiguous_rows(query), contiguous_rows(gallery)
+    scale = common_scale((query, gallery), largest)
+    encodings = encode(
+        lists[0], row_max, lambda *pattern: stages.listed_distance(query, gallery, scale, *lists, *pattern), k1, k2
+    )
+    inverted = stages.k_reciprocal_invert(*encodings, Q, Q + G)
+    indptr, *entries = encodings
+    asked, count = query[begin:end], end - begin
+    _, near = _op.nearest_neighbors(asked, gallery, topk, "sqeuclidean")
+    pattern = torch.arange(count + G + 1).clamp_(max=count) * topk  # the gallery's rows have no entries
+    unknown = torch.full((count + G, 1), -1, dtype=torch.int32)
+    original = stages.listed_distance(
+        asked, gallery, scale, unknown, unknown.float(), pattern, (near + count).flatten().int()
+    )
+    best: tuple[Tensor, Tensor] = stages.k_reciprocal_topk(
+        asked, gallery, scale, near.int(), original.view(count, topk), row_max[begin:], indptr[begin:], *entries,
+        *inverted, lambda_value,
+    )  # fmt: skip
+    return best

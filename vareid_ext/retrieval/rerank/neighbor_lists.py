@@ -101,7 +101,7 @@ def rerank_lists(
     """See :func:`k_reciprocal_from_neighbors`."""
     k1, k2, lambda_value = check_parameters(k1, k2, lambda_value)
     index, distance = to_tensor(index, "index"), to_tensor(distance, "distance")
-    _check_lists(index, distance)
+    check_lists(index, distance)
     M, device = index.shape[0], index.device
     Q = check_count("num_query", num_query, 1, M - 1)
     topk = check_count("topk", topk, 1, M - Q)
@@ -157,7 +157,10 @@ def rerank_lists(
     return RerankedLists(final, best, short, unlisted, _outside(best, nearest))
 
 
-def _check_lists(index: Tensor, distance: Tensor) -> None:
+def check_lists(index: Tensor, distance: Tensor) -> None:
+    """TypeError or ValueError unless these are lists as :func:`k_reciprocal_from_neighbors` takes them, but for rows
+    that occur twice in one.
+    """
     for name, value, dtypes in (
         ("index", index, (torch.int32, torch.int64)),
         ("distance", distance, (torch.float32, torch.float64)),
