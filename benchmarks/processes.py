@@ -32,7 +32,7 @@ from vareid_ext._processes import share
 from vareid_ext.retrieval import rerank_plan
 
 _TASKS = ("neighbors", "rerank")
-_SETTINGS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MALLOC_TRIM_THRESHOLD_": "65536"}
+SETTINGS = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def _memory(field: str) -> int:
@@ -134,7 +134,7 @@ def main() -> None:
     arguments = parser.parse_args()
     Q, G, D = (40, 360, 32) if arguments.quick else arguments.size
     topk = min(arguments.topk, G)
-    os.environ.update(_SETTINGS)  # of the processes that are begun: one thread, and memory given back when it is freed
+    os.environ.update(SETTINGS)  # of the processes that are begun: one thread, and memory given back when it is freed
     facts = environment(torch.device("cpu"))
     print(f"processes: {facts['device']}, torch {facts['torch']}, load {facts['load_average'][0]}")
     if facts["load_average"][0] > 0.5:

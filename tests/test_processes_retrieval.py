@@ -18,12 +18,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks import processes as benchmark
 from tests import factories
 from tests.factories import features
 from tests.processes import free_port
-from vareid_ext import evaluate_features, k_reciprocal_rerank, nearest_neighbors, reference_backend
+from vareid_ext import _native, evaluate_features, k_reciprocal_rerank, nearest_neighbors, reference_backend
 from vareid_ext._processes import LostProcessError
 from vareid_ext.ops import _shared_neighbors as neighbors_module
+from vareid_ext.retrieval import rerank_plan
 
 SHARES = ([5, 3], [70, 0], [0, 1, 60], [23, 23, 24], [31])
 
@@ -343,3 +345,21 @@ def test_the_documented_search_runs_under_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr
     # The rows of a share lie apart from each other, so other rows tie first: only the metrics are those of the whole.
     assert str(evaluate_features(query, gallery, *labels)) in done.stdout
+
+
+def test_memory_and_bytes_sent_stay_within_the_plan(tmp_path, monkeypatch):
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the system does not let a process reset its peak")
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
+    for name, value in benchmark.SETTINGS.items():
+        monkeypatch.setenv(name, value)
+    Q, G, D, topk = 500, 7500, 256, 50
+    x = features(Q + G, D).double().numpy()
+    np.save(tmp_path / "x.npy", x)
+    measured, codes = benchmark.run_case(str(tmp_path / "x.npy"), Q, "rerank", topk, 2)
+    assert len(codes) == Q
+    plan = rerank_plan(Q, G, D, topk=topk, processes=2, element_size=x.itemsize)
+    for each in measured:
+        assert each["bytes_beyond"] <= plan.peak + (4 << 20)  # the buffers of the vendor's product differ
+        assert each["bytes_sent"] <= plan.sent

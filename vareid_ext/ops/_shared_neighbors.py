@@ -39,7 +39,7 @@ def edges_of(sizes: Sequence[int]) -> list[int]:
 
 def shared_scale(parts: Sequence[Tensor], largest: float, group: ProcessGroup) -> float:
     """:func:`vareid_ext.ops._filter.common_scale` of the rows of all processes, given their largest element."""
-    firsts = together(group, lambda: [part[:1].double().cpu() for part in parts])
+    firsts = together(group, lambda: [part[:1].double().cpu().clone() for part in parts])  # no views, sent whole
     rows = [row for which in range(len(parts)) for each in firsts if len(row := each[which])]
     if not rows:
         return 1.0
