@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.factories import features, people
-from vareid_ext import evaluate_features, rank_features, reference_backend
+from vareid_ext import KReciprocal, evaluate_features, rank_features, reference_backend
 from vareid_ext.metrics.over_processes import rank_shares
 
 SHARES = [([23], [60]), ([11, 12], [31, 29]), ([0, 23], [60, 0]), ([20, 0, 3], [0, 1, 59]), ([7, 8, 8], [20, 20, 20])]
@@ -35,24 +35,29 @@ def evaluated(group: Any, given: list[Any], columns: Any, shares: Any, options: 
     parts, pairs = own(group, given, columns, shares)
     with reference_backend() if backend == "reference" else contextlib.nullcontext():
         metrics = evaluate_features(*parts, columns=pairs, group=group, **options)
-        options = {"exclude": None, "metric": "sqeuclidean", "junk_identity": -1, "block_rows": None, **options}
+        plain = {"exclude": None, "metric": "sqeuclidean", "junk_identity": -1, "block_rows": None, "rerank": False}
         *rows, one, two, three, four = [*parts, None, None][:6]
         each = rank_shares(
-            *rows, (one, two), (three, four), columns=pairs, rerank=False, max_rank=50, progress=False, group=group,
-            **options,
+            *rows, (one, two), (three, four), columns=pairs, max_rank=50, progress=False, group=group,
+            **plain | options,
         )  # fmt: skip
     return metrics, each
+
+
+def evaluated_alone(_group: Any, given: list[Any], columns: Any, options: dict[str, Any], backend: str) -> Any:
+    """In a process like the others, which has as many threads."""
+    with reference_backend() if backend == "reference" else contextlib.nullcontext():
+        metrics = evaluate_features(*given, columns=columns, **options)
+        return metrics, rank_features(*given, columns=columns, **options)
 
 
 def assert_as_one(
     processes: Any, given: list[Any], shares: Any, columns: Any = None, backend: str = "native", **options: Any
 ) -> None:
-    with reference_backend() if backend == "reference" else contextlib.nullcontext():
-        expected = evaluate_features(*given, columns=columns, **options)
-        each = rank_features(*given, columns=columns, **options)
+    (expected,) = processes.run(1, evaluated_alone, given, columns, options, backend)
     tolerance = 1e-15 if backend == "reference" else 0  # plain PyTorch sums precisions in another order
-    for metrics, found in processes.run(len(shares[0]), evaluated, given, columns, shares, options, backend):
-        for got, truth in ((metrics, expected), (found, each)):
+    for found in processes.run(len(shares[0]), evaluated, given, columns, shares, options, backend):
+        for got, truth in zip(found, expected, strict=True):
             for name, value in vars(truth).items():
                 np.testing.assert_allclose(
                     np.asarray(getattr(got, name)), np.asarray(value), rtol=0, atol=tolerance, err_msg=name
@@ -94,8 +99,28 @@ def test_rules_leave_the_same_out(processes, exclude):
         assert_as_one(processes, given, shares, columns, exclude=exclude)
 
 
+@pytest.mark.parametrize("shares", SHARES[1:4], ids=str)
+@pytest.mark.parametrize("block_rows", [None, 5])
+def test_reranked_metrics_are_those_of_one_process(processes, backend, shares, block_rows):
+    given = list(people(2, 23, 60))
+    given[1] = given[1] + 5  # centred, by the rows that are no junk
+    given[0] = given[0] + 5
+    given[3][::7] = -1
+    rerank = {"k1": 6, "k2": 3, "block_rows": 8}
+    assert_as_one(processes, given, shares, backend=backend, rerank=rerank, block_rows=block_rows)
+
+
+def test_reranked_metrics_by_default_and_without_labels_of_junk(processes):
+    given = list(people(2, 23, 60, dtype=torch.float16))
+    assert_as_one(processes, given, SHARES[4], rerank=True)
+    assert_as_one(processes, given, SHARES[1], rerank="k_reciprocal", junk_identity=None)
+    assert_as_one(processes, given, SHARES[1], rerank={"k1": 2060, "lambda_value": 1.0})
+
+
 def varied(group: Any, arguments: list[tuple[list[Any], dict[str, Any]]]) -> Any:
     given, options = arguments[group.rank()]
+    if options.get("rerank") == "fitted":
+        options = {"rerank": KReciprocal(given[0], given[1])}
     return evaluate_features(*given, group=group, **options).mAP
 
 
@@ -110,7 +135,10 @@ def varied(group: Any, arguments: list[tuple[list[Any], dict[str, Any]]]) -> Any
         (None, None, {"metric": "cosine"}, "metric: process 1 has 'cosine' and process 0 has 'sqeuclidean'"),
         (None, None, {"exclude": "none"}, "exclude: process 1 has 'none' and process 0 has None"),
         (None, None, {"max_rank": 0}, "max_rank: 0 was given"),
-        (None, None, {"rerank": True}, "rerank: was given together with group"),
+        (None, None, {"rerank": True}, "rerank: process 1 has {'k1': 20, 'k2': 6, 'lambda_value': 0.3, 'block_rows'"),
+        (None, None, {"rerank": {"k3": 1}}, "rerank: 'k3' was given; allowed keys are method, k1, k2, lambda_value"),
+        (None, None, {"rerank": True, "metric": "cosine"}, "metric: 'cosine' was given, but re-ranking is defined on"),
+        (None, None, {"rerank": "fitted"}, "rerank: a fitted re-ranker was given"),
         (None, None, {"columns": {"clothes": [1]}}, "columns: clothes of both: list was given; a pair is needed"),
     ],
 )  # fmt: skip
@@ -127,7 +155,8 @@ def test_no_matches_and_no_rows_are_said_by_all(processes):
     for given, message in (
         ([query, gallery, [1] * 5, [2] * 8], "query_identity: none of the 10 queries has a match"),
         ([query[:0], gallery, [], [2] * 8], "query_identity: the query set is empty"),
+        ([query, gallery, [1] * 5, [-1] * 8], "gallery_identity: every image has the junk identity -1"),
     ):
-        outcomes = processes(2, varied, [(given, {})] * 2)
+        outcomes = processes(2, varied, [(given, {"rerank": "junk" in message})] * 2)
         assert len({str(outcome) for outcome in outcomes}) == 1
         assert message in str(outcomes[0])

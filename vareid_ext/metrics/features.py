@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 
 from vareid_ext import _arrays
 from vareid_ext.metrics.exclusion import Columns, RankingLabels, check_labels
-from vareid_ext.metrics.over_processes import rank_shares
+from vareid_ext.metrics.over_processes import DENSE_ELEMENTS, rank_shares
 from vareid_ext.metrics.ranking import (
     QueryRanking,
     RankingMetrics,
@@ -30,8 +30,6 @@ from vareid_ext.reference.pairwise_distance import METRICS
 from vareid_ext.retrieval.distance import rows_in_block
 from vareid_ext.retrieval.rerank import Rerank, Reranker, fit_reranker
 from vareid_ext.retrieval.rerank.base import progress_bar
-
-_DENSE_ELEMENTS = 1 << 26  # re-ranked matrices up to this size are made whole, which saves a second product
 
 
 class Retrieval(NamedTuple):
@@ -106,7 +104,7 @@ def rank_features(
     Q, G = len(query), len(gallery)
     distances: Any = fit.rows
     with progress_bar(progress, fit):
-        if block_rows is None and Q * G <= _DENSE_ELEMENTS:
+        if block_rows is None and Q * G <= DENSE_ELEMENTS:
             distances = fit.matrix()
         else:
             fit.prepare()
@@ -230,10 +228,11 @@ def evaluate_features(
     :func:`vareid_ext.nearest_neighbors`, whatever the block size, the number of threads and the junk. With re-ranking
     equivalent to ``evaluate_ranking(k_reciprocal_rerank(query, gallery, **rerank), ...)``.
 
-    Over processes, without re-ranking: each gives its rows of query and gallery with their labels, Q and G being those
-    of all together, and all get the same metrics: those of one process, with the CPU's kernels bit for bit. Shares may
-    be of any size, and empty. Labels are sent to all; of the gallery's features each process sends 2 (P - 1) G / P
-    rows, P being the number of processes, of the queries' those that even the shares out.
+    Over processes: each gives its rows of query and gallery with their labels, Q and G being those of all together, and
+    all get the same metrics: those of one process, with the CPU's kernels bit for bit (re-ranked with as many threads
+    and the same blocks). Shares may be of any size, and empty. Labels are sent to all; of the gallery's features each
+    process sends 2 (P - 1) G / P rows, P being the number of processes, of the queries' those that even the shares out.
+    Re-ranking sends what :func:`k_reciprocal_rerank` sends beside.
 
     Args:
         query: features [Q, D], float32, float16, bfloat16 or float64; NumPy (memory-mapped, too), PyTorch or CuPy.
@@ -263,8 +262,8 @@ def evaluate_features(
 
     Raises:
         TypeError: not arrays, or dtypes that are not floating or differ.
-        ValueError: as :func:`evaluate_ranking` and :func:`k_reciprocal_rerank`; re-ranking over processes, and
-            processes that disagree. All processes raise the same.
+        ValueError: as :func:`evaluate_ranking` and :func:`k_reciprocal_rerank`; over processes a re-ranker that is
+            fitted or another than k-reciprocal, and processes that disagree. All processes raise the same.
         LostProcessError: a RuntimeError; a process of the group ended, or did not answer within its time limit.
     """
     if group is not None:

@@ -6,8 +6,9 @@ before each of these. Products decide for most images; those of which their boun
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,14 +21,20 @@ from vareid_ext.metrics.exclusion import Columns, RankingLabels, check_labels, l
 from vareid_ext.metrics.ranking import QueryRanking, check_junk_identity, check_max_rank
 from vareid_ext.ops import _progress
 from vareid_ext.ops._checks import check_choice, check_count
-from vareid_ext.ops._filter import Filter, block_side
+from vareid_ext.ops._filter import Filter, block_edges, block_side, strip_side
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.ops._shared_neighbors import Lists, edges_of, shared_scale
 from vareid_ext.ops.nearest_neighbors import pair_distances
 from vareid_ext.reference.pairwise_distance import METRICS, exact_distance
-from vareid_ext.retrieval.rerank import Rerank
+from vareid_ext.retrieval.distance import rows_in_block
+from vareid_ext.retrieval.plan import rerank_plan
+from vareid_ext.retrieval.rerank import Rerank, Reranker, reranker_options
 from vareid_ext.retrieval.rerank.base import pair_bar
-from vareid_ext.retrieval.shares import check_shares
+from vareid_ext.retrieval.rerank.k_reciprocal import K1, K2, LAMBDA_VALUE, check_parameters
+from vareid_ext.retrieval.rerank.over_processes import FinalDistances, SharedKReciprocal
+from vareid_ext.retrieval.shares import Shares, check_shares
+
+DENSE_ELEMENTS = 1 << 26  # re-ranked matrices up to this size are made whole, which saves a second product
 
 
 def rank_shares(
@@ -37,35 +44,108 @@ def rank_shares(
 ) -> QueryRanking:  # fmt: skip
     """The results of all processes' queries; the arguments are those of :func:`evaluate_features`."""
     back = _arrays.returner(query)
+    options: dict[str, Any] = {}
 
     def check() -> dict[str, Any]:
         check_max_rank(max_rank)
         check_choice("metric", metric, METRICS)
         check_junk_identity(junk_identity)
         if rerank is not False:
-            raise ValueError(
-                "rerank: was given together with group, whose processes rank by the features' distances alone; "
-                "k_reciprocal_rerank(topk=..., group=...) gives each query's best images"
-            )
+            options.update(_reranking(rerank, metric))
         if block_rows is not None:
             check_count("block_rows", block_rows, 1)
-        return {"exclude": exclude, "metric": metric, "junk_identity": junk_identity, "max_rank": max_rank}
+        return {
+            "exclude": exclude, "metric": metric, "junk_identity": junk_identity, "max_rank": max_rank,
+            "rerank": options, "block_rows": block_rows,
+        }  # fmt: skip
 
     shares = check_shares(group, {"query": query, "gallery": gallery}, check, nonzero=metric == "cosine")
     labels = _gathered_labels(shares.own, identities, cameras, exclude, columns, group).on(shares.own[0].device)
+    if rerank is not False:
+        shares, labels = _without_junk(shares, labels, junk_identity, group)
     (Q, G), processes, me = shares.totals, group.size(), group.rank()
-    scale = 1.0 if metric == "cosine" else shared_scale(shares.own, shares.largest, group)
-    held = edges_of(shares.sizes[0])
-    even = [share(Q, process, processes)[0] for process in range(processes)] + [Q]
-    ranking = _Ranking(
-        moved(shares.own[0].contiguous(), held, even, group), shares.own[1].contiguous(), shares.sizes[1],
-        labels.of_queries(slice(even[me], even[me + 1])), junk_identity,
-        "sqeuclidean" if metric == "euclidean" else metric,  # the same order
-        scale, block_rows or block_side(shares.own[0].device), group,
-    )  # fmt: skip
-    with pair_bar(progress and me == 0, (even[1] - even[0]) * G):
+    ranking: _Ranking
+    if rerank is not False:
+        final = _final_distances(shares, options, block_rows, group)
+        queries, gallery, galleries = final.queries, final.gallery, final.galleries
+        measure: _Products | _Values = _Values(final)
+    else:
+        held, queries = edges_of(shares.sizes[0]), edges_of([b - a for a, b in _shares(Q, processes)])
+        own = moved(shares.own[0].contiguous(), held, queries, group)
+        gallery, galleries = shares.own[1].contiguous(), edges_of(shares.sizes[1])
+        scale = 1.0 if metric == "cosine" else shared_scale(shares.own, shares.largest, group)
+        measure = _Products(own, "cosine" if metric == "cosine" else "sqeuclidean", scale, block_rows)
+    some = labels.of_queries(slice(queries[me], queries[me + 1]))
+    ranking = _Ranking(measure, gallery, galleries, some, junk_identity, group)
+    with pair_bar(progress and me == 0, (queries[1] - queries[0]) * G):
         results = ranking.results()
     return QueryRanking(*(back(torch.cat(gather_rows(result, group))) for result in results))
+
+
+def _shares(total: int, processes: int) -> list[tuple[int, int]]:
+    return [share(total, process, processes) for process in range(processes)]
+
+
+def _reranking(rerank: Rerank, metric: str) -> dict[str, Any]:
+    """The parameters of the k-reciprocal re-ranking that is asked for."""
+    if isinstance(rerank, Reranker):
+        raise ValueError("rerank: a fitted re-ranker was given together with group; give its parameters")
+    name, options = reranker_options(rerank)
+    if name != "k_reciprocal":
+        raise ValueError(f"rerank: {name!r} was given together with group; allowed is 'k_reciprocal'")
+    if metric == "cosine":
+        raise ValueError("metric: 'cosine' was given, but re-ranking is defined on squared Euclidean distances")
+    options = {"k1": K1, "k2": K2, "lambda_value": LAMBDA_VALUE, "block_rows": None, "max_memory": None} | options
+    options["k1"], options["k2"], options["lambda_value"] = check_parameters(
+        options["k1"], options["k2"], options["lambda_value"]
+    )
+    for name, least in (("block_rows", 1), ("max_memory", 0)):
+        if options[name] is not None:
+            options[name] = check_count(name, options[name], least, 2**63 - 1)
+    return options
+
+
+def _without_junk(
+    shares: Shares, labels: RankingLabels, junk_identity: int | None, group: ProcessGroup
+) -> tuple[Shares, RankingLabels]:
+    """Junk must not be in anybody's neighbourhood."""
+    if junk_identity is None:
+        return shares, labels
+    kept = labels.gallery_identity != junk_identity
+    parts = kept.split(shares.sizes[1])
+    sizes = [int(part.sum()) for part in parts]
+    if sum(sizes) == 0:
+        raise ValueError(f"gallery_identity: every image has the junk identity {junk_identity}")
+    query, gallery = shares.own[0], shares.own[1][parts[group.rank()]]
+    largest = max(
+        together(group, lambda: max([0.0, *(float(part.abs().max()) for part in (query, gallery) if len(part))]))
+    )
+    return Shares([query, gallery], [shares.sizes[0], sizes], largest), labels.of_gallery(kept)
+
+
+def _final_distances(
+    shares: Shares, options: dict[str, Any], block_rows: int | None, group: ProcessGroup
+) -> FinalDistances:
+    """Re-ranked, in the blocks in which one process makes them."""
+    (Q, G), device, D = shares.totals, shares.own[0].device, shares.own[0].shape[1]
+    k1, k2, max_memory = options["k1"], options["k2"], options["max_memory"]
+    side = options["block_rows"]
+    if side is None and max_memory is None and device.type == "cuda":
+        side = block_side(device)
+    plan = rerank_plan(
+        Q, G, D, k1=k1, k2=k2, block_rows=side, max_memory=max_memory, processes=group.size(),
+        element_size=shares.own[0].element_size(),
+    )  # fmt: skip
+    limit = None if max_memory is None else plan.entry_limit(max_memory)
+    fit = SharedKReciprocal(shares, group, plan.block_rows, k1, k2, options["lambda_value"], limit)
+    native = fit.prepare()
+    if block_rows is None and Q * G <= DENSE_ELEMENTS:  # one process takes the products of the neighbour lists
+        return FinalDistances(
+            fit, block_edges(Q, plan.block_rows), block_edges(G, plan.block_rows), False if native else None
+        )
+    step = block_rows or rows_in_block(G, device)
+    edges = [*range(0, Q, step), Q]
+    return FinalDistances(fit, edges, block_edges(G, strip_side(device, block_side(device))), True)
 
 
 def _gathered_labels(
@@ -110,40 +190,117 @@ def _gathered_labels(
     )  # fmt: skip
 
 
+class _Products:
+    """Distances of features: bounds from products, or all of them where there are no kernels."""
+
+    def __init__(self, query: Tensor, metric: str, scale: float, block_rows: int | None) -> None:
+        self.query, self.metric, self.scale = query, metric, scale
+        self.block_rows = block_rows or block_side(query.device)
+        self._visiting, self._filter = query, cast(Filter, None)
+
+    def visit(self, _owner: int, visiting: Tensor) -> None:
+        """Takes a gallery."""
+        self._visiting = visiting
+        if _native.available(visiting.device):
+            scale = None if self.metric == "cosine" else self.scale
+            self._filter = Filter([self.query, visiting], ["query", "gallery"], self.metric, scale)
+
+    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """float64 distances of queries and visiting images, which everything else is compared with."""
+        if _native.available(rows.device):
+            return pair_distances(self._filter, rows, columns)
+        return _picked(self.blocks(), rows, columns)
+
+    def blocks(self) -> Iterator[_Bounds]:
+        """All pairs."""
+        native, count = _native.available(self.query.device), len(self._visiting)
+        for begin in range(0, len(self.query), self.block_rows):
+            rows = slice(begin, min(begin + self.block_rows, len(self.query)))
+            if not native:
+                query, gallery = (part.double() * self.scale for part in (self.query[rows], self._visiting))
+                exact = exact_distance(query, gallery, self.metric)
+                yield _Bounds(rows, slice(0, count), exact, exact)
+                continue
+            for first in range(0, count, block_side(self.query.device)):
+                columns = slice(first, min(first + block_side(self.query.device), count))
+                yield _Bounds(rows, columns, *_bounds(self._filter, rows, columns))
+
+
+class _Values:
+    """Re-ranked distances."""
+
+    def __init__(self, final: FinalDistances) -> None:
+        self.query, self._final = final.query, final
+
+    def visit(self, owner: int, visiting: Tensor) -> None:
+        """Takes a gallery."""
+        self._block, self._count = self._final.visit(owner, visiting), len(visiting)
+
+    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """float64 distances of queries and visiting images."""
+        return _picked(self.blocks(), rows, columns)
+
+    def blocks(self) -> Iterator[_Bounds]:
+        """All pairs."""
+        for begin, end in itertools.pairwise(self._final.edges):
+            exact = self._block(begin, end)
+            yield _Bounds(slice(begin, end), slice(0, self._count), exact, exact)
+
+
+class _Bounds(NamedTuple):
+    """Distances of some queries and visiting images lie between these; they are these where both are the same."""
+
+    rows: slice
+    columns: slice
+    lower: Tensor
+    upper: Tensor
+
+
+def _picked(blocks: Iterator[_Bounds], rows: Tensor, columns: Tensor) -> Tensor:
+    """Of blocks that hold all visiting images, the distances of some pairs, float64."""
+    out = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
+    for at, _, exact, _ in blocks:
+        inside = ((rows >= at.start) & (rows < at.stop)).nonzero()[:, 0]
+        out[inside] = exact[rows[inside] - at.start, columns[inside]].double()
+    return out
+
+
 class _Ranking(NamedTuple):
     """Some queries and the galleries of all processes."""
 
-    query: Tensor
+    measure: _Products | _Values
     gallery: Tensor
     """this process's rows"""
-    sizes: list[int]
-    """of the gallery, by process"""
+    edges: list[int]
+    """where each process's begin among all, and the end"""
     labels: RankingLabels
     """of these queries and of the whole gallery"""
     junk_identity: int | None
-    metric: str
-    scale: float
-    block_rows: int
     group: ProcessGroup
 
     def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The fields of :class:`QueryRanking`."""
+        queries, device = len(self.labels.query_identity), self.gallery.device
         rows, columns = self._matches()
-        found = torch.bincount(rows, minlength=len(self.query))
-        matches = Lists(len(self.query), int(found.max()) if len(found) else 0, self.query.device)
-        edges = edges_of(self.sizes)
-        for owner, visiting in self._visits():
-            inside = (columns >= edges[owner]) & (columns < edges[owner + 1])
-            self._measure_matches(matches, visiting, rows[inside], columns[inside], edges[owner])
+        found = torch.bincount(rows, minlength=queries)
+        matches = Lists(queries, int(found.max()) if len(found) else 0, device)
+        for owner in self._visits():
+            first, end = self.edges[owner : owner + 2]
+            inside = (columns >= first) & (columns < end)
+            self._measure_matches(matches, rows[inside], columns[inside], first)
         before = torch.zeros_like(matches.number, dtype=torch.int64)
-        for owner, visiting in self._visits():
-            self._count(before, matches, visiting, edges[owner])
+        for owner in self._visits():
+            if matches.number.shape[1]:
+                self._count(before, matches, self.edges[owner])
         return _metrics(found, before)
 
-    def _visits(self) -> Iterator[tuple[int, Tensor]]:
-        """(owner, its rows) of those that have some."""
-        visitors = visits(self.gallery, self.sizes, self.group, self.group.size() - 1)
-        return ((owner, rows) for owner, rows in visitors if len(rows))
+    def _visits(self) -> Iterator[int]:
+        """Each owner of images, when these are here."""
+        sizes = [end - begin for begin, end in itertools.pairwise(self.edges)]
+        for owner, visiting in visits(self.gallery, sizes, self.group, self.group.size() - 1):
+            if len(visiting):
+                self.measure.visit(owner, visiting)
+                yield owner
 
     def _matches(self) -> tuple[Tensor, Tensor]:
         """Each pair of a query and a match of it that is not left out, in order: query and gallery row."""
@@ -158,71 +315,38 @@ class _Ranking(NamedTuple):
         kept = ~self.labels.left_out(rows, columns)
         return rows[kept], columns[kept]
 
-    def _measure_matches(self, matches: Lists, visiting: Tensor, rows: Tensor, columns: Tensor, first: int) -> None:
+    def _measure_matches(self, matches: Lists, rows: Tensor, columns: Tensor, first: int) -> None:
         if not len(rows):
             return
-        count = torch.bincount(rows, minlength=len(self.query))
+        count = torch.bincount(rows, minlength=len(matches.number))
         place = torch.arange(len(rows), device=rows.device) - (count.cumsum(0) - count)[rows]
-        some = Lists(len(self.query), int(count.max()), self.query.device)
+        some = Lists(len(count), int(count.max()), rows.device)
         some.number[rows, place] = columns.to(torch.int32)
-        some.distance[rows, place] = self._exact(visiting, rows, columns - first)
+        some.distance[rows, place] = self.measure.pairs(rows, columns - first)
         matches.merge(some.distance, some.number)
 
-    def _exact(self, visiting: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """float64 distances of pairs, which everything else is compared with."""
-        if _native.available(visiting.device):
-            return pair_distances(self._filter(visiting), rows, columns)
-        out = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-        for begin in range(0, len(self.query), self.block_rows):
-            inside = ((rows >= begin) & (rows < begin + self.block_rows)).nonzero()[:, 0]
-            out[inside] = self._exact_block(visiting, begin)[rows[inside] - begin, columns[inside]]
-        return out
-
-    def _exact_block(self, visiting: Tensor, begin: int) -> Tensor:
-        rows, others = self.query[begin : begin + self.block_rows], visiting
-        return exact_distance(rows.double() * self.scale, others.double() * self.scale, self.metric)
-
-    def _filter(self, visiting: Tensor) -> Filter:
-        scale = None if self.metric == "cosine" else self.scale
-        return Filter([self.query, visiting], ["query", "gallery"], self.metric, scale)
-
-    def _count(self, before: Tensor, matches: Lists, visiting: Tensor, first: int) -> None:
-        """Adds to each match the images among the visiting that come before it."""
-        if not matches.number.shape[1]:
-            return
-        native = _native.available(visiting.device)
-        filtered = self._filter(visiting) if native else None
-        side = block_side(visiting.device) if native else len(visiting)
-        for begin in range(0, len(self.query), self.block_rows):
-            end = min(begin + self.block_rows, len(self.query))
-            if filtered is None:
-                lower = upper = self._exact_block(visiting, begin)
-            for column in range(0, len(visiting), side):
-                stop = min(column + side, len(visiting))
-                if filtered is not None:
-                    lower, upper = _bounds(filtered, slice(begin, end), slice(column, stop))
-                distance, number = matches.distance[begin:end], matches.number[begin:end]
-                place = torch.searchsorted(distance, lower.double())
-                open_rows, open_columns = (place < torch.searchsorted(distance, upper.double(), right=True)).nonzero(
-                    as_tuple=True
-                )
-                if len(open_rows):
-                    exact = (
-                        lower[open_rows, open_columns]
-                        if filtered is None
-                        else pair_distances(filtered, open_rows + begin, open_columns + column)
-                    )
-                    names = open_columns + (first + column)
-                    place[open_rows, open_columns] = _places(distance, number, open_rows, exact, names)
-                images = torch.arange(first + column, first + stop, device=before.device)
-                counted = ~self.labels.left_out(torch.arange(begin, end, device=before.device)[:, None], images)
-                if self.junk_identity is not None:
-                    counted &= self.labels.gallery_identity[images] != self.junk_identity
-                width = distance.shape[1] + 1
-                found = torch.zeros((end - begin, width), dtype=torch.int64, device=before.device)
-                found.scatter_add_(1, place, counted.long())
-                before[begin:end] += found.cumsum(1)[:, :-1]
-                _progress.advance((end - begin) * (stop - column))
+    def _count(self, before: Tensor, matches: Lists, first: int) -> None:
+        """Adds to each match the visiting images that come before it; the first of them has this number."""
+        junk = self.junk_identity
+        for rows, columns, lower, upper in self.measure.blocks():
+            distance, number = matches.distance[rows], matches.number[rows]
+            place = torch.searchsorted(distance, lower.double())
+            beyond = torch.searchsorted(distance, upper.double(), right=True)
+            row, column = (place < beyond).nonzero(as_tuple=True)
+            if len(row):
+                exact = lower[row, column].double()
+                if lower is not upper:
+                    exact = self.measure.pairs(row + rows.start, column + columns.start)
+                place[row, column] = _places(distance, number, row, exact, column + (first + columns.start))
+            images = torch.arange(first + columns.start, first + columns.stop, device=before.device)
+            queries = torch.arange(rows.start, rows.stop, device=before.device)[:, None]
+            counted = ~self.labels.left_out(queries, images)
+            if junk is not None:
+                counted &= self.labels.gallery_identity[images] != junk
+            found = before.new_zeros((len(distance), distance.shape[1] + 1))
+            found.scatter_add_(1, place, counted.long())
+            before[rows] += found.cumsum(1)[:, :-1]
+            _progress.advance(len(distance) * len(images))
 
 
 def _bounds(filtered: Filter, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from vareid_ext import _native
 from vareid_ext.ops._checks import check_choice
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
-from vareid_ext.ops._filter import Filter, block_side, row_blocks, strip_side
+from vareid_ext.ops._filter import Filter, block_edges, block_side, row_blocks, strip_side
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.ops._operator import add_gradient, define
 from vareid_ext.reference import accumulator_dtype
@@ -78,10 +80,18 @@ class RowDistances:
         x: [M, D], finite.
         y: [N, D], finite.
         scale: what both are multiplied by, as :func:`vareid_ext.ops._filter.common_scale` gives it.
+        center_by: as :class:`Filter` takes it.
+        edges: where the blocks of y begin, and where the last one ends; None chooses.
+        measured: whether distances that float32 products give badly are measured; else they are as the products of the
+            neighbour lists give them.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, scale: float) -> None:
-        self.x, self.y, self.scale = x, y, scale
+    def __init__(
+        self, x: Tensor, y: Tensor, scale: float, center_by: Sequence[Tensor] | None = None,
+        edges: Sequence[int] | None = None, measured: bool = True,
+    ) -> None:  # fmt: skip
+        self.x, self.y, self.scale, self._center_by, self._measured = x, y, scale, center_by, measured
+        self._edges = edges or block_edges(y.shape[0], strip_side(y.device, block_side(y.device)))
         self._filtered: Filter | None = None
 
     def __call__(self, begin: int, end: int) -> Tensor:
@@ -90,14 +100,17 @@ class RowDistances:
             rows, columns = (part.double() * self.scale for part in (self.x[begin:end], self.y))
             return reference.exact_distance(rows, columns, "sqeuclidean").to(torch.float32)
         if self._filtered is None:
-            self._filtered = Filter([self.x, self.y], ["x", "y"], "sqeuclidean", scale=self.scale)
+            self._filtered = Filter([self.x, self.y], ["x", "y"], "sqeuclidean", self.scale, self._center_by)
         filtered, at = self._filtered, slice(begin, end)
         out = self.x.new_empty((end - begin, self.y.shape[0]), dtype=torch.float32)
         with full_float32(out.device.type):
             rows = filtered.block(0, begin, end, 0)
-            for _, first, last, _ in row_blocks(filtered, [1], strip_side(out.device, block_side(out.device))):
+            for first, last in itertools.pairwise(self._edges):
                 block = out[:, first:last]
                 torch.mm(rows, filtered.block(1, first, last, 1).T, out=block)
+                if not self._measured:
+                    block.mul_(-2).add_(filtered.norms[1][first:last]).add_(filtered.norms[0][at, None]).clamp_(min=0)
+                    continue
                 sides = _sides(filtered, at, 1, slice(first, last), "sqeuclidean")
                 _native.launch("pairwise_distance_block", block, *sides, None, on=out)
         return out

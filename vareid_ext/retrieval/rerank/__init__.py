@@ -44,6 +44,12 @@ def fit_reranker(rerank: Rerank, query: Any, gallery: Any) -> Reranker | None:
         if rerank.shape != sizes:
             raise ValueError(f"rerank: was fitted to {rerank.shape} rows; query and gallery without junk have {sizes}")
         return rerank
+    name, options = reranker_options(rerank)
+    return RERANKERS[name](query, gallery, **options)
+
+
+def reranker_options(rerank: Rerank) -> tuple[str, dict[str, Any]]:
+    """Name and parameters of the re-ranker that is to be fitted for a ``rerank`` argument; errors as there."""
     if not isinstance(rerank, bool | str | Mapping):
         raise TypeError(
             f"rerank: {type(rerank).__name__} was given; allowed are True, False, a name, a mapping and a re-ranker"
@@ -56,4 +62,4 @@ def fit_reranker(rerank: Rerank, query: Any, gallery: Any) -> Reranker | None:
     if unknown:
         given, allowed = ", ".join(sorted(map(repr, unknown))), ", ".join(["method", *keys])
         raise ValueError(f"rerank: {given} was given; allowed keys are {allowed}")
-    return RERANKERS[name](query, gallery, **options)
+    return name, options

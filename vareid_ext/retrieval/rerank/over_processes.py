@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from vareid_ext.ops._shared_neighbors import (
     shared_samples,
     shared_scale,
 )  # fmt: skip
+from vareid_ext.ops.pairwise_distance import RowDistances
 from vareid_ext.reference.pairwise_distance import exact_distance, rows_per_block
 from vareid_ext.retrieval.plan import rerank_plan
 from vareid_ext.retrieval.rerank.base import pair_bar
@@ -71,18 +73,23 @@ class SharedKReciprocal:
         ]
         self.queries = len(parts[0])  # of this process under the division
         self.own = torch.cat(parts)
+        self.row_max, self.encodings = parts[0], (parts[0], parts[0], parts[0])  # until prepare
+
+    def prepare(self, nearest: int = 0) -> bool:
+        """Makes ``row_max`` and ``encodings`` of all rows; whether by the kernels, which list so many at most."""
+        width = min(self.Q + self.G, max(self.k1 + 1, self.k2))
+        device = self.own.device
+        native = _native.available(device) and max(width, nearest) <= op.MAX_NEIGHBORS[device.type]
+        best, row_max = self._neighbors(width, native)
+        neighbor, self.row_max = self._everybodys(best.number), self._everybodys(row_max)
+        del best
+        self.encodings = encode(neighbor, self.row_max, self._distances, self.k1, self.k2, self.limit)
+        return native
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """Of each query that this process holds, the k best gallery rows: distance float32 and index int64 [q, k]."""
-        native = _native.available(self.own.device)
-        width = min(self.Q + self.G, max(self.k1 + 1, self.k2))
-        native = native and max(width, k) <= op.MAX_NEIGHBORS[self.own.device.type]
-        best, row_max = self._neighbors(width, native)
-        neighbor, row_max = self._everybodys(best.number), self._everybodys(row_max)
-        del best
-        encodings = encode(neighbor, row_max, self._distances, self.k1, self.k2, self.limit)
-        del neighbor
-        result = self._nearest(k, row_max, encodings, native)
+        native = self.prepare(k)
+        result = self._nearest(k, native)
         queries = self.division.edges[0]
         distance, index = (moved(rows, queries, self.held[0], self.group) for rows in result)
         return distance, index
@@ -143,24 +150,31 @@ class SharedKReciprocal:
         (q, g), p = self.division.edges, process
         return [(q[p], q[p + 1]), (self.Q + g[p], self.Q + g[p + 1])]
 
-    def _nearest(
-        self, k: int, row_max: Tensor, encodings: tuple[Tensor, Tensor, Tensor], native: bool
-    ) -> tuple[Tensor, Tensor]:
+    def inverted(self, begin: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The inverted index of the gallery's rows begin to end - 1."""
+        indptr, entry, value = self.encodings
+        begin, end = self.Q + begin, self.Q + end
+        last = int(indptr[end])
+        index: tuple[Tensor, Tensor, Tensor] = stages.k_reciprocal_invert(
+            indptr[: end + 1], entry[:last], value[:last], begin, self.Q + self.G
+        )
+        return index
+
+    def _nearest(self, k: int, native: bool) -> tuple[Tensor, Tensor]:
         """The k best for the queries of the division: the k best of each process's gallery rows, and of those."""
-        indptr, entry, value = encodings
-        M, queries = self.Q + self.G, self._ranges(self.group.rank())[0][0]
+        indptr, entry, value = self.encodings
+        queries = self._ranges(self.group.rank())[0][0]
         query, gallery = self.own[: self.queries], self.own[self.queries :]
-        of_queries = row_max[queries:], indptr[queries:], entry, value
+        of_queries = self.row_max[queries:], indptr[queries:], entry, value
         candidates, originals = [], []
         edges = self.division.edges[1]
         sizes = [end - begin for begin, end in itertools.pairwise(edges)]
         for owner, visiting in visits(gallery, sizes, self.group, self.group.size() - 1):
             if not len(visiting) or not len(query):
                 continue
-            (begin, end), few = self._ranges(owner)[1], min(k, len(visiting))
+            few = min(k, len(visiting))
             near = exact_lists(query, visiting, few, "sqeuclidean", self.scale, native)[1].int()
-            last = int(indptr[end])
-            inverted = stages.k_reciprocal_invert(indptr[: end + 1], entry[:last], value[:last], begin, M)
+            inverted = self.inverted(edges[owner], edges[owner + 1])
             _, best = stages.k_reciprocal_topk(
                 query, visiting, self.scale, near, self._original(query, visiting, near), *of_queries, *inverted,
                 self.lambda_value,
@@ -169,7 +183,7 @@ class SharedKReciprocal:
             originals.append(self._original(query, visiting, best.int()))
         if not len(query):
             return query.new_empty((0, k), dtype=torch.float32), query.new_empty((0, k), dtype=torch.int64)
-        inverted = stages.k_reciprocal_invert(*encodings, self.Q, M)
+        inverted = self.inverted(0, self.G)
         # Rows that are not listed are measured from features: these are so far away that none of them comes first.
         far = torch.full((len(query), 1), _FAR, dtype=torch.float64, device=query.device)
         origin = far.new_zeros((self.G, 1))
@@ -182,6 +196,72 @@ class SharedKReciprocal:
         """Squared distances of listed rows, float32 as ``index`` [q, k]."""
         indptr = torch.arange(len(query) + 1, device=index.device) * index.shape[1]
         return self._measured(visiting, indptr, index.flatten(), query).view(index.shape)
+
+
+class FinalDistances:
+    """The final distances of some of the queries to the galleries of processes, one after the other.
+
+    Args:
+        fit: prepared.
+        query_edges: where the blocks of all queries begin, and the end.
+        gallery_edges: the same of the gallery.
+        measured: as :class:`RowDistances` takes it; None to measure all distances in float64.
+
+    Attributes:
+        query: this process's whole blocks of queries.
+        gallery: this process's whole blocks of the gallery.
+        queries: where each process's queries begin among all, and the end.
+        galleries: the same of the gallery.
+        edges: where the blocks of this process's queries begin, and the end.
+    """
+
+    def __init__(
+        self,
+        fit: SharedKReciprocal,
+        query_edges: Sequence[int],
+        gallery_edges: Sequence[int],
+        measured: bool | None,
+    ) -> None:
+        self._fit, self._gallery_edges, self._measured = fit, gallery_edges, measured
+        processes, me = fit.group.size(), fit.group.rank()
+        self.queries, self.galleries = (
+            [edges[(len(edges) - 1) * process // processes] for process in range(processes + 1)]
+            for edges in (query_edges, gallery_edges)
+        )
+        self.query = moved(fit.own[: fit.queries], fit.division.edges[0], self.queries, fit.group)
+        self.gallery = moved(fit.own[fit.queries :], fit.division.edges[1], self.galleries, fit.group)
+        self._first = self.queries[me]
+        self.edges = _inside(query_edges, self._first, self.queries[me + 1])
+
+    def visit(self, owner: int, visiting: Tensor) -> Callable[[int, int], Tensor]:
+        """The function that gives float32 [end - begin, visitors] for this process's queries begin to end - 1."""
+        fit, (begin, end) = self._fit, self.galleries[owner : owner + 2]
+        edges = _inside(self._gallery_edges, begin, end)
+        original: Callable[[int, int], Tensor]
+        if self._measured is None:
+            wide = visiting.double() * fit.scale
+
+            def original(begin: int, end: int) -> Tensor:
+                return exact_distance(self.query[begin:end].double() * fit.scale, wide, "sqeuclidean").float()
+
+        else:
+            original = RowDistances(self.query, visiting, fit.scale, fit.center_by, edges, self._measured)
+        inverted = fit.inverted(begin, end)
+        indptr, entry, value = fit.encodings
+
+        def block(begin: int, end: int) -> Tensor:
+            distance, first = original(begin, end), self._first + begin
+            stages.k_reciprocal_blend(
+                distance, fit.row_max[first:], indptr[first:], entry, value, *inverted, fit.lambda_value
+            )
+            return distance
+
+        return block
+
+
+def _inside(edges: Sequence[int], begin: int, end: int) -> list[int]:
+    """Those of some ascending numbers from ``begin`` to ``end``, counted from ``begin``."""
+    return [edge - begin for edge in edges if begin <= edge <= end]
 
 
 def rerank_shares(
