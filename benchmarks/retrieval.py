@@ -38,6 +38,8 @@ import torch
 from benchmarks.harness import environment, write_atomically
 from vareid_ext import KReciprocal, evaluate_ranking, k_reciprocal_rerank, pairwise_distance, reference_backend
 from vareid_ext.files.features import read_features
+from vareid_ext.ops._byte_filter import ByteFilter
+from vareid_ext.ops._progress import counted
 from vareid_ext.retrieval.rerank import k_reciprocal
 
 _RANK = 64
@@ -236,7 +238,12 @@ def run_case(name: str, source: Sequence[str], rounds: int, peers: bool) -> dict
         print(f"  {contender:<28}{median(times):9.3f} s  ({min(times):.3f} to {max(times):.3f})")
     ours = median(seconds["ours"])
     print(f"  re-ranking takes {ours / median(seconds['product']):.2f}x the product of {M} x {M} x {D}")
-    by_stage = stage_seconds(query, gallery)
+    with counted() as counts:
+        by_stage = stage_seconds(query, gallery)
+    print("  neighbours: " + ", ".join(f"{number} {what}" for what, number in counts.items()))
+    with mock.patch.object(ByteFilter, "pays", return_value=False):
+        by_float32 = stage_seconds(query, gallery)
+    print(f"  joint_neighbors filtered in float32 takes {by_float32['joint_neighbors']:.3f} s")
     print("  by stage: " + ", ".join(f"{stage} {value:.3f} s" for stage, value in by_stage.items()))
     results = {"original": pairwise_distance(query, gallery), "ours": result}
     mAP = {contender: mean_average_precision(distance, data, Q) for contender, distance in results.items()}
@@ -264,7 +271,7 @@ def run_case(name: str, source: Sequence[str], rounds: int, peers: bool) -> dict
         for contender, times in seconds.items()
     }
     case = {"case": f"{name} Q={Q} G={M - Q} D={D}", "rounds": rounds, "contenders": contenders}
-    return {**case, "stages_s": by_stage, "mAP": mAP, "mebibytes_beyond": peaks}
+    return {**case, "neighbours": dict(counts), "stages_s": by_stage, "mAP": mAP, "mebibytes_beyond": peaks}
 
 
 def _by_reference(query: torch.Tensor, gallery: torch.Tensor) -> Any:

@@ -63,11 +63,41 @@ void nearest_neighbors_round_cpu(const float* x, int64_t stride, int64_t rows, i
 void nearest_neighbors_pack_cpu(const float* x, int64_t stride, int64_t rows, int64_t D, const float* scale, bool left,
                                 uint8_t* bytes, float* packed_scale, int32_t* sum, const Place& place);
 
-// workspace: kPackedScanBytes for each thread. The largest distances are those of the rounded rows.
+// Which pairs a row's largest distance may be that of: those whose upper bound is not below row_max, which is what it
+// is at least. They are measured when there is no more room, and at the end.
+struct Farthest {
+  float* upper;    // [rows, kFarthest]
+  int32_t* index;  // [rows, kFarthest]
+  int32_t* count;  // [rows], starts at 0
+};
+constexpr int64_t kFarthest = 8;
+
+// What it takes to measure them: left and right set as nearest_neighbors_select takes them.
+struct FarthestOf {
+  const Farthest& farthest;
+  const Features& x;
+  const Features& x2;
+  const Features& y;
+  const Features& y2;
+  DType dtype;
+  int64_t D;
+};
+
+// nearest_neighbors_scan with row_max by way of these pairs.
+void nearest_neighbors_scan_farthest_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
+                                         int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                                         const Candidates& candidates, bool both, bool write, const FarthestOf& of,
+                                         const Place& place);
+
+// workspace: kPackedScanBytes for each thread. Without `of`, row_max stays as it is.
 void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows& right, int64_t D, int64_t row_begin,
                                        int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
-                                       const Candidates& candidates, bool both, void* workspace, const Place& place);
+                                       const Candidates& candidates, bool both, const FarthestOf* of, void* workspace,
+                                       const Place& place);
 constexpr int64_t kPackedScanBytes = 64 * 1024 * 4;
+
+// Measures the pairs that are left, after which row_max [rows] is each row's largest distance.
+void nearest_neighbors_farthest_cpu(const FarthestOf& of, float* row_max, const Place& place);
 
 // The k nearest of each row in exact order, from its candidates. The left set's rows are x's and then x2's, the right
 // set's y's and then y2's; x2 and y2 may be empty. Writes index [rows, k], distance [rows, k] (float32 or float64, null

@@ -244,6 +244,7 @@ def nearest_neighbors_rescan(
 ) -> None: ...
 
 packed_scan_bytes: int
+farthest_pairs: int
 
 def byte_products() -> int: ...
 def nearest_neighbors_round(x: Any, scale: Any, rounded: Any, place: _Place, /) -> None: ...
@@ -261,10 +262,26 @@ def nearest_neighbors_scan_packed(
     candidates: Any,
     k: int,
     both: bool,
+    farthest: Any | None,
     workspace: Any,
     place: _Place,
     /,
 ) -> None: ...
+def nearest_neighbors_scan_farthest(
+    block: Any,
+    row_begin: int,
+    column_begin: int,
+    left_bounds: Any,
+    right_bounds: Any,
+    candidates: Any,
+    k: int,
+    both: bool,
+    write: bool,
+    farthest: Any,
+    place: _Place,
+    /,
+) -> None: ...
+def nearest_neighbors_farthest(farthest: Any, row_max: Any, place: _Place, /) -> None: ...
 def k_reciprocal_sets(neighbor: Any, k: int, out: Any, size: Any, place: _Place, /) -> None: ...
 def k_reciprocal_robust_sets(
     sets: Any, size: Any, half: Any, half_size: Any, indptr: Any, index: Any | None, workspace: Any, place: _Place, /

@@ -12,7 +12,7 @@ import torch
 from tests.factories import features
 from tests.reranking_truth import squared_distances
 from vareid_ext import _native
-from vareid_ext.ops import _byte_filter, _filter
+from vareid_ext.ops import _byte_filter, _filter, _progress
 from vareid_ext.ops import nearest_neighbors as op
 
 
@@ -24,14 +24,18 @@ def rounded(monkeypatch, request):
     monkeypatch.setattr(_byte_filter, "_FEW_ROWS", 1)
     monkeypatch.setattr(_byte_filter, "_FEW_ELEMENTS", 1)
     if request.param == "places for all":
-        monkeypatch.setattr(op, "_CROWDED", 0)
+        monkeypatch.setattr(_byte_filter.ByteFilter, "suits", lambda *_: True)
+        monkeypatch.setattr(_byte_filter.ByteFilter, "far_pairs", lambda *_: 0.0)
     return request.param
 
 
 def scanned(x, y, k, block_rows):
-    """The scan of 8-bit products, which is asked for."""
-    parts, names = ([x], ["x"]) if y is None else ([x, y], ["x", "y"])
-    return op._packed_scan(_filter.Filter(parts, names, "sqeuclidean"), len(parts) - 1, k, "sqeuclidean", block_rows)
+    """The scan of one set against another, by 8-bit products if they pay."""
+    filtered = _filter.Filter([x, y], ["x", "y"], "sqeuclidean")
+    rounded = op._ways(filtered, [0], [1], k, block_rows)
+    scan = op._Scan(filtered, [0], [1], k, "sqeuclidean", block_rows, rounded=rounded)
+    op._one_sided_scan(filtered, scan, block_rows)
+    return scan
 
 
 HOSTILE = {
@@ -95,8 +99,12 @@ def test_blocks_and_threads_change_nothing(rounded, block_rows):
 
 @pytest.mark.parametrize("kind", ["random", "one large element", "lengths of all sizes", "centred", "sparse"])
 @pytest.mark.parametrize("D", [3, 64, 2051])
-def test_the_window_holds(rounded, D, kind):
+def test_the_window_holds(monkeypatch, D, kind):
     """Every pair's distance lies between its bounds, and the bounds are not idle."""
+    if not (_native.available("cpu") and _byte_filter.byte_products()):
+        pytest.skip("this machine has no products of 8 bits")
+    monkeypatch.setattr(_byte_filter, "_FEW_ROWS", 1)
+    monkeypatch.setattr(_byte_filter, "_FEW_ELEMENTS", 1)
     x = features(60, D)
     if kind == "one large element":
         x[:, 0] = 100 * torch.sign(x[:, 0])
@@ -106,8 +114,9 @@ def test_the_window_holds(rounded, D, kind):
         x = x + 50
     elif kind == "sparse":
         x = x.clamp_(min=1)
+    monkeypatch.setattr(_byte_filter.ByteFilter, "suits", lambda *_: True)
     scan = scanned(x, x.clone(), 50, 64)  # there are places for all
-    assert scan is not None
+    assert scan.rounded is not None
     lower, index, count = scan.candidates[:3]
     assert bool((count == 60).all())
     lower = torch.empty(60, 60).scatter_(1, index[:, :60].long(), lower[:, :60]).double()
@@ -121,7 +130,7 @@ def test_the_window_holds(rounded, D, kind):
 
 def test_rows_that_have_too_many_candidates_go_back_to_float32(monkeypatch, rounded):
     """All rows within the window: with places enough they are done again one by one, else all at once."""
-    x = torch.ones(300, 40) + 1e-3 * features(300, 40) + 10 * torch.sign(features(300, 1, 1))
+    x = torch.ones(300, 40) + 0.1 * features(300, 40) + 10 * torch.sign(features(300, 1, 1))
     again = []
     rescan = op._Scan._rescan
 
@@ -130,22 +139,87 @@ def test_rows_that_have_too_many_candidates_go_back_to_float32(monkeypatch, roun
         return rescan(self, unsure, *arguments)
 
     monkeypatch.setattr(op._Scan, "_rescan", counted)
-    scan = scanned(x, None, 5, 64)
-    assert (scan is None) == (rounded == "crowded")
-    if scan is not None:
-        index, _ = scan.select(torch.float32)
-        assert again
-        assert again[0] > 150
-        expected = np.argsort(squared_distances(x.numpy(), x.numpy()), axis=1, kind="stable")[:, :5]
-        assert np.array_equal(index.numpy(), expected)
+    scan = scanned(x, x, 5, 64)
+    assert (scan.rounded is None) == (rounded == "crowded")
+    index, _ = scan.select(torch.float32)
+    assert (sum(again) > 150) == (rounded == "places for all")
+    expected = np.argsort(squared_distances(x.numpy(), x.numpy()), axis=1, kind="stable")[:, :5]
+    assert np.array_equal(index.numpy(), expected)
+
+
+@pytest.mark.parametrize("nearest", [0, 9])
+@pytest.mark.parametrize("name", ["random", "twice", "whole numbers", "far from the origin", "zero rows", "float16"])
+def test_joint_lists_and_largest_distances_are_those_of_float64(rounded, name, nearest):
+    x = HOSTILE[name]()
+    query, gallery = x[:33], x[33:]
+    out = None if nearest else torch.empty(len(query), len(gallery))
+    index, distance, row_max, best, _ = op.joint_neighbors(query, gallery, 1.0, 12, nearest, out, 32)
+    expected = squared_distances(x.double().numpy(), x.double().numpy())
+    assert np.array_equal(index.numpy(), np.argsort(expected, axis=1, kind="stable")[:, :12])
+    np.testing.assert_allclose(distance, np.sort(expected, axis=1)[:, :12], rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(row_max, expected.max(1), rtol=1e-6, atol=1e-12)
+    crossed = expected[:33, 33:]
+    if nearest:
+        assert np.array_equal(best.numpy(), np.argsort(crossed, axis=1, kind="stable")[:, :nearest])
+    else:
+        np.testing.assert_allclose(out, crossed, rtol=1e-6, atol=1e-5 * (x.double().square().sum(1).max()))
+
+
+def test_largest_distances_are_measured_in_float64(rounded):
+    """To the last bit, whatever the blocks, the threads and the rows that are asked for."""
+    x = features(300, 130) + torch.linspace(0, 4, 130)
+    if rounded == "crowded":  # not here
+        assert _byte_filter.pairs_pay([x[:90], x[90:]], "sqeuclidean", 1.0)
+    expected = torch.from_numpy(squared_distances(x.double().numpy(), x.double().numpy()).max(1)).float()
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            for side in (32, 100, 1024):
+                for out in (None, torch.empty(90, 210)):
+                    row_max = op.joint_neighbors(x[:90], x[90:], 1.0, 5, 0, out, side)[2]
+                    torch.testing.assert_close(row_max, expected, rtol=2e-7, atol=0)
+                    assert torch.equal(row_max, op.joint_neighbors(x[:90], x[90:], 1.0, 9, 0, None, 64)[2])
+            edges = op.edges(90, 210, 32)
+            rows = op.neighbors_of_rows(x[:90], x[90:], 1.0, 5, "sqeuclidean", edges[2], edges[6], 32)
+            whole = op.joint_neighbors(x[:90], x[90:], 1.0, 5, 0, None, 32)
+            for ours, theirs in zip(rows, whole, strict=False):
+                assert torch.equal(ours, theirs[edges[2] : edges[6]])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["random", "twice", "whole numbers", "more duplicates than places"])
+def test_a_gallery_that_grows(rounded, name):
+    x = HOSTILE[name]()
+    lists = torch.empty(0, 0, dtype=torch.int32), torch.empty(0, 0, dtype=torch.float64), torch.empty(0)
+    rows = 0
+    for step in (40, 3, x.shape[0] - 43):
+        lists = op.extended_neighbors(x[:rows], x[rows : rows + step], 1.0, min(30, rows + step), *lists)
+        rows += step
+        expected = squared_distances(x[:rows].double().numpy(), x[:rows].double().numpy())
+        order = np.argsort(expected, axis=1, kind="stable")[:, : lists[0].shape[1]]
+        assert np.array_equal(lists[0].numpy(), order)
+        np.testing.assert_allclose(lists[1], np.take_along_axis(expected, order, 1), rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(lists[2], expected.max(1), rtol=1e-6)
+
+
+def test_progress_and_counts(rounded):
+    x = features(180, 30)
+    done = []
+    with _progress.listen(done.append), _progress.counted() as counts:
+        op.joint_neighbors(x[:30], x[30:], 1.0, 7, 0, torch.empty(30, 150), 32)
+    assert sum(done) == 180 * 181 // 2
+    if rounded == "places for all":
+        assert counts["rows filtered by products of 8 bits"] == 180
+    assert sum(counts.values()) == 180 + counts["done again"]
 
 
 def test_few_rows_or_elements_keep_float32_products():
     rows = features(200, 128)
     usable = _native.available("cpu") and _byte_filter.byte_products()
     for x, few, pays in ((rows, 200, usable), (rows, 20, False), (rows[:, :60], 200, False)):
-        filtered = _filter.Filter([x], ["x"], "sqeuclidean")
-        assert _byte_filter.ByteFilter.pays(filtered, few) == pays
+        assert _byte_filter.ByteFilter.pays(x, few) == pays
 
 
 def test_a_machine_that_names_what_it_cannot_do_is_told_of_once(monkeypatch):

@@ -24,6 +24,7 @@ from tests.factories import features
 from tests.processes import free_port
 from vareid_ext import _native, evaluate_features, k_reciprocal_rerank, nearest_neighbors, reference_backend
 from vareid_ext._processes import LostProcessError
+from vareid_ext.ops import _byte_filter, _filter
 from vareid_ext.ops import _shared_neighbors as neighbors_module
 from vareid_ext.retrieval import rerank_plan
 
@@ -267,6 +268,17 @@ def people(Q: int, G: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_reranking_is_that_of_one_process(processes, shares, others, options):
     query, gallery = people(sum(shares), sum(others), 6)
     assert_reranked_as_one(processes, query, gallery, shares, others, topk=12, **options)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+@pytest.mark.parametrize(("shares", "others"), [([30, 70], [200, 260]), ([0, 20, 80], [330, 0, 130])], ids=str)
+def test_reranking_by_products_of_8_bits_is_that_of_one_process(processes, shares, others, offset):
+    """Largest distances are measured, in one process and in many; or, with the rows far from 0, in none."""
+    query, gallery = (x + offset * torch.eye(130)[5] * (1 - 2 * (x[:, :1] > 0)) for x in people(100, 460, 130))
+    if _native.available("cpu") and _byte_filter.byte_products():
+        parts = _filter.samples([query, gallery])
+        assert _byte_filter.pairs_pay(parts, "sqeuclidean", 1.0) == (offset == 0)
+    assert_reranked_as_one(processes, query, gallery, shares, others, topk=12, block_rows=64)
 
 
 def test_reranking_without_the_kernels(processes):

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "cpu/byte_products.h"
 #include "cpu/exact_distance.h"
@@ -32,7 +33,7 @@ void compact(const Candidates& state, int64_t row, float window, const float* ot
     lower[kept] = lower[c];
     index[kept++] = index[c];
   }
-  const int64_t limit = state.capacity - (state.capacity - state.k) / 2;
+  const int64_t limit = state.capacity - (state.capacity - state.k) / 4;
   if (kept > limit) {
     std::copy(lower, lower + kept, scratch);
     std::nth_element(scratch, scratch + limit, scratch + kept);
@@ -61,12 +62,71 @@ inline void push(const Candidates& state, int64_t row, float lower, int64_t inde
   if (state.count[row] == state.capacity) compact(state, row, window, other_window);
 }
 
+// Two sets of features whose rows are numbered together.
+struct Rows {
+  const Features& first;
+  const Features& second;
+
+  const Features& of(int64_t row) const { return row < first.rows ? first : second; }
+  int64_t local(int64_t row) const { return row < first.rows ? row : row - first.rows; }
+};
+
+// The pairs that a row's largest distance may be that of.
+struct FarPairs {
+  const Farthest& state;
+  const Rows left, right;
+  const ExactDistance exact;
+  const int64_t D;
+  float* const row_max;
+
+  FarPairs(const FarthestOf& of, float* row_max)
+      : state(of.farthest),
+        left{of.x, of.x2},
+        right{of.y, of.y2},
+        exact(exact_distance_function(of.dtype, of.x.factor != nullptr)),
+        D(of.D),
+        row_max(row_max) {}
+
+  void push(int64_t i, int64_t j, float lower, float upper) const {
+    row_max[i] = std::max(row_max[i], lower);
+    const int64_t at = i * kFarthest + state.count[i]++;
+    state.upper[at] = upper;
+    state.index[at] = static_cast<int32_t>(j);
+    if (state.count[i] == kFarthest) settle(i, kFarthest / 2);
+  }
+
+  // Drops the pairs that are out of the question; if more than `room` are left, measures them.
+  void settle(int64_t i, int64_t room) const {
+    float* const upper = state.upper + i * kFarthest;
+    int32_t* const index = state.index + i * kFarthest;
+    int32_t kept = 0;
+    for (int32_t c = 0; c < state.count[i]; ++c) {
+      if (!(upper[c] >= row_max[i])) continue;
+      upper[kept] = upper[c];
+      index[kept++] = index[c];
+    }
+    if (kept > room) {
+      for (int32_t c = 0; c < kept; ++c) {
+        const double distance = exact(left.of(i), left.local(i), right.of(index[c]), right.local(index[c]), D);
+        row_max[i] = std::max(row_max[i], static_cast<float>(distance));
+      }
+      kept = 0;
+    }
+    state.count[i] = kept;
+  }
+};
+
+// Where the largest distance of each row comes from: the products, FarPairs, or it is not wanted.
+enum class Largest { kOfProducts, kOfPairs, kNone };
+
 // One rectangle of a block, at most kSegment columns wide.
-template <bool kTwoSided, bool kWrite>
+template <bool kTwoSided, bool kWrite, Largest kLargest>
 VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
                                   int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
-                                  const Candidates& left, const Candidates* right) {
+                                  const Candidates& left, const Candidates* right, const FarPairs* pairs) {
+  constexpr bool kProducts = kLargest == Largest::kOfProducts, kPairs = kLargest == Largest::kOfPairs;
   alignas(64) float shrunk[kSegment], norm[kSegment], limit[kSegment], largest[kSegment];
+  alignas(64) float grown[kSegment], far_limit[kSegment];
   alignas(64) uint8_t hit[kChunk];
   const int64_t padded = (columns + kChunk - 1) / kChunk * kChunk;
   for (int64_t c = 0; c < padded; ++c) {
@@ -75,12 +135,18 @@ VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_
     shrunk[c] = norm[c] - right_bounds.window[j];
     limit[c] = kTwoSided ? right->threshold[j] - shrunk[c] : 0.0f;
     largest[c] = -kInfinity;
+    if (kPairs) {
+      grown[c] = norm[c] + right_bounds.window[j];
+      far_limit[c] = kTwoSided ? pairs->row_max[j] - grown[c] : 0.0f;
+    }
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t i = row_begin + r;
     const float row_norm = left_bounds.norm[i], row_shrunk = row_norm - left_bounds.window[i];
     float row_limit = left.threshold[i] - row_shrunk;
     float row_largest = -kInfinity;
+    const float row_grown = row_norm + left_bounds.window[i];
+    float row_far_limit = kPairs ? pairs->row_max[i] - row_grown : 0.0f;
     for (int64_t c0 = 0; c0 < columns; c0 += kChunk) {
       const int64_t n = std::min(kChunk, columns - c0);
       float* const part = block + r * ld + c0;
@@ -91,12 +157,14 @@ VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_
         const float product = -2 * part[c];
         twice[c] = product;
         const float from_row = product + norm[c0 + c], from_column = product + row_norm;
-        row_largest = std::max(row_largest, from_row);
-        if (kTwoSided) largest[c0 + c] = std::max(largest[c0 + c], from_column);
-        const uint8_t below = product + shrunk[c0 + c] <= row_limit;
-        const uint8_t below_column = kTwoSided && product + row_shrunk <= limit[c0 + c];
-        hit[c] = below | below_column;
-        any |= below | below_column;
+        if (kProducts) row_largest = std::max(row_largest, from_row);
+        if (kProducts && kTwoSided) largest[c0 + c] = std::max(largest[c0 + c], from_column);
+        uint8_t found = product + shrunk[c0 + c] <= row_limit;
+        if (kTwoSided) found |= product + row_shrunk <= limit[c0 + c];
+        if (kPairs) found |= product + grown[c0 + c] >= row_far_limit;
+        if (kPairs && kTwoSided) found |= product + row_grown >= far_limit[c0 + c];
+        hit[c] = found;
+        any |= found;
         if (kWrite) part[c] = std::max(from_row + row_norm, 0.0f);
       }
       if (!any) continue;
@@ -112,28 +180,44 @@ VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_
           push(*right, j, lower, i, right_bounds.window[j], left_bounds.window);
           limit[c0 + c] = right->threshold[j] - shrunk[c0 + c];
         }
+        if (!kPairs) continue;
+        const float upper = twice[c] + grown[c0 + c] + row_grown;
+        if (twice[c] + grown[c0 + c] >= row_far_limit) {
+          pairs->push(i, j, lower, upper);
+          row_far_limit = pairs->row_max[i] - row_grown;
+        }
+        if (kTwoSided && twice[c] + row_grown >= far_limit[c0 + c]) {
+          pairs->push(j, i, lower, upper);
+          far_limit[c0 + c] = pairs->row_max[j] - grown[c0 + c];
+        }
       }
     }
-    left.row_max[i] = std::max(left.row_max[i], row_largest + row_norm);
+    if (kProducts) left.row_max[i] = std::max(left.row_max[i], row_largest + row_norm);
   }
-  if (kTwoSided)
+  if (kProducts && kTwoSided)
     for (int64_t c = 0; c < columns; ++c) {
       float& value = right->row_max[column_begin + c];
       value = std::max(value, largest[c] + norm[c]);
     }
 }
 
-#define VAREID_SCAN(name, two_sided, write)                                                                        \
-  VAREID_MULTIVERSION void name(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,        \
-                                int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,       \
-                                const Candidates& left, const Candidates* right) {                                 \
-    scan_rectangle<two_sided, write>(block, ld, rows, columns, row_begin, column_begin, left_bounds, right_bounds, \
-                                     left, right);                                                                 \
+#define VAREID_SCAN(name, two_sided, write, largest)                                                                   \
+  VAREID_MULTIVERSION void name(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,            \
+                                int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,           \
+                                const Candidates& left, const Candidates* right, const FarPairs* pairs) {              \
+    scan_rectangle<two_sided, write, Largest::largest>(block, ld, rows, columns, row_begin, column_begin, left_bounds, \
+                                                       right_bounds, left, right, pairs);                              \
   }
-VAREID_SCAN(scan_left, false, false)
-VAREID_SCAN(scan_left_write, false, true)
-VAREID_SCAN(scan_both, true, false)
-VAREID_SCAN(scan_both_write, true, true)
+VAREID_SCAN(scan_left, false, false, kOfProducts)
+VAREID_SCAN(scan_left_write, false, true, kOfProducts)
+VAREID_SCAN(scan_both, true, false, kOfProducts)
+VAREID_SCAN(scan_both_write, true, true, kOfProducts)
+VAREID_SCAN(scan_left_pairs, false, false, kOfPairs)
+VAREID_SCAN(scan_left_pairs_write, false, true, kOfPairs)
+VAREID_SCAN(scan_both_pairs, true, false, kOfPairs)
+VAREID_SCAN(scan_both_pairs_write, true, true, kOfPairs)
+VAREID_SCAN(scan_left_only, false, false, kNone)
+VAREID_SCAN(scan_both_only, true, false, kNone)
 #undef VAREID_SCAN
 
 struct Rectangle {
@@ -158,14 +242,16 @@ void by_rectangles(int64_t rows, int64_t columns, int64_t unit, bool both, const
     });
 }
 
-// Two sets of features whose rows are numbered together.
-struct Rows {
-  const Features& first;
-  const Features& second;
-
-  const Features& of(int64_t row) const { return row < first.rows ? first : second; }
-  int64_t local(int64_t row) const { return row < first.rows ? row : row - first.rows; }
-};
+// Scans a block part by part.
+void scan_block(decltype(scan_left)* scan, float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
+                int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                const Candidates& candidates, bool both, const FarPairs* pairs, const Place& place) {
+  by_rectangles(rows, columns, 1, both, place, [&](const Rectangle& part, int64_t) {
+    for (int64_t c = part.c0; c < part.c1; c += kSegment)
+      scan(block + part.r0 * ld + c, ld, part.r1 - part.r0, std::min(kSegment, part.c1 - c), row_begin + part.r0,
+           column_begin + c, left_bounds, right_bounds, candidates, both ? &candidates : nullptr, pairs);
+  });
+}
 
 double metric_value(double squared, Metric metric, double unscale) {
   if (metric == Metric::kCosine) return squared / 2;
@@ -210,13 +296,20 @@ struct Output {
 void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
                                 int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
                                 const Candidates& candidates, bool both, bool write, const Place& place) {
-  const Candidates* const right = both ? &candidates : nullptr;
-  const auto scan = right ? (write ? scan_both_write : scan_both) : (write ? scan_left_write : scan_left);
-  by_rectangles(rows, columns, 1, both, place, [&](const Rectangle& part, int64_t) {
-    for (int64_t c = part.c0; c < part.c1; c += kSegment)
-      scan(block + part.r0 * ld + c, ld, part.r1 - part.r0, std::min(kSegment, part.c1 - c), row_begin + part.r0,
-           column_begin + c, left_bounds, right_bounds, candidates, right);
-  });
+  const auto scan = both ? (write ? scan_both_write : scan_both) : (write ? scan_left_write : scan_left);
+  scan_block(scan, block, ld, rows, columns, row_begin, column_begin, left_bounds, right_bounds, candidates, both,
+             nullptr, place);
+}
+
+void nearest_neighbors_scan_farthest_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
+                                         int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                                         const Candidates& candidates, bool both, bool write, const FarthestOf& of,
+                                         const Place& place) {
+  const FarPairs pairs(of, candidates.row_max);
+  const auto scan =
+      both ? (write ? scan_both_pairs_write : scan_both_pairs) : (write ? scan_left_pairs_write : scan_left_pairs);
+  scan_block(scan, block, ld, rows, columns, row_begin, column_begin, left_bounds, right_bounds, candidates, both,
+             &pairs, place);
 }
 
 void nearest_neighbors_round_cpu(const float* x, int64_t stride, int64_t rows, int64_t D, float* scale, double* rounded,
@@ -239,10 +332,13 @@ void nearest_neighbors_pack_cpu(const float* x, int64_t stride, int64_t rows, in
 
 void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows& right, int64_t D, int64_t row_begin,
                                        int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
-                                       const Candidates& candidates, bool both, void* workspace, const Place& place) {
+                                       const Candidates& candidates, bool both, const FarthestOf* of, void* workspace,
+                                       const Place& place) {
   constexpr int64_t kStrip = kPackedScanBytes / (kSegment * sizeof(float));  // rows of products that stay in cache
   const Candidates* const other = both ? &candidates : nullptr;
-  const auto scan = both ? scan_both : scan_left;
+  const auto scan = of ? (both ? scan_both_pairs : scan_left_pairs) : (both ? scan_both_only : scan_left_only);
+  std::optional<FarPairs> pairs;
+  if (of) pairs.emplace(*of, candidates.row_max);
   const int64_t elements = packed_elements(D);
   by_rectangles(left.rows, right.rows, kByteColumns, both, place, [&](const Rectangle& part, int64_t thread) {
     float* const products = static_cast<float*>(workspace) + thread * kStrip * kSegment;
@@ -253,8 +349,15 @@ void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows&
                      right.bytes + c * elements, right.scale + c, right.sum + c, packed_rows(columns), elements,
                      products, kSegment);
         scan(products, kSegment, rows, columns, row_begin + r, column_begin + c, left_bounds, right_bounds, candidates,
-             other);
+             other, pairs ? &*pairs : nullptr);
       }
+  });
+}
+
+void nearest_neighbors_farthest_cpu(const FarthestOf& of, float* row_max, const Place& place) {
+  const FarPairs pairs(of, row_max);
+  parallel_for(of.x.rows + of.x2.rows, place.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t i = begin; i < end; ++i) pairs.settle(i, 0);
   });
 }
 

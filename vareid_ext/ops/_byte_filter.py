@@ -29,12 +29,15 @@ import torch
 from torch import Tensor
 
 from vareid_ext import _native
-from vareid_ext.ops._filter import Filter, rows_at_once
+from vareid_ext.ops._filter import Filter, row_blocks, rows_at_once
 
 _UNIT = 2.0**-24
 _FEW_ROWS = 64  # of the left set, for which it does not pay to round the right one
 _FEW_ELEMENTS = 128  # of a feature, likewise
 _COLUMNS = 32  # packed rows are a multiple of it
+_TRIED = 1 << 20  # products that are made to see how many the window leaves
+_CROWDED = 8  # of so many rows one may have more candidates than places
+_FAR_SHARE = 64  # one of so many columns may be measured for a row's largest distance
 _warned = False
 
 
@@ -82,12 +85,12 @@ class ByteFilter:
         self.window = (window * (1 + 2.0**-18)).float()
         self.windows = list(self.window.split(sizes))
         self._buffers: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
+        self._scratch: Tensor | None = None
         self._elements = -(-D // 4) * 4
 
     @staticmethod
-    def pays(filtered: Filter, rows: int) -> bool:
-        """Whether rounding pays for products with so many rows on the left."""
-        part = filtered.parts[0]
+    def pays(part: Tensor, rows: int) -> bool:
+        """Whether rounding pays for products of features like these with so many rows on the left."""
         return not part.is_cuda and rows >= _FEW_ROWS and part.shape[1] >= _FEW_ELEMENTS and byte_products()
 
     def bounds(self, which: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -96,6 +99,61 @@ class ByteFilter:
             return self.filtered.norm, self.window
         return self.filtered.norms[which[0]], self.windows[which[0]]
 
+    def suits(self, left: Sequence[int], right: Sequence[int], k: int, places: int) -> bool:
+        """Whether few rows have more candidates than places for their k nearest."""
+        tried = self._trial(left, right, min(k, sum(self.filtered.parts[w].shape[0] for w in right)))
+        return sum(near > places for near, _ in tried) * _CROWDED <= len(tried)
+
+    def far_pairs(self) -> float:
+        """Of the first part, the share of pairs that a row's largest distance may be that of."""
+        tried = self._trial([0], [0], 1)
+        return sum(far for _, far in tried) / (len(tried) * self.filtered.parts[0].shape[0])
+
+    def _trial(self, left: Sequence[int], right: Sequence[int], k: int) -> list[tuple[int, int]]:
+        """For some rows of the left set, how many of the right one may be among the k nearest, and the farthest.
+
+        Their products are of float32, which is not what the window is of, but about as far.
+        """
+        filtered = self.filtered
+        D, columns = filtered.parts[0].shape[1], sum(filtered.parts[w].shape[0] for w in right)
+        total = sum(filtered.parts[w].shape[0] for w in left)
+        step = -(-total // max(8, min(total // 16, _TRIED // columns)))
+        numbers = [torch.arange(0, filtered.parts[w].shape[0], step) for w in left]
+        tried = filtered.norm.new_empty((sum(map(len, numbers)), D))
+        done = 0
+        for which, rows in zip(left, numbers, strict=True):
+            filtered.gather(which, rows, tried[done : done + len(rows)])
+            done += len(rows)
+        products = filtered.norm.new_empty((len(tried), columns))
+        for which, first, last, offset in row_blocks(filtered, right, self.side):
+            columns_of = filtered.block(which, first, last, 1)
+            torch.mm(tried, columns_of.T, out=products[:, offset : offset + last - first])
+        norms, windows = (
+            torch.cat([of[which][rows] for which, rows in zip(left, numbers, strict=True)])
+            for of in (filtered.norms, self.windows)
+        )
+        right_norm, right_window = self.bounds(right)
+        found = []
+        for row, norm, window in zip(products, norms, windows, strict=True):
+            distance, reach = row.mul_(-2).add_(norm).add_(right_norm), right_window + window
+            upper, lower = distance + reach, distance - reach
+            near, far = lower <= upper.kthvalue(k).values, upper >= lower.max()
+            found.append((int(near.sum()), int(far.sum())))
+        return found
+
+    @property
+    def workspace(self) -> Tensor:
+        """What the threads' products are written to."""
+        if self._scratch is None:
+            size = torch.get_num_threads() * _native.module().packed_scan_bytes
+            self._scratch = self.filtered.norm.new_empty(size, dtype=torch.uint8)
+        return self._scratch
+
+    def drop_buffers(self) -> None:
+        """Gives the memory of blocks back."""
+        self._buffers.clear()
+        self._scratch = None
+
     def block(self, which: int, begin: int, end: int, *, left: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Packed rows begin to end of a part, as one operand or the other; valid until the next call for it."""
         if left not in self._buffers:
@@ -103,6 +161,17 @@ class ByteFilter:
             self._buffers[left] = (
                 new((padded, self._elements), dtype=torch.uint8), new(padded), new(padded, dtype=torch.int32)
             )  # fmt: skip
-        rows, scale = self.filtered.block(which, begin, end, 0), self.scales[which][begin:end]
+        rows, scale = self.filtered.block(which, begin, end, 0 if left else 1), self.scales[which][begin:end]
         _native.launch("nearest_neighbors_pack", rows, scale, left, self._buffers[left], on=rows)
         return self._buffers[left]
+
+
+def pairs_pay(sampled: Sequence[Tensor], metric: str, scale: float | None) -> bool:
+    """Whether rows' largest distances are those of few pairs, which are then measured, in place of what products give.
+
+    It depends on nothing but :func:`vareid_ext.ops._filter.samples` of the rows: where they are divided, too.
+    """
+    rows = torch.cat(list(sampled))
+    if not ByteFilter.pays(rows, rows.shape[0]):
+        return False
+    return ByteFilter(Filter([rows], ["samples"], metric, scale), rows.shape[0]).far_pairs() * _FAR_SHARE <= 1

@@ -1,7 +1,8 @@
-"""How long operations tell how far they are: a counter that whoever wants to show it sets."""
+"""How long operations tell how far they are and what they did: to whoever wants to show it."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
@@ -25,3 +26,24 @@ def advance(pairs: int) -> None:
     listener = _listener.get()
     if listener is not None:
         listener(pairs)
+
+
+_counts: contextvars.ContextVar[collections.Counter[str] | None] = contextvars.ContextVar("vareid_counts", default=None)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[collections.Counter[str]]:
+    """Inside, operations count what they do."""
+    counts = collections.Counter[str]()
+    token = _counts.set(counts)
+    try:
+        yield counts
+    finally:
+        _counts.reset(token)
+
+
+def count(what: str, amount: int) -> None:
+    """Counts something, if it is wanted."""
+    counts = _counts.get()
+    if counts is not None:
+        counts[what] += amount

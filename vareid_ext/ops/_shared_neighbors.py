@@ -20,6 +20,7 @@ from vareid_ext._processes import gather_rows, together
 from vareid_ext._ring import begin_exchange, moved, visits
 from vareid_ext.ops import _progress
 from vareid_ext.ops import nearest_neighbors as op
+from vareid_ext.ops._byte_filter import pairs_pay
 from vareid_ext.ops._filter import Filter, block_edges, block_side, sample_step, scale_of, spread_from
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import accumulator_dtype
@@ -201,12 +202,14 @@ def mutual_neighbors(
         metric: "sqeuclidean" or "cosine".
         scale: the common factor; None for the cosine.
         group: the processes.
-        center_by: as :class:`Filter` takes it; the products are then those of one process. None: whichever are fastest.
+        center_by: as :class:`Filter` takes it; the largest distances are then those of one process. None: they are not
+            wanted.
 
     Returns:
         The lists; and float32 [n], each row's largest distance as the products give it.
     """
     processes, me = group.size(), group.rank()
+    pairs = None if center_by is None else pairs_pay(center_by, metric, scale)
     best, row_max = Lists(own.shape[0], k, own.device), torch.zeros(own.shape[0], device=own.device)
 
     def take(found: _Found, at: slice) -> None:
@@ -219,7 +222,7 @@ def mutual_neighbors(
         if mine and theirs:
             parts = [own] if owner == me else [own[_span(mine)], visiting[-_length(theirs) :]]
             filtered = Filter(parts, [""] * len(parts), metric, scale, center_by)
-            found, to_owner = _compared(filtered, mine, theirs, k, metric, center_by is not None)
+            found, to_owner = _compared(filtered, mine, theirs, k, metric, pairs)
             take(found, _span(mine))
         if owner != me:
             helper = (2 * me - owner) % processes  # whose visitor this process is
@@ -251,21 +254,25 @@ def _empty(like: Tensor, of: Sequence[_Block], among: Sequence[_Block], k: int) 
 
 
 def _compared(
-    filtered: Filter, mine: Sequence[_Block], theirs: Sequence[_Block], k: int, metric: str, whole_products: bool
+    filtered: Filter, mine: Sequence[_Block], theirs: Sequence[_Block], k: int, metric: str, pairs: bool | None
 ) -> tuple[_Found, _Found]:
     """The lists of the rows of some blocks among those of others, and the other way round.
 
-    With ``whole_products``, those of float32 that one process makes; else whichever pay.
+    ``pairs``: whether the largest distances are those of pairs; if not, they are those of one process's products, and
+    None if they are not wanted.
     """
     device, alone = filtered.norm.device, len(filtered.parts) == 1
     rows, columns = _length(mine), 0 if alone else _length(theirs)
-    every, width, side, scan = range(len(filtered.parts)), min(k, rows) if alone else k, block_side(device), None
-    if not whole_products:
-        scan = op._packed_scan(filtered, len(every) - 1, width, metric, side, crossed=not alone)
-    if scan is None:
-        scan = op._Scan(filtered, every, every, width, metric, side)
+    every, width, side = range(len(filtered.parts)), min(k, rows) if alone else k, block_side(device)
+    rounded = None if pairs is False else op._ways(filtered, [0], [len(every) - 1], width, side)
+    scan = op._Scan(filtered, every, every, width, metric, side, rounded=rounded, pairs=bool(pairs))
+    if rounded is None:
         _scan_blocks(filtered, scan, mine, None if alone else theirs)
-    filtered.drop_buffers()
+    elif alone:
+        op._symmetric_scan(filtered, [scan], side)
+    else:
+        op.crossed_scan(filtered, scan, side)
+    scan.finish()
 
     def found(found_by: op._Scan, among: Sequence[_Block]) -> _Found:
         row_max = found_by.row_max

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops import _progress
-from vareid_ext.ops._byte_filter import ByteFilter
+from vareid_ext.ops._byte_filter import ByteFilter, pairs_pay
 from vareid_ext.ops._checks import check_choice, check_count
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
-from vareid_ext.ops._filter import Filter, block_edges, block_side, row_blocks, strip_side
+from vareid_ext.ops._filter import Filter, block_edges, block_side, row_blocks, samples, strip_side
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.ops._operator import define
 from vareid_ext.reference import accumulator_dtype
@@ -32,8 +32,8 @@ from vareid_ext.reference.pairwise_distance import METRICS
 
 MAX_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
 MIN_ROWS = 64  # done again at once, where memory allows it
-_CROWDED = 8  # one row of so many
 _PAIR_ELEMENTS = 1 << 20  # of the rows of pairs that are measured at once
+_FARTHEST = 8  # as kFarthest in csrc/nearest_neighbors.h
 _EQUAL_CHUNK = 1 << 16  # elements compared at once
 _BITS = {
     torch.float64: torch.int64,
@@ -45,7 +45,12 @@ _BITS = {
 
 def capacity(k: int, rounded: bool = False) -> int:
     """Candidates kept for each row: k and room for near ties and for those that come before the threshold is known."""
-    return (k + max(k // 2, 80 if rounded else 40) + 15) // 16 * 16
+    return (k + max(k // 2, 56 if rounded else 40) + 15) // 16 * 16
+
+
+def candidate_bytes(k: int) -> int:
+    """What the candidates of a row take at most, and the pairs that its largest distance may be that of."""
+    return 8 * capacity(k, rounded=True) + 8 * _FARTHEST + 4
 
 
 def rescan_bytes(columns: int, threads: int) -> int:
@@ -60,7 +65,7 @@ class _Scan:
 
     def __init__(
         self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str, block_rows: int,
-        begin: int = 0, end: int | None = None, rounded: ByteFilter | None = None,
+        begin: int = 0, end: int | None = None, rounded: ByteFilter | None = None, pairs: bool = False,
     ) -> None:  # fmt: skip
         self.filtered, self.rounded, self.k, self.metric = filtered, rounded, k, METRICS.index(metric)
         self.block_rows = max(MIN_ROWS, block_rows)
@@ -78,6 +83,11 @@ class _Scan:
             new(self.rows, dtype=torch.int32).zero_(), new(self.rows).fill_(torch.inf),
             new(self.rows).fill_(torch.inf), self.row_max,
         ]  # fmt: skip
+        self.farthest: Any = None
+        if pairs:
+            shape = self.rows, _FARTHEST
+            found = new(shape), new(shape, dtype=torch.int32), new(self.rows, dtype=torch.int32).zero_()
+            self.farthest = self.left, self.right, found
 
     def start_from(self, index: Tensor, distance: Tensor, row_max: Tensor) -> None:
         """Makes known lists the candidates of the first rows; ``distance`` is float64."""
@@ -107,25 +117,36 @@ class _Scan:
 
     def scan(self, block: Tensor, row: int, column: int, *, both: bool, write: bool) -> None:
         """Takes the candidates of a block of products; ``both``: for its columns too."""
-        _native.launch(
-            "nearest_neighbors_scan", block, row, column, self.left_bounds, self.right_bounds, self.candidates,
-            self.k, both, write, on=block,
+        given = (
+            block, row, column, self.left_bounds, self.right_bounds, self.candidates, self.k, both, write,
         )  # fmt: skip
+        if self.farthest is None:
+            _native.launch("nearest_neighbors_scan", *given, on=block)
+        else:
+            _native.launch("nearest_neighbors_scan_farthest", *given, self.farthest, on=block)
 
     def scan_packed(
-        self, left: tuple[Tensor, ...], right: tuple[Tensor, ...], sizes: tuple[int, int], row: int, column: int,
-        workspace: Tensor, *, both: bool,
+        self, left: tuple[Tensor, ...], right: tuple[Tensor, ...], sizes: tuple[int, int], row: int, column: int, *,
+        both: bool,
     ) -> None:  # fmt: skip
         """As :meth:`scan`, of blocks of packed rows."""
+        assert self.rounded is not None
+        workspace = self.rounded.workspace
         _native.launch(
             "nearest_neighbors_scan_packed", left, sizes[0], right, sizes[1], self.filtered.parts[0].shape[1], row,
-            column, self.left_bounds, self.right_bounds, self.candidates, self.k, both, workspace, on=workspace,
+            column, self.left_bounds, self.right_bounds, self.candidates, self.k, both, self.farthest, workspace,
+            on=workspace,
         )  # fmt: skip
 
-    def crowded(self, rows: int) -> bool:
-        """Whether many of the first rows, which have seen all columns, had more candidates than places."""
-        cut = self.candidates[4][:rows]
-        return bool(cut.isfinite().sum() * _CROWDED > rows)
+    def finish(self) -> Tensor:
+        """Each row's largest distance, after the last block."""
+        if self.farthest is not None:
+            _native.launch("nearest_neighbors_farthest", self.farthest, self.row_max, on=self.row_max)
+            self.farthest = None
+        if self.rounded is not None:
+            self.rounded.drop_buffers()
+        self.filtered.drop_buffers()
+        return self.row_max
 
     def select(self, distance_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """index int32 [rows, k] and distance [rows, k], exact."""
@@ -139,6 +160,9 @@ class _Scan:
             self.right_bounds, self.candidates, self.k, index, distance, unsure, kth_upper, on=index,
         )  # fmt: skip
         rows = unsure.nonzero()[:, 0]
+        products = "float32" if self.rounded is None else "8 bits"
+        _progress.count(f"rows filtered by products of {products}", self.rows)
+        _progress.count("done again", rows.numel())
         if rows.numel():
             del self.candidates
             self._rescan(rows, kth_upper, index, distance)
@@ -243,6 +267,20 @@ def pair_distances(filtered: Filter, rows: Tensor, columns: Tensor) -> Tensor:
     return out[:, 0]
 
 
+def _ways(
+    filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, block_rows: int, rows: int | None = None
+) -> ByteFilter | None:
+    """The rounded rows whose products filter, or None for float32; ``rows`` of the left set are multiplied, None for
+    all.
+    """
+    if rows is None:
+        rows = sum(filtered.parts[w].shape[0] for w in left)
+    if not ByteFilter.pays(filtered.parts[0], rows):
+        return None
+    rounded = ByteFilter(filtered, block_rows)
+    return rounded if rounded.suits(left, right, k, capacity(k, rounded=True) * 3 // 4) else None
+
+
 def _symmetric_scan(
     filtered: Filter, scans: Sequence[_Scan], block_rows: int, out: Tensor | None = None, known: int = 0
 ) -> None:
@@ -253,21 +291,28 @@ def _symmetric_scan(
     """
     blocks = row_blocks(filtered, range(len(filtered.parts)), block_rows)
     side = max((last - first for _, first, last, _ in blocks), default=0)
-    together = strip_side(filtered.norm.device, 1)
-    buffer = filtered.norm.new_empty(side * side * min(together, len(blocks)))
+    together, rounded = strip_side(filtered.norm.device, 1), scans[0].rounded
+    buffer = filtered.norm.new_empty(0 if rounded else side * side * min(together, len(blocks)))
     with full_float32(buffer.device.type):
         for at, (which, first, last, offset) in enumerate(blocks):
             rows, size = filtered.block(which, first, last, 0), last - first
+            packed = rounded and rounded.block(which, first, last, left=True)
             right = [block for block in blocks[at:] if which >= known or block[0] >= known]
             for strip in _strips(right, together):
                 other, begin, end = strip[0][0], strip[0][1], strip[-1][2]
                 alone, crossed = end - begin == size and strip[0][3] == offset, which != other
-                columns = rows if alone else filtered.block(other, begin, end, 1)
                 if crossed and out is not None:
                     target = out[first:last, begin:end]
+                elif rounded and packed:
+                    columns, to, sizes = rounded.block(other, begin, end, left=False), strip[0][3], (size, end - begin)
+                    for scan in scans[1:] if crossed else ():
+                        scan.scan_packed(packed, columns, sizes, first, begin, both=False)
+                    scans[0].scan_packed(packed, columns, sizes, offset, to, both=not alone)
+                    _progress.advance(size * (size + 1) // 2 if alone else size * (end - begin))
+                    continue
                 else:
                     target = buffer[: size * (end - begin)].view(size, end - begin)
-                torch.mm(rows, columns.T, out=target)
+                torch.mm(rows, (rows if alone else filtered.block(other, begin, end, 1)).T, out=target)
                 for _, other_first, other_last, other_offset in strip:
                     block, same = target[:, other_first - begin : other_last - begin], other_offset == offset
                     if crossed:
@@ -282,6 +327,10 @@ def _scan_of_rows(filtered: Filter, scan: _Scan, block_rows: int) -> None:
     so on a CPU, where they are made one by one, the same bits.
     """
     blocks = row_blocks(filtered, range(len(filtered.parts)), block_rows)
+    if scan.rounded is not None:
+        own_blocks = [block for block in blocks if scan.begin <= block[3] < scan.begin + scan.rows]
+        _packed_scan(scan.rounded, scan, own_blocks, blocks)
+        return
     side = max((last - first for _, first, last, _ in blocks), default=0)
     buffer, turned = (filtered.norm.new_empty(side * side) for _ in range(2))
     with full_float32(buffer.device.type):
@@ -321,6 +370,9 @@ def _strips(blocks: list[tuple[int, int, int, int]], together: int) -> Iterator[
 
 
 def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
+    if scan.rounded is not None:
+        _packed_scan(scan.rounded, scan, *(row_blocks(filtered, [part], block_rows) for part in (0, 1)))
+        return
     rows_of = row_blocks(filtered, [0], block_rows)
     columns_of = row_blocks(filtered, [1], strip_side(filtered.norm.device, block_rows))
     sides = [max((last - first for _, first, last, _ in blocks), default=0) for blocks in (rows_of, columns_of)]
@@ -336,43 +388,32 @@ def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
 
 
 def _packed_scan(
-    filtered: Filter, right: int, k: int, metric: str, block_rows: int, crossed: bool = False
-) -> _Scan | None:
-    """The first part against the part ``right``, which may be the same, with products of 8 bits; ``crossed``: and the
-    other way round, of two parts, which are numbered together.
-
-    None if they do not pay here: for want of the instructions or of rows, or if too many rows of the first blocks have
-    more candidates than places.
-    """
-    if not ByteFilter.pays(filtered, filtered.parts[0].shape[0]):
-        return None
-    rounded = ByteFilter(filtered, block_rows)
-    left_parts, right_parts = ([0, 1], [0, 1]) if crossed else ([0], [right])
-    scan = _Scan(filtered, left_parts, right_parts, k, metric, block_rows, rounded=rounded)
-    offset = filtered.parts[0].shape[0] if crossed else 0
-    workspace = filtered.norm.new_empty(torch.get_num_threads() * _native.module().packed_scan_bytes, dtype=torch.uint8)
-    rows_of, columns_of = (row_blocks(filtered, [part], block_rows) for part in (0, right))
-    for at, (_, first, last, _) in enumerate(rows_of):
-        left, done = rounded.block(0, first, last, left=True), 0
-        for _, other_first, other_last, _ in columns_of[0 if right else at :]:
-            columns = rounded.block(right, other_first, other_last, left=False)
-            same, sizes = not right and other_first == first, (last - first, other_last - other_first)
-            both = crossed or (not right and not same)
-            scan.scan_packed(left, columns, sizes, first, offset + other_first, workspace, both=both)
-            done += sizes[0] * (sizes[0] + 1) // 2 if same else sizes[0] * sizes[1]
-        if at == 0 and scan.crowded(last):
-            return None
-        _progress.advance(done)
-    return scan
+    rounded: ByteFilter, scan: _Scan, rows_of: list[tuple[int, int, int, int]],
+    columns_of: list[tuple[int, int, int, int]], *, both: bool = False,
+) -> None:  # fmt: skip
+    """Every block of rows against every block of columns, by products of 8 bits; ``both``: for the columns, too."""
+    for which, first, last, offset in rows_of:
+        left = rounded.block(which, first, last, left=True)
+        for other, other_first, other_last, other_offset in columns_of:
+            sizes = last - first, other_last - other_first
+            right = rounded.block(other, other_first, other_last, left=False)
+            scan.scan_packed(left, right, sizes, offset - scan.begin, other_offset, both=both)
+            _progress.advance(sizes[0] * sizes[1])
 
 
 def one_sided_scan(filtered: Filter, k: int, metric: str, block_rows: int) -> _Scan:
     """The first part against the second, with whichever products pay."""
-    scan = _packed_scan(filtered, 1, k, metric, block_rows)
-    if scan is None:
-        scan = _Scan(filtered, [0], [1], k, metric, block_rows)
-        _one_sided_scan(filtered, scan, block_rows)
+    scan = _Scan(filtered, [0], [1], k, metric, block_rows, rounded=_ways(filtered, [0], [1], k, block_rows))
+    _one_sided_scan(filtered, scan, block_rows)
     return scan
+
+
+def crossed_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
+    """The first part against the second, which are numbered together, for both, with the scan's rounded rows."""
+    assert scan.rounded is not None
+    blocks = row_blocks(filtered, [0, 1], block_rows)
+    rows_of, columns_of = ([block for block in blocks if block[0] == part] for part in (0, 1))
+    _packed_scan(scan.rounded, scan, rows_of, columns_of, both=True)
 
 
 def _reference_nearest_neighbors(
@@ -392,12 +433,11 @@ def _native_nearest_neighbors(
     block_rows = block_rows or block_side(x.device)
     if y is None:
         filtered = Filter([x], ["x"], metric)
-        scan = _packed_scan(filtered, 0, k, metric, block_rows)
-        if scan is None:
-            scan = _Scan(filtered, [0], [0], k, metric, block_rows)
-            _symmetric_scan(filtered, [scan], block_rows)
+        scan = _Scan(filtered, [0], [0], k, metric, block_rows, rounded=_ways(filtered, [0], [0], k, block_rows))
+        _symmetric_scan(filtered, [scan], block_rows)
     else:
         scan = one_sided_scan(Filter([x, y], ["x", "y"], metric), k, metric, block_rows)
+    scan.finish()
     index, distance = scan.select(accumulator_dtype(x.dtype))
     return distance, index.to(torch.int64)
 
@@ -421,12 +461,13 @@ def _native_joint_neighbors(
     if max(k, nearest) > MAX_NEIGHBORS[query.device.type]:
         return NotImplemented
     filtered = Filter([query, gallery], ["query", "gallery"], "sqeuclidean", scale=scale)
-    scans = [_Scan(filtered, [0, 1], [0, 1], k, "sqeuclidean", block_rows)]
+    pairs = pairs_pay(samples(filtered.parts), "sqeuclidean", scale)
+    rounded = _ways(filtered, [0, 1], [0, 1], k, block_rows) if pairs else None
+    scans = [_Scan(filtered, [0, 1], [0, 1], k, "sqeuclidean", block_rows, rounded=rounded, pairs=pairs)]
     if nearest:
-        scans.append(_Scan(filtered, [0], [1], nearest, "sqeuclidean", block_rows))
+        scans.append(_Scan(filtered, [0], [1], nearest, "sqeuclidean", block_rows, rounded=rounded))
     _symmetric_scan(filtered, scans, block_rows, out)
-    filtered.drop_buffers()
-    row_max = scans[0].row_max
+    row_max = scans[0].finish()
     index, distance = scans[0].select(torch.float32)
     if not nearest:
         empty = query.new_empty((query.shape[0], 0), dtype=torch.float32)
@@ -465,10 +506,11 @@ def _native_neighbors_of_rows(
         return NotImplemented
     of_squares = metric == "sqeuclidean"
     filtered = Filter([query, gallery], ["query", "gallery"], metric, scale=scale if of_squares else None)
-    scan = _Scan(filtered, [0, 1], [0, 1], k, metric, block_rows, begin, end)
+    pairs = pairs_pay(samples(filtered.parts), metric, scale if of_squares else None)
+    rounded = _ways(filtered, [0, 1], [0, 1], k, block_rows) if pairs else None
+    scan = _Scan(filtered, [0, 1], [0, 1], k, metric, block_rows, begin, end, rounded, pairs)
     _scan_of_rows(filtered, scan, block_rows)
-    filtered.drop_buffers()
-    row_max = scan.row_max if of_squares else scan.row_max / 2
+    row_max = scan.finish() if of_squares else scan.finish() / 2
     return *scan.select(torch.float32), row_max
 
 
@@ -507,10 +549,12 @@ def _native_extended_neighbors(
     if not old.shape[0]:  # the kernels look for the factors at the first part
         names, parts = names[1:], parts[1:]
     filtered, side, every = Filter(parts, names, "sqeuclidean", scale=scale), block_side(old.device), range(len(parts))
-    scan = _Scan(filtered, every, every, k, "sqeuclidean", side)
+    pairs = pairs_pay(samples(filtered.parts), "sqeuclidean", scale)
+    rounded = _ways(filtered, every, every, k, side, new.shape[0]) if pairs else None
+    scan = _Scan(filtered, every, every, k, "sqeuclidean", side, rounded=rounded, pairs=pairs)
     scan.start_from(index, distance, row_max)
     _symmetric_scan(filtered, [scan], side, known=len(parts) - 1)
-    filtered.drop_buffers()
+    scan.finish()
     return *scan.select(torch.float64), scan.row_max
 
 

@@ -23,7 +23,7 @@ class RerankPlan:
     """Candidates of every row, while the products go by, and the rows' norms and bounds."""
     block: int
     """A block of products, the product's own buffers, two blocks of features for where they must be converted or
-    centred, and the list of the blocks."""
+    centred, two where they are rounded, and the list of the blocks."""
     lists: int
     """The neighbour lists and their distances."""
     rescan: int
@@ -52,6 +52,7 @@ class RerankPlan:
 
 
 _PRODUCT_BUFFERS = 4 << 20  # what the vendor's product packs its operands into
+_THREAD_PRODUCTS = 1 << 18  # products of 8 bits that a thread looks at at once
 _ENTRY = 16  # bytes of an entry of the expanded encodings and of their inverted index
 _MERGED = 16 << 20  # lists that are being merged
 _PLACE = 256  # bytes of a block's place in the list of blocks
@@ -65,7 +66,8 @@ def block_sides(M: int) -> list[int]:
 
 def _block_bytes(side: int, M: int, D: int) -> int:
     rows = min(max(_nearest.MIN_ROWS, side), M)
-    return 4 * rows * (rows + 2 * D) + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
+    packed = 2 * rows * D + torch.get_num_threads() * _THREAD_PRODUCTS
+    return 4 * rows * (rows + 2 * D) + packed + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
 
 
 def rerank_plan(
@@ -97,7 +99,7 @@ def rerank_plan(
     k = min(M, max(k1 + 1, k2))
     lists = M * (8 * k + 16)
     native = max(k, topk or 0) <= _nearest.MAX_NEIGHBORS["cpu"]
-    candidates = M * (8 * _nearest.capacity(k) + 40) + (Q * (8 * _nearest.capacity(topk) + 24) if topk else 0)
+    candidates = M * (_nearest.candidate_bytes(k) + 48) + (Q * (_nearest.candidate_bytes(topk) + 24) if topk else 0)
     rescan = _nearest.rescan_bytes(M, threads)
     if not native:  # whole rows in float64, of features in float64
         candidates, rescan = 16 * M * D + 56 * M * min(M, rows_per_block(M)), 0
@@ -169,7 +171,7 @@ def lists_plan(
     M = Q + G
     block = _block_bytes(block_rows, M, D) + 4 * min(block_rows, M) ** 2
     while True:
-        candidates = rows * (8 * _nearest.capacity(k) + 24) + 40 * M
+        candidates = rows * (_nearest.candidate_bytes(k) + 24) + 48 * M
         rescan = _nearest.rescan_bytes(M, torch.get_num_threads())
         if k > _nearest.MAX_NEIGHBORS["cpu"]:  # whole rows in float64, of features in float64
             candidates, rescan = 16 * M * D + 56 * M * min(rows, rows_per_block(M)), 0

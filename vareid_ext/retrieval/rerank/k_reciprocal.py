@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from vareid_ext.ops import k_reciprocal as stages
 from vareid_ext.ops._checks import check_count, check_number
 from vareid_ext.ops._filter import block_side, common_scale, contiguous_rows, has_contiguous_rows
+from vareid_ext.ops._progress import counted
 from vareid_ext.ops.nearest_neighbors import joint_neighbors, nearest_neighbors
 from vareid_ext.ops.pairwise_distance import RowDistances
 from vareid_ext.retrieval.plan import RerankPlan, rerank_plan
@@ -227,7 +228,8 @@ def k_reciprocal_rerank(
             them, that is an error too, and ``out`` then holds unfinished values. What the system's allocator keeps of
             freed memory comes on top: with glibc's up to about 10 MiB, or none with ``MALLOC_TRIM_THRESHOLD_=65536``
             in the environment.
-        show_plan: print the plan on standard error; over processes the first one does.
+        show_plan: print the plan on standard error, and after the work how rows were filtered and how many had to be
+            done again; over processes the first one does.
         progress: show a progress bar on standard error; likewise, of what the first one does.
         group: the processes that hold the rows, all of which call this; None for this one alone. Features on CPUs need
             gloo, on GPUs NCCL.
@@ -259,5 +261,8 @@ def k_reciprocal_rerank(
     plan = fit.plan(topk)
     if show_plan:
         print(plan, file=sys.stderr)
-    with progress_bar(progress, fit):
-        return fit.matrix(out) if topk is None else fit.topk(topk)
+    with progress_bar(progress, fit), counted() as counts:
+        result = fit.matrix(out) if topk is None else fit.topk(topk)
+    if show_plan and counts:
+        print("neighbours: " + ", ".join(f"{number} {what}" for what, number in counts.items()), file=sys.stderr)
+    return result
