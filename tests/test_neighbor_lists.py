@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.factories import feature_array
+from tests.large.memory import peak_memory
 from tests.reranking_truth import expanded_sets, ranked, squared_distances
 from tests.test_documentation import python_in, section
-from vareid_ext import k_reciprocal_from_neighbors, k_reciprocal_rerank
+from vareid_ext import _native, k_reciprocal_from_neighbors, k_reciprocal_rerank
 from vareid_ext.ops._filter import common_scale
 from vareid_ext.ops.nearest_neighbors import joint_neighbors
 from vareid_ext.retrieval.rerank.neighbor_lists import rerank_lists
@@ -281,6 +282,31 @@ def test_lists_without_the_row_itself_may_be_one_shorter():
     others = without_self(INDEX, DISTANCE)
     got = k_reciprocal_from_neighbors(*others, 6, k1=7, topk=5, row_max=ROW_MAX)
     assert_same(got, k_reciprocal_from_neighbors(INDEX, DISTANCE, 6, k1=7, topk=5, row_max=ROW_MAX))
+
+
+def test_memory_grows_with_the_lists_alone():
+    """Lists of 60 of 60,000 points on a circle take less than a third of what a bit for each pair would."""
+    if not _native.available("cpu"):
+        pytest.skip(_native.backends()["cpu"])
+    entries, used = peak_memory(
+        """
+import torch
+from vareid_ext import k_reciprocal_from_neighbors
+
+def lists(M):
+    step = torch.arange(1, 31, dtype=torch.int32)
+    index = (torch.arange(M, dtype=torch.int32)[:, None] + torch.cat([step, -step])) % M
+    return index, torch.cat([step, step]).float().square().expand(M, 60).contiguous()
+
+k_reciprocal_from_neighbors(*lists(300), 30, topk=50)
+index, distance = lists(60000)
+row_max = torch.full((60000,), 9e8)
+print(index.numel())
+""",
+        "k_reciprocal_from_neighbors(index, distance, 2000, topk=50, row_max=row_max)",
+    )
+    assert used <= 24 * entries + 1000 * 60000 + (64 << 20)
+    assert 3 * used < 60000**2 / 8
 
 
 # ---- the lists of other programs
