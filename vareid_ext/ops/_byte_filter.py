@@ -35,7 +35,8 @@ _UNIT = 2.0**-24
 _FEW_ROWS = 64  # of the left set, for which it does not pay to round the right one
 _FEW_ELEMENTS = 128  # of a feature, likewise
 _COLUMNS = 32  # packed rows are a multiple of it
-_TRIED = 1 << 20  # products that are made to see how many the window leaves
+_TRIED, _TRIED_PRODUCTS = 64, 1 << 20  # rows and products that are made at most to see how many the window leaves
+_AT_ONCE = 1 << 17  # products of them that are looked at at once
 _CROWDED = 8  # of so many rows one may have more candidates than places
 _FAR_SHARE = 64  # one of so many columns may be measured for a row's largest distance
 _warned = False
@@ -117,7 +118,7 @@ class ByteFilter:
         filtered = self.filtered
         D, columns = filtered.parts[0].shape[1], sum(filtered.parts[w].shape[0] for w in right)
         total = sum(filtered.parts[w].shape[0] for w in left)
-        step = -(-total // max(8, min(total // 16, _TRIED // columns)))
+        step = -(-total // max(8, min(total // 16, _TRIED, _TRIED_PRODUCTS // columns)))
         numbers = [torch.arange(0, filtered.parts[w].shape[0], step) for w in left]
         tried = filtered.norm.new_empty((sum(map(len, numbers)), D))
         done = 0
@@ -134,11 +135,13 @@ class ByteFilter:
         )
         right_norm, right_window = self.bounds(right)
         found = []
-        for row, norm, window in zip(products, norms, windows, strict=True):
-            distance, reach = row.mul_(-2).add_(norm).add_(right_norm), right_window + window
-            upper, lower = distance + reach, distance - reach
-            near, far = lower <= upper.kthvalue(k).values, upper >= lower.max()
-            found.append((int(near.sum()), int(far.sum())))
+        step = max(1, _AT_ONCE // columns)
+        for some in (slice(begin, begin + step) for begin in range(0, len(tried), step)):
+            distance = products[some].mul_(-2).add_(norms[some, None]).add_(right_norm)
+            reach = right_window + windows[some, None]
+            upper, lower = distance + reach, distance.sub_(reach)
+            near, far = lower <= upper.kthvalue(k).values[:, None], upper >= lower.amax(1, keepdim=True)
+            found += list(zip(near.sum(1).tolist(), far.sum(1).tolist(), strict=True))
         return found
 
     @property

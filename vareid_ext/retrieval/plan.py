@@ -197,16 +197,12 @@ def _of_each(
     own, coming = n * row, (min(processes, 3) - 1) * n * row
     entries = -(-alone.entries * n // M)
     found = n * (60 * k + 16)  # lists of own rows and of visitors, on their way, and being merged
-    candidates = coming + found + 2 * n * (8 * _nearest.capacity(k) + 64) + alone.rescan + _MERGED
+    candidates = coming + found + 2 * n * (_nearest.candidate_bytes(k) + 64) + alone.rescan + _MERGED
     if not native:
         candidates = coming + found + alone.candidates + _MERGED
     measured = coming + 48 * entries + 40 * n
     nearest = (
-        coming
-        + n * 128
-        + q * (8 * _nearest.capacity(topk, rounded=True) + topk * (8 * processes + 48))
-        + 16 * M
-        + alone.rescan
+        coming + n * 128 + q * (_nearest.candidate_bytes(topk) + topk * (8 * processes + 48)) + 16 * M + alone.rescan
     )
     rounds = processes // 2
     sent = (
