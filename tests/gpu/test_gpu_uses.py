@@ -379,6 +379,7 @@ def _recorded() -> dict[str, tuple[Any, tuple[Any, ...]]]:
         new = images["gallery"]
         none = [new.new_empty(shape, dtype=dtype) for shape, dtype in _NO_LISTS]
         torch.ops.vareid.extended_neighbors(new[:0], new, 1.0, 5, *none)
+        torch.ops.vareid.neighbors_of_rows(new, new, 1.0, 5, "sqeuclidean", 0, 2 * len(new), 1024)
     return recorder.calls
 
 
