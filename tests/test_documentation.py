@@ -68,6 +68,7 @@ ELSEWHERE = {
     "python -m benchmarks.market_ablation train": ("tests/test_market_ablation.py", 'command = ["train"'),
     "python -m vareid_ext.train --method contrastive": ("tests/test_documentation.py", "--method=contrastive"),
     "vareid ablate --output": ("tests/test_ablate.py", "def test_nine_rows_of_seven_runs"),
+    "torchrun --nproc-per-node": ("tests/test_several_processes.py", 'torchrun("--max-restarts", "1"'),
     "vareid views": ("tests/test_views.py", 'run(["views"'),
     "torchrun --nproc-per-node 2 search.py": ("tests/test_processes_retrieval.py", "def test_the_documented_search"),
     **dict.fromkeys(

@@ -179,7 +179,7 @@ def test_a_shared_network_is_the_same_network_in_evaluation():
     ("layer", "message"),
     [
         (nn.AlphaDropout(), "a batch shared by processes was given, and 0 is a AlphaDropout; allowed are Dropout, "),
-        (nn.LazyBatchNorm1d(), "processes.sync_batch_norm: true was given, and 0 is a LazyBatchNorm1d; allowed are "),
+        (nn.LazyBatchNorm1d(), "run.sync_batch_norm: true was given, and 0 is a LazyBatchNorm1d; allowed are "),
     ],
 )
 def test_a_layer_that_cannot_be_shared_is_named(layer, message):

@@ -136,13 +136,23 @@ def run_command(
     return finish(parser.prog, run, options)
 
 
-def finish(prog: str, run: Callable[[argparse.Namespace], Result], options: argparse.Namespace) -> int:
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def finish(
+    prog: str,
+    run: Callable[[argparse.Namespace], Result],
+    options: argparse.Namespace,
+    say: Callable[[str], None] = _say,
+) -> int:
     """What :func:`run_command` does behind its parser.
 
     Args:
         prog: what the command is called in errors.
         run: the command.
         options: with those of :func:`add_common_options`.
+        say: what prints an error.
     """
     aside = contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext()
     try:
@@ -153,13 +163,13 @@ def finish(prog: str, run: Callable[[argparse.Namespace], Result], options: argp
     except (KeyboardInterrupt, TerminatedError) as end:
         # Every file of the package is written beside its target, whose place it takes when it is complete.
         untouched = f"; {options.output} is as it was" if getattr(options, "output", None) else ""
-        print(f"{prog}: interrupted{untouched}", file=sys.stderr)
+        say(f"{prog}: interrupted{untouched}")
         return 128 + (signal.SIGTERM if isinstance(end, TerminatedError) else signal.SIGINT)
     except Exception as error:
         if options.debug:
             traceback.print_exc()
         status, message = _what_it_means(error)
-        print(f"{prog}: {message}", file=sys.stderr)
+        say(f"{prog}: {message}")
         return status
     if options.json:
         if not options.quiet:

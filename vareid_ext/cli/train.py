@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
+import os
 from collections.abc import Sequence
 
+from vareid_ext._processes import LostProcessError
 from vareid_ext.cli.common import EndedError, Result, finish, silent
 from vareid_ext.report import draw_figures
 from vareid_ext.report.tables import closing_tables
 from vareid_ext.training import program
 from vareid_ext.training.command_line import parse
+from vareid_ext.training.processes import Processes, joined
 from vareid_ext.training.run import NonFiniteLossError
 from vareid_ext.training.signals import RunInterruptedError, Signals
 
 
-def _run(options: argparse.Namespace) -> Result:
+def _run(processes: Processes, options: argparse.Namespace) -> Result:
     request = parse(options.arguments)
     try:
-        with silent(options.quiet):
-            folder, data = program.run(request)
+        with silent(options.quiet or not processes.first):
+            folder, data = program.run(request, processes)
             path = folder.path
             with Signals() as signals, signals.immediate(f"everything was saved; draw again with --resume {path}"):
-                draw_figures(path, data)
+                processes.first_does(lambda: draw_figures(path, data))
     except NonFiniteLossError as error:
         raise EndedError(3, f"stopped: {error}") from error
     except RunInterruptedError as error:
         raise EndedError(128 + error.number, f"interrupted: {error}") from error
+    except LostProcessError as error:
+        message = f"stopped: of {processes.size} processes one has ended; what was saved last stands"
+        raise EndedError(1, message) from error
     text = f"\n{closing_tables(path)}\n\nmetrics.json, curves.png, ranking.png and checkpoints are in {path}"
     return Result(text, {"run": str(path), **json.loads(folder.metrics.read_text())})
 
@@ -37,6 +45,10 @@ def main(arguments: Sequence[str]) -> int:
     options = argparse.Namespace(**{flag[2:]: flag in arguments for flag in flags})
     options.arguments = [argument for argument in arguments if argument not in flags]
     try:
-        return finish("vareid train", _run, options)
+        with joined() as processes, contextlib.ExitStack() as stack:
+            if not processes.first:
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+                options.quiet = True
+            return finish("vareid train", functools.partial(_run, processes), options, say=processes.say)
     except SystemExit as end:  # --help
         return int(end.code or 0)

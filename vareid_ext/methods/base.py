@@ -86,8 +86,8 @@ class Method(nn.Module):
     test_inputs: ClassVar[tuple[str, ...]] = ()
     """those of the extras in `inputs` that the test feature needs too"""
 
-    needs_whole_identities: ClassVar[bool] = False
-    """whether training compares images of an identity, so that a process needs all that a batch has of it"""
+    needs_whole_identities: ClassVar[tuple[str, ...]] = ()
+    """names of the parts whose training compares images of an identity, so that one process needs all of a batch"""
     share: BatchShare | None = None
     """what this process has of the batches in training, where it trains with others; None: all"""
     gather_triplets: bool = True

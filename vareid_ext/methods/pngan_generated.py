@@ -85,7 +85,7 @@ class PnganGenerated(Pngan):
     Config = PnganGeneratedConfig
     inputs = ("keypoints",)
     test_inputs = ()
-    needs_whole_identities = True
+    needs_whole_identities = ("generator",)
     poses: Tensor
 
     def __init__(self, config: PnganGeneratedConfig, model: ModelConfig, classes: TrainingClasses) -> None:

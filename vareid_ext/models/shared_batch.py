@@ -39,7 +39,7 @@ def share_batches(network: nn.Module, share: BatchShare, *, batch_norm: bool = T
             module.share = share
         elif isinstance(module, _BatchNorm):
             if batch_norm:
-                _change(module, name, _SharedBatchNorm, norms, share, "processes.sync_batch_norm: true")
+                _change(module, name, _SharedBatchNorm, norms, share, "run.sync_batch_norm: true")
         elif isinstance(module, (_DropoutNd, DropPath)):
             _change(module, name, _SharedDropout, dropouts, share, "a batch shared by processes")
 

@@ -71,8 +71,8 @@ class DataConfig:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     """standard deviation of the red, green, blue values in [0, 1] to divide by"""
     workers: int | None = None
-    """processes that load images; 0 loads in the main process; none: one less than there are CPU cores, at most 8; the
-    result does not depend on it"""
+    """processes that load images; 0 loads in the main process; none: one less than there are CPU cores (for each
+    process of torchrun), at most 8; the result does not depend on it"""
     synthetic: SyntheticSettings = field(default_factory=SyntheticSettings)
     """the rendered data set, for kind synthetic"""
     extras: ExtraFiles = field(default_factory=ExtraFiles)
@@ -92,7 +92,8 @@ class DataConfig:
     @property
     def processes(self) -> int:
         """How many processes load images: `workers`, or what suits the cores this process may use."""
-        return min(8, len(os.sched_getaffinity(0)) - 1) if self.workers is None else self.workers
+        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(8, max(len(os.sched_getaffinity(0)) // trainers - 1, 0)) if self.workers is None else self.workers
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,11 @@ class RunConfig:
     """store images with the channels innermost (faster convolutions)"""
     compile: bool = False
     """compile the network with torch.compile"""
+    sync_batch_norm: bool = True
+    """where several processes share the batches, batch norms take mean and variance of the whole batch; false: of the
+    images of their process"""
+    gather_triplets: bool = True
+    """where several processes share the batches, triplets are made of the images of all; false: of those of one"""
     log_every: int = 20
     """steps between lines of log.jsonl and points of TensorBoard and the loggers"""
     save_every: int = 1

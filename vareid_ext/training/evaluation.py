@@ -47,6 +47,7 @@ def inference_batches(
     images: ImageList,
     transform: Callable[[Any], Tensor],
     *,
+    rows: range | None = None,
     batch_size: int = 128,
     device: torch.device | str = "cpu",
     workers: int = 0,
@@ -60,6 +61,7 @@ def inference_batches(
         images: N of them.
         transform: PIL image -> float32 [3, H, W], without augmentation.
         batch_size: images per batch.
+        rows: which of the images; None for all.
         device: where the network is, and where the results stay.
         workers: processes that load images.
         autocast: dtype of mixed precision, None for none.
@@ -69,6 +71,7 @@ def inference_batches(
     loader = DataLoader(
         ReidDataset(images, transform),
         batch_size=batch_size,
+        sampler=range(len(images)) if rows is None else rows,
         num_workers=workers,
         collate_fn=collate,
         generator=torch.Generator(),
@@ -104,8 +107,8 @@ def extract_features(
     normalize: str = "whole",
     progress: Callable[[int], object] | None = None,
     **options: Any,
-) -> Features:
-    """The test features of a method.
+) -> list[Tensor]:
+    """The test features of a method, [n, D] of each batch.
 
     Args:
         method, images, transform, options: as for :func:`inference_batches`.
@@ -118,7 +121,7 @@ def extract_features(
         parts.append(feature)
         if progress is not None:
             progress(len(feature))
-    return Features.of(torch.cat(parts), images, images.paths)
+    return parts
 
 
 def _start_worker(worker: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from vareid_ext.data import EXTRAS, ReidData, check_given, renders_extras
 from vareid_ext.data.types import SPLITS
 from vareid_ext.files.features import SIDES, Features
 from vareid_ext.files.lock import locked
-from vareid_ext.methods import METHODS
+from vareid_ext.methods import METHODS, Method
 from vareid_ext.metrics.exclusion import check_exclusion, exclusion_text
 from vareid_ext.retrieval import KReciprocal
 from vareid_ext.retrieval.rerank import Reranker
@@ -29,8 +29,10 @@ from vareid_ext.training.device import device_named
 from vareid_ext.training.evaluation import Scores, metrics_of, per_viewpoint
 from vareid_ext.training.loggers import check_loggers
 from vareid_ext.training.loop import train
+from vareid_ext.training.optimizers import belongs
+from vareid_ext.training.processes import ALONE, Processes, launch, restarts
 from vareid_ext.training.run import Run, StagePlan, plan_stages
-from vareid_ext.training.run_folder import RunFolder, default_folder, environment
+from vareid_ext.training.run_folder import RunFolder, begun_by, default_folder, environment
 from vareid_ext.training.schedule import learning_rate
 from vareid_ext.training.signals import Signals
 from vareid_ext.training.state import TrainingState, build, check_method
@@ -39,71 +41,132 @@ SHOWN = 10
 """Images of a ranking that rankings.json keeps of each chosen query."""
 
 
-def run(request: Request) -> tuple[RunFolder, ReidData]:
+def run(request: Request, processes: Processes = ALONE) -> tuple[RunFolder, ReidData]:
     """Train, evaluate and fill the run folder, but for the figures.
+
+    Args:
+        request: what the command line asks for.
+        processes: those that train together, all of which call this with the same request.
 
     Raises:
         ValueError, OSError: a request that cannot be met (data, weights, device, run folder).
         NonFiniteLossError: the batch at fault lies in the run folder; the checkpoints are as they were.
         RunInterruptedError: by SIGINT or SIGTERM, with everything saved.
+        LostProcessError: another process has ended.
     """
     started = time.monotonic()
     request = request._replace(config=request.config.with_absolute_paths())
+    request = processes.first_does(lambda: restarted(request))
     with contextlib.ExitStack() as locks, Signals() as signals:
         with signals.immediate("before the first step; nothing was lost"):
-            run = prepare(request, signals, started, locks)
+            run = prepare(request, signals, started, locks, processes)
             tell(introduction(request, run))
             if not request.resume:
                 measure_baselines(run)
         with run.logging():
             train(run)
-            with signals.immediate(f"everything was saved; go on with --resume {run.folder.path}"):
+            with run.interruptible(f"everything was saved; go on with --resume {run.folder.path}"):
                 conclude(run)
     return run.folder, run.data
 
 
-def prepare(request: Request, signals: Signals, started: float, locks: contextlib.ExitStack) -> Run:
-    """Check the request, load the data set, build or restore the state, and begin the run folder, locked by `locks`."""
+def restarted(request: Request) -> Request:
+    """The request, to go on with the run that it began where torchrun has started the processes again.
+
+    Raises:
+        ValueError: torchrun may do that, and no folder is given.
+    """
+    again, most = restarts()
+    if request.output is None and most:
+        raise ValueError(
+            f"output: nothing was given; with torchrun --max-restarts {most} a folder is needed, in which processes "
+            "that are started again go on"
+        )
+    if not again or request.resume or request.output is None or not begun_by(request.output, launch()):
+        return request
+    resume = (request.output / "last.pt").is_file()
+    if not resume:
+        RunFolder.forget(request.output)
+    return request._replace(resume=resume)
+
+
+def prepare(
+    request: Request, signals: Signals, started: float, locks: contextlib.ExitStack, processes: Processes = ALONE
+) -> Run:
+    """Check the request, load the data set, build or restore the state, and begin the run folder, locked by `locks`.
+
+    The folder is the first process's, which also reads the data set.
+    """
     config = request.config
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     text = to_yaml(config)
-    device = check(config, resume=request.resume)
-    # A folder that was asked for, too, is looked at before the data set is read.
-    folder = None
-    if request.output is not None:
-        folder = RunFolder(request.output, resume=request.resume, config_text=text, command=request.command)
+    device = processes.all_do(lambda: check(config, resume=request.resume, processes=processes))
+
+    def find_folder() -> RunFolder | None:
+        # A folder that was asked for, too, is looked at before the data set is read.
+        if request.output is None:
+            return None
+        found = RunFolder(request.output, resume=request.resume, config_text=text, command=request.command)
         if request.resume:
-            locks.enter_context(locked(folder.path))
-    data = load_run_data(config, train=True)
+            locks.enter_context(locked(found.path))
+        return found
+
+    asked_for = processes.first_does(find_folder)
+    data = processes.first_does(lambda: load_run_data(config, train=True))
     if exclusion_text(config.evaluation.exclude):
         check_exclusion(config.evaluation.exclude, data.query, data.gallery, "evaluation.exclude")
-    plans = plan_stages(config, data)
-    state = build(config, data, device, load_weights_file=not request.resume)
-    if folder is None:
-        folder = RunFolder(default_folder(request.name), resume=False, command=request.command)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    if not request.resume:
-        locks.enter_context(locked(folder.path))
-        # Another run may have begun and ended here while the data set was read.
-        folder.check_that_nothing_is_lost(text)
-    folder.remove_unfinished()
+    plans = plan_stages(config, data, processes)
+    state = processes.all_do(lambda: build(config, data, device, load_weights_file=not request.resume))
+    check_identities_are_whole(state.method, plans, processes)
+
+    def begin_folder() -> RunFolder:
+        folder = asked_for or RunFolder(default_folder(request.name), resume=False, command=request.command)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not request.resume:
+            locks.enter_context(locked(folder.path))
+            # Another run may have begun and ended here while the data set was read.
+            folder.check_that_nothing_is_lost(text)
+        folder.remove_unfinished()
+        return folder
+
+    folder = processes.first_does(begin_folder)
     if request.resume:
-        state.restore(folder.last)
+        processes.all_do(lambda: state.restore(folder.last, own_device=processes.group is not None))
         check_steps(state, plans, folder)
-        folder.rewind_log(state.progress.step, state.progress.evaluations)
-    else:
-        folder.write_config(text)
-    folder.write_json(folder.environment, environment(device, request.command))
-    return Run(config, data, plans, state, folder, device, signals, started)
+
+    def write_what_it_is() -> None:
+        if request.resume:
+            folder.rewind_log(state.progress.step, state.progress.evaluations)
+        else:
+            folder.write_config(text)
+        folder.write_json(folder.environment, environment(device, request.command, processes.size, launch()))
+
+    processes.first_does(write_what_it_is)
+    return Run(config, data, plans, state, folder, device, signals, started, processes)
 
 
-def check(config: Config, *, resume: bool = False) -> torch.device:
+def check_identities_are_whole(method: Method, plans: tuple[StagePlan, ...], processes: Processes) -> None:
+    """ValueError where processes share the images of an identity that training compares."""
+    names = [n for n, _ in method.named_parameters() if belongs(n, method.needs_whole_identities)]
+    for plan in plans:
+        parts = plan.stage.train
+        trained = any(parts is None or belongs(name, parts) for name in names)
+        if trained and plan.stage.sampler.kind == "shuffled" and processes.size > 1:
+            raise ValueError(
+                f"sampler.kind: 'shuffled' was given for stage {plan.number + 1} on {processes.size} processes; "
+                f"{', '.join(method.needs_whole_identities)} of method {method.about.title} compares images of an "
+                "identity, which 'identities' keeps on one process"
+            )
+
+
+def check(config: Config, *, resume: bool = False, processes: Processes = ALONE) -> torch.device:
     """Look at what is the same for every data set, before that is read, which takes its time.
 
     Args:
         config: of a run.
         resume: whether the run goes on from a checkpoint, which brings its own weights.
+        processes: those that train together.
 
     Returns:
         The device that the run asks for.
@@ -112,7 +175,7 @@ def check(config: Config, *, resume: bool = False) -> torch.device:
         ValueError, OSError: as :func:`choose_device` and :func:`vareid_ext.training.state.check_method`; an extra that
             the method reads is not given; a logger is not installed.
     """
-    device = choose_device(config)
+    device = choose_device(config, processes)
     check_loggers(config.run.loggers)
     if not renders_extras(config.data.kind):
         names = METHODS[config.method.name].inputs_with(config.method)
@@ -169,11 +232,13 @@ def measure_baselines(run: Run) -> None:
             ("raw_pixels", evaluation.raw_pixel_features),
             ("colour_histogram", evaluation.colour_histogram_features),
         )
-        for name, features_of in kinds:
-            sides = features_of(data.query), features_of(data.gallery)
-            baselines[name] = metrics_of(evaluation.score(*sides, exclude=run.exclude))
-    sides = run.extract(run.state.method, "untrained network")
-    baselines["untrained"] = metrics_of(evaluation.score(*sides, exclude=run.exclude))
+
+        def measured() -> dict[str, dict[str, float]]:
+            sides = {name: (features_of(data.query), features_of(data.gallery)) for name, features_of in kinds}
+            return {name: metrics_of(evaluation.score(*both, exclude=run.exclude)) for name, both in sides.items()}
+
+        baselines |= run.processes.first_does(measured)
+    baselines["untrained"] = run.metrics(run.state.method, "untrained network")
     for name, values in baselines.items():
         tell(one_line(name.replace("_", " "), values))
 
@@ -183,16 +248,29 @@ def conclude(run: Run) -> None:
 
     The last weights are reported, not those that were best on the test images.
     """
+    config, sides = run.config.evaluation, run.extract(run.state.evaluated, "trained network")
+    found: dict[str, tuple[Scores, Reranker | None]] = {}
+
+    def ranked() -> dict[str, float]:
+        query, gallery = sides
+        rerank = KReciprocal(
+            query.feature, gallery.feature, k1=config.k1, k2=config.k2, lambda_value=config.lambda_value
+        )
+        found["trained"] = evaluation.score(query, gallery, exclude=run.exclude), None
+        found["reranked"] = evaluation.score(query, gallery, rerank, run.exclude), rerank
+        return metrics_of(found["trained"][0])
+
+    values = run.processes.first_does(ranked)
+    if not any(entry["epoch"] == run.total_epochs for entry in run.state.progress.evaluations):
+        run.record(run.total_epochs, values)
+    run.processes.first_does(lambda: write_results(run, sides, found))
+
+
+def write_results(run: Run, sides: Sequence[Features], found: Mapping[str, tuple[Scores, Reranker | None]]) -> None:
+    """The features of query and gallery if they are asked for, rankings.json, and metrics.json at the end."""
     config, progress, folder = run.config.evaluation, run.state.progress, run.folder
-    query, gallery = run.extract(run.state.evaluated, "trained network")
-    trained = evaluation.score(query, gallery, exclude=run.exclude)
-    rerank = KReciprocal(query.feature, gallery.feature, k1=config.k1, k2=config.k2, lambda_value=config.lambda_value)
-    found: dict[str, tuple[Scores, Reranker | None]] = {
-        "trained": (trained, None),
-        "reranked": (evaluation.score(query, gallery, rerank, run.exclude), rerank),
-    }
-    if not any(entry["epoch"] == run.total_epochs for entry in progress.evaluations):
-        run.record(run.total_epochs, metrics_of(trained))
+    query, gallery = sides
+    trained = found["trained"][0]
     if config.save_features:
         query.save(folder.query_features)
         gallery.save(folder.gallery_features)
@@ -258,9 +336,19 @@ def choose_queries(
     return sorted(chosen, key=lambda q: position[q])
 
 
-def choose_device(config: Config) -> torch.device:
-    """The device a configuration asks for; ValueError where it does not exist or cannot do what is asked."""
+def choose_device(config: Config, processes: Processes = ALONE) -> torch.device:
+    """The device a configuration asks for; ValueError where it does not exist or cannot do what is asked.
+
+    Each of several processes has the GPU of its number on its machine.
+    """
     device = device_named(config.run.device, "run.device")
+    if device.type == "cuda" and processes.group is not None:
+        if device.index is not None:
+            raise ValueError(
+                f"run.device: {config.run.device!r} was given; {processes.size} processes have a GPU each: allowed are "
+                "auto, cpu and cuda"
+            )
+        device = device_named(f"cuda:{processes.on_machine}", "run.device")
     if config.run.precision == "fp16" and device.type != "cuda":
         raise ValueError("run.precision: fp16 needs a CUDA device; use bf16 or fp32")
     return device
@@ -284,6 +372,7 @@ def introduction(request: Request, run: Run) -> str:
         f"{config.data.height} x {config.data.width} images",
         f"training {', then '.join(steps)}; {run.total_steps} steps in all",
         f"device   {run.device}, {torch.get_num_threads()} threads, losses: {losses}",
+        *([f"process  1 of {run.processes.size}, which share each batch"] if run.processes.size > 1 else []),
         f"output   {run.folder.path}",
     ]
     if state.left_out:

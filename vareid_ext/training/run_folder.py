@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,18 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, *, resume: bool, config_text: str = "", command: str = "") -> None:
-        self.path, self._command = path, command
+        self._command = command
+        self._name_files(path)
+        self.logged: dict[str, int] = {}
+        """the last step that log.jsonl held of each group of values when the run was resumed"""
+        if resume and not self.last.is_file():
+            raise FileNotFoundError(f"resume: {str(path)!r} holds no checkpoint to go on from (there is no last.pt)")
+        self._check_that_it_can_be_written()
+        if not resume:
+            self.check_that_nothing_is_lost(config_text)
+
+    def _name_files(self, path: Path) -> None:
+        self.path = path
         self.config, self.environment = path / "config.yaml", path / "environment.json"
         self.log, self.metrics = path / "log.jsonl", path / "metrics.json"
         self.last, self.best = path / "last.pt", path / "best.pt"
@@ -52,13 +64,17 @@ class RunFolder:
         self.non_finite_batch = path / "non_finite_batch.pt"
         self.tensorboard, self.wandb = path / "tensorboard", path / "wandb"
         self.loggers = path / "loggers.json"
-        self.logged: dict[str, int] = {}
-        """the last step that log.jsonl held of each group of values when the run was resumed"""
-        if resume and not self.last.is_file():
-            raise FileNotFoundError(f"resume: {str(path)!r} holds no checkpoint to go on from (there is no last.pt)")
-        self._check_that_it_can_be_written()
-        if not resume:
-            self.check_that_nothing_is_lost(config_text)
+
+    @classmethod
+    def forget(cls, path: Path) -> None:
+        """Remove what a run that ended before it saved anything has left in a folder, but config.yaml."""
+        folder = cls.__new__(cls)
+        folder._name_files(path)
+        for file in set(folder._files()) - {folder.config}:
+            if file.is_dir():
+                shutil.rmtree(file)
+            else:
+                file.unlink(missing_ok=True)
 
     def remove_unfinished(self) -> None:
         """Remove half-written files that a killed run has left."""
@@ -179,8 +195,24 @@ def default_folder(name: str) -> Path:
     raise AssertionError("never reached: the numbers do not end")
 
 
-def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """What a result depends on besides the configuration: versions, device, threads, backends, the command line."""
+def begun_by(path: Path, launch: str | None) -> bool:
+    """Whether a launch, of :func:`environment`, has begun or gone on with the run in a folder."""
+    try:
+        found = json.loads((path / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return launch is not None and isinstance(found, dict) and found.get("launch") == launch
+
+
+def environment(device: torch.device, command: str, processes: int = 1, launch: str | None = None) -> dict[str, Any]:
+    """What a result depends on besides the configuration: versions, device, threads, backends, the command line.
+
+    Args:
+        device: where the first process computes.
+        command: the command line.
+        processes: that train together.
+        launch: what started them, None for a process that was started by itself.
+    """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": command,
@@ -195,6 +227,8 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": processes,
+        "launch": launch,
         "backends": vareid_ext.backends(),
         "backend": _native.unavailable_reason(device) or "native",
     }

@@ -30,7 +30,7 @@ class Signals:
     Outside the main thread, where Python allows no handlers, nothing is changed.
     """
 
-    _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+    NUMBERS = (signal.SIGINT, signal.SIGTERM)
     _active: ClassVar[Signals | None] = None
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         with contextlib.suppress(ValueError):
-            for number in self._NUMBERS:
+            for number in self.NUMBERS:
                 self._before[number] = signal.signal(number, self._note)
         Signals._active = self
         return self
@@ -95,7 +95,7 @@ def postponed() -> Iterator[None]:
 
 def ignore_in_worker() -> None:
     """Leave Ctrl-C, which reaches every process of a terminal, and SIGTERM to the main process."""
-    for number in Signals._NUMBERS:
+    for number in Signals.NUMBERS:
         signal.signal(number, signal.SIG_IGN)
     # What a thread that hands images over calls where the main process, interrupted, does not take them.
     sys.excepthook = lambda *error: None

@@ -83,6 +83,9 @@ class TrainingState:
     def save(self, path: Path, seconds: float) -> None:
         """Write a checkpoint; `seconds` is the time that this start of the program has taken so far."""
         progress = dataclasses.replace(self.progress, seconds=self.progress.seconds + seconds)
+        generators = random_state()
+        if self.method.share is not None:  # the same on the GPU of each process, of which this one knows its own
+            generators["cuda"] = [torch.cuda.get_rng_state() for _ in generators["cuda"]]
         state = {
             "config": self.config.plain(),
             "identity_names": list(self.identity_names),
@@ -91,13 +94,17 @@ class TrainingState:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
-            "random": random_state(),
+            "random": generators,
             "progress": dataclasses.asdict(progress),
         }
         save_checkpoint(path, state)
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: Path, *, own_device: bool = False) -> None:
         """Go back to a checkpoint.
+
+        Args:
+            path: of the checkpoint.
+            own_device: leave the generators of all GPUs but this process's own alone.
 
         Raises:
             ValueError: it is damaged, or of another data set or network.
@@ -140,7 +147,10 @@ class TrainingState:
             self.scaler.load_state_dict(state["scaler"])
             if self.average is not None:
                 self.average.load_state_dict(state["average"])
-            set_random_state(state["random"])
+            states = state["random"]["cuda"]
+            set_random_state({**state["random"], "cuda": [] if own_device else states})
+            if own_device and states and torch.cuda.is_available():
+                torch.cuda.set_rng_state(states[0])
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
             reason = textwrap.shorten(str(error), 300)
             raise ValueError(f"resume: {str(path)!r} does not fit the configuration: {reason}") from error
