@@ -105,7 +105,7 @@ def run_case(path: str, queries: int, task: str, topk: int, processes: int) -> t
         port = probe.getsockname()[1]
     out = context.Queue()
     arguments = processes, port, path, queries, task, topk, out
-    workers = [context.Process(target=work, args=(process, *arguments)) for process in range(processes)]
+    workers = [context.Process(target=work, args=(process, *arguments), daemon=True) for process in range(processes)]
     for worker in workers:
         worker.start()
     results = []
