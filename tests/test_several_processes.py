@@ -152,6 +152,27 @@ def test_another_number_of_processes_goes_on(by_two, tmp_path, processes, count)
     assert_close_to(resumed(by_two, tmp_path, processes, count), by_two / "whole", 2e-4)
 
 
+def test_divided_centres_are_trained_as_whole_ones(alone, tmp_path, processes):
+    arguments = [*SMALL, *WHOLE, "--shard-identities"]
+    outputs = [tmp_path / name for name in ("whole", "stopped", "same", "fewer")]
+    sums = processes.run(3, trained, [*arguments, "--output", str(outputs[0])])
+    assert sums[0][1] != sums[1][1]  # each has centres of its own
+    assert_close_to(outputs[0], alone, 2e-4)
+    stopped = processes.run(3, trained, [*arguments, "--output", str(outputs[1])], 1)
+    assert [ended for ended, _ in stopped] == [signal.SIGTERM] * 3
+    for output in outputs[2:]:
+        subprocess.run(["cp", "-r", str(outputs[1]), str(output)], check=True)
+    processes.run(3, trained, ["--resume", str(outputs[2])])
+    assert_same_state(outputs[2], outputs[0])
+    trained(None, ["--resume", str(outputs[3])])
+    assert_close_to(outputs[3], alone, 2e-4)
+
+
+def test_a_loss_without_divided_centres_is_refused():
+    with pytest.raises(ValueError, match=r"loss.shard_identities: true was given; method 'pcb' as it is configured"):
+        program.check(parse([*SMALL, "--method=pcb", "--shard-identities"]).config)
+
+
 def test_stages_and_images_at_random_are_shared(tmp_path, processes):
     folders = [tmp_path / "alone", tmp_path / "three"]
     trained(None, [*STAGED, *IN_STAGES, "--output", str(folders[0])])

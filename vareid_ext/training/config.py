@@ -282,6 +282,15 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class LossConfig:
+    """The losses of all methods."""
+
+    shard_identities: bool = False
+    """where several processes train together, each has the viewpoint-aware loss's centres of some of the identities;
+    false: of all"""
+
+
+@dataclass(frozen=True)
 class Config:
     """A complete training run."""
 
@@ -293,6 +302,8 @@ class Config:
     """the network's trunk"""
     method: Any = field(default_factory=VaReid.Config)
     """the method and its settings"""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """the losses"""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """the optimizer"""
     stages: tuple[StageConfig, ...] = ()

@@ -117,7 +117,9 @@ def prepare(
     if exclusion_text(config.evaluation.exclude):
         check_exclusion(config.evaluation.exclude, data.query, data.gallery, "evaluation.exclude")
     plans = plan_stages(config, data, processes)
-    state = processes.all_do(lambda: build(config, data, device, load_weights_file=not request.resume))
+    state = processes.all_do(
+        lambda: build(config, data, device, load_weights_file=not request.resume, group=processes.group)
+    )
     check_identities_are_whole(state.method, plans, processes)
 
     def begin_folder() -> RunFolder:
@@ -357,7 +359,7 @@ def choose_device(config: Config, processes: Processes = ALONE) -> torch.device:
 def introduction(request: Request, run: Run) -> str:
     """What a run is about to do, in lines of text."""
     config, state = run.config, run.state
-    size = sum(p.numel() for p in state.evaluated.parameters()) / 1e6
+    size = state.num_parameters / 1e6
     steps = [
         f"{plan.stage.optimizer.epochs} epochs of {plan.sampler.batches_per_epoch} steps of {plan.sampler.description}"
         for plan in run.plans

@@ -180,10 +180,12 @@ class Run:
                 # The newest PyTorch has another name for it, the oldest only this one.
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
                 # Not all that a stage trains has a part in every loss, nor in every step.
+                network = _Averaged(self._network).to(self.device)
+                if self.state.shards is not None:
+                    self.state.shards.keep_out_of_averages(network)
                 self._forward = DistributedDataParallel(
-                    _Averaged(self._network).to(self.device),
-                    process_group=group, broadcast_buffers=False, find_unused_parameters=True,
-                )  # fmt: skip
+                    network, process_group=group, broadcast_buffers=False, find_unused_parameters=True
+                )
 
     @contextlib.contextmanager
     def showing(self) -> Iterator[None]:
@@ -274,10 +276,13 @@ class Run:
             # The mean over the processes that DistributedDataParallel takes becomes the mean over the batch.
             loss = loss * (self._fraction * self.processes.size)
         state.scaler.scale(loss).backward()
+        parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
+        if state.shards is not None:
+            state.shards.share_overflow(parameters)
         if plan.stage.optimizer.clip_norm is not None:
             state.scaler.unscale_(state.optimizer)
-            parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(parameters, plan.stage.optimizer.clip_norm)
+            clip = nn.utils.clip_grad_norm_ if state.shards is None else state.shards.clip_norm
+            clip(parameters, plan.stage.optimizer.clip_norm)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         if state.average is not None:
@@ -388,11 +393,11 @@ class Run:
         def write() -> None:
             self.folder.append_log(entry)
             self._loggers.add("metrics", values, progress.step)
-            # The best weights first: a run killed between the two evaluates again when it is resumed.
-            if values["mAP"] >= max(e["mAP"] for e in progress.evaluations):
-                self.state.save(self.folder.best, time.monotonic() - self.started)
 
         self.processes.first_does(write)
+        # The best weights first: a run killed between the two evaluates again when it is resumed.
+        if values["mAP"] >= max(e["mAP"] for e in progress.evaluations):
+            self._save_checkpoint(self.folder.best)
         self.save()
 
     def save(self) -> None:
@@ -401,17 +406,20 @@ class Run:
         Raises:
             NonFiniteLossError: the last step has spoiled the weights, though its loss was finite; nothing is written.
         """
+        self.processes.all_do(self._check_weights)
+        self._same_buffers()
+        self._save_checkpoint(self.folder.last)
+        self.processes.first_does(lambda: self.folder.write_config(to_yaml(self.config)))
+
+    def _check_weights(self) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in self.state.method.parameters()):
             raise NonFiniteLossError(
                 f"the weights are not finite after step {self.state.progress.step}; the checkpoints are as they were"
             )
-        self._same_buffers()
 
-        def write() -> None:
-            self.state.save(self.folder.last, time.monotonic() - self.started)
-            self.folder.write_config(to_yaml(self.config))
-
-        self.processes.first_does(write)
+    def _save_checkpoint(self, path: Path) -> None:
+        content = self.state.content(time.monotonic() - self.started)
+        self.processes.first_does(lambda: save_checkpoint(path, content))
 
     def _same_buffers(self) -> None:
         """Without the statistics of the whole batch, batch norms of all processes are those of the first."""

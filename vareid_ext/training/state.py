@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import textwrap
 from collections.abc import Mapping
@@ -12,16 +13,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vareid_ext.data import Batch, ReidData
-from vareid_ext.files.checkpoint import load_checkpoint, random_state, save_checkpoint, set_random_state
+from vareid_ext.files.checkpoint import load_checkpoint, random_state, set_random_state
 from vareid_ext.files.weights import forget_weights, load_method_weights
+from vareid_ext.losses import ViewpointAwareLoss
 from vareid_ext.methods import METHODS, Method, TrainingClasses
 from vareid_ext.models import Backbone, ModelConfig
 from vareid_ext.training.config import Config, OptimizerConfig
 from vareid_ext.training.optimizers import belongs, build_optimizer, check_parts, train_only
+from vareid_ext.training.shards import Shards
 
 
 @dataclass
@@ -55,6 +60,8 @@ class TrainingState:
     average: AveragedModel | None
     """the moving average of the method's weights, None where it is off"""
     progress: Progress
+    shards: Shards | None = None
+    """the centres that are divided among processes, None where all are here"""
     restored: Mapping[str, Any] | None = None
     """the configuration, as plain values, of the checkpoint that the state was restored from"""
 
@@ -62,6 +69,13 @@ class TrainingState:
     def left_out(self) -> list[str]:
         """Entries of the file of weights that the backbone has no place for, such as a classifier."""
         return [name for part in self.method.modules() if isinstance(part, Backbone) for name in part.left_out]
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the method, those that other processes have among them."""
+        divided = {} if self.shards is None else self.shards.identities
+        parameters = self.method.named_parameters()
+        return sum(math.prod((divided.get(name, len(p)), *p.shape[1:])) if p.dim() else 1 for name, p in parameters)
 
     @property
     def has_backbone(self) -> bool:
@@ -80,24 +94,32 @@ class TrainingState:
         self.optimizer = build_optimizer(stage.optimizer, self.method)
         self.progress.stage = number
 
-    def save(self, path: Path, seconds: float) -> None:
-        """Write a checkpoint; `seconds` is the time that this start of the program has taken so far."""
+    def content(self, seconds: float) -> dict[str, Any]:
+        """What a checkpoint holds, on the first of the processes that train together, all of which call this.
+
+        Args:
+            seconds: the time that this start of the program has taken so far.
+        """
         progress = dataclasses.replace(self.progress, seconds=self.progress.seconds + seconds)
         generators = random_state()
         if self.method.share is not None:  # the same on the GPU of each process, of which this one knows its own
             generators["cuda"] = [torch.cuda.get_rng_state() for _ in generators["cuda"]]
-        state = {
+        method, optimizer = self.method.state_dict(), self.optimizer.state_dict()
+        average = None if self.average is None else self.average.state_dict()
+        if self.shards is not None:
+            method, optimizer = self.shards.whole(method), self.shards.whole_optimizer(self.optimizer)
+            average = None if average is None else self.shards.whole(average, "module.")
+        return {
             "config": self.config.plain(),
             "identity_names": list(self.identity_names),
             "num_viewpoints": self.num_viewpoints,
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "method": method,
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
+            "average": average,
             "random": generators,
             "progress": dataclasses.asdict(progress),
         }
-        save_checkpoint(path, state)
 
     def restore(self, path: Path, *, own_device: bool = False) -> None:
         """Go back to a checkpoint.
@@ -142,6 +164,10 @@ class TrainingState:
             {k: v for k, v in group.items() if k not in ("params", "lr")} for group in self.optimizer.param_groups
         ]
         try:
+            if self.shards is not None:
+                state["method"] = self.shards.own(state["method"])
+                state["optimizer"] = self.shards.own_optimizer(self.optimizer, state["optimizer"])
+                state["average"] = state["average"] and self.shards.own(state["average"], "module.")
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
@@ -188,6 +214,11 @@ def begin_method(config: Config, classes: TrainingClasses, *, load_weights_file:
                     f"stages[{number}].train: {', '.join(stage.train)} was given; a part with parameters is needed"
                 )
         check_parts(method, "optimizer.lr_factors", stage.optimizer.lr_factors)
+    if config.loss.shard_identities and not any(isinstance(part, ViewpointAwareLoss) for part in method.modules()):
+        raise ValueError(
+            f"loss.shard_identities: true was given; method {config.method.name!r} as it is configured has no "
+            "viewpoint-aware loss, whose centres could be divided among processes"
+        )
     if config.model.weights is not None:
         settings = config.plain()["model"]
         loaded = load_method_weights(method, config.model.weights, heads=method.heads, settings=settings)
@@ -240,7 +271,14 @@ def check_inputs(config: Config, data: ReidData) -> None:
         )
 
 
-def build(config: Config, data: ReidData, device: torch.device, *, load_weights_file: bool = True) -> TrainingState:
+def build(
+    config: Config,
+    data: ReidData,
+    device: torch.device,
+    *,
+    load_weights_file: bool = True,
+    group: ProcessGroup | None = None,
+) -> TrainingState:
     """The state at the start of a run, the generators' too: a pure function of the configuration and the data set.
 
     Args:
@@ -249,9 +287,11 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
         device: where everything lives.
         load_weights_file: whether weights to begin with are wanted, pretrained or of a file; a checkpoint that is about
             to be restored brings its own.
+        group: the processes that train together; None for this one alone.
 
     Raises:
-        ValueError, OSError: as :func:`begin_method`; the images do not come with what the method reads.
+        ValueError, OSError: as :func:`begin_method`; the images do not come with what the method reads; there are more
+            processes than identities to divide among them.
     """
     torch.manual_seed(config.run.seed)
     random.seed(config.run.seed)
@@ -260,15 +300,19 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
     check_inputs(config, data)
     method = begin_method(config, classes, load_weights_file=load_weights_file)
     forget_weights()
-    method.to(device)
-    if config.run.channels_last:
-        method.to(memory_format=torch.channels_last)
     trainable = frozenset(name for name, p in method.named_parameters() if p.requires_grad)
     average = None
     if config.optimizer.ema_decay is not None:
         average = AveragedModel(
             method, multi_avg_fn=get_ema_multi_avg_fn(config.optimizer.ema_decay), use_buffers=True
         ).eval()
+    modules: list[nn.Module] = [method] if average is None else [method, average]
+    # Before anything takes memory on the device.
+    shards = Shards(modules, group) if config.loss.shard_identities and group is not None else None
+    for module in modules:
+        module.to(device)
+        if config.run.channels_last:
+            module.to(memory_format=torch.channels_last)
     first = config.resolved_stages[0]
     train_only(method, trainable, first.train)
     return TrainingState(
@@ -281,4 +325,5 @@ def build(config: Config, data: ReidData, device: torch.device, *, load_weights_
         torch.amp.GradScaler(device.type, enabled=config.run.precision == "fp16"),
         average,
         Progress(),
+        shards,
     )
