@@ -86,6 +86,7 @@ _ENTRIES: Mapping[str, Any] = {
         "sampler": "an object",
         "model": "an object",
         "method": "an object",
+        "loss": "an object",
         "optimizer": "an object",
         "stages": "a list of objects",
         "evaluation": "an object",
