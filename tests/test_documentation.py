@@ -83,6 +83,7 @@ ADDED = {
     "python -m vareid_ext.train --resume": ["--batches-per-epoch=2", "--baselines=false"],
     "python -m vareid_ext.train --recipe": [*TINY, *NETWORK],
     "python -m vareid_ext.train": TINY,
+    "vareid train --recipe market1501-va-reid --root data/market1501 --backbone resnet18": ["--quiet"],
     "vareid extract": ["--quiet"],
     "vareid export": ["--quiet"],
     "vareid index": ["--quiet"],

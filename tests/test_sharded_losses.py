@@ -123,3 +123,17 @@ def test_bad_input_is_refused_by_all_processes(processes):
     outcomes = processes(3, refused, 5, True)
     assert {type(outcome) for outcome in outcomes} == {IndexError}
     assert {str(outcome) for outcome in outcomes} == {"identity: 5 at row 1; labels must be in [0, 5)"}
+
+
+def twice(group: Any) -> None:
+    loss = ViewpointAwareLoss(5, 2)
+    loss.shard_identities(group)
+    total = loss(torch.ones(1, 2, requires_grad=True), torch.tensor([0]), torch.tensor([0])).identity
+    total.backward(retain_graph=True)
+    total.backward()
+
+
+def test_a_second_backward_pass_is_refused(processes):
+    outcomes = processes(2, twice)
+    assert [type(outcome) for outcome in outcomes] == [RuntimeError] * 2
+    assert "backward: it was called twice" in str(outcomes[0])

@@ -15,6 +15,7 @@ from vareid_ext.report import draw_figures
 from vareid_ext.report.tables import closing_tables
 from vareid_ext.training import program
 from vareid_ext.training.command_line import parse
+from vareid_ext.training.plan import training_plan
 from vareid_ext.training.processes import Processes, joined
 from vareid_ext.training.run import NonFiniteLossError
 from vareid_ext.training.signals import RunInterruptedError, Signals
@@ -39,12 +40,47 @@ def _run(processes: Processes, options: argparse.Namespace) -> Result:
     return Result(text, {"run": str(path), **json.loads(folder.metrics.read_text())})
 
 
+_PLANNED = ("processes", "identities", "viewpoints")
+
+
+def _planned(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """What stands behind --plan, and the other arguments."""
+    at = arguments.index("--plan")
+    end = next((i for i in range(at + 1, len(arguments)) if arguments[i].startswith("--")), len(arguments))
+    numbers = {}
+    for argument in arguments[at + 1 : end]:
+        name, _, value = argument.partition("=")
+        if name not in _PLANNED or not value.isascii() or not value.isdigit():
+            raise ValueError(
+                f"--plan: {argument!r} was given; allowed are {', '.join(f'{known}=NUMBER' for known in _PLANNED)}"
+            )
+        numbers[name] = int(value)
+    return numbers, [*arguments[:at], *arguments[end:]]
+
+
+def _plan(options: argparse.Namespace) -> Result:
+    numbers, arguments = _planned(options.arguments)
+    config = parse(arguments).config
+    if not {"identities", "viewpoints"} <= numbers.keys():
+        data = program.load_run_data(config, train=True)
+        numbers = {"identities": data.num_identities, "viewpoints": data.num_viewpoints, **numbers}
+    plan = training_plan(
+        config,
+        processes=numbers.get("processes", 1),
+        identities=numbers["identities"],
+        viewpoints=numbers["viewpoints"],
+    )
+    return Result(str(plan), plan.as_dict())
+
+
 def main(arguments: Sequence[str]) -> int:
     """The command; returns its exit status: that of every command, and 3, the loss became NaN or infinite."""
     flags = ("--json", "--quiet", "--debug")
     options = argparse.Namespace(**{flag[2:]: flag in arguments for flag in flags})
     options.arguments = [argument for argument in arguments if argument not in flags]
     try:
+        if "--plan" in options.arguments:
+            return finish("vareid train", _plan, options)
         with joined() as processes, contextlib.ExitStack() as stack:
             if not processes.first:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))

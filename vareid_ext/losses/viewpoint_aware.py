@@ -151,7 +151,8 @@ class ViewpointAwareLoss(nn.Module):
         From then on :meth:`forward` is called by all processes at once, each with its own images; the losses it gives
         are those of all of them together, the same on every process. The rest of the network may be in a
         DistributedDataParallel, which must leave the centres out; what it averages over the processes fits these
-        gradients. Call this before the optimizer is made, with the same centres on all processes.
+        gradients. Call this before the optimizer is made, with the same centres on all processes. A second backward
+        pass through the same losses is an error.
 
         Args:
             group: the processes. The first ones have ceil(K / their number) identities each; the last may have none.

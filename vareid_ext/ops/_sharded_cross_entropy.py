@@ -89,13 +89,18 @@ class _Sharded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError(
+                "backward: it was called twice; the gradients of divided centres are made once, by forward"
+            )
         total = torch.stack(upstreams)
         with answering(ctx.group):
             dist.all_reduce(total, group=ctx.group)
         mean = total / ctx.group.size()
-        of_feature = sum(by * gradient for by, (gradient, _) in zip(total, ctx.gradients, strict=True))
-        of_centers = (by * gradient for by, (_, gradient) in zip(mean, ctx.gradients, strict=True))
-        return None, of_feature, *of_centers
+        # In place: with many identities a second copy would take as much as the centres.
+        of_feature = sum(gradient.mul_(by) for by, (gradient, _) in zip(total, gradients, strict=True))
+        return None, of_feature, *(gradient.mul_(by) for by, (_, gradient) in zip(mean, gradients, strict=True))
 
 
 class _SumOfShards(torch.autograd.Function):

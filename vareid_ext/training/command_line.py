@@ -59,6 +59,9 @@ _EPILOG = """\
 a field's last name alone will do where only one section has it: --lr 1e-3, --alpha 0.1, --local, --skip-bad-images;
 --synthetic-identities N is --data.synthetic.identities_train N
 
+--plan trains nothing and says what a step takes of each process: memory, bytes sent, operations. Behind it may stand
+processes=N identities=K viewpoints=V, which are else 1 and the data set's
+
 --json, --quiet and --debug are as for every command
 
 examples:
@@ -66,6 +69,7 @@ examples:
   vareid train --recipe market1501-va-reid --root /data/Market-1501 --viewpoint-file market.pkl
   vareid train --recipe coil20 --root coil20/manifest.csv --output runs/coil20
   vareid train --resume runs/coil20
+  vareid train --shard-identities --plan processes=8 identities=1000000 viewpoints=3
 """
 
 
