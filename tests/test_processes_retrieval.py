@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -168,6 +169,12 @@ def test_k_is_at_most_the_rows_of_all(processes):
 def test_a_group_is_one():
     with pytest.raises(TypeError, match=r"group: str was given; a torch\.distributed\.ProcessGroup is needed"):
         nearest_neighbors(features(5, 4), k=1, group="gloo")
+    with pytest.raises(TypeError, match="group: int was given"):
+        nearest_neighbors(features(5, 4), k=1, group=7)
+    reranked = functools.partial(k_reciprocal_rerank, features(5, 4), topk=1)
+    for search in (functools.partial(nearest_neighbors, k=1), reranked):
+        with pytest.raises(ValueError, match="group: this process is no member of the group"):
+            search(features(5, 4), group=dist.GroupMember.NON_GROUP_MEMBER)
 
 
 def bytes_sent(group: Any, function: Any, *arguments: Any) -> int:

@@ -175,6 +175,22 @@ def test_the_plan_takes_smaller_blocks_where_memory_is_short():
         rerank_plan(3368, 15913, 2048, max_memory=1_000_000)
 
 
+@pytest.mark.parametrize("name", ["processes", "element_size"])
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [(0, ValueError, "0 was"), (-1, ValueError, "-1 was"), (1.5, TypeError, "float was"), ("2", TypeError, "str was")],
+)
+def test_a_plan_counts_processes_and_bytes(name, value, kind, message):
+    with pytest.raises(kind, match=f"{name}: {message}"):
+        rerank_plan(100, 900, 64, **{name: value})
+
+
+def test_a_plan_says_what_is_sent_where_there_are_others():
+    plan = rerank_plan(1000, 9000, 64, processes=2)
+    assert f"peak {plan.peak / 2**20:.1f} MiB; sends at most {plan.sent / 2**20:.1f} MiB" in str(plan)
+    assert "sends" not in str(rerank_plan(1000, 9000, 64))
+
+
 def test_the_list_of_single_row_blocks_is_planned():
     if not _native.available("cpu"):
         pytest.skip(_native.backends()["cpu"])

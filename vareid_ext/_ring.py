@@ -15,10 +15,8 @@ from vareid_ext._processes import answering
 Addressed = Sequence[tuple[int, Tensor]]
 
 
-def check_group(group: object, device: torch.device, name: str) -> None:
-    """TypeError or ValueError unless the processes of ``group`` can send tensors of this device to each other."""
-    if not isinstance(group, ProcessGroup):
-        raise TypeError(f"group: {type(group).__name__} was given; a torch.distributed.ProcessGroup is needed, or None")
+def check_group(group: ProcessGroup, device: torch.device, name: str) -> None:
+    """ValueError unless the processes of ``group`` can send tensors of this device to each other."""
     backend = dict(pair.split(":") for pair in dist.get_backend_config(group).split(",")).get(device.type)
     if backend is None or (device.type == "cuda" and backend == "gloo"):
         needed = "nccl" if device.type == "cuda" else "gloo"

@@ -8,6 +8,7 @@ import math
 import torch
 
 from vareid_ext.ops import nearest_neighbors as _nearest
+from vareid_ext.ops._checks import check_count
 from vareid_ext.reference.pairwise_distance import rows_per_block
 
 
@@ -48,7 +49,8 @@ class RerankPlan:
     def __str__(self) -> str:
         parts = ("copies", "candidates", "block", "lists", "rescan", "sparse", "peak")
         sizes = ", ".join(f"{name} {getattr(self, name) / 2**20:.1f} MiB" for name in parts)
-        return f"re-ranking in blocks of {self.block_rows} rows: {sizes}"
+        sent = f"; sends at most {self.sent / 2**20:.1f} MiB" if self.sent else ""
+        return f"re-ranking in blocks of {self.block_rows} rows: {sizes}{sent}"
 
 
 _PRODUCT_BUFFERS = 4 << 20  # what the vendor's product packs its operands into
@@ -89,12 +91,15 @@ def rerank_plan(
         block_rows: rows of a block of products; None chooses.
         max_memory: bytes that may be used; None for no limit.
         copies: bytes of features whose rows are not contiguous.
-        processes: how many the ``group`` has.
-        element_size: bytes of an element of a feature; it counts over several processes.
+        processes: how many the ``group`` has, 1 or more.
+        element_size: bytes of an element of a feature, 1 or more; it counts over several processes.
 
     Raises:
-        ValueError: ``max_memory`` does not suffice.
+        TypeError: ``processes`` or ``element_size`` is no int.
+        ValueError: one of the two is out of range; ``max_memory`` does not suffice.
     """
+    processes = check_count("processes", processes, 1)
+    element_size = check_count("element_size", element_size, 1)
     M, threads = Q + G, torch.get_num_threads()
     k = min(M, max(k1 + 1, k2))
     lists = M * (8 * k + 16)

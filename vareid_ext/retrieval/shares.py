@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -44,10 +45,13 @@ def check_shares(
 
     Raises:
         TypeError: not a group; not arrays, or dtypes that are not floating or differ.
-        ValueError: shapes or devices do not fit; a row with NaN or Inf; arguments that differ between processes.
+        ValueError: this process is no member of the group; shapes or devices do not fit; a row with NaN or Inf;
+            arguments that differ between processes.
         LostProcessError: another process did not take part.
     """
     if not isinstance(group, ProcessGroup):
+        if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:  # new_group's, to those outside
+            raise ValueError("group: this process is no member of the group; only its members may call this")
         raise TypeError(f"group: {type(group).__name__} was given; a torch.distributed.ProcessGroup is needed, or None")
     own: list[Tensor] = []
     same: dict[str, Any] = {}
