@@ -50,7 +50,8 @@ def paths(photos):
 
 
 def call(*arguments):
-    return run(["extract", *map(str, arguments), "--quiet", "--workers", "0", "--device", "cpu"])
+    how = [] if "--merge" in arguments else ["--workers", "0", "--device", "cpu"]
+    return run(["extract", *map(str, arguments), "--quiet", *how])
 
 
 def content(path):
@@ -330,7 +331,8 @@ def test_images_that_cannot_be_read_are_named_and_can_be_left_out(trained_run, p
         (["{run}", "{tmp}/bad", "--precision", "int8"], "--precision"),
         (["{run}", "{tmp}/bad", "--device", "cuda:77"], "device: 'cuda:77' was given"),
         (["{tmp}", "{tmp}/bad"], "holds no checkpoint"),
-        (["{run}", "{tmp}/bad", "--merge", "x.npz"], "--merge: takes shards alone"),
+        (["{run}", "{tmp}/bad", "--merge", "x.npz"], "--merge: takes shards alone, but RUN was given too"),
+        (["--flip", "--merge", "x.npz"], "--merge: takes shards alone, but --flip was given too"),
     ],
 )
 def test_a_request_that_cannot_be_met_says_why(trained_run, tmp_path, capsys, arguments, message):

@@ -176,6 +176,47 @@ def test_a_killed_shard_leaves_no_half_of_a_file(files, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["g.npz", "q.npz", "s.npz.parts"]
 
 
+def test_what_a_kill_behind_the_result_has_left_is_removed(files, tmp_path, monkeypatch, capsys):
+    """By the same command, which says that it is done; another's parts stay, and a half of them is nobody else's."""
+    arguments = (*files, "--output", tmp_path / "s.npz", *BLOCKS)
+    left = tmp_path / "s.npz.parts"
+    remove = shards.Parts.remove
+    with monkeypatch.context() as patch:
+        patch.setattr(shards.Parts, "remove", lambda _: (_ for _ in ()).throw(SystemExit))
+        with pytest.raises(SystemExit):
+            call(*arguments)
+        patch.setattr(shards.Parts, "remove", remove)
+        patch.setattr(shards.shutil, "rmtree", lambda *_: (_ for _ in ()).throw(SystemExit))
+        assert (tmp_path / "s.npz").exists()
+        assert list(left.glob("*.npy"))
+        with pytest.raises(SystemExit):
+            call(*arguments)
+    assert sorted(path.name for path in left.iterdir()) == [".lock", "request"]
+    assert call(*arguments, "-k", 5) == 2
+    assert "holds what another command has begun" in capsys.readouterr().err
+    assert call(*arguments) == 0
+    assert "is done already" in capsys.readouterr().out
+    assert not left.exists()
+    left.mkdir()
+    (left / "request").write_text("another")
+    assert call(*arguments) == 0
+    assert (left / "request").read_text() == "another"
+
+
+@pytest.mark.parametrize("options", [["-k", 5], ["--metric", "cosine"], BLOCKS, ["--max-memory", "2G"], ["--plan"]])
+def test_a_merge_takes_no_other_options(tmp_path, capsys, options):
+    assert call("--merge", tmp_path / "a.npz", "--output", tmp_path / "m.npz", *options) == 2
+    assert f"--merge: takes shards alone, but {options[0]} was given too" in capsys.readouterr().err
+
+
+def test_the_help_says_what_a_part_is_and_how_long_lists_are(capsys):
+    assert call("--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the I-th of N equal parts of the rows, in whole blocks of 1,024 rows" in said
+    assert "looks at max(k1 + 1, k2) images of a list" in said
+    assert "-k 21 suffices" in said
+
+
 @pytest.fixture
 def made(files, tmp_path):
     """Shards by name: two halves, and what does not go with them."""
@@ -229,7 +270,7 @@ def test_shards_that_do_not_go_together_are_refused(made, files, tmp_path, capsy
     assert call("--merge", made["a"], made["b"], "--output", made["a"]) == 2
     assert "is one of the input files" in capsys.readouterr().err
     assert call(files[0], "--merge", made["a"], made["b"], "--output", tmp_path / "m.npz") == 2
-    assert "--merge: takes shards alone, but" in capsys.readouterr().err
+    assert "--merge: takes shards alone, but QUERY was given too" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

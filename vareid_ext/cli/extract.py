@@ -110,7 +110,7 @@ def add_image_arguments(parser: Parser, *, flip: bool = True) -> None:
 def _run(options: argparse.Namespace) -> Result:
     output = check_writable(options.output, (".npz", ".npy"), options.merge or ())
     if options.merge:
-        check_merge_alone(options, "run")
+        check_merge_alone(options, _parser())
         return _merge(options.merge, output)
     if options.run is None:
         raise ValueError("RUN, IMAGES: both are needed")

@@ -35,6 +35,10 @@ OUTPUT.npz holds index int32 [M, K] and distance float32 [M, K], ascending, row_
 distance to any other, and num_query; where the gallery holds junk, which is in nobody's list, also gallery_row, the
 rows of its file that are none.
 
+`vareid rerank QUERY GALLERY --neighbors` looks at max(k1 + 1, k2) images of a list, 21 unless you say otherwise, and
+measures all other distances from the features: -k 21 suffices. Where lists are re-ranked without the features, what
+they do not hold is missing: longer ones, such as of 100, come nearer.
+
 --shard 2/5 takes the second fifth of the rows, so that five machines can share them; --merge puts the outputs of all
 five together, bit for bit what one machine would have written. A command that was interrupted goes on where it was
 when it is given again, and one that is done says so.
@@ -55,7 +59,7 @@ def _parser() -> Parser:
     parser.add_argument("--output", required=True, metavar="OUTPUT", help="the lists: .npz")
     parser.add_argument("-k", type=int, metavar="K", help="images in a list (default: 100, or all where they are less)")
     parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="distance (default: %(default)s)")
-    add_shard_arguments(parser, "rows")
+    add_shard_arguments(parser, "rows", ", in whole blocks of 1,024 rows (or ROWS of --block-rows)")
     add_memory_arguments(parser)
     return parser
 
@@ -64,7 +68,7 @@ def _run(options: argparse.Namespace) -> Result:
     inputs = filter(None, (options.query, options.gallery, *(options.merge or ())))
     output = check_writable(options.output, (".npz",), inputs)
     if options.merge:
-        check_merge_alone(options, "query", "shard")
+        check_merge_alone(options, _parser())
         return _merge(options.merge, output)
     features = read_joint_features(options)
     lists = JointLists(
@@ -81,10 +85,12 @@ def _run(options: argparse.Namespace) -> Result:
         "output": str(output), "queries": Q, "gallery": G, "junk": int((~features.kept).sum()), "k": lists.k,
         "rows": count, "shard": options.shard, "done_before": 0,
     }  # fmt: skip
-    if is_done(output, request, options.shard):
-        return Result(f"{text}\nis done already", values | {"done_before": count})
     told = request if options.shard is None else "{} {}/{}".format(request, *options.shard)
-    parts = Parts(Path(f"{output}.parts"), told, "features or options")
+    folder = Path(f"{output}.parts")
+    if is_done(output, request, options.shard):
+        Parts.forget(folder, told)
+        return Result(f"{text}\nis done already", values | {"done_before": count})
+    parts = Parts(folder, told, "features or options")
     values["done_before"], notes = parts.done, parts.notes()
     record = np.dtype([("index", np.int32, (lists.k,)), ("distance", np.float32, (lists.k,)), ("row_max", np.float32)])
     _make(lists, parts, record, progress=not options.quiet)

@@ -216,7 +216,7 @@ _FORMAT = 1  # of shards, raised whenever what stands in them changes its meanin
 def _check_together(options: argparse.Namespace) -> None:
     """ValueError where options of features and of lists were given together."""
     if options.merge:
-        check_merge_alone(options, "query", "topk", *_OF_LISTS)
+        check_merge_alone(options, _parser())
     elif options.neighbors:
         for name in (*_OF_NEW_LISTS, *(_OF_LISTS[1:3] if options.query else _OF_FEATURES)):
             if getattr(options, name) != _parser().get_default(name):

@@ -17,9 +17,11 @@ from vareid_ext.files.features import FeatureFileError, read_arrays
 from vareid_ext.files.lock import locked
 
 
-def add_shard_arguments(parser: argparse._ActionsContainer, what: str) -> None:
-    """``--shard`` and ``--merge``; `what` is shared out."""
-    parser.add_argument("--shard", metavar="I/N", type=_shard, help=f"take the I-th of N equal parts of the {what}")
+def add_shard_arguments(parser: argparse._ActionsContainer, what: str, how: str = "") -> None:
+    """``--shard`` and ``--merge``; `what` is shared out, and `how` where parts are not equal."""
+    parser.add_argument(
+        "--shard", metavar="I/N", type=_shard, help=f"take the I-th of N equal parts of the {what}{how}"
+    )
     parser.add_argument("--merge", nargs="+", metavar="SHARD", help="put the outputs of all shards together")
 
 
@@ -36,12 +38,13 @@ def share(size: int, shard: tuple[int, int] | None) -> tuple[int, int]:
     return size * (number - 1) // count, size * number // count
 
 
-def check_merge_alone(options: argparse.Namespace, *names: str) -> None:
-    """ValueError where arguments of these names were given beside ``--merge``."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None:
-            raise ValueError(f"--merge: takes shards alone, but {value} was given too")
+def check_merge_alone(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """ValueError where one of a command's own arguments was given beside ``--merge`` and ``--output``."""
+    for action in parser._actions:
+        value = getattr(options, action.dest, action.default)
+        if action.dest not in ("merge", "output") and value != action.default:
+            name = action.option_strings[0] if action.option_strings else action.dest.upper()
+            raise ValueError(f"--merge: takes shards alone, but {name} was given too")
 
 
 def marks(request: str, shard: tuple[int, int] | None) -> dict[str, np.ndarray]:
@@ -177,7 +180,17 @@ class Parts:
             raise ValueError(f"{self.folder}: holds {held} rows; {count} are needed; give the command again")
         return parts
 
+    @classmethod
+    def forget(cls, folder: Path, request: str) -> None:
+        """Remove the parts of a request that is done, where its process was killed before it did; not another's."""
+        told = folder / "request"
+        if told.exists() and told.read_text() == request:
+            with contextlib.suppress(BlockingIOError):  # it is at it
+                cls(folder, request, "").remove()
+
     def remove(self) -> None:
-        """Remove the folder."""
+        """Remove the folder; last what says whose the parts are, lest a kill leave them to another request."""
+        for part in self.folder.glob("*.npy"):
+            part.unlink()
         shutil.rmtree(self.folder)
         self._lock.close()
