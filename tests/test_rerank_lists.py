@@ -121,7 +121,7 @@ def test_features_that_the_lists_are_not_of_are_refused(features, tmp_path, caps
         (features[1], good, ["--junk-identity", "none"], "l.npz is of other features than"),
         (features[1], other, [], "c.npz holds cosine distances; with QUERY and GALLERY the squared distances"),
         (features[1], tmp_path / "lists.npz", [], "lists.npz holds lists of another program; with QUERY"),
-        (features[1], good, ["--k1", "9"], "k1 and k2 need [93, 10] or more"),
+        (features[1], good, ["--k1", "9"], "has lists of 9 images, but k1 and k2 need 10; vareid neighbors -k 10"),
         (features[1], good, ["--metric", "cosine"], "--metric: is for lists alone, but QUERY was given"),
         (features[1], good, ["--num-query", "24"], "--num-query: is for lists alone, but QUERY was given"),
         (features[1], ended, [], "index: holds -1"),
@@ -201,6 +201,44 @@ def test_distances_of_other_kinds_are_made_squares(tmp_path):
         assert call(*given) == 0
         np.testing.assert_allclose(content(tmp_path / "b.npz")["distance"], expected[0], atol=1e-6)
         np.testing.assert_array_equal(content(tmp_path / "b.npz")["index"], expected[1])
+
+
+def test_what_stands_beside_the_end_of_a_list_counts_for_nothing(lists, tmp_path, recwarn):
+    lists["index"][3, 12:] = -1
+    rooted = {name: np.sqrt(lists[name]) for name in ("distance", "row_max")}
+    expected = expected_of(lists | {name: np.square(values) for name, values in rooted.items()})
+    rooted["distance"][3, 12:] = 3.4e38
+    np.savez(tmp_path / "x.npz", **lists | rooted)
+    given = ["--neighbors", tmp_path / "x.npz", "--metric", "euclidean", *OPTIONS, "--output", tmp_path / "b.npz"]
+    assert call(*given) == 0
+    assert_holds(tmp_path / "b.npz", expected)
+    assert not recwarn.list
+
+
+def test_distances_are_no_similarities(lists, tmp_path, capsys):
+    given = ["--neighbors", tmp_path / "lists.npz", *OPTIONS, "--output", tmp_path / "b.npz"]
+    assert call(*given, "--metric", "similarity") == 2
+    assert "--metric: similarity was given, but no row's values fall, so they look like distances" in (
+        capsys.readouterr().err
+    )
+    np.savez(tmp_path / "lists.npz", **lists | {"distance": lists["distance"][:, ::-1]})
+    assert call(*given) == 2
+    assert "distance: no row's values rise, so they look like similarities" in capsys.readouterr().err
+
+
+def test_an_index_alone_is_no_list(lists, tmp_path, capsys):
+    np.save(tmp_path / "I.npy", lists["index"])
+    assert call("--neighbors", tmp_path / "I.npy", *OPTIONS, "--num-query", 14, "--output", tmp_path / "b.npz") == 2
+    error = capsys.readouterr().err
+    assert "I.npy: holds one array without a name; index and distance are needed, or a file for each: " in error
+    assert "--neighbors INDEX DISTANCE [ROW_MAX]" in error
+
+
+def test_the_help_says_what_is_needed(capsys):
+    assert call("--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "ROW_MAX each row's smallest" in said
+    assert "Give QUERY and GALLERY whenever you have them" in said
 
 
 def test_how_far_lists_reach_is_said(lists, tmp_path, capsys):
@@ -305,7 +343,10 @@ def test_lists_that_cannot_be_re_ranked_are_refused(lists, tmp_path, monkeypatch
         (["--neighbors", "l.npz"], "--topk: nothing was given; lists are re-ranked for the best K"),
         (["--neighbors", "l.npz", "--topk", "3"], "l.npz: does not exist"),
         (["--neighbors", *"abcd", "--topk", "3"], "--neighbors: 4 files were given; 1 to 3 are needed"),
-        (["--merge", "l.npz", "--neighbors", "l.npz"], "--merge: takes shards alone"),
+        (["--merge", "l.npz", "--neighbors", "l.npz"], "--merge: takes shards alone, but --neighbors was"),
+        (["--merge", "l.npz", "--k1", "5"], "--merge: takes shards alone, but --k1 was given too"),
+        (["--merge", "l.npz", "--k2", "5"], "--merge: takes shards alone, but --k2 was given too"),
+        (["--merge", "l.npz", "--lambda-value", "0"], "--merge: takes shards alone, but --lambda-value was given too"),
         (["q.npz"], "QUERY, GALLERY: both are needed"),
         ([], "QUERY, GALLERY: both are needed"),
     ],

@@ -33,7 +33,8 @@ from vareid_ext.files.numpy_files import write_npz
 from vareid_ext.metrics.ranking import check_junk_identity
 from vareid_ext.retrieval import k_reciprocal_rerank
 from vareid_ext.retrieval.joint_lists import rerank_with_lists
-from vareid_ext.retrieval.rerank.neighbor_lists import rerank_lists
+from vareid_ext.retrieval.rerank.neighbor_lists import FallingError, rerank_lists
+from vareid_ext.retrieval.rerank.one_query import list_width
 
 _DESCRIPTION = """\
 k-reciprocal re-ranking of features in files (.npy, .npz, .pt, .mat; memory-mapped where the format can be).
@@ -46,7 +47,8 @@ With --neighbors LISTS, a file of `vareid neighbors` with lists of k1 + 1 or mor
 result is the same to the last bit. --shard 2/5 takes the second fifth of the queries, so that five machines can share
 them, and --merge puts their outputs together.
 
-Without QUERY and GALLERY it re-ranks the lists alone, of any program: LISTS is a file that holds index and distance
+Give QUERY and GALLERY whenever you have them: lists of k1 + 1 suffice then, and nothing is missing. Without them it
+re-ranks the lists alone, of any program: LISTS is a file that holds index and distance
 [M, K] (and row_max [M], num_query), or it is two or three files, INDEX DISTANCE [ROW_MAX]. The M rows are the queries
 and then the gallery, searched for among all M; -1 ends a list. Lists of 100 miss few of the distances that are needed;
 how many, is said.
@@ -194,8 +196,8 @@ def _parser() -> Parser:
     group.add_argument("--num-query", type=int, metavar="Q", help="how many of their rows are queries")
     group.add_argument(
         "--metric", choices=_TO_SQUARES,
-        help="what their distances are; similarity is a cosine, the larger the nearer (default: as the file of vareid "
-        "neighbors says, else sqeuclidean)",
+        help="what their distances are; similarity is a cosine, the larger the nearer, and ROW_MAX each row's smallest "
+        "(default: as the file of vareid neighbors says, else sqeuclidean)",
     )  # fmt: skip
     add_shard_arguments(group, "queries")
     return parser
@@ -282,7 +284,7 @@ def _rerank_lists(options: argparse.Namespace, output: Path) -> Result:
     features = read_joint_features(options) if options.query else None
     told = {} if lists.about is None else lists.about
     if features is not None:
-        _check_lists_of(features, told, options)
+        _check_lists_of(features, lists, options)
     num_query = _one_of(options, "num_query", lists.num_query)
     if num_query is None:
         raise ValueError("--num-query: is needed, as the lists do not say how many of their rows are queries")
@@ -302,11 +304,20 @@ def _rerank_lists(options: argparse.Namespace, output: Path) -> Result:
     }  # fmt: skip
     if values["done_before"]:
         return Result(f"{text}\nis done already", values)
-    arrays = lists.index, _TO_SQUARES[metric](lists.distance)
-    row_max = None if lists.row_max is None else _TO_SQUARES[metric](lists.row_max)
+    with np.errstate(over="ignore"):  # beside -1 stands anything; what is infinite elsewhere is refused
+        arrays = lists.index, _TO_SQUARES[metric](lists.distance)
+        row_max = None if lists.row_max is None else _TO_SQUARES[metric](lists.row_max)
     reach, said = [0, 0, 0], []
     if features is None:
-        found = rerank_lists(*arrays, num_query, row_max=row_max, queries=queries, **parameters)
+        try:
+            found = rerank_lists(*arrays, num_query, row_max=row_max, queries=queries, **parameters)
+        except FallingError as error:
+            if metric != "similarity":
+                raise
+            raise ValueError(
+                "--metric: similarity was given, but no row's values fall, so they look like distances; sqeuclidean, "
+                "euclidean or cosine is needed, or reverse lists that begin with the farthest"
+            ) from error
         distance, best = found.distance.numpy(), found.best.numpy()
         reach = [found.short, found.unlisted, found.outside]
         said = _reach(reach, best.size, lists.about is not None)
@@ -327,9 +338,9 @@ def _rerank_lists(options: argparse.Namespace, output: Path) -> Result:
     return Result("\n".join([text, *said]), values | dict(zip(_REACH, reach, strict=True)))
 
 
-def _check_lists_of(features: JointFeatures, told: Mapping[str, Any], options: argparse.Namespace) -> None:
-    """ValueError unless the lists are those of `vareid neighbors` of these features."""
-    name = options.neighbors[0]
+def _check_lists_of(features: JointFeatures, lists: NeighborLists, options: argparse.Namespace) -> None:
+    """ValueError unless the lists are those of `vareid neighbors` of these features, and long enough."""
+    name, told = options.neighbors[0], lists.about or {}
     if told.get("metric") != "sqeuclidean":
         found = f"{told['metric']} distances" if told else "lists of another program"
         raise ValueError(
@@ -342,6 +353,12 @@ def _check_lists_of(features: JointFeatures, told: Mapping[str, Any], options: a
                 f"--neighbors: {name} is of other features than {options.query} and {options.gallery}: {what} was "
                 f"{told.get(what)!s:.20}, not {value!s:.20}"
             )
+    needed = list_width(len(lists.index), options.k1, options.k2)
+    if lists.index.ndim == 2 and lists.index.shape[1] < needed:
+        raise ValueError(
+            f"--neighbors: {name} has lists of {lists.index.shape[1]} images, but k1 and k2 need {needed}; vareid "
+            f"neighbors -k {needed} makes them"
+        )
 
 
 _REACH = ("rows_too_short", "distances_beyond_lists", "results_beyond_lists")

@@ -60,8 +60,9 @@ def read_neighbor_lists(paths: Sequence[str], max_unpacked: int = MAX_UNPACKED) 
         for name, usual in _NAMES.items():
             key = next((keys[one] for one in usual if one in keys), None)
             if key is None and name in ("index", "distance"):
+                held = "one array without a name" if list(arrays) == [""] else ", ".join(arrays) or "nothing"
                 raise FeatureFileError(
-                    f"{paths[0]}: holds {', '.join(arrays) or 'nothing'}; index and distance are needed, or a file for "
+                    f"{paths[0]}: holds {held}; index and distance are needed, or a file for "
                     "each: --neighbors INDEX DISTANCE [ROW_MAX]"
                 )
             found[name] = None if key is None else arrays[key]

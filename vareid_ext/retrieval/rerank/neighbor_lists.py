@@ -157,6 +157,10 @@ def rerank_lists(
     return RerankedLists(final, best, short, unlisted, _outside(best, nearest))
 
 
+class FallingError(ValueError):
+    """Lists of which no row's distances rise."""
+
+
 def check_lists(index: Tensor, distance: Tensor) -> None:
     """TypeError or ValueError unless these are lists as :func:`k_reciprocal_from_neighbors` takes them, but for rows
     that occur twice in one.
@@ -179,7 +183,7 @@ def check_lists(index: Tensor, distance: Tensor) -> None:
     _refuse_first("distance", found & ~distance.isfinite(), "holds NaN or Inf")
     rises = distance.diff(dim=1).where(found[:, 1:], 0)
     if bool((rises < 0).any()) and not bool((rises > 0).any()):
-        raise ValueError(
+        raise FallingError(
             "distance: no row's values rise, so they look like similarities; squared Euclidean distances are needed "
             "(2 - 2 * similarity for features of length 1), or reverse lists that begin with the farthest"
         )
