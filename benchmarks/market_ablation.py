@@ -36,6 +36,7 @@ from benchmarks.harness import write_atomically
 from vareid_ext import evaluate_features
 from vareid_ext.data import Batch, ImageList, PKSampler, ReidData, load_data
 from vareid_ext.files.atomic import atomic_file
+from vareid_ext.files.checkpoint import save_checkpoint
 from vareid_ext.methods import Method
 from vareid_ext.training.command_line import parse
 from vareid_ext.training.config import Config, DataConfig
@@ -231,7 +232,7 @@ def train_row(
         print(f"{checkpoint.stem}: epoch {epoch + 1}, loss {value:.3f}, {time.monotonic() - started:.0f} s", flush=True)
         if not np.isfinite(value):
             raise ArithmeticError(f"the loss became {value} in epoch {epoch + 1}")
-        state.save(checkpoint, time.monotonic() - started)
+        save_checkpoint(checkpoint, state.content(time.monotonic() - started))
         if time.monotonic() > stop and epoch + 1 < config.optimizer.epochs:
             return None
     query, gallery = (features(state.evaluated, pixels[split], config) for split in ("query", "gallery"))

@@ -33,6 +33,10 @@ class CompiledModule:
     def __init__(self, launcher: Callable[..., Any]) -> None:
         self._launcher = launcher
 
+    def byte_products(self) -> int:
+        """No: a GPU's features are never filtered by them, and these tensors only look like a CPU's."""
+        return 0
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name not in adapters():
             raise AttributeError(f"{name} has no adapter in tests/cuda_on_cpu/launchers (see its README)")
