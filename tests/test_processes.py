@@ -103,6 +103,18 @@ def test_rows_of_all_sizes_are_gathered(processes, counts):
         assert [part.tolist() for part in parts] == expected
 
 
+def gathered_as_given(group: Any, rows: list[torch.Tensor]) -> Any:
+    return gather_rows(rows[mine(group)], group)
+
+
+@pytest.mark.parametrize("other", [torch.ones(1, 3), torch.ones(1, 2, dtype=torch.float64), torch.ones(1)])
+def test_rows_that_differ_are_refused_by_all(processes, other):
+    outcomes = processes(3, gathered_as_given, [torch.ones(1, 2), torch.ones(4, 2), other])
+    assert [type(outcome) for outcome in outcomes] == [ValueError] * 3
+    assert len({str(outcome) for outcome in outcomes}) == 1
+    assert "rows: the processes have float32 [n, 2], float32 [n, 2], float" in str(outcomes[0])
+
+
 @pytest.mark.parametrize("counts", [[3, 2], [4, 0], [2, 5, 1]])
 def test_the_gradient_of_a_row_is_the_sum_over_processes(processes, counts):
     rows = [torch.randn(n, 3, dtype=torch.float64) for n in counts]

@@ -125,6 +125,18 @@ def test_bad_input_is_refused_by_all_processes(processes):
     assert {str(outcome) for outcome in outcomes} == {"identity: 5 at row 1; labels must be in [0, 5)"}
 
 
+def divided_twice(group: Any) -> None:
+    loss = ViewpointAwareLoss(9, 2)
+    loss.shard_identities(group)
+    loss.shard_identities(group)
+
+
+def test_divided_centres_are_not_divided_again(processes):
+    for outcome in processes(2, divided_twice):
+        assert isinstance(outcome, ValueError)
+        assert "divided among processes already" in str(outcome)
+
+
 def twice(group: Any) -> None:
     loss = ViewpointAwareLoss(5, 2)
     loss.shard_identities(group)

@@ -48,12 +48,15 @@ def test_one_process_holds_what_the_plan_says(arguments):
 
 @pytest.mark.parametrize("processes", [2, 3, 8])
 def test_processes_send_gradients_round_a_ring_or_divide_centres(processes):
-    config = config_of("--sync-batch-norm=false")
+    config = config_of("--sync-batch-norm=false", "--sampler.identities=8")
     whole = training_plan(config, processes=processes, identities=K, viewpoints=V)
     numbers = sum(p.numel() for p in method_of(config).parameters() if p.requires_grad)
     assert sum(whole.sent.values()) == pytest.approx(2 * (processes - 1) / processes * 4 * numbers)
     divided = training_plan(
-        config_of("--sync-batch-norm=false", "--shard-identities"), processes=processes, identities=K, viewpoints=V
+        config_of("--sync-batch-norm=false", "--sampler.identities=8", "--shard-identities"),
+        processes=processes,
+        identities=K,
+        viewpoints=V,
     )
     own = -(-K // processes)
     assert divided.memory["weights of the centres"] * K == whole.memory["weights of the centres"] * own
@@ -90,9 +93,15 @@ def test_the_command_trains_nothing(tmp_path, capsys, monkeypatch):
     assert (found["processes"], found["identities"], found["viewpoints"]) == (3, 90, 3)
     assert train.main([*SMALL, "--plan", "--quiet"]) == 0
     assert "1 processes" not in capsys.readouterr().out
-    for wrong in ("processes=two", "machines=3", "processes"):
+    for wrong in ("processes=two", "machines=3", "processes", "processes=0"):
         assert train.main([*SMALL, "--plan", wrong]) == 2
         assert f"--plan: {wrong!r} was given; allowed are processes=NUMBER" in capsys.readouterr().err
-    assert train.main([*SMALL, "--plan", "processes=9", "identities=3", "viewpoints=3"]) == 2
-    assert "identities: 3 was given; allowed are values from 9" in capsys.readouterr().err
+    for given, said in (
+        (["processes=9", "identities=3", "viewpoints=3"], "identities: 3 was given; allowed are values from 9"),
+        (["processes=9", "identities=90", "viewpoints=3"], "processes: 9 was given; a batch has 4 identities for them"),
+        (["processes=2", "processes=3"], "--plan: 'processes=3' was given"),
+        (["viewpoints=3", "identities=9", "--method=pcb", "--method.rows=2", "--shard-identities"], "method 'pcb'"),
+    ):
+        assert train.main([*SMALL, "--plan", *given]) == 2
+        assert said in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -107,11 +108,23 @@ def first_does(group: ProcessGroup | None, action: Callable[[], T]) -> T:
 
 
 def gather_rows(rows: Tensor, group: ProcessGroup) -> list[Tensor]:
-    """The rows of every process [n_p, ...], by process; of one dtype and shape but for their number."""
-    sizes = [torch.empty(1, dtype=torch.int64, device=rows.device) for _ in range(group.size())]
+    """The rows of every process [n_p, ...], by process; of one dtype and shape but for their number.
+
+    Raises:
+        ValueError: dtypes or shapes differ; on all processes.
+        LostProcessError: another process did not take part.
+    """
+    # What other rows would be like goes along as a number: to exchange them would abort a process.
+    kind = zlib.crc32(repr((rows.dtype, rows.shape[1:])).encode())
+    sizes = [torch.empty(2, dtype=torch.int64, device=rows.device) for _ in range(group.size())]
     with answering(group):
-        dist.all_gather(sizes, sizes[0].new_tensor([rows.shape[0]]), group=group)
-    counts = [int(size) for size in sizes]
+        dist.all_gather(sizes, sizes[0].new_tensor([rows.shape[0], kind]), group=group)
+    counts, kinds = zip(*(size.tolist() for size in sizes), strict=True)
+    if len(set(kinds)) > 1:
+        like = together(
+            group, lambda: f"{str(rows.dtype).removeprefix('torch.')} [n, {', '.join(map(str, rows.shape[1:]))}]"
+        )
+        raise ValueError(f"rows: the processes have {', '.join(like)}; allowed is one dtype and shape, but for n")
     parts = [rows.new_empty((max(counts), *rows.shape[1:])) for _ in counts]
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows.detach()

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 from collections.abc import Sequence
 
 from vareid_ext._processes import LostProcessError
@@ -50,15 +51,16 @@ def _planned(arguments: Sequence[str]) -> tuple[dict[str, int], list[str]]:
     numbers = {}
     for argument in arguments[at + 1 : end]:
         name, _, value = argument.partition("=")
-        if name not in _PLANNED or not value.isascii() or not value.isdigit():
+        if name not in _PLANNED or name in numbers or not re.fullmatch("[1-9][0-9]*", value):
             raise ValueError(
-                f"--plan: {argument!r} was given; allowed are {', '.join(f'{known}=NUMBER' for known in _PLANNED)}"
+                f"--plan: {argument!r} was given; allowed are {', '.join(f'{known}=NUMBER' for known in _PLANNED)}, "
+                "once each and from 1 on"
             )
         numbers[name] = int(value)
     return numbers, [*arguments[:at], *arguments[end:]]
 
 
-def _plan(options: argparse.Namespace) -> Result:
+def _plan(processes: Processes, options: argparse.Namespace) -> Result:
     numbers, arguments = _planned(options.arguments)
     config = parse(arguments).config
     if not {"identities", "viewpoints"} <= numbers.keys():
@@ -66,7 +68,7 @@ def _plan(options: argparse.Namespace) -> Result:
         numbers = {"identities": data.num_identities, "viewpoints": data.num_viewpoints, **numbers}
     plan = training_plan(
         config,
-        processes=numbers.get("processes", 1),
+        processes=numbers.get("processes", processes.size),
         identities=numbers["identities"],
         viewpoints=numbers["viewpoints"],
     )
@@ -79,12 +81,11 @@ def main(arguments: Sequence[str]) -> int:
     options = argparse.Namespace(**{flag[2:]: flag in arguments for flag in flags})
     options.arguments = [argument for argument in arguments if argument not in flags]
     try:
-        if "--plan" in options.arguments:
-            return finish("vareid train", _plan, options)
         with joined() as processes, contextlib.ExitStack() as stack:
             if not processes.first:
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
                 options.quiet = True
-            return finish("vareid train", functools.partial(_run, processes), options, say=processes.say)
+            run = _plan if "--plan" in options.arguments else _run
+            return finish("vareid train", functools.partial(run, processes), options, say=processes.say)
     except SystemExit as end:  # --help
         return int(end.code or 0)

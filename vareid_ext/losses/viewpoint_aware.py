@@ -158,8 +158,10 @@ class ViewpointAwareLoss(nn.Module):
             group: the processes. The first ones have ceil(K / their number) identities each; the last may have none.
 
         Raises:
-            ValueError: there are fewer identities than processes.
+            ValueError: there are fewer identities than processes; the centres are divided already.
         """
+        if self.group is not None:
+            raise ValueError("group: the centres are divided among processes already")
         if self.num_identities < group.size():
             raise ValueError(
                 f"num_identities: {self.num_identities} was given; {group.size()} processes need one each at least"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from vareid_ext import _native
@@ -88,6 +89,7 @@ class _Sharded(torch.autograd.Function):
         return tuple(loss for loss, *_ in made)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
@@ -112,6 +114,7 @@ class _SumOfShards(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         mean = upstream / ctx.group.size()
         with answering(ctx.group):

@@ -17,7 +17,7 @@ from vareid_ext.methods import Method, TrainingClasses
 from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import MEMORY_BUDGET
 from vareid_ext.training.config import Config
 from vareid_ext.training.optimizers import build_optimizer
-from vareid_ext.training.state import build_method
+from vareid_ext.training.state import build_method, check_shards
 
 _FLOAT = 4  # bytes; weights, gradients and optimizers are float32 at every precision
 _PROBES = (2, 3)  # identities of the methods that are built to see what grows with them
@@ -80,7 +80,7 @@ class TrainingPlan:
             *_table(self.sent, 2**20, "MiB"),
             "a step, each part by itself",
             *_table(self.seconds, 1e-3, "ms", total=False),
-            f"{self.bound} bound the step",
+            f"{self.bound} bound the step, if nothing of it is done at the same time",
             *self.notes,
         ]
         return "\n".join(lines)
@@ -116,11 +116,17 @@ def training_plan(
     ):  # fmt: skip
         if given < least:
             raise ValueError(f"{name}: {given} was given; allowed are values from {least}")
-    N, images = processes, config.resolved_stages[0].sampler.images_per_batch
+    sampler, N = config.resolved_stages[0].sampler, processes
+    images = sampler.images_per_batch
+    shared = images if sampler.kind == "shuffled" else images // sampler.instances
+    if shared < N:
+        of_what = "images" if sampler.kind == "shuffled" else "identities"
+        raise ValueError(f"processes: {N} was given; a batch has {shared} {of_what} for them, and each needs one")
     divided = config.loss.shard_identities and N > 1
     quiet = dataclasses.replace(config, model=dataclasses.replace(config.model, pretrained=False, weights=None))
     classes = (TrainingClasses(K, viewpoints, torch.ones(K, viewpoints, dtype=torch.bool)) for K in _PROBES)
     method, larger = (build_method(quiet, few) for few in classes)
+    check_shards(config, method)
     centres = {
         f"{name}.{parameter}"
         for name, part in method.named_modules()

@@ -214,11 +214,7 @@ def begin_method(config: Config, classes: TrainingClasses, *, load_weights_file:
                     f"stages[{number}].train: {', '.join(stage.train)} was given; a part with parameters is needed"
                 )
         check_parts(method, "optimizer.lr_factors", stage.optimizer.lr_factors)
-    if config.loss.shard_identities and not any(isinstance(part, ViewpointAwareLoss) for part in method.modules()):
-        raise ValueError(
-            f"loss.shard_identities: true was given; method {config.method.name!r} as it is configured has no "
-            "viewpoint-aware loss, whose centres could be divided among processes"
-        )
+    check_shards(config, method)
     if config.model.weights is not None:
         settings = config.plain()["model"]
         loaded = load_method_weights(method, config.model.weights, heads=method.heads, settings=settings)
@@ -228,6 +224,15 @@ def begin_method(config: Config, classes: TrainingClasses, *, load_weights_file:
                 "its own, for which the checkpoint of another run is allowed"
             )
     return method
+
+
+def check_shards(config: Config, method: Method) -> None:
+    """ValueError where a configuration divides centres that its method does not have."""
+    if config.loss.shard_identities and not any(isinstance(part, ViewpointAwareLoss) for part in method.modules()):
+        raise ValueError(
+            f"loss.shard_identities: true was given; method {config.method.name!r} as it is configured has no "
+            "viewpoint-aware loss, whose centres could be divided among processes"
+        )
 
 
 def _has_backbone(method: Method) -> bool:
