@@ -265,6 +265,7 @@ def test_features_of_another_kind_are_not_added(tmp_path):
 
 def add_and_die(folder, place):
     """Add rows, and end as by kill -9 where `place` is called."""
+    torch.set_num_threads(1)  # the pool of threads did not survive the fork, and a product would wait for it
     setattr(gallery_folder, place, lambda *_, **__: os._exit(9))
     GalleryIndex(folder).add(features(10, seed=1))
 
