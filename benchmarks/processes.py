@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import queue
 import socket
 import sys
 import tempfile
@@ -112,7 +113,7 @@ def run_case(path: str, queries: int, task: str, topk: int, processes: int) -> t
     while len(results) < processes:
         try:
             results.append(out.get(timeout=5))
-        except Exception:
+        except queue.Empty:
             if any(worker.exitcode for worker in workers):
                 for worker in workers:
                     worker.terminate()
