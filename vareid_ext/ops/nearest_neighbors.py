@@ -33,6 +33,7 @@ from vareid_ext.reference.pairwise_distance import METRICS
 MAX_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
 MIN_ROWS = 64  # done again at once, where memory allows it
 _PAIR_ELEMENTS = 1 << 20  # of the rows of pairs that are measured at once
+_MAX_CAPACITY = 4096  # as kMaxCapacity in csrc/cpu/nearest_neighbors.cpp
 _FARTHEST = 8  # as kFarthest in csrc/nearest_neighbors.h
 _EQUAL_CHUNK = 1 << 16  # elements compared at once
 _BITS = {
@@ -44,8 +45,12 @@ _BITS = {
 
 
 def capacity(k: int, rounded: bool = False) -> int:
-    """Candidates kept for each row: k and room for near ties and for those that come before the threshold is known."""
-    return (k + max(k // 2, 56 if rounded else 40) + 15) // 16 * 16
+    """Candidates kept for each row: k and room for near ties and for those that come before the threshold is known.
+
+    The window of rounded rows leaves 2 k to 2.5 k of a row's neighbours.
+    """
+    room = max(9 * k // 4, 56) if rounded else max(k // 2, 40)
+    return min((k + room + 15) // 16 * 16, _MAX_CAPACITY)
 
 
 def candidate_bytes(k: int) -> int:
@@ -277,8 +282,9 @@ def _ways(
         rows = sum(filtered.parts[w].shape[0] for w in left)
     if not ByteFilter.pays(filtered.parts[0], rows):
         return None
-    rounded = ByteFilter(filtered, block_rows)
-    return rounded if rounded.suits(left, right, k, capacity(k, rounded=True) * 3 // 4) else None
+    rounded, places = ByteFilter(filtered, block_rows), capacity(k, rounded=True)
+    # As csrc/cpu/nearest_neighbors.cpp keeps them, with places left for those that come.
+    return rounded if rounded.suits(left, right, k, places - (places - k) // 4) else None
 
 
 def _symmetric_scan(
