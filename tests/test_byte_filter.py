@@ -169,7 +169,7 @@ def test_largest_distances_are_measured_in_float64(rounded):
     """To the last bit, whatever the blocks, the threads and the rows that are asked for."""
     x = features(300, 130) + torch.linspace(0, 4, 130)
     if rounded == "crowded":  # not here
-        assert _byte_filter.pairs_pay([x[:90], x[90:]], "sqeuclidean", 1.0)
+        assert op.pairs_pay([x[:90], x[90:]], "sqeuclidean", 1.0, 300)
     expected = torch.from_numpy(squared_distances(x.double().numpy(), x.double().numpy()).max(1)).float()
     before = torch.get_num_threads()
     try:

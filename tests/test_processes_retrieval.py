@@ -27,6 +27,7 @@ from vareid_ext import _native, evaluate_features, k_reciprocal_rerank, nearest_
 from vareid_ext._processes import LostProcessError
 from vareid_ext.ops import _byte_filter, _filter
 from vareid_ext.ops import _shared_neighbors as neighbors_module
+from vareid_ext.ops import nearest_neighbors as _nearest_op
 from vareid_ext.retrieval import rerank_plan
 
 SHARES = ([5, 3], [70, 0], [0, 1, 60], [23, 23, 24], [31])
@@ -284,7 +285,7 @@ def test_reranking_by_products_of_8_bits_is_that_of_one_process(processes, share
     query, gallery = (x + offset * torch.eye(130)[5] * (1 - 2 * (x[:, :1] > 0)) for x in people(100, 460, 130))
     if _native.available("cpu") and _byte_filter.byte_products():
         parts = _filter.samples([query, gallery])
-        assert _byte_filter.pairs_pay(parts, "sqeuclidean", 1.0) == (offset == 0)
+        assert _nearest_op.pairs_pay(parts, "sqeuclidean", 1.0, 560) == (offset == 0)
     assert_reranked_as_one(processes, query, gallery, shares, others, topk=12, block_rows=64)
 
 

@@ -185,6 +185,12 @@ def test_a_plan_counts_processes_and_bytes(name, value, kind, message):
         rerank_plan(100, 900, 64, **{name: value})
 
 
+def test_a_plan_for_a_gpu_counts_products_side_by_side_and_rows_of_bfloat16():
+    plan = rerank_plan(3368, 15913, 2048, block_rows=4096, on_gpu=True)
+    assert plan.block > 4 * 4096 * 4 * 4096 + (4 + 2) * 5 * 4096 * 2048
+    assert plan.candidates > 19281 * 8 * (64 + 32)
+
+
 def test_a_plan_says_what_is_sent_where_there_are_others():
     plan = rerank_plan(1000, 9000, 64, processes=2)
     assert f"peak {plan.peak / 2**20:.1f} MiB; sends at most {plan.sent / 2**20:.1f} MiB" in str(plan)

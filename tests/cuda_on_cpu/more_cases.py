@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import vareid_ext
+from tests.bfloat16 import products_of_bfloat16
 from vareid_ext.ops import k_reciprocal as k_reciprocal_op
 from vareid_ext.ops import nearest_neighbors as nearest_op
 from vareid_ext.ops import pairwise_distance as pairwise_op
@@ -162,3 +163,21 @@ def test_ranking__features(backend: str, identities: int, step: float, dtype: to
         expected = vareid_ext.rank_features(*arguments, junk_identity=0)
     for name, value in vars(expected).items():
         torch.testing.assert_close(getattr(got, name), value, rtol=1e-13, atol=0)
+
+
+def test_nearest_neighbors__products_of_bfloat16(backend: str) -> None:
+    """Rows rounded and multiplied so; more near ties than places among them."""
+    x = torch.cat([_random(9, 5), _random(1, 5, seed=1).expand(55, 5)])
+    expected = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist").sort(stable=True)[1]
+    with products_of_bfloat16():
+        assert torch.equal(vareid_ext.nearest_neighbors(x, k=3)[1], expected[:, :3])
+
+
+def test_k_reciprocal__products_of_bfloat16(backend: str) -> None:
+    """The largest distances are those of pairs, but for a row from which most others are about as far."""
+    x = torch.cat([_random(20, 5) * 1e-5 + 1, torch.full((1, 5), 60.0), _random(11, 5, seed=1)])
+    with vareid_ext.reference_backend():
+        expected = vareid_ext.k_reciprocal_rerank(x[:7], x[7:], k1=3, k2=2)
+    with products_of_bfloat16(), mock.patch.object(nearest_op, "strip_side", lambda _, side: 2 * side):
+        got = vareid_ext.k_reciprocal_rerank(x[:7], x[7:], k1=3, k2=2, block_rows=16)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)

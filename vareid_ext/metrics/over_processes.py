@@ -134,7 +134,7 @@ def _final_distances(
         side = block_side(device)
     plan = rerank_plan(
         Q, G, D, k1=k1, k2=k2, block_rows=side, max_memory=max_memory, processes=group.size(),
-        element_size=shares.own[0].element_size(),
+        element_size=shares.own[0].element_size(), on_gpu=device.type == "cuda",
     )  # fmt: skip
     limit = None if max_memory is None else plan.entry_limit(max_memory)
     fit = SharedKReciprocal(shares, group, plan.block_rows, k1, k2, options["lambda_value"], limit)

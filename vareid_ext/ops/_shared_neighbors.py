@@ -20,7 +20,7 @@ from vareid_ext._processes import gather_rows, together
 from vareid_ext._ring import begin_exchange, moved, visits
 from vareid_ext.ops import _progress
 from vareid_ext.ops import nearest_neighbors as op
-from vareid_ext.ops._byte_filter import pairs_pay
+from vareid_ext.ops._byte_filter import ByteFilter
 from vareid_ext.ops._filter import Filter, block_edges, block_side, sample_step, scale_of, spread_from
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.reference import accumulator_dtype
@@ -181,10 +181,10 @@ def _scan_blocks(filtered: Filter, scan: op._Scan, mine: Sequence[_Block], their
                 columns = rows if two is one else filtered.block(part, column, column + width, 1)
                 block = buffer[: height * width]
                 if one.number <= two.number:
-                    torch.mm(rows, columns.T, out=block.view(height, width))
+                    scan.multiply(rows, columns, block.view(height, width))
                     scan.scan(block.view(height, width), row, offset + column, both=two is not one, write=False)
                 else:
-                    torch.mm(columns, rows.T, out=block.view(width, height))
+                    scan.multiply(columns, rows, block.view(width, height))
                     scan.scan(block.view(width, height), offset + column, row, both=True, write=False)
                 _progress.advance(height * (height + 1) // 2 if two is one else height * width)
 
@@ -209,7 +209,7 @@ def mutual_neighbors(
         The lists; and float32 [n], each row's largest distance as the products give it.
     """
     processes, me = group.size(), group.rank()
-    pairs = None if center_by is None else pairs_pay(center_by, metric, scale)
+    pairs = None if center_by is None else op.pairs_pay(center_by, metric, scale, sum(division.totals))
     best, row_max = Lists(own.shape[0], k, own.device), torch.zeros(own.shape[0], device=own.device)
 
     def take(found: _Found, at: slice) -> None:
@@ -266,7 +266,7 @@ def _compared(
     every, width, side = range(len(filtered.parts)), min(k, rows) if alone else k, block_side(device)
     rounded = None if pairs is False else op._ways(filtered, [0], [len(every) - 1], width, side)
     scan = op._Scan(filtered, every, every, width, metric, side, rounded=rounded, pairs=bool(pairs))
-    if rounded is None:
+    if not isinstance(rounded, ByteFilter):
         _scan_blocks(filtered, scan, mine, None if alone else theirs)
     elif alone:
         op._symmetric_scan(filtered, [scan], side)

@@ -4,8 +4,9 @@ The native kernels take blocks of float32 products from the vendor's library and
 for the entries that can still be among a row's nearest: those whose lower bound does not exceed the k-th smallest upper
 bound (:mod:`vareid_ext.ops._filter` has the bounds and their proof). What remains is measured in float64 and ordered. A
 set against itself is symmetric: only blocks on and above the diagonal are computed, and each serves its rows and its
-columns. Rows that had more near ties than places are done again, whole. Where a CPU has products of 8 bits, blocks of
-these filter in place of float32 ones (:mod:`vareid_ext.ops._byte_filter`), unless too many rows would be done again.
+columns. Rows that had more near ties than places are done again, whole. Where a CPU has products of 8 bits, or a GPU of
+bfloat16, these filter in place of float32 ones (:mod:`vareid_ext.ops._byte_filter`,
+:mod:`vareid_ext.ops._bfloat16_filter`), unless too many rows would be done again.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from torch import Tensor
 
 from vareid_ext import _native
 from vareid_ext.ops import _progress
-from vareid_ext.ops._byte_filter import ByteFilter, pairs_pay
+from vareid_ext.ops._bfloat16_filter import BFloat16Filter
+from vareid_ext.ops._byte_filter import ByteFilter
 from vareid_ext.ops._checks import check_choice, check_count
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
 from vareid_ext.ops._filter import Filter, block_edges, block_side, row_blocks, samples, strip_side
 from vareid_ext.ops._matmul import full_float32
 from vareid_ext.ops._operator import define
+from vareid_ext.ops._rounded_filter import RoundedFilter
 from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import nearest_neighbors as reference
 from vareid_ext.reference.pairwise_distance import METRICS
@@ -35,6 +38,10 @@ MIN_ROWS = 64  # done again at once, where memory allows it
 _PAIR_ELEMENTS = 1 << 20  # of the rows of pairs that are measured at once
 _MAX_CAPACITY = 4096  # as kMaxCapacity in csrc/cpu/nearest_neighbors.cpp
 _FARTHEST = 8  # as kFarthest in csrc/nearest_neighbors.h
+_FAR_PLACES = 32  # for pairs that come before a row's largest distance is about known
+_FAR_BYTES = 28 * _FAR_PLACES  # of a row, with the copies that are sorted
+_FAR_SHARE = 64  # one of so many columns may be measured for a row's largest distance
+_CUDA_CAPACITIES = (96, 192)  # candidates for which csrc/cuda/nearest_neighbors.cu has lists
 _EQUAL_CHUNK = 1 << 16  # elements compared at once
 _BITS = {
     torch.float64: torch.int64,
@@ -53,8 +60,21 @@ def capacity(k: int, rounded: bool = False) -> int:
     return min((k + room + 15) // 16 * 16, _MAX_CAPACITY)
 
 
-def candidate_bytes(k: int) -> int:
+def _places_for_bfloat16(k: int) -> int:
+    """:func:`capacity` with these products."""
+    return capacity(k) if capacity(k) <= _CUDA_CAPACITIES[0] else _CUDA_CAPACITIES[1]
+
+
+def _capacity(k: int, rounded: RoundedFilter | None) -> int:
+    if isinstance(rounded, BFloat16Filter):
+        return _places_for_bfloat16(k)
+    return capacity(k, rounded is not None)
+
+
+def candidate_bytes(k: int, on_gpu: bool = False) -> int:
     """What the candidates of a row take at most, and the pairs that its largest distance may be that of."""
+    if on_gpu:
+        return 8 * _places_for_bfloat16(k) + _FAR_BYTES
     return 8 * capacity(k, rounded=True) + 8 * _FARTHEST + 4
 
 
@@ -70,7 +90,7 @@ class _Scan:
 
     def __init__(
         self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str, block_rows: int,
-        begin: int = 0, end: int | None = None, rounded: ByteFilter | None = None, pairs: bool = False,
+        begin: int = 0, end: int | None = None, rounded: RoundedFilter | None = None, pairs: bool = False,
     ) -> None:  # fmt: skip
         self.filtered, self.rounded, self.k, self.metric = filtered, rounded, k, METRICS.index(metric)
         self.block_rows = max(MIN_ROWS, block_rows)
@@ -81,26 +101,46 @@ class _Scan:
         self.left_bounds, self.right_bounds = (norm[begin:end], window[begin:end]), bounds(right)
         self.begin, self.rows = begin, sum(part.shape[0] for part, _ in self.left)
         self.columns = sum(filtered.parts[w].shape[0] for w in right)
-        new, places = filtered.norm.new_empty, capacity(k, rounded is not None)
+        new = filtered.norm.new_empty
         self.row_max = new(self.rows).zero_()
-        self.candidates = [
-            new((self.rows, places)), new((self.rows, places), dtype=torch.int32),
-            new(self.rows, dtype=torch.int32).zero_(), new(self.rows).fill_(torch.inf),
-            new(self.rows).fill_(torch.inf), self.row_max,
-        ]  # fmt: skip
+        self.candidates = self._no_candidates(_capacity(k, rounded))
+        self.opposite: _Scan | None = None
         self.farthest: Any = None
-        if pairs:
+        if pairs and isinstance(rounded, BFloat16Filter):
+            self.opposite = self._of_opposite_rows()
+            self.candidates[5] = torch.empty_like(self.row_max)  # that of rounded products
+        elif pairs and not filtered.norm.is_cuda:
             shape = self.rows, _FARTHEST
             found = new(shape), new(shape, dtype=torch.int32), new(self.rows, dtype=torch.int32).zero_()
             self.farthest = self.left, self.right, found
 
+    def _no_candidates(self, places: int) -> list[Tensor]:
+        new = self.row_max.new_empty
+        return [
+            new((self.rows, places)), new((self.rows, places), dtype=torch.int32),
+            new(self.rows, dtype=torch.int32).zero_(), new(self.rows).fill_(torch.inf),
+            new(self.rows).fill_(torch.inf), self.row_max,
+        ]  # fmt: skip
+
+    def _of_opposite_rows(self) -> _Scan:
+        """A scan that finds what is farthest: ``-n_i - n_j - 2 (-p_i . p_j)`` is least where the distance is largest,
+        and errs by no more than the window, too.
+        """
+        one = copy.copy(self)
+        one.k, one.candidates = 1, self._no_candidates(_FAR_PLACES)
+        one.candidates[5] = torch.empty_like(self.row_max)
+        one.left_bounds, one.right_bounds = (
+            (norm.neg(), window) for norm, window in (self.left_bounds, self.right_bounds)
+        )
+        return one
+
     def start_from(self, index: Tensor, distance: Tensor, row_max: Tensor) -> None:
         """Makes known lists the candidates of the first rows; ``distance`` is float64."""
         rows, width = index.shape
-        lower, candidate, count, threshold, _, largest = self.candidates
+        lower, candidate, count, threshold, _, _ = self.candidates
         lower[:rows, :width] = torch.nextafter(distance.float(), distance.new_tensor(-torch.inf, dtype=torch.float32))
         candidate[:rows, :width] = index
-        count[:rows], largest[:rows] = width, row_max
+        count[:rows], self.row_max[:rows] = width, row_max
         if width == self.k and rows:
             window = self.left_bounds[1]
             reach = torch.stack([window[index[:, place].long()] for place in range(width)]).amax(0)
@@ -122,6 +162,9 @@ class _Scan:
 
     def scan(self, block: Tensor, row: int, column: int, *, both: bool, write: bool) -> None:
         """Takes the candidates of a block of products; ``both``: for its columns too."""
+        if self.opposite is not None:
+            self.opposite.scan(block.neg_(), row, column, both=both, write=False)
+            block.neg_()
         given = (
             block, row, column, self.left_bounds, self.right_bounds, self.candidates, self.k, both, write,
         )  # fmt: skip
@@ -130,12 +173,19 @@ class _Scan:
         else:
             _native.launch("nearest_neighbors_scan_farthest", *given, self.farthest, on=block)
 
+    def multiply(self, rows: Tensor, columns: Tensor, out: Tensor) -> None:
+        """Writes the products of blocks of the filter's rows, by which candidates are found, to ``out``."""
+        if isinstance(self.rounded, BFloat16Filter):
+            self.rounded.multiply(rows, columns, out)
+        else:
+            torch.mm(rows, columns.T, out=out)
+
     def scan_packed(
         self, left: tuple[Tensor, ...], right: tuple[Tensor, ...], sizes: tuple[int, int], row: int, column: int, *,
         both: bool,
     ) -> None:  # fmt: skip
         """As :meth:`scan`, of blocks of packed rows."""
-        assert self.rounded is not None
+        assert isinstance(self.rounded, ByteFilter)
         workspace = self.rounded.workspace
         _native.launch(
             "nearest_neighbors_scan_packed", left, sizes[0], right, sizes[1], self.filtered.parts[0].shape[1], row,
@@ -148,6 +198,9 @@ class _Scan:
         if self.farthest is not None:
             _native.launch("nearest_neighbors_farthest", self.farthest, self.row_max, on=self.row_max)
             self.farthest = None
+        if self.opposite is not None:
+            torch.maximum(self.row_max, self.opposite.largest_distances(), out=self.row_max)
+            self.opposite = None
         if self.rounded is not None:
             self.rounded.drop_buffers()
         self.filtered.drop_buffers()
@@ -165,7 +218,7 @@ class _Scan:
             self.right_bounds, self.candidates, self.k, index, distance, unsure, kth_upper, on=index,
         )  # fmt: skip
         rows = unsure.nonzero()[:, 0]
-        products = "float32" if self.rounded is None else "8 bits"
+        products = "float32" if self.rounded is None else self.rounded.name
         _progress.count(f"rows filtered by products of {products}", self.rows)
         _progress.count("done again", rows.numel())
         if rows.numel():
@@ -176,35 +229,64 @@ class _Scan:
     def _rescan(self, unsure: Tensor, kth_upper: Tensor, index: Tensor, distance: Tensor) -> None:
         """Computes some rows' products whole and takes every entry that may be among the nearest."""
         filtered = self.filtered
+        same, places = None, 0  # a GPU needs neither
+        if not index.is_cuda:
+            same = self._equal_rows()
+            places = torch.get_num_threads() * (self.columns + (self.columns + 1) // 2) * 16
+        workspace = filtered.norm.new_empty(places, dtype=torch.uint8)
+        left_bounds, right_bounds = self._float32_bounds()
+        for rows, products in self._whole_rows(unsure):
+            _native.launch(
+                "nearest_neighbors_rescan", products, rows, self.left, self.right, self.metric, filtered.unscale,
+                left_bounds, right_bounds, kth_upper, same, self.k, index, distance, workspace, on=index,
+            )  # fmt: skip
+
+    def _float32_bounds(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        norm, window = self.filtered.bounds(self.left_parts)
+        return (norm[self.begin :], window[self.begin :]), self.filtered.bounds(self.right_parts)
+
+    def _whole_rows(self, numbers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some of these rows at a time, and their float32 products with all columns."""
+        filtered = self.filtered
         # As many rows at once as fit in the memory of a block of products and its features.
         part = filtered.parts[0]
         D = part.shape[1]
         taken = self.block_rows * 4 * (self.block_rows + D)
         fitting = taken // (4 * self.columns + (4 + part.element_size()) * D)
-        step = max(1, min(self.block_rows, fitting, unsure.numel()))
+        step = max(1, min(self.block_rows, fitting, numbers.numel()))
         block, prepared = filtered.norm.new_empty((step, self.columns)), filtered.norm.new_empty((step, D))
-        same, places = None, 0  # a GPU needs neither
-        if not block.is_cuda:
-            same = self._equal_rows()
-            places = torch.get_num_threads() * (self.columns + (self.columns + 1) // 2) * 16
-        workspace = filtered.norm.new_empty(places, dtype=torch.uint8)
-        left_bounds, right_bounds = self.left_bounds, self.right_bounds
-        if self.rounded is not None:  # these products are of float32
-            norm, window = filtered.bounds(self.left_parts)
-            left_bounds = norm[self.begin :], window[self.begin :]
-            right_bounds = filtered.bounds(self.right_parts)
-        for begin in range(0, unsure.numel(), step):
-            rows = unsure[begin : begin + step]
+        for rows in numbers.split(step):
             products = block[: rows.numel()]
             with full_float32(block.device.type):
                 chosen = self._gather(rows, prepared)
                 for which, first, last, offset in row_blocks(filtered, self.right_parts, self.block_rows):
                     columns = filtered.block(which, first, last, 1)
                     torch.mm(chosen, columns.T, out=products[:, offset : offset + last - first])
-            _native.launch(
-                "nearest_neighbors_rescan", products, rows, self.left, self.right, self.metric, filtered.unscale,
-                left_bounds, right_bounds, kth_upper, same, self.k, index, distance, workspace, on=index,
-            )  # fmt: skip
+            yield rows, products
+
+    def largest_distances(self) -> Tensor:
+        """float32 [rows], of a scan of opposite rows: measured where few pairs may be a row's farthest, else by way of
+        float32 products.
+        """
+        lower, index, count, _, cut, _ = self.candidates
+        empty = torch.arange(lower.shape[1], device=lower.device) >= count[:, None]
+        lower, at = lower.masked_fill(empty, torch.inf).topk(_FARTHEST + 1, largest=False)
+        index = index.masked_fill(empty, 0).gather(1, at)
+        window = self.left_bounds[1][:, None] + self.right_bounds[1][index.long()]
+        limit = (lower + 2 * window).amin(1)
+        near = lower <= limit[:, None]
+        index = torch.where(near, index, index[:, :1])
+        largest = self.row_max.new_zeros(self.rows, dtype=torch.float64)
+        for place in range(min(_FARTHEST, int(near.sum(1).amax())) if self.rows else 0):
+            measured = _measure(self.filtered, self.left, self.right, index[:, place], self.right_bounds)
+            torch.maximum(largest, measured, out=largest)
+        unsure = (near[:, -1] | (cut <= limit)).nonzero()[:, 0]
+        _progress.count("largest distances done again", unsure.numel())
+        (norm, _), (right_norm, _) = self._float32_bounds()
+        for rows, products in self._whole_rows(unsure) if unsure.numel() else ():
+            squared = products.mul_(-2).add_(norm[rows, None]).add_(right_norm)
+            largest[rows] = squared.amax(1).clamp_(min=0).double()
+        return largest.float()
 
     def _gather(self, rows: Tensor, out: Tensor) -> Tensor:
         """The prepared float32 rows of these ascending numbers, in the first rows of ``out``."""
@@ -249,42 +331,74 @@ class _Scan:
         return same.to(torch.int32)
 
 
+def _measure(
+    filtered: Filter, left: Sequence[tuple[Tensor, Any]], right: Sequence[tuple[Tensor, Any]], columns: Tensor,
+    right_bounds: tuple[Tensor, Tensor],
+) -> Tensor:  # fmt: skip
+    """float64 ``|z_i - z_j|^2`` of each row of the left set and one of the right, summed as the nearest's."""
+    new, size = filtered.norm.new_zeros, columns.numel()
+    candidates = [
+        new((size, 2)), new((size, 2), dtype=torch.int32), new(size, dtype=torch.int32).fill_(1), new(size),
+        new(size).fill_(torch.inf), new(size),
+    ]  # fmt: skip
+    candidates[1][:, 0] = columns
+    out = new((size, 1), dtype=torch.float64)
+    _native.launch(
+        "nearest_neighbors_select", left, right, METRICS.index("sqeuclidean"), 1.0, (new(size), new(size)),
+        right_bounds, candidates, 1, new((size, 1), dtype=torch.int32), out, new(size, dtype=torch.bool), new(size),
+        on=out,
+    )  # fmt: skip
+    return out[:, 0]
+
+
 def pair_distances(filtered: Filter, rows: Tensor, columns: Tensor) -> Tensor:
     """float64 ``|z_i - z_j|^2`` of pairs of rows of the first and of the second part, summed as the nearest's."""
-    out = filtered.norm.new_empty((rows.shape[0], 1), dtype=torch.float64)
-    (x, factor), (y, y_factor) = filtered.sets(0, 1)
-    new, places = filtered.norm.new_zeros, capacity(1)
+    out = filtered.norm.new_empty(rows.shape[0], dtype=torch.float64)
+    (x, factor), right = filtered.sets(0)[0], filtered.sets(1)
     for begin in range(0, rows.shape[0], max(1, _PAIR_ELEMENTS // x.shape[1])):
         at = slice(begin, begin + max(1, _PAIR_ELEMENTS // x.shape[1]))
-        chosen, size = rows[at], rows[at].shape[0]
-        candidates = [
-            new((size, places)), new((size, places), dtype=torch.int32), new(size, dtype=torch.int32).fill_(1),
-            new(size), new(size).fill_(torch.inf), new(size),
-        ]  # fmt: skip
-        candidates[1][:, 0] = columns[at]
-        left = [(x.index_select(0, chosen), None if factor is None else factor[chosen])]
-        bounds = new(size), new(size)
-        _native.launch(
-            "nearest_neighbors_select", left, [(y, y_factor)], METRICS.index("sqeuclidean"), 1.0, bounds,
-            filtered.bounds([1]), candidates, 1, new((size, 1), dtype=torch.int32), out[at],
-            new(size, dtype=torch.bool), new(size), on=out,
-        )  # fmt: skip
-    return out[:, 0]
+        left = [(x.index_select(0, rows[at]), None if factor is None else factor[rows[at]])]
+        out[at] = _measure(filtered, left, right, columns[at], filtered.bounds([1]))
+    return out
 
 
 def _ways(
     filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, block_rows: int, rows: int | None = None
-) -> ByteFilter | None:
+) -> RoundedFilter | None:
     """The rounded rows whose products filter, or None for float32; ``rows`` of the left set are multiplied, None for
     all.
     """
     if rows is None:
         rows = sum(filtered.parts[w].shape[0] for w in left)
-    if not ByteFilter.pays(filtered.parts[0], rows):
+    columns = sum(filtered.parts[w].shape[0] for w in right)
+    rounded: RoundedFilter
+    if ByteFilter.pays(filtered.parts[0], rows):
+        rounded = ByteFilter(filtered, block_rows)
+    elif BFloat16Filter.pays(filtered.parts[0], rows * columns):
+        rounded = BFloat16Filter(filtered, block_rows)
+    else:
         return None
-    rounded, places = ByteFilter(filtered, block_rows), capacity(k, rounded=True)
-    # As csrc/cpu/nearest_neighbors.cpp keeps them, with places left for those that come.
-    return rounded if rounded.suits(left, right, k, places - (places - k) // 4) else None
+    # As the kernels keep them, on a CPU and on a GPU, with places left for those that come.
+    places = _capacity(k, rounded)
+    kept = places - (places - k) // (4 if isinstance(rounded, ByteFilter) else 2)
+    return rounded if rounded.suits(left, right, k, kept) else None
+
+
+def pairs_pay(sampled: Sequence[Tensor], metric: str, scale: float | None, total: int) -> bool:
+    """Whether largest distances of ``total`` rows are those of few pairs, which are then measured, in place of what
+    products give.
+
+    It depends on nothing but that and :func:`vareid_ext.ops._filter.samples` of the rows: where they are divided, too.
+    """
+    rows = torch.cat(list(sampled))
+    kind: type[ByteFilter] | type[BFloat16Filter]
+    if ByteFilter.pays(rows, rows.shape[0]):
+        kind = ByteFilter
+    elif BFloat16Filter.pays(rows, total * total, pairs=True):
+        kind = BFloat16Filter
+    else:
+        return False
+    return kind(Filter([rows], ["samples"], metric, scale), rows.shape[0]).far_pairs() * _FAR_SHARE <= 1
 
 
 def _symmetric_scan(
@@ -297,7 +411,8 @@ def _symmetric_scan(
     """
     blocks = row_blocks(filtered, range(len(filtered.parts)), block_rows)
     side = max((last - first for _, first, last, _ in blocks), default=0)
-    together, rounded = strip_side(filtered.norm.device, 1), scans[0].rounded
+    together = strip_side(filtered.norm.device, 1)
+    rounded = scans[0].rounded if isinstance(scans[0].rounded, ByteFilter) else None
     buffer = filtered.norm.new_empty(0 if rounded else side * side * min(together, len(blocks)))
     with full_float32(buffer.device.type):
         for at, (which, first, last, offset) in enumerate(blocks):
@@ -307,6 +422,7 @@ def _symmetric_scan(
             for strip in _strips(right, together):
                 other, begin, end = strip[0][0], strip[0][1], strip[-1][2]
                 alone, crossed = end - begin == size and strip[0][3] == offset, which != other
+                wanted = crossed and out is not None
                 if crossed and out is not None:
                     target = out[first:last, begin:end]
                 elif rounded and packed:
@@ -318,13 +434,17 @@ def _symmetric_scan(
                     continue
                 else:
                     target = buffer[: size * (end - begin)].view(size, end - begin)
-                torch.mm(rows, (rows if alone else filtered.block(other, begin, end, 1)).T, out=target)
+                columns_of = rows if alone else filtered.block(other, begin, end, 1)
+                if wanted:  # of float32, whatever filters: they are within its window
+                    torch.mm(rows, columns_of.T, out=target)
+                else:
+                    scans[0].multiply(rows, columns_of, target)
                 for _, other_first, other_last, other_offset in strip:
                     block, same = target[:, other_first - begin : other_last - begin], other_offset == offset
                     if crossed:
                         for scan in scans[1:]:
                             scan.scan(block, first, other_first, both=False, write=False)
-                    scans[0].scan(block, offset, other_offset, both=not same, write=crossed and out is not None)
+                    scans[0].scan(block, offset, other_offset, both=not same, write=wanted)
                     _progress.advance(size * (size + 1) // 2 if same else size * (other_last - other_first))
 
 
@@ -333,7 +453,7 @@ def _scan_of_rows(filtered: Filter, scan: _Scan, block_rows: int) -> None:
     so on a CPU, where they are made one by one, the same bits.
     """
     blocks = row_blocks(filtered, range(len(filtered.parts)), block_rows)
-    if scan.rounded is not None:
+    if isinstance(scan.rounded, ByteFilter):
         own_blocks = [block for block in blocks if scan.begin <= block[3] < scan.begin + scan.rows]
         _packed_scan(scan.rounded, scan, own_blocks, blocks)
         return
@@ -349,7 +469,7 @@ def _scan_of_rows(filtered: Filter, scan: _Scan, block_rows: int) -> None:
                     continue
                 columns = rows if same else filtered.block(other, begin, end, 1)
                 target = buffer[: size * (end - begin)].view(size, end - begin)
-                torch.mm(rows, columns.T, out=target)
+                scan.multiply(rows, columns, target)
                 if own:
                     scan.scan(target, offset - scan.begin, other_offset, both=False, write=False)
                 if other_own and not same:
@@ -376,7 +496,7 @@ def _strips(blocks: list[tuple[int, int, int, int]], together: int) -> Iterator[
 
 
 def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
-    if scan.rounded is not None:
+    if isinstance(scan.rounded, ByteFilter):
         _packed_scan(scan.rounded, scan, *(row_blocks(filtered, [part], block_rows) for part in (0, 1)))
         return
     rows_of = row_blocks(filtered, [0], block_rows)
@@ -389,7 +509,7 @@ def _one_sided_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
             for _, other_first, other_last, _ in columns_of:
                 columns = filtered.block(1, other_first, other_last, 1)
                 target = buffer[: rows.shape[0] * columns.shape[0]].view(rows.shape[0], columns.shape[0])
-                torch.mm(rows, columns.T, out=target)
+                scan.multiply(rows, columns, target)
                 scan.scan(target, first, other_first, both=False, write=False)
 
 
@@ -416,7 +536,7 @@ def one_sided_scan(filtered: Filter, k: int, metric: str, block_rows: int) -> _S
 
 def crossed_scan(filtered: Filter, scan: _Scan, block_rows: int) -> None:
     """The first part against the second, which are numbered together, for both, with the scan's rounded rows."""
-    assert scan.rounded is not None
+    assert isinstance(scan.rounded, ByteFilter)
     blocks = row_blocks(filtered, [0, 1], block_rows)
     rows_of, columns_of = ([block for block in blocks if block[0] == part] for part in (0, 1))
     _packed_scan(scan.rounded, scan, rows_of, columns_of, both=True)
@@ -467,7 +587,7 @@ def _native_joint_neighbors(
     if max(k, nearest) > MAX_NEIGHBORS[query.device.type]:
         return NotImplemented
     filtered = Filter([query, gallery], ["query", "gallery"], "sqeuclidean", scale=scale)
-    pairs = pairs_pay(samples(filtered.parts), "sqeuclidean", scale)
+    pairs = pairs_pay(samples(filtered.parts), "sqeuclidean", scale, len(filtered.norm))
     rounded = _ways(filtered, [0, 1], [0, 1], k, block_rows) if pairs else None
     scans = [_Scan(filtered, [0, 1], [0, 1], k, "sqeuclidean", block_rows, rounded=rounded, pairs=pairs)]
     if nearest:
@@ -512,7 +632,7 @@ def _native_neighbors_of_rows(
         return NotImplemented
     of_squares = metric == "sqeuclidean"
     filtered = Filter([query, gallery], ["query", "gallery"], metric, scale=scale if of_squares else None)
-    pairs = pairs_pay(samples(filtered.parts), metric, scale if of_squares else None)
+    pairs = pairs_pay(samples(filtered.parts), metric, scale if of_squares else None, len(filtered.norm))
     rounded = _ways(filtered, [0, 1], [0, 1], k, block_rows) if pairs else None
     scan = _Scan(filtered, [0, 1], [0, 1], k, metric, block_rows, begin, end, rounded, pairs)
     _scan_of_rows(filtered, scan, block_rows)
@@ -555,7 +675,7 @@ def _native_extended_neighbors(
     if not old.shape[0]:  # the kernels look for the factors at the first part
         names, parts = names[1:], parts[1:]
     filtered, side, every = Filter(parts, names, "sqeuclidean", scale=scale), block_side(old.device), range(len(parts))
-    pairs = pairs_pay(samples(filtered.parts), "sqeuclidean", scale)
+    pairs = pairs_pay(samples(filtered.parts), "sqeuclidean", scale, len(filtered.norm))
     rounded = _ways(filtered, every, every, k, side, new.shape[0]) if pairs else None
     scan = _Scan(filtered, every, every, k, "sqeuclidean", side, rounded=rounded, pairs=pairs)
     scan.start_from(index, distance, row_max)

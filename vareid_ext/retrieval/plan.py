@@ -9,6 +9,7 @@ import torch
 
 from vareid_ext.ops import nearest_neighbors as _nearest
 from vareid_ext.ops._checks import check_count
+from vareid_ext.ops._filter import strip_side
 from vareid_ext.reference.pairwise_distance import rows_per_block
 
 
@@ -23,8 +24,8 @@ class RerankPlan:
     candidates: int
     """Candidates of every row, while the products go by, and the rows' norms and bounds."""
     block: int
-    """A block of products, the product's own buffers, two blocks of features for where they must be converted or
-    centred, two where they are rounded, and the list of the blocks."""
+    """A block of products (on a GPU some that lie side by side), the product's own buffers, two blocks of features for
+    where they must be converted or centred, two where they are rounded, and the list of the blocks."""
     lists: int
     """The neighbour lists and their distances."""
     rescan: int
@@ -66,8 +67,11 @@ def block_sides(M: int) -> list[int]:
     return [side for side in _SIDES if side <= max(_SIDES[-1], M)]
 
 
-def _block_bytes(side: int, M: int, D: int) -> int:
+def _block_bytes(side: int, M: int, D: int, on_gpu: bool = False) -> int:
     rows = min(max(_nearest.MIN_ROWS, side), M)
+    if on_gpu:  # features of float32 and of bfloat16
+        columns = min(strip_side(torch.device("cuda"), rows), M)
+        return 4 * rows * columns + 6 * (rows + columns) * D + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
     packed = 2 * rows * D + torch.get_num_threads() * _THREAD_PRODUCTS
     return 4 * rows * (rows + 2 * D) + packed + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
 
@@ -75,8 +79,9 @@ def _block_bytes(side: int, M: int, D: int) -> int:
 def rerank_plan(
     Q: int, G: int, D: int, *, k1: int = 20, k2: int = 6, topk: int | None = None, block_rows: int | None = None,
     max_memory: int | None = None, copies: int = 0, processes: int = 1, element_size: int = 4,
+    on_gpu: bool = False,
 ) -> RerankPlan:  # fmt: skip
-    """The memory that :func:`k_reciprocal_rerank` will need on the CPU beyond its input and result.
+    """The memory that :func:`k_reciprocal_rerank` will need beyond its input and result.
 
     Over processes it is that of each, whatever the others' shares. Features, and candidates of their neighbours, are
     divided by their number; the lists and the encodings of all rows are held by all.
@@ -93,6 +98,8 @@ def rerank_plan(
         copies: bytes of features whose rows are not contiguous.
         processes: how many the ``group`` has, 1 or more.
         element_size: bytes of an element of a feature, 1 or more; it counts over several processes.
+        on_gpu: whether the features lie on a GPU. Blocks and candidates are then those of a GPU; the encodings are
+            counted as on the CPU.
 
     Raises:
         TypeError: ``processes`` or ``element_size`` is no int.
@@ -103,18 +110,20 @@ def rerank_plan(
     M, threads = Q + G, torch.get_num_threads()
     k = min(M, max(k1 + 1, k2))
     lists = M * (8 * k + 16)
-    native = max(k, topk or 0) <= _nearest.MAX_NEIGHBORS["cpu"]
-    candidates = M * (_nearest.candidate_bytes(k) + 48) + (Q * (_nearest.candidate_bytes(topk) + 24) if topk else 0)
-    rescan = _nearest.rescan_bytes(M, threads)
+    native = max(k, topk or 0) <= _nearest.MAX_NEIGHBORS["cuda" if on_gpu else "cpu"]
+    candidates = M * (_nearest.candidate_bytes(k, on_gpu) + 48)
+    if topk:
+        candidates += Q * (_nearest.candidate_bytes(topk, on_gpu) + 24)
+    rescan = _nearest.rescan_bytes(M, threads) if not on_gpu else 0
     if not native:  # whole rows in float64, of features in float64
         candidates, rescan = 16 * M * D + 56 * M * min(M, rows_per_block(M)), 0
     entries = M * min(M, math.ceil(2 * (k1 + 1) * math.sqrt(k2)))
     sparse = _ENTRY * entries + M * (40 + 24 * threads)
     for side in [block_rows] if block_rows else block_sides(M):
-        block = _block_bytes(side, M, D)
+        block = _block_bytes(side, M, D, on_gpu)
         plan = RerankPlan(side, copies, candidates, block, lists, rescan, entries, sparse)
         if processes > 1:
-            plan = _of_each(plan, Q, G, D * element_size, k, topk or 0, processes, native)
+            plan = _of_each(plan, Q, G, D * element_size, k, topk or 0, processes, native, on_gpu)
         if max_memory is None or plan.peak <= max_memory:
             return plan
     raise ValueError(f"max_memory: {max_memory} bytes were given, but the least needed is {plan.peak}: {plan}")
@@ -189,7 +198,8 @@ def lists_plan(
 
 
 def _of_each(
-    alone: RerankPlan, Q: int, G: int, row: int, k: int, topk: int, processes: int, native: bool
+    alone: RerankPlan, Q: int, G: int, row: int, k: int, topk: int, processes: int, native: bool,
+    on_gpu: bool,
 ) -> RerankPlan:  # fmt: skip
     """What each of several processes uses, where one would use that alone; ``row`` is a feature's bytes."""
     M, side = Q + G, alone.block_rows
@@ -202,12 +212,16 @@ def _of_each(
     own, coming = n * row, (min(processes, 3) - 1) * n * row
     entries = -(-alone.entries * n // M)
     found = n * (60 * k + 16)  # lists of own rows and of visitors, on their way, and being merged
-    candidates = coming + found + 2 * n * (_nearest.candidate_bytes(k) + 64) + alone.rescan + _MERGED
+    candidates = coming + found + 2 * n * (_nearest.candidate_bytes(k, on_gpu) + 64) + alone.rescan + _MERGED
     if not native:
         candidates = coming + found + alone.candidates + _MERGED
     measured = coming + 48 * entries + 40 * n
     nearest = (
-        coming + n * 128 + q * (_nearest.candidate_bytes(topk) + topk * (8 * processes + 48)) + 16 * M + alone.rescan
+        coming
+        + n * 128
+        + q * (_nearest.candidate_bytes(topk, on_gpu) + topk * (8 * processes + 48))
+        + 16 * M
+        + alone.rescan
     )
     rounds = processes // 2
     sent = (

@@ -111,7 +111,7 @@ class KReciprocal(Reranker):
         """The memory that :meth:`matrix` or :meth:`topk` will need; ValueError if ``max_memory`` does not suffice."""
         return rerank_plan(
             *self.shape, self.query.shape[1], k1=self.k1, k2=self.k2, topk=topk, block_rows=self._block_rows,
-            max_memory=self._max_memory, copies=self._copies,
+            max_memory=self._max_memory, copies=self._copies, on_gpu=self.query.is_cuda,
         )  # fmt: skip
 
     def prepare(self) -> None:

@@ -293,7 +293,7 @@ def rerank_shares(
         block_rows = block_side(first.device)
     plan = rerank_plan(
         Q, G, first.shape[1], k1=k1, k2=k2, topk=topk, block_rows=block_rows, max_memory=max_memory,
-        processes=group.size(), element_size=first.element_size(),
+        processes=group.size(), element_size=first.element_size(), on_gpu=first.is_cuda,
     )  # fmt: skip
     if show_plan and group.rank() == 0:
         print(plan, file=sys.stderr)
