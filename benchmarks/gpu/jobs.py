@@ -1,5 +1,6 @@
-"""Step: whole jobs. Re-ranking and evaluation at the sizes of Market-1501 and MSMT17 beside one float32 product and a
-dense PyTorch re-ranking on the same GPU; a training step of the Market recipe; the default training run.
+"""Step: whole jobs. Neighbours, re-ranking and evaluation at the sizes of Market-1501 and MSMT17, filtered by products
+of bfloat16 and of float32, beside one product of each and a dense PyTorch re-ranking on the same GPU; a training step
+of the Market recipe; the default training run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,7 +25,10 @@ from benchmarks.gpu.records import Records, Skip
 from benchmarks.gpu.step import DEVICE, DRY_RUN, Clock, check_native, peak_mebibytes
 from benchmarks.harness import Suite
 from benchmarks.retrieval import MSMT17, Data, features
+from tests.bfloat16 import multiply
+from vareid_ext.ops import _bfloat16_filter
 from vareid_ext.ops._matmul import full_float32
+from vareid_ext.ops._progress import counted
 from vareid_ext.training.command_line import parse
 
 MARKET = (3368, 15913, 2048)
@@ -82,18 +87,31 @@ class Sized:
         with full_float32(DEVICE.type):
             torch.mm(self.feature, self.feature.T)
 
+    def rounded_product(self) -> None:
+        """The same of the rows rounded to bfloat16, with a result of float32."""
+        rounded = self.feature.bfloat16()
+        multiply(rounded, rounded, self.feature.new_empty(len(rounded), len(rounded)))
+
     def timed(self, clock: Clock, run: Callable[[], Any]) -> dict[str, Any]:
-        """Milliseconds of a job and of the product, in turn, and its memory."""
+        """Milliseconds of a job and of the products, in turn; its memory, and how many rows were filtered by which
+        products and done again.
+        """
         needed = 4 * len(self.feature) ** 2
         if not DRY_RUN and needed > 0.8 * torch.cuda.mem_get_info()[0]:
             raise Skip(f"the product takes {needed >> 30} GiB")
-        product, ours = clock.medians([self.product, run], 6, most=5)
-        peak = {"MiB at the peak": peak_mebibytes(run)}
-        return {"ms": ours * 1e3, "product ms": product * 1e3, "over the product": ours / product, **peak}
+        product, rounded, ours = clock.medians([self.product, self.rounded_product, run], 6, most=5)
+        with counted() as counts:
+            run()
+        return {
+            "ms": ours * 1e3, "product ms": product * 1e3, "over the product": ours / product,
+            "bfloat16 product ms": rounded * 1e3, "over that": ours / rounded, "MiB at the peak": peak_mebibytes(run),
+            "rows": ", ".join(f"{number} {what}" for what, number in counts.items()),
+        }  # fmt: skip
 
     def check(self, records: Records, clock: Clock) -> None:
         """The jobs of this size."""
         jobs: dict[str, Callable[[], Any]] = {
+            "nearest_neighbors, k 21": lambda: vareid_ext.nearest_neighbors(self.feature, k=21),
             "k_reciprocal_rerank": lambda: vareid_ext.k_reciprocal_rerank(self.query, self.gallery),
             "k_reciprocal_rerank, topk 100": lambda: vareid_ext.k_reciprocal_rerank(self.query, self.gallery, topk=100),
             "evaluate_features, rerank": lambda: vareid_ext.evaluate_features(
@@ -103,6 +121,9 @@ class Sized:
         }
         for job, run in jobs.items():
             records.check(f"{self.name}: {job}", lambda run=run: self.timed(clock, run))
+        with mock.patch.object(_bfloat16_filter.BFloat16Filter, "pays", return_value=False):
+            for job, run in list(jobs.items())[:3]:
+                records.check(f"{self.name}: {job}, by float32 products", lambda run=run: self.timed(clock, run))
 
     def against_dense(self) -> dict[str, Any]:
         """The dense re-ranking once: how long, and how far its result is from ours."""

@@ -29,6 +29,7 @@ from tests.cuda_on_cpu.backend import adapters
 from tests.cuda_on_cpu.minima import Counting
 from tests.gpu.gpu_backend import capture
 from vareid_ext import _native
+from vareid_ext.ops._bfloat16_filter import BFloat16Filter
 from vareid_ext.reference.angular_center import angular_center
 from vareid_ext.reference.viewpoint_aware_cross_entropy import soft_target
 
@@ -127,9 +128,10 @@ def _pairwise_distance(x: Tensor, y: Tensor) -> Case:
 
 def _nearest_neighbors(x: Tensor, y: Tensor, k: int) -> Case:
     (M, D), N = x.shape, y.shape[0]
+    product = "bfloat16" if BFloat16Filter.pays(x, M * N) else "float32"
     return Case(
         "nearest_neighbors", f"{M} x {N}, D {D}, k {k}, float32", lambda: vareid_ext.nearest_neighbors(x, y, k=k),
-        lambda: torch.cdist(x, y).topk(k, largest=False), 4 * (2 * M * N + (M + N) * D), 2 * M * N * D,
+        lambda: torch.cdist(x, y).topk(k, largest=False), 4 * (2 * M * N + (M + N) * D), 2 * M * N * D, product,
         compiled=False,
     )  # fmt: skip
 
