@@ -2,6 +2,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -104,10 +105,13 @@ void rescan(const Array& block, const Array& rows, const Parts& x, const Parts& 
        scratch(workspace, place.threads * (right.rows + (right.rows + 1) / 2) * 16, index), place);
 }
 
-int byte_products_state() { return static_cast<int>(byte_products()); }
+std::pair<int, int> byte_products_state() {
+  const ByteProducts& found = byte_products();
+  return {static_cast<int>(found.used), static_cast<int>(found.broken)};
+}
 
 void need_byte_products(const Array& array) {
-  if (array.device_type != kDeviceCpu || byte_products() != ByteProducts::kUsable)
+  if (array.device_type != kDeviceCpu || byte_products().used == ByteInstructions::kNone)
     refuse("device", "has no products of 8 bits");
 }
 
@@ -201,6 +205,7 @@ void bind_nearest_neighbors(pybind11::module_& m) {
   m.def("nearest_neighbors_select", &select, release());
   m.def("nearest_neighbors_rescan", &rescan, release());
   m.def("byte_products", &byte_products_state, release());
+  m.def("packed_elements", &packed_elements, release());
   m.def("nearest_neighbors_round", &round_rows, release());
   m.def("nearest_neighbors_pack", &pack, release());
   m.def("nearest_neighbors_scan_packed", &scan_packed, release());

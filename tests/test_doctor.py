@@ -21,6 +21,7 @@ def test_names_backends_versions_and_devices(capsys):
     assert (status == 0) == ("training can run here" in out)
     if _native.loaded():
         assert "compiled module" in out
+        assert "products of 8 bits" in out
 
 
 def test_a_missing_package_is_a_problem_with_status_1(monkeypatch, capsys):

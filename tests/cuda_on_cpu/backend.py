@@ -33,9 +33,9 @@ class CompiledModule:
     def __init__(self, launcher: Callable[..., Any]) -> None:
         self._launcher = launcher
 
-    def byte_products(self) -> int:
+    def byte_products(self) -> tuple[int, int]:
         """No: a GPU's features are never filtered by them, and these tensors only look like a CPU's."""
-        return 0
+        return 0, 0
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name not in adapters():

@@ -20,6 +20,7 @@ from vareid_ext import _native
 from vareid_ext._version import __version__
 from vareid_ext.cli.common import Result, command_parser, run_command
 from vareid_ext.cli.doctor_data import data_report
+from vareid_ext.ops._byte_filter import byte_products
 
 _DESCRIPTION = """\
 Without DATA: what this installation consists of. Exit status 0 if training can run here, 1 if not.
@@ -54,7 +55,9 @@ OPTIONAL = {
 DISTRIBUTION = {"PIL": "pillow"}
 GPU_DRIVERS = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1")  # the second in Windows' Linux
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # by CUDA version
-CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "sve")
+CPU_FEATURES = (
+    "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "sve",
+)  # fmt: skip
 
 
 def _version(module: str) -> tuple[bool, str]:
@@ -168,6 +171,7 @@ def report() -> tuple[list[tuple[str, str]], list[str]]:
         lines.append(("compiled module", str(module.__file__)))
         architectures = module.cuda_architectures or "none (built without CUDA)"
         lines.append(("CUDA architectures", architectures))
+        lines.append(("products of 8 bits", byte_products() or "none"))
     name, features = _cpu()
     lines.append(("processor", f"{name}, {os.cpu_count()} cores, {' '.join(features) or 'features unknown'}"))
     lines.append(("threads", f"{torch.get_num_threads()} (torch.get_num_threads())"))

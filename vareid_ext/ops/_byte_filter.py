@@ -1,7 +1,9 @@
-"""The filter of :mod:`vareid_ext.ops._filter` with rows of 8 bits, where a CPU multiplies them four times as fast.
+"""The filter of :mod:`vareid_ext.ops._filter` with rows of 8 bits, where a CPU multiplies them four times as fast
+(AVX512-VNNI) or faster (AMX-INT8).
 
 A row is ``p_i = s_i a_i + r_i`` with whole ``|a_ik| <= 127`` and ``s_i = max_k |p_ik| / 127``. The product is
-``fl(s_i s_j (a_i . a_j))``, whose sum of whole numbers is exact (at most ``127^2 D < 2^31``) in any order.
+``fl(s_i s_j (a_i . a_j))``, whose sum of whole numbers is exact (at most ``127^2 D < 2^31``) in any order and with
+either's instructions.
 
 The window is that of :mod:`vareid_ext.ops._rounded_filter` with ``product_error = 8 u``, and e_i for |r_i|:
 
@@ -27,22 +29,23 @@ from vareid_ext.ops._rounded_filter import UNIT, RoundedFilter
 _FEW_ROWS = 64  # of the left set, for which it does not pay to round the right one
 _FEW_ELEMENTS = 128  # of a feature, likewise
 _COLUMNS = 32  # packed rows are a multiple of it
+_INSTRUCTIONS = "", "AVX512-VNNI", "AMX-INT8"  # as the compiled module numbers them
 _warned = False
 
 
-def byte_products() -> bool:
-    """Whether this CPU has products of 8 bits; one that claims to and fails is told of once."""
+def byte_products() -> str:
+    """The instructions that make products of 8 bits on this CPU, or "". What it names and fails in is told of once."""
     global _warned
-    state = _native.module().byte_products()
-    if state == 2 and not _warned:
+    used, broken = (_INSTRUCTIONS[number] for number in _native.module().byte_products())
+    if broken and not _warned:
         _warned = True
         warnings.warn(
-            "this CPU names AVX512-VNNI among its instructions, but does not execute them rightly: neighbours are "
-            "filtered with float32 products, which takes longer",
+            f"this CPU names {broken} among its instructions, but does not execute them rightly: neighbours are "
+            f"filtered with products of {f'8 bits ({used})' if used else 'float32'}, which takes longer",
             RuntimeWarning,
             stacklevel=2,
         )
-    return bool(state == 1)
+    return used
 
 
 class ByteFilter(RoundedFilter):
@@ -52,8 +55,6 @@ class ByteFilter(RoundedFilter):
         filtered: the features, on a CPU.
         side: rows of the largest block.
     """
-
-    name = "8 bits"
 
     def __init__(self, filtered: Filter, side: int) -> None:
         norm, D = filtered.norm, filtered.parts[0].shape[1]
@@ -72,12 +73,13 @@ class ByteFilter(RoundedFilter):
         super().__init__(filtered, side, rounded, 8 * UNIT)
         self._buffers: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
         self._scratch: Tensor | None = None
-        self._elements = -(-D // 4) * 4
+        self._elements = _native.module().packed_elements(D)
+        self.name = f"8 bits ({byte_products()})"
 
     @staticmethod
     def pays(part: Tensor, rows: int) -> bool:
         """Whether rounding pays for products of features like these with so many rows on the left."""
-        return not part.is_cuda and rows >= _FEW_ROWS and part.shape[1] >= _FEW_ELEMENTS and byte_products()
+        return not part.is_cuda and rows >= _FEW_ROWS and part.shape[1] >= _FEW_ELEMENTS and byte_products() != ""
 
     @property
     def workspace(self) -> Tensor:
