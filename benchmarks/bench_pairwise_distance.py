@@ -44,6 +44,7 @@ def main() -> None:
         for metric in ("euclidean", "sqeuclidean", "cosine"):
             run_case(suite, 1000, 1000, 2048, metric)
         run_case(suite, 4000, 4000, 2048, "euclidean")
+        run_case(suite, 300, 19732, 28, "euclidean")  # little work in each block: threads that wait show here
     suite.finish()
 
 

@@ -122,7 +122,7 @@ VAREID_MULTIVERSION void root_row(float* row, int64_t columns) {
 void pairwise_distance_max_abs_cpu(const Features& x, DType dtype, int64_t D, double* max_abs, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(x.rows, place.threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(x.rows, paying_threads(x.rows * D, place.threads), [&](int64_t begin, int64_t end, int) {
       max_abs_rows(static_cast<const T*>(x.data), x, D, max_abs, begin, end);
     });
   });
@@ -131,7 +131,7 @@ void pairwise_distance_max_abs_cpu(const Features& x, DType dtype, int64_t D, do
 void pairwise_distance_norm_cpu(const Features& x, DType dtype, int64_t D, double* norm, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(x.rows, place.threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(x.rows, paying_threads(x.rows * D, place.threads), [&](int64_t begin, int64_t end, int) {
       norm_rows(static_cast<const T*>(x.data), x, D, norm, begin, end);
     });
   });
@@ -141,7 +141,7 @@ void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, co
                                    float* norm, const Place& place) {
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(x.rows, place.threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(x.rows, paying_threads(x.rows * D, place.threads), [&](int64_t begin, int64_t end, int) {
       prepare_rows(static_cast<const T*>(x.data), x, D, center, out, norm, begin, end);
     });
   });
@@ -155,7 +155,7 @@ void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, co
   const double scale = rooted ? unscale : metric == Metric::kCosine ? 0.5 : unscale * unscale;
   constexpr int64_t kTile = 16;  // rows finished before they are mirrored, so that the mirror's stores share lines
   const int64_t tiles = (x.rows + kTile - 1) / kTile;
-  parallel_for(tiles, place.threads, [&](int64_t first, int64_t last, int) {
+  parallel_for(tiles, paying_threads(x.rows * y.rows, place.threads), [&](int64_t first, int64_t last, int) {
     constexpr int64_t kSegment = 64 * kChunk;
     uint8_t small[kSegment / kChunk];
     int32_t again[kSegment];

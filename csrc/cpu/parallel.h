@@ -26,6 +26,13 @@ inline int usable_threads(int64_t items, int threads) {
 #endif
 }
 
+// The number of threads that pay for work on so many elements, about a nanosecond each: one that other programs keep
+// waiting costs more time than a small part saves.
+inline int paying_threads(int64_t elements, int threads) {
+  constexpr int64_t kThreadElements = 1 << 18;
+  return static_cast<int>(std::clamp<int64_t>(elements / kThreadElements, 1, std::max(threads, 1)));
+}
+
 // Calls body(begin, end, thread) on contiguous parts of [0, items). The split depends on nothing but items and threads.
 template <typename Body>
 void parallel_for(int64_t items, int threads, const Body& body) {

@@ -12,11 +12,10 @@
 namespace vareid {
 namespace {
 
-constexpr int64_t kThreadDistances = 1 << 16;  // a thread with fewer is not worth starting
-constexpr int kHitsAtOnce = 8;                 // matches whose counts are kept in registers
-constexpr int64_t kFewLeftOut = 64;            // images left out one by one, without a copy of the row
-constexpr int64_t kManyHits = 64;              // from here on, one look-up per distance beats one comparison per match
-constexpr int32_t kBuckets = 4096;             // of that look-up
+constexpr int kHitsAtOnce = 8;       // matches whose counts are kept in registers
+constexpr int64_t kFewLeftOut = 64;  // images left out one by one, without a copy of the row
+constexpr int64_t kManyHits = 64;    // from here on, one look-up per distance beats one comparison per match
+constexpr int32_t kBuckets = 4096;   // of that look-up
 
 // A match: its distance's key, its gallery index, and how many images come before it.
 struct Hit {
@@ -406,10 +405,6 @@ int64_t match_bytes(int64_t max_group) {
   return whole_lines(max_group * static_cast<int64_t>(sizeof(Measured) + sizeof(Between)));
 }
 
-int64_t useful_threads(int64_t Q, int64_t G, int threads) {
-  return std::min<int64_t>(threads, Q * G / kThreadDistances + 1);
-}
-
 }  // namespace
 
 int64_t ranking_workspace_bytes_cpu(int64_t max_group, int threads) {
@@ -422,7 +417,7 @@ void ranking_forward_cpu(const void* distances, int64_t row_stride, const Rankin
   char* const hits = static_cast<char*>(workspace);
   dispatch_float(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    parallel_for(Q, static_cast<int>(useful_threads(Q, G, place.threads)), [&](int64_t begin, int64_t end, int thread) {
+    parallel_for(Q, paying_threads(Q * G, place.threads), [&](int64_t begin, int64_t end, int thread) {
       rank_rows(static_cast<const T*>(distances), row_stride, labels, G,
                 reinterpret_cast<Hit*>(hits + hit_bytes(max_group) * thread), results, begin, end);
     });
@@ -438,8 +433,7 @@ void ranking_features_cpu(float* products, int64_t ld, const Features& x, const 
                           const RankingResults& results, void* workspace, int64_t max_group, const Place& place) {
   const Sides features{x, y, D, exact_distance_function(dtype, x.factor != nullptr)};
   const int64_t each = ranking_features_workspace_bytes_cpu(max_group, y.rows, 1);
-  const int useful = static_cast<int>(useful_threads(x.rows, y.rows, place.threads));
-  parallel_for(x.rows, useful, [&](int64_t begin, int64_t end, int thread) {
+  parallel_for(x.rows, paying_threads(x.rows * y.rows, place.threads), [&](int64_t begin, int64_t end, int thread) {
     char* const own = static_cast<char*>(workspace) + each * thread;
     char* const matches = own + 2 * hit_bytes(max_group);
     const Scratch scratch{reinterpret_cast<Hit*>(own), reinterpret_cast<Hit*>(own + hit_bytes(max_group)),

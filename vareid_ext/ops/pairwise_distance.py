@@ -38,8 +38,12 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
     other = len(parts) - 1
     out = x.new_empty((x.shape[0], filtered.parts[other].shape[0]), dtype=torch.float32)
     side = block_side(x.device)
-    # A set against itself is done in squares, whose mirror images are written too.
-    columns_of = row_blocks(filtered, [other], side if symmetric else strip_side(x.device, side))
+    # A set against itself is done in squares, whose mirror images are written too. A few rows that are multiplied where
+    # they lie are done in wide blocks: threads meet at the end of each.
+    across = side if symmetric else strip_side(x.device, side)
+    if x.device.type == "cpu" and filtered.direct and not symmetric:
+        across = max(across, 4 * side * side // max(1, x.shape[0]))
+    columns_of = row_blocks(filtered, [other], across)
     with full_float32(x.device.type):
         for which, first, last, _ in row_blocks(filtered, [0], side):
             rows, at = filtered.block(which, first, last, 0), slice(first, last)
