@@ -203,11 +203,13 @@ VAREID_INLINE bool count_buckets(const T* row, const uint8_t* junk, int64_t G, c
     const int32_t inside = static_cast<int32_t>(bounded) + 1;
     return key < smallest ? 0 : key > largest ? kBuckets + 1 : inside;
   };
+  // Most images may come after every match: their counts take turns, as adding to the same one again and again waits.
+  constexpr int32_t kTurns = 16;
   struct Bucket {
     uint32_t count;  // twice the images in it, plus 1 if a match is among them
     int32_t first;   // its first match
   };
-  Bucket buckets[kBuckets + 2] = {};
+  Bucket buckets[kBuckets + 1 + kTurns] = {};
   for (int64_t h = n - 1; h >= 0; --h) buckets[bucket_of(static_cast<K>(hits[h].key))] = {1, static_cast<int32_t>(h)};
   alignas(64) K key[kChunk];
   alignas(64) int32_t place[kChunk];
@@ -219,7 +221,10 @@ VAREID_INLINE bool count_buckets(const T* row, const uint8_t* junk, int64_t G, c
     prefetch(row + begin + size, std::min(kChunk, G - begin - size));
     leave_out(group, begin, begin + size, key, &next);
 #pragma omp simd
-    for (int64_t j = 0; j < size; ++j) place[j] = bucket_of(key[j]);
+    for (int64_t j = 0; j < size; ++j) {
+      const int32_t after = kBuckets + 1 + (static_cast<int32_t>(j) & (kTurns - 1));
+      place[j] = key[j] > largest ? after : bucket_of(key[j]);
+    }
     int64_t found = 0;
     for (int64_t j = 0; j < size; ++j) {
       uint32_t& count = buckets[place[j]].count;
