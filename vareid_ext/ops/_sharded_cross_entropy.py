@@ -27,9 +27,14 @@ from vareid_ext.reference import linear_viewpoint_aware_cross_entropy as referen
 from vareid_ext.reference.viewpoint_aware_cross_entropy import merge_summaries
 
 
+def largest_shard(identities: int, processes: int) -> int:
+    """How many identities the first processes own each; the last ones own what is left, or none."""
+    return -(-identities // processes)
+
+
 def identity_range(identities: int, group: ProcessGroup) -> tuple[int, int]:
     """First and end of the identities whose centres a process owns, divided as DTensor's ``Shard(0)`` does."""
-    most = -(-identities // group.size())
+    most = largest_shard(identities, group.size())
     return min(identities, group.rank() * most), min(identities, (group.rank() + 1) * most)
 
 
@@ -58,7 +63,7 @@ class ShardedLosses(NamedTuple):
     def run(self, feature: Tensor, centers: Tensor, of_views: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The mean loss of one head, and its gradients with respect to features and centres."""
         first, _ = identity_range(self.num_identities, self.group)
-        most = -(-self.num_identities // self.group.size())
+        most = largest_shard(self.num_identities, self.group.size())
         head = tiles.Head(
             centers, self.identity, self.viewpoint if of_views else None, self.mask if of_views else None,
             of_views or self.adaptive, self.alpha, 0.0 if of_views else self.epsilon, False, 1.0,

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vareid_ext.data import Batch
 from vareid_ext.losses import ViewpointAwareLoss
 from vareid_ext.methods import Method, TrainingClasses
+from vareid_ext.ops._sharded_cross_entropy import largest_shard
 from vareid_ext.ops.linear_viewpoint_aware_cross_entropy import MEMORY_BUDGET
 from vareid_ext.training.config import Config
 from vareid_ext.training.optimizers import build_optimizer
@@ -134,10 +135,11 @@ def training_plan(
         for parameter, _ in part.named_parameters()
     }
     weights = {"weights of the network": 0, "weights of heads": 0, "weights of the centres": 0}
+    owned = largest_shard(identities, N) if divided else identities
     trained = averaged = 0
     for (name, few), (_, more) in zip(method.named_parameters(), larger.named_parameters(), strict=True):
         growth = (more.numel() - few.numel()) // (_PROBES[1] - _PROBES[0])
-        own = -(-identities // N) if divided and name in centres else identities
+        own = owned if name in centres else identities
         numbers = few.numel() + growth * (own - _PROBES[0])
         part = "centres" if name in centres else "heads" if growth else "network"
         weights[f"weights of {part}" if part == "heads" else f"weights of the {part}"] += numbers * _FLOAT
@@ -148,7 +150,7 @@ def training_plan(
     state, average = _optimizer_numbers(config), int(config.optimizer.ema_decay is not None)
     kept, computed = _pass(method, config) if not method.test_inputs else (0.0, 0.0)
     rows = images if divided else share
-    columns = (-(-identities // N) if divided else identities) * (1 + viewpoints)
+    columns = owned * (1 + viewpoints)
     logits = min(rows * columns * _FLOAT, MEMORY_BUDGET) if centres else 0
     memory = {
         **weights,

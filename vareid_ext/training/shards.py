@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from vareid_ext._processes import answering
 from vareid_ext.losses import ViewpointAwareLoss
-from vareid_ext.ops._sharded_cross_entropy import identity_range
+from vareid_ext.ops._sharded_cross_entropy import identity_range, largest_shard
 
 _CHUNK_BYTES = 64 * 2**20  # of a process's rows that are gathered at once
 
@@ -95,7 +95,7 @@ class Shards:
     def _gather(self, own: Tensor, identities: int) -> Tensor:
         """All rows on the first process, in pieces that a device has room for; on the others this process's own."""
         size, first = self.group.size(), self.group.rank() == 0
-        most = -(-identities // size)
+        most = largest_shard(identities, size)
         whole = torch.empty((size * most, *own.shape[1:]), dtype=own.dtype) if first else own
         rows = max(1, _CHUNK_BYTES // (own.element_size() * math.prod(own.shape[1:])))
         for begin in range(0, most, rows):
