@@ -72,9 +72,8 @@ struct Farthest {
 };
 constexpr int64_t kFarthest = 8;
 
-// What it takes to measure them: left and right set as nearest_neighbors_select takes them.
-struct FarthestOf {
-  const Farthest& farthest;
+// What it takes to measure pairs: left and right set as nearest_neighbors_select takes them.
+struct PairSets {
   const Features& x;
   const Features& x2;
   const Features& y;
@@ -86,18 +85,28 @@ struct FarthestOf {
 // nearest_neighbors_scan with row_max by way of these pairs.
 void nearest_neighbors_scan_farthest_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
                                          int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
-                                         const Candidates& candidates, bool both, bool write, const FarthestOf& of,
-                                         const Place& place);
+                                         const Candidates& candidates, bool both, const PairSets& sets,
+                                         const Farthest& farthest, const Place& place);
 
-// workspace: kPackedScanBytes for each thread. Without `of`, row_max stays as it is.
+// workspace: kPackedScanBytes for each thread. Without `farthest`, row_max stays as it is. Where a row has more
+// candidates than places, they are measured: then `index` is ~j, and `lower` the float below the distance.
 void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows& right, int64_t D, int64_t row_begin,
                                        int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
-                                       const Candidates& candidates, bool both, const FarthestOf* of, void* workspace,
-                                       const Place& place);
+                                       const Candidates& candidates, bool both, const PairSets& sets,
+                                       const Farthest* farthest, void* workspace, const Place& place);
 constexpr int64_t kPackedScanBytes = 64 * 1024 * 4;
 
+// nearest_neighbors_scan_farthest for both sides of a block whose distances are wanted themselves, clamped at 0: `out`
+// [rows, columns], with a leading dimension. Its products are those of float32 rows x and y, as elsewhere. panels: D
+// times the columns, rounded up to packed rows; workspace: kPackedScanBytes for each thread.
+void nearest_neighbors_scan_written_cpu(const float* x, int64_t stride, int64_t rows, const float* y, int64_t y_stride,
+                                        int64_t columns, int64_t D, int64_t row_begin, int64_t column_begin,
+                                        const Bounds& left_bounds, const Bounds& right_bounds,
+                                        const Candidates& candidates, const PairSets& sets, const Farthest& farthest,
+                                        float* out, int64_t ld, float* panels, void* workspace, const Place& place);
+
 // Measures the pairs that are left, after which row_max [rows] is each row's largest distance.
-void nearest_neighbors_farthest_cpu(const FarthestOf& of, float* row_max, const Place& place);
+void nearest_neighbors_farthest_cpu(const PairSets& sets, const Farthest& farthest, float* row_max, const Place& place);
 
 // The k nearest of each row in exact order, from its candidates. The left set's rows are x's and then x2's, the right
 // set's y's and then y2's; x2 and y2 may be empty. Writes index [rows, k], distance [rows, k] (float32 or float64, null

@@ -263,6 +263,7 @@ def nearest_neighbors_scan_packed(
     candidates: Any,
     k: int,
     both: bool,
+    sets: Any,
     farthest: Any | None,
     workspace: Any,
     place: _Place,
@@ -277,12 +278,29 @@ def nearest_neighbors_scan_farthest(
     candidates: Any,
     k: int,
     both: bool,
-    write: bool,
+    sets: Any,
     farthest: Any,
     place: _Place,
     /,
 ) -> None: ...
-def nearest_neighbors_farthest(farthest: Any, row_max: Any, place: _Place, /) -> None: ...
+def nearest_neighbors_scan_written(
+    x: Any,
+    y: Any,
+    row_begin: int,
+    column_begin: int,
+    left_bounds: Any,
+    right_bounds: Any,
+    candidates: Any,
+    k: int,
+    sets: Any,
+    farthest: Any,
+    out: Any,
+    panels: Any,
+    workspace: Any,
+    place: _Place,
+    /,
+) -> None: ...
+def nearest_neighbors_farthest(sets: Any, farthest: Any, row_max: Any, place: _Place, /) -> None: ...
 def k_reciprocal_sets(neighbor: Any, k: int, out: Any, size: Any, place: _Place, /) -> None: ...
 def k_reciprocal_robust_sets(
     sets: Any, size: Any, half: Any, half_size: Any, indptr: Any, index: Any | None, workspace: Any, place: _Place, /

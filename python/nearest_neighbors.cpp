@@ -1,7 +1,6 @@
 #include "nearest_neighbors.h"
 
 #include <optional>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -138,23 +137,22 @@ void pack(const Array& x, const Array& scale, bool left, const Arrays& out, cons
                              out[0].as<uint8_t>(), out[1].as<float>(), out[2].as<int32_t>(), place);
 }
 
-// The pairs of the largest distances: upper [rows, kFarthest], index [rows, kFarthest], count [rows], with the
-// sets that they are of.
-using FarthestParts = std::tuple<Parts, Parts, Arrays>;
-struct FarthestSets {
+// The sets whose pairs are measured, left and right.
+using SetsParts = std::pair<Parts, Parts>;
+struct MeasuredSets {
   Sets left, right;
-  Farthest pairs;
 
-  explicit FarthestSets(const FarthestParts& parts)
-      : left(make_sets(std::get<0>(parts), "x")), right(make_sets(std::get<1>(parts), "y")) {
-    const Arrays& arrays = std::get<2>(parts);
-    if (arrays.size() != 3) refuse("farthest", "must be three arrays");
-    pairs = {pointer<float>(arrays[0], "upper", left.rows * kFarthest),
-             pointer<int32_t>(arrays[1], "index", left.rows * kFarthest),
-             pointer<int32_t>(arrays[2], "count", left.rows)};
-  }
-  FarthestOf of() const { return {pairs, left.first, left.second, right.first, right.second, left.dtype, left.D}; }
+  explicit MeasuredSets(const SetsParts& parts)
+      : left(make_sets(parts.first, "x")), right(make_sets(parts.second, "y")) {}
+  PairSets pairs() const { return {left.first, left.second, right.first, right.second, left.dtype, left.D}; }
 };
+
+// The pairs of the largest distances: upper [rows, kFarthest], index [rows, kFarthest], count [rows].
+Farthest make_farthest(const Arrays& arrays, int64_t rows) {
+  if (arrays.size() != 3) refuse("farthest", "must be three arrays");
+  return {pointer<float>(arrays[0], "upper", rows * kFarthest), pointer<int32_t>(arrays[1], "index", rows * kFarthest),
+          pointer<int32_t>(arrays[2], "count", rows)};
+}
 
 void check_ranges(const Arrays& candidates, int64_t row_begin, int64_t rows, int64_t column_begin, int64_t columns,
                   bool both) {
@@ -165,36 +163,59 @@ void check_ranges(const Arrays& candidates, int64_t row_begin, int64_t rows, int
 
 void scan_packed(const Arrays& left, int64_t rows, const Arrays& right, int64_t columns, int64_t D, int64_t row_begin,
                  int64_t column_begin, const Arrays& left_bounds, const Arrays& right_bounds, const Arrays& candidates,
-                 int64_t k, bool both, const std::optional<FarthestParts>& farthest, const Array& workspace,
-                 const Place& place) {
+                 int64_t k, bool both, const SetsParts& parts, const std::optional<Arrays>& farthest,
+                 const Array& workspace, const Place& place) {
   const Candidates state = make_candidates(candidates, k);
   check_ranges(candidates, row_begin, rows, column_begin, columns, both);
   need_byte_products(candidates[0]);
-  std::optional<FarthestSets> sets;
-  std::optional<FarthestOf> of;
-  if (farthest) of.emplace(sets.emplace(*farthest).of());
+  const MeasuredSets sets(parts);
+  std::optional<Farthest> pairs;
+  if (farthest) pairs = make_farthest(*farthest, sets.left.rows);
   nearest_neighbors_scan_packed_cpu(make_packed(left, rows, D), make_packed(right, columns, D), D, row_begin,
                                     column_begin, make_bounds(left_bounds, row_begin + rows),
-                                    make_bounds(right_bounds, column_begin + columns), state, both, of ? &*of : nullptr,
+                                    make_bounds(right_bounds, column_begin + columns), state, both, sets.pairs(),
+                                    pairs ? &*pairs : nullptr,
                                     scratch(workspace, place.threads * kPackedScanBytes, candidates[0]), place);
 }
 
 void scan_farthest(const Array& block, int64_t row_begin, int64_t column_begin, const Arrays& left_bounds,
-                   const Arrays& right_bounds, const Arrays& candidates, int64_t k, bool both, bool write,
-                   const FarthestParts& farthest, const Place& place) {
+                   const Arrays& right_bounds, const Arrays& candidates, int64_t k, bool both, const SetsParts& parts,
+                   const Arrays& farthest, const Place& place) {
   const int64_t ld = leading_dimension(block, "block"), rows = block.shape[0], columns = block.shape[1];
   const Candidates state = make_candidates(candidates, k);
   check_ranges(candidates, row_begin, rows, column_begin, columns, both);
   need_byte_products(block);
-  const FarthestSets sets(farthest);
-  nearest_neighbors_scan_farthest_cpu(
-      block.as<float>(), ld, rows, columns, row_begin, column_begin, make_bounds(left_bounds, row_begin + rows),
-      make_bounds(right_bounds, column_begin + columns), state, both, write, sets.of(), place);
+  const MeasuredSets sets(parts);
+  nearest_neighbors_scan_farthest_cpu(block.as<float>(), ld, rows, columns, row_begin, column_begin,
+                                      make_bounds(left_bounds, row_begin + rows),
+                                      make_bounds(right_bounds, column_begin + columns), state, both, sets.pairs(),
+                                      make_farthest(farthest, sets.left.rows), place);
 }
 
-void farthest(const FarthestParts& parts, const Array& row_max, const Place& place) {
-  const FarthestSets sets(parts);
-  nearest_neighbors_farthest_cpu(sets.of(), pointer<float>(row_max, "row_max", sets.left.rows), place);
+void scan_written(const Array& x, const Array& y, int64_t row_begin, int64_t column_begin, const Arrays& left_bounds,
+                  const Arrays& right_bounds, const Arrays& candidates, int64_t k, const SetsParts& parts,
+                  const Arrays& farthest, const Array& out, const Array& panels, const Array& workspace,
+                  const Place& place) {
+  const int64_t stride = leading_dimension(x, "x"), y_stride = leading_dimension(y, "y");
+  const int64_t ld = leading_dimension(out, "out"), rows = x.shape[0], columns = y.shape[0], D = x.shape[1];
+  check_shape(y, "y", {columns, D});
+  check_shape(out, "out", {rows, columns});
+  const Candidates state = make_candidates(candidates, k);
+  check_ranges(candidates, row_begin, rows, column_begin, columns, true);
+  need_byte_products(x);
+  const MeasuredSets sets(parts);
+  nearest_neighbors_scan_written_cpu(x.as<float>(), stride, rows, y.as<float>(), y_stride, columns, D, row_begin,
+                                     column_begin, make_bounds(left_bounds, row_begin + rows),
+                                     make_bounds(right_bounds, column_begin + columns), state, sets.pairs(),
+                                     make_farthest(farthest, sets.left.rows), out.as<float>(), ld,
+                                     pointer<float>(panels, "panels", packed_rows(columns) * D),
+                                     scratch(workspace, place.threads * kPackedScanBytes, x), place);
+}
+
+void farthest(const SetsParts& parts, const Arrays& farthest, const Array& row_max, const Place& place) {
+  const MeasuredSets sets(parts);
+  nearest_neighbors_farthest_cpu(sets.pairs(), make_farthest(farthest, sets.left.rows),
+                                 pointer<float>(row_max, "row_max", sets.left.rows), place);
 }
 
 }  // namespace
@@ -210,6 +231,7 @@ void bind_nearest_neighbors(pybind11::module_& m) {
   m.def("nearest_neighbors_pack", &pack, release());
   m.def("nearest_neighbors_scan_packed", &scan_packed, release());
   m.def("nearest_neighbors_scan_farthest", &scan_farthest, release());
+  m.def("nearest_neighbors_scan_written", &scan_written, release());
   m.def("nearest_neighbors_farthest", &farthest, release());
   m.attr("farthest_pairs") = kFarthest;
   m.attr("packed_scan_bytes") = kPackedScanBytes;

@@ -14,6 +14,7 @@ from tests.reranking_truth import squared_distances
 from vareid_ext import _native
 from vareid_ext.ops import _byte_filter, _filter, _progress
 from vareid_ext.ops import nearest_neighbors as op
+from vareid_ext.ops._shared_neighbors import exact_lists
 
 
 @pytest.fixture(params=["places for all", "crowded"])
@@ -128,9 +129,12 @@ def test_the_window_holds(monkeypatch, D, kind):
         assert float(((lower + window - truth) / window).abs().max()) > 1e-3
 
 
-def test_rows_that_have_too_many_candidates_go_back_to_float32(monkeypatch, rounded):
-    """All rows within the window: with places enough they are done again one by one, else all at once."""
+@pytest.mark.parametrize("equal", [False, True])
+def test_rows_that_have_too_many_candidates_are_measured_or_done_again(monkeypatch, rounded, equal):
+    """All rows within the window: they are measured, and done again where that does not tell them apart."""
     x = torch.ones(300, 40) + 0.1 * features(300, 40) + 10 * torch.sign(features(300, 1, 1))
+    if equal:
+        x = x[:2].repeat(150, 1)
     again = []
     rescan = op._Scan._rescan
 
@@ -142,7 +146,7 @@ def test_rows_that_have_too_many_candidates_go_back_to_float32(monkeypatch, roun
     scan = scanned(x, x, 5, 64)
     assert (scan.rounded is None) == (rounded == "crowded")
     index, _ = scan.select(torch.float32)
-    assert (sum(again) > 150) == (rounded == "places for all")
+    assert (sum(again) > 0) == equal
     expected = np.argsort(squared_distances(x.numpy(), x.numpy()), axis=1, kind="stable")[:, :5]
     assert np.array_equal(index.numpy(), expected)
 
@@ -166,11 +170,12 @@ def test_joint_lists_and_largest_distances_are_those_of_float64(rounded, name, n
 
 
 def test_largest_distances_are_measured_in_float64(rounded):
-    """To the last bit, whatever the blocks, the threads and the rows that are asked for."""
-    x = features(300, 130) + torch.linspace(0, 4, 130)
+    """To the last bit, whatever the blocks, the threads and the rows that are asked for; so is the kept block."""
+    x = features(300, 530) * torch.linspace(0.5, 2, 300)[:, None]
     if rounded == "crowded":  # not here
         assert op.pairs_pay([x[:90], x[90:]], "sqeuclidean", 1.0, 300)
-    expected = torch.from_numpy(squared_distances(x.double().numpy(), x.double().numpy()).max(1)).float()
+    squared = torch.from_numpy(squared_distances(x.double().numpy(), x.double().numpy()))
+    expected, kept = squared.amax(1).float(), []
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
@@ -178,6 +183,7 @@ def test_largest_distances_are_measured_in_float64(rounded):
             for side in (32, 100, 1024):
                 for out in (None, torch.empty(90, 210)):
                     row_max = op.joint_neighbors(x[:90], x[90:], 1.0, 5, 0, out, side)[2]
+                    kept += [] if out is None else [out]
                     torch.testing.assert_close(row_max, expected, rtol=2e-7, atol=0)
                     assert torch.equal(row_max, op.joint_neighbors(x[:90], x[90:], 1.0, 9, 0, None, 64)[2])
             edges = op.edges(90, 210, 32)
@@ -185,8 +191,26 @@ def test_largest_distances_are_measured_in_float64(rounded):
             whole = op.joint_neighbors(x[:90], x[90:], 1.0, 5, 0, None, 32)
             for ours, theirs in zip(rows, whole, strict=False):
                 assert torch.equal(ours, theirs[edges[2] : edges[6]])
+        torch.testing.assert_close(kept[0].double(), squared[:90, 90:], rtol=1e-6, atol=1e-6 * float(squared.max()))
+        assert all(torch.equal(out, kept[0]) for out in kept)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("reached", [0, 1, 7, 60])
+def test_known_lists_spare_what_they_do_not_reach(rounded, reached):
+    x, y, k = features(60, 40), features(60, 40, 1).repeat(2, 1), 12
+    expected, index = torch.from_numpy(squared_distances(x.double().numpy(), y.double().numpy())).sort(
+        dim=1, stable=True
+    )
+    reach = expected[:, reached].float().nextafter(torch.tensor(torch.inf)) if reached else torch.full((60,), -1.0)
+    distance, number = exact_lists(x, y, k, "sqeuclidean", 1.0, True, reach)
+    near = number >= 0
+    assert bool((near >= (expected[:, :k] <= reach[:, None])).all())
+    assert torch.equal(number[near].long(), index[:, :k][near])
+    torch.testing.assert_close(distance[near], expected[:, :k][near])
+    assert bool(distance[~near].isinf().all())
+    assert bool(near.all()) == (reached == 60)
 
 
 @pytest.mark.parametrize("name", ["random", "twice", "whole numbers", "more duplicates than places"])

@@ -8,6 +8,7 @@
 
 #include "cpu/byte_products.h"
 #include "cpu/exact_distance.h"
+#include "cpu/float_products.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -17,18 +18,26 @@ namespace {
 constexpr int64_t kMaxCapacity = 4096;
 constexpr int64_t kSegment = 1024;  // columns whose bounds stay in the first-level cache
 constexpr int64_t kChunk = 64;      // columns tested at once
-constexpr int64_t kFetched = 4096;  // bytes of a row, from where on a processor goes on by itself
+constexpr int64_t kFetched = 1024;  // bytes of a row, from where on a processor goes on by itself
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Whole numbers that are ordered as the floats are, and back.
+VAREID_INLINE int32_t order_of(float value) {
+  const int32_t bits = static_cast<int32_t>(bits_from_float(value));
+  return bits >= 0 ? bits : bits ^ 0x7fffffff;
+}
+VAREID_INLINE float float_at(int32_t order) {
+  return float_from_bits(static_cast<uint32_t>(order >= 0 ? order : order ^ 0x7fffffff));
+}
+
 // A value that at least k of the values do not exceed: the k-th smallest, or one below the next. Halving the range of
-// values, whose bits are ordered as they are, takes a third of the time of a selection.
+// values takes a third of the time of a selection.
 VAREID_MULTIVERSION float bound_of_smallest(const float* values, int64_t count, int64_t k) {
-  const auto flip = [](int32_t bits) { return bits >= 0 ? bits : bits ^ 0x7fffffff; };
   int32_t keys[kMaxCapacity];
   int32_t first = std::numeric_limits<int32_t>::max(), last = std::numeric_limits<int32_t>::min();
 #pragma omp simd reduction(min : first) reduction(max : last)
   for (int64_t c = 0; c < count; ++c) {
-    keys[c] = flip(static_cast<int32_t>(bits_from_float(values[c])));
+    keys[c] = order_of(values[c]);
     first = std::min(first, keys[c]);
     last = std::max(last, keys[c]);
   }
@@ -43,25 +52,69 @@ VAREID_MULTIVERSION float bound_of_smallest(const float* values, int64_t count, 
     if (below == k) break;
     if (below < k) low = middle + 1;
   }
-  return float_from_bits(static_cast<uint32_t>(flip(static_cast<int32_t>(high))));
+  return float_at(static_cast<int32_t>(high));
 }
 
-// Drops what is beyond the k-th smallest upper bound, and what does not fit.
-void compact(const Candidates& state, int64_t row, float window, const float* other_window) {
+// Two sets of features whose rows are numbered together.
+struct Rows {
+  const Features& first;
+  const Features& second;
+
+  const Features& of(int64_t row) const { return row < first.rows ? first : second; }
+  int64_t local(int64_t row) const { return row < first.rows ? row : row - first.rows; }
+};
+
+// Measures pairs of a left and a right set; of one set that is both where a scan is two-sided.
+struct Measure {
+  const Rows left, right;
+  const ExactDistance exact;
+  const int64_t D;
+
+  explicit Measure(const PairSets& sets)
+      : left{sets.x, sets.x2},
+        right{sets.y, sets.y2},
+        exact(exact_distance_function(sets.dtype, sets.x.factor != nullptr)),
+        D(sets.D) {}
+
+  double operator()(int64_t i, int64_t j) const {
+    return exact(left.of(i), left.local(i), right.of(j), right.local(j), D);
+  }
+};
+
+// Of a candidate that has been measured, the index is ~j, and the lower bound the float below its distance.
+inline float upper_bound(float lower, int32_t index, float window, const float* other_window) {
+  return index < 0 ? float_at(order_of(lower) + 3) : lower + 2 * (window + other_window[index]);
+}
+
+// Drops what is beyond the k-th smallest upper bound, and what does not fit. Before that is given up, the candidates
+// are measured.
+void compact(const Candidates& state, int64_t row, float window, const float* other_window, const Measure* measure) {
   float* const lower = state.lower + row * state.capacity;
   int32_t* const index = state.index + row * state.capacity;
-  const int64_t count = state.count[row];
-  float scratch[kMaxCapacity];
-  for (int64_t c = 0; c < count; ++c) scratch[c] = lower[c] + 2 * (window + other_window[index[c]]);
-  float threshold = bound_of_smallest(scratch, count, state.k);
-  int64_t kept = 0;
-  for (int64_t c = 0; c < count; ++c) {  // without a branch: which ones stay cannot be foreseen
-    const float value = lower[c];
-    lower[kept] = value;
-    index[kept] = index[c];
-    kept += value <= threshold;
-  }
+  float scratch[kMaxCapacity], threshold;
+  int64_t kept = state.count[row];
+  const auto drop = [&] {
+    for (int64_t c = 0; c < kept; ++c) scratch[c] = upper_bound(lower[c], index[c], window, other_window);
+    threshold = bound_of_smallest(scratch, kept, state.k);
+    const int64_t count = kept;
+    kept = 0;
+    for (int64_t c = 0; c < count; ++c) {  // without a branch: which ones stay cannot be foreseen
+      const float value = lower[c];
+      lower[kept] = value;
+      index[kept] = index[c];
+      kept += value <= threshold;
+    }
+  };
+  drop();
   const int64_t limit = state.capacity - (state.capacity - state.k) / 4;
+  if (kept > limit && measure) {
+    for (int64_t c = 0; c < kept; ++c) {
+      if (index[c] < 0) continue;
+      lower[c] = std::nextafter(static_cast<float>((*measure)(row, index[c])), -kInfinity);
+      index[c] = ~index[c];
+    }
+    drop();
+  }
   if (kept > limit) {
     std::copy(lower, lower + kept, scratch);
     std::nth_element(scratch, scratch + limit, scratch + kept);
@@ -83,37 +136,18 @@ void compact(const Candidates& state, int64_t row, float window, const float* ot
 }
 
 inline void push(const Candidates& state, int64_t row, float lower, int64_t index, float window,
-                 const float* other_window) {
+                 const float* other_window, const Measure* measure) {
   const int64_t at = row * state.capacity + state.count[row]++;
   state.lower[at] = lower;
   state.index[at] = static_cast<int32_t>(index);
-  if (state.count[row] == state.capacity) compact(state, row, window, other_window);
+  if (state.count[row] == state.capacity) compact(state, row, window, other_window, measure);
 }
-
-// Two sets of features whose rows are numbered together.
-struct Rows {
-  const Features& first;
-  const Features& second;
-
-  const Features& of(int64_t row) const { return row < first.rows ? first : second; }
-  int64_t local(int64_t row) const { return row < first.rows ? row : row - first.rows; }
-};
 
 // The pairs that a row's largest distance may be that of.
 struct FarPairs {
   const Farthest& state;
-  const Rows left, right;
-  const ExactDistance exact;
-  const int64_t D;
+  const Measure& measure;
   float* const row_max;
-
-  FarPairs(const FarthestOf& of, float* row_max)
-      : state(of.farthest),
-        left{of.x, of.x2},
-        right{of.y, of.y2},
-        exact(exact_distance_function(of.dtype, of.x.factor != nullptr)),
-        D(of.D),
-        row_max(row_max) {}
 
   void push(int64_t i, int64_t j, float lower, float upper) const {
     row_max[i] = std::max(row_max[i], lower);
@@ -135,8 +169,7 @@ struct FarPairs {
     }
     if (kept > room) {
       for (int32_t c = 0; c < kept; ++c) {
-        const double distance = exact(left.of(i), left.local(i), right.of(index[c]), right.local(index[c]), D);
-        row_max[i] = std::max(row_max[i], static_cast<float>(distance));
+        row_max[i] = std::max(row_max[i], static_cast<float>(measure(i, index[c])));
       }
       kept = 0;
     }
@@ -147,11 +180,12 @@ struct FarPairs {
 // Where the largest distance of each row comes from: the products, FarPairs, or it is not wanted.
 enum class Largest { kOfProducts, kOfPairs, kNone };
 
-// One rectangle of a block, at most kSegment columns wide.
+// One rectangle of a block, at most kSegment columns wide. With kWrite, its distances go to `out`, which may be it.
 template <bool kTwoSided, bool kWrite, Largest kLargest>
-VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
+VAREID_INLINE void scan_rectangle(const float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
                                   int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
-                                  const Candidates& left, const Candidates* right, const FarPairs* pairs) {
+                                  const Candidates& left, const Candidates* right, const Measure* measure,
+                                  const FarPairs* pairs, float* out, int64_t out_ld) {
   constexpr bool kProducts = kLargest == Largest::kOfProducts, kPairs = kLargest == Largest::kOfPairs;
   alignas(64) float shrunk[kSegment], norm[kSegment], limit[kSegment], largest[kSegment];
   alignas(64) float grown[kSegment], far_limit[kSegment];
@@ -177,7 +211,7 @@ VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_
     float row_far_limit = kPairs ? pairs->row_max[i] - row_grown : 0.0f;
     for (int64_t c0 = 0; c0 < columns; c0 += kChunk) {
       const int64_t n = std::min(kChunk, columns - c0);
-      float* const part = block + r * ld + c0;
+      const float* const part = block + r * ld + c0;
       // How far a pair is inside one of the limits; those of a chunk are looked at one by one if any is.
       float inside = -kInfinity;
       alignas(64) float twice[kChunk], excess[kChunk];
@@ -194,7 +228,7 @@ VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_
         if (kPairs && kTwoSided) most = std::max(most, product + row_grown - far_limit[c0 + c]);
         excess[c] = most;
         inside = std::max(inside, most);
-        if (kWrite) part[c] = std::max(from_row + row_norm, 0.0f);
+        if (kWrite) out[r * out_ld + c0 + c] = std::max(from_row + row_norm, 0.0f);
       }
       if (!(inside >= 0)) continue;
       for (int64_t c = 0; c < n; ++c) hit[c] = excess[c] >= 0;
@@ -206,11 +240,11 @@ VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_
           const int64_t j = column_begin + c0 + c;
           const float lower = twice[c] + shrunk[c0 + c] + row_shrunk;
           if (twice[c] + shrunk[c0 + c] <= row_limit) {
-            push(left, i, lower, j, left_bounds.window[i], right_bounds.window);
+            push(left, i, lower, j, left_bounds.window[i], right_bounds.window, measure);
             row_limit = left.threshold[i] - row_shrunk;
           }
           if (kTwoSided && twice[c] + row_shrunk <= limit[c0 + c]) {
-            push(*right, j, lower, i, right_bounds.window[j], left_bounds.window);
+            push(*right, j, lower, i, right_bounds.window[j], left_bounds.window, measure);
             limit[c0 + c] = right->threshold[j] - shrunk[c0 + c];
           }
           if (!kPairs) continue;
@@ -236,18 +270,18 @@ VAREID_INLINE void scan_rectangle(float* block, int64_t ld, int64_t rows, int64_
 }
 
 #define VAREID_SCAN(name, two_sided, write, largest)                                                                   \
-  VAREID_MULTIVERSION void name(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,            \
+  VAREID_MULTIVERSION void name(const float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,      \
                                 int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,           \
-                                const Candidates& left, const Candidates* right, const FarPairs* pairs) {              \
+                                const Candidates& left, const Candidates* right, const Measure* measure,               \
+                                const FarPairs* pairs, float* out, int64_t out_ld) {                                   \
     scan_rectangle<two_sided, write, Largest::largest>(block, ld, rows, columns, row_begin, column_begin, left_bounds, \
-                                                       right_bounds, left, right, pairs);                              \
+                                                       right_bounds, left, right, measure, pairs, out, out_ld);        \
   }
 VAREID_SCAN(scan_left, false, false, kOfProducts)
 VAREID_SCAN(scan_left_write, false, true, kOfProducts)
 VAREID_SCAN(scan_both, true, false, kOfProducts)
 VAREID_SCAN(scan_both_write, true, true, kOfProducts)
 VAREID_SCAN(scan_left_pairs, false, false, kOfPairs)
-VAREID_SCAN(scan_left_pairs_write, false, true, kOfPairs)
 VAREID_SCAN(scan_both_pairs, true, false, kOfPairs)
 VAREID_SCAN(scan_both_pairs_write, true, true, kOfPairs)
 VAREID_SCAN(scan_left_only, false, false, kNone)
@@ -283,7 +317,27 @@ void scan_block(decltype(scan_left)* scan, float* block, int64_t ld, int64_t row
   by_rectangles(rows, columns, 1, both, place, [&](const Rectangle& part, int64_t) {
     for (int64_t c = part.c0; c < part.c1; c += kSegment)
       scan(block + part.r0 * ld + c, ld, part.r1 - part.r0, std::min(kSegment, part.c1 - c), row_begin + part.r0,
-           column_begin + c, left_bounds, right_bounds, candidates, both ? &candidates : nullptr, pairs);
+           column_begin + c, left_bounds, right_bounds, candidates, both ? &candidates : nullptr,
+           pairs ? &pairs->measure : nullptr, pairs, block + part.r0 * ld + c, ld);
+  });
+}
+
+// The same of products that are made strip by strip, in `workspace`: product(row, rows, column, columns, out).
+template <typename Product>
+void scan_strips(decltype(scan_left)* scan, int64_t rows, int64_t columns, int64_t row_begin, int64_t column_begin,
+                 const Bounds& left_bounds, const Bounds& right_bounds, const Candidates& candidates, bool both,
+                 const Measure& measure, const FarPairs* pairs, float* out, int64_t ld, void* workspace,
+                 const Place& place, const Product& product) {
+  constexpr int64_t kStrip = kPackedScanBytes / (kSegment * sizeof(float));  // rows of products that stay in cache
+  by_rectangles(rows, columns, kByteColumns, both, place, [&](const Rectangle& part, int64_t thread) {
+    float* const products = static_cast<float*>(workspace) + thread * kStrip * kSegment;
+    for (int64_t c = part.c0; c < part.c1; c += kSegment)
+      for (int64_t r = part.r0; r < part.r1; r += kStrip) {
+        const int64_t height = std::min(kStrip, part.r1 - r), width = std::min(kSegment, part.c1 - c);
+        product(r, height, c, packed_rows(width), products);
+        scan(products, kSegment, height, width, row_begin + r, column_begin + c, left_bounds, right_bounds, candidates,
+             both ? &candidates : nullptr, &measure, pairs, out ? out + r * ld + c : nullptr, ld);
+      }
   });
 }
 
@@ -309,10 +363,11 @@ struct Output {
   Metric metric;
   double unscale;
 
-  // The k first of `count` pairs.
+  // The k first of `count` pairs; where there are fewer, -1 and Inf.
   void write(int64_t row, Pair* pairs, int64_t count) const {
     if (k < count) std::nth_element(pairs, pairs + k, pairs + count);
-    std::sort(pairs, pairs + k);
+    std::sort(pairs, pairs + std::min(k, count));
+    for (int64_t c = count; c < k; ++c) pairs[c] = {std::numeric_limits<double>::infinity(), -1};
     for (int64_t c = 0; c < k; ++c) {
       index[row * k + c] = pairs[c].index;
       if (!distance) continue;
@@ -337,13 +392,12 @@ void nearest_neighbors_scan_cpu(float* block, int64_t ld, int64_t rows, int64_t 
 
 void nearest_neighbors_scan_farthest_cpu(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
                                          int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
-                                         const Candidates& candidates, bool both, bool write, const FarthestOf& of,
-                                         const Place& place) {
-  const FarPairs pairs(of, candidates.row_max);
-  const auto scan =
-      both ? (write ? scan_both_pairs_write : scan_both_pairs) : (write ? scan_left_pairs_write : scan_left_pairs);
-  scan_block(scan, block, ld, rows, columns, row_begin, column_begin, left_bounds, right_bounds, candidates, both,
-             &pairs, place);
+                                         const Candidates& candidates, bool both, const PairSets& sets,
+                                         const Farthest& farthest, const Place& place) {
+  const Measure measure(sets);
+  const FarPairs pairs{farthest, measure, candidates.row_max};
+  scan_block(both ? scan_both_pairs : scan_left_pairs, block, ld, rows, columns, row_begin, column_begin, left_bounds,
+             right_bounds, candidates, both, &pairs, place);
 }
 
 void nearest_neighbors_round_cpu(const float* x, int64_t stride, int64_t rows, int64_t D, float* scale, double* rounded,
@@ -366,31 +420,46 @@ void nearest_neighbors_pack_cpu(const float* x, int64_t stride, int64_t rows, in
 
 void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows& right, int64_t D, int64_t row_begin,
                                        int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
-                                       const Candidates& candidates, bool both, const FarthestOf* of, void* workspace,
-                                       const Place& place) {
-  constexpr int64_t kStrip = kPackedScanBytes / (kSegment * sizeof(float));  // rows of products that stay in cache
-  const Candidates* const other = both ? &candidates : nullptr;
-  const auto scan = of ? (both ? scan_both_pairs : scan_left_pairs) : (both ? scan_both_only : scan_left_only);
+                                       const Candidates& candidates, bool both, const PairSets& sets,
+                                       const Farthest* farthest, void* workspace, const Place& place) {
+  const auto scan = farthest ? (both ? scan_both_pairs : scan_left_pairs) : (both ? scan_both_only : scan_left_only);
+  const Measure measure(sets);
   std::optional<FarPairs> pairs;
-  if (of) pairs.emplace(*of, candidates.row_max);
+  if (farthest) pairs.emplace(FarPairs{*farthest, measure, candidates.row_max});
   const int64_t elements = packed_elements(D);
-  by_rectangles(left.rows, right.rows, kByteColumns, both, place, [&](const Rectangle& part, int64_t thread) {
-    float* const products = static_cast<float*>(workspace) + thread * kStrip * kSegment;
-    for (int64_t c = part.c0; c < part.c1; c += kSegment)
-      for (int64_t r = part.r0; r < part.r1; r += kStrip) {
-        const int64_t rows = std::min(kStrip, part.r1 - r), columns = std::min(kSegment, part.c1 - c);
-        byte_product(left.bytes + r * elements, left.scale + r, (rows + kByteRows - 1) / kByteRows * kByteRows,
-                     right.bytes + c * elements, right.scale + c, right.sum + c, packed_rows(columns), elements,
-                     products, kSegment);
-        scan(products, kSegment, rows, columns, row_begin + r, column_begin + c, left_bounds, right_bounds, candidates,
-             other, pairs ? &*pairs : nullptr);
-      }
-  });
+  scan_strips(scan, left.rows, right.rows, row_begin, column_begin, left_bounds, right_bounds, candidates, both,
+              measure, pairs ? &*pairs : nullptr, nullptr, 0, workspace, place,
+              [&](int64_t r, int64_t rows, int64_t c, int64_t columns, float* products) {
+                byte_product(left.bytes + r * elements, left.scale + r, (rows + kByteRows - 1) / kByteRows * kByteRows,
+                             right.bytes + c * elements, right.scale + c, right.sum + c, columns, elements, products,
+                             kSegment);
+              });
 }
 
-void nearest_neighbors_farthest_cpu(const FarthestOf& of, float* row_max, const Place& place) {
-  const FarPairs pairs(of, row_max);
-  parallel_for(of.x.rows + of.x2.rows, place.threads, [&](int64_t begin, int64_t end, int) {
+void nearest_neighbors_scan_written_cpu(const float* x, int64_t stride, int64_t rows, const float* y, int64_t y_stride,
+                                        int64_t columns, int64_t D, int64_t row_begin, int64_t column_begin,
+                                        const Bounds& left_bounds, const Bounds& right_bounds,
+                                        const Candidates& candidates, const PairSets& sets, const Farthest& farthest,
+                                        float* out, int64_t ld, float* panels, void* workspace, const Place& place) {
+  static_assert(kFloatPanel == kByteColumns, "rectangles begin at panels");
+  parallel_for(packed_rows(columns) / kFloatPanel, place.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t c = begin * kFloatPanel; c < end * kFloatPanel; c += kFloatPanel)
+      float_pack(y + c * y_stride, y_stride, columns - c, D, panels + c * D);
+  });
+  const Measure measure(sets);
+  const FarPairs pairs{farthest, measure, candidates.row_max};
+  scan_strips(scan_both_pairs_write, rows, columns, row_begin, column_begin, left_bounds, right_bounds, candidates,
+              true, measure, &pairs, out, ld, workspace, place,
+              [&](int64_t r, int64_t height, int64_t c, int64_t width, float* products) {
+                float_product(x + r * stride, stride, height, panels + c * D, width, D, products, kSegment);
+              });
+}
+
+void nearest_neighbors_farthest_cpu(const PairSets& sets, const Farthest& farthest, float* row_max,
+                                    const Place& place) {
+  const Measure measure(sets);
+  const FarPairs pairs{farthest, measure, row_max};
+  parallel_for(sets.x.rows + sets.x2.rows, place.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t i = begin; i < end; ++i) pairs.settle(i, 0);
   });
 }
@@ -417,25 +486,27 @@ void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const F
       const int32_t* const candidate = left.index + i * left.capacity;
       const int64_t count = left.count[i];
       for (int64_t c = 0; c < count; ++c)
-        upper[c] = lower[c] + 2 * (left_bounds.window[i] + right_bounds.window[candidate[c]]);
-      kth_upper[i] = bound_of_smallest(upper, count, left.k);
+        upper[c] = upper_bound(lower[c], candidate[c], left_bounds.window[i], right_bounds.window);
+      const int64_t k = std::min(left.k, count);  // fewer only where the threshold was known before
+      kth_upper[i] = k ? bound_of_smallest(upper, count, k) : -kInfinity;
       unsure[i] = kth_upper[i] >= left.cut[i];
       if (unsure[i]) continue;
       // The k that look nearest are measured first: none of the others is among the nearest if its lower bound is
       // beyond the farthest of them.
-      const float first = bound_of_smallest(lower, count, left.k);
+      const float first = k ? bound_of_smallest(lower, count, k) : -kInfinity;
       double farthest = std::numeric_limits<double>::infinity();
       int64_t kept = 0;
       for (const bool rest : {false, true}) {
         const int64_t measured = kept;
         for (int64_t c = 0; c < count; ++c)
-          if ((lower[c] > first) == rest && lower[c] <= farthest) pairs[kept++].index = candidate[c];
+          if ((lower[c] > first) == rest && lower[c] <= farthest)
+            pairs[kept++].index = candidate[c] < 0 ? ~candidate[c] : candidate[c];
         for (int64_t c = measured; c < kept; ++c) {
           const int64_t j = pairs[c].index;
           if (c + 1 < kept) fetch(columns, pairs[c + 1].index);
           pairs[c].distance = exact(rows.of(i), rows.local(i), columns.of(j), columns.local(j), D);
         }
-        if (!rest) farthest = std::max_element(pairs, pairs + kept)->distance;
+        if (!rest && kept) farthest = std::max_element(pairs, pairs + kept)->distance;
       }
       output.write(i, pairs, kept);
     }

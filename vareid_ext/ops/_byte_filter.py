@@ -72,7 +72,6 @@ class ByteFilter(RoundedFilter):
                 )
         super().__init__(filtered, side, rounded, 8 * UNIT)
         self._buffers: dict[bool, tuple[Tensor, Tensor, Tensor]] = {}
-        self._scratch: Tensor | None = None
         self._elements = _native.module().packed_elements(D)
         self.name = f"8 bits ({byte_products()})"
 
@@ -81,18 +80,9 @@ class ByteFilter(RoundedFilter):
         """Whether rounding pays for products of features like these with so many rows on the left."""
         return not part.is_cuda and rows >= _FEW_ROWS and part.shape[1] >= _FEW_ELEMENTS and byte_products() != ""
 
-    @property
-    def workspace(self) -> Tensor:
-        """What the threads' products are written to."""
-        if self._scratch is None:
-            size = torch.get_num_threads() * _native.module().packed_scan_bytes
-            self._scratch = self.filtered.norm.new_empty(size, dtype=torch.uint8)
-        return self._scratch
-
     def drop_buffers(self) -> None:
         """Gives the memory of blocks back."""
         self._buffers.clear()
-        self._scratch = None
 
     def block(self, which: int, begin: int, end: int, *, left: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Packed rows begin to end of a part, as one operand or the other; valid until the next call for it."""

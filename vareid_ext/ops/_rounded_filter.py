@@ -6,7 +6,8 @@ A row is ``p_i = h_i + r_i``, and the products are ``fl(h_i . h_j)``. The window
 
 1. Rounding. ``p_i . p_j - h_i . h_j = r_i . p_j + p_i . r_j - r_i . r_j``. Doubled, the first is at most ``2 e_i |p_j|
    <= e_i^2 / t + t n_j``, the second likewise, and the third at most ``e_i^2 + e_j^2``: together ``(1 + 1 / t) (e_i^2 +
-   e_j^2) + t (n_i + n_j)``. t is what makes that small, e / |p| of the average row.
+   e_j^2) + t (n_i + n_j)``. t is what makes that small, e / |p| of the average row; but at least 2 D u, so that the
+   window holds for float32 products, too: some blocks are made of them.
 2. The product. ``2 |fl(h_i . h_j) - h_i . h_j| <= c (n_i + n_j)``; each filter says why.
 3. Sums of floats and the preparation are those of the other proof. But the bounds reach beyond ``2 (n_i + n_j)``, by
    twice the window at most: ``16 u = 2^-20`` of it, doubled.
@@ -46,7 +47,7 @@ class RoundedFilter:
         self.filtered, self.side = filtered, side
         norm = filtered.norm.double()
         total, lost = torch.stack([norm.sum(), rounded.sum()]).tolist()
-        share = max(math.sqrt(lost / total), 2.0**-20) if total else 1.0
+        share = max(math.sqrt(lost / total), 2 * filtered.parts[0].shape[1] * UNIT) if total else 1.0
         window = (1 + 1 / share) * rounded + (share + product_error + 32 * UNIT) * norm + filtered.smallest
         self.window = (window * (1 + 2.0**-18)).float()
         self.windows = list(self.window.split([part.shape[0] for part in filtered.parts]))

@@ -81,6 +81,13 @@ class Lists:
             distances, order = distances.sort(dim=1, stable=True)
             self.distance[at], self.number[at] = distances[:, :k], numbers.gather(1, order[:, :k])
 
+    def reach(self, metric: str) -> Tensor | None:
+        """float32 [rows], what no squared distance of a list exceeds; None on a GPU, whose kernels want full lists."""
+        if self.distance.is_cuda:
+            return None
+        farthest = self.distance[:, -1] * (2 if metric == "cosine" else 1)
+        return torch.nextafter(farthest.float(), torch.tensor(torch.inf))
+
 
 class _Block(NamedTuple):
     first: int
@@ -219,13 +226,19 @@ def mutual_neighbors(
     for owner, visiting in visits(own, division.sizes, group, processes // 2, division.first_row):
         mine, theirs = division.compared(me, owner)
         to_owner = _empty(own, theirs, mine, k)
+        helper = (2 * me - owner) % processes  # whose visitor this process is
+        reach = best.reach(metric) if owner != me else None
+        if reach is not None:
+            others, visitors = division.compared(helper, me)
+            coming = reach.new_empty(_length(theirs) if mine else 0)
+            begin_exchange([(helper, reach[_span(visitors if others else [])])], [(owner, coming)], group)()
+            reach = torch.cat([reach[_span(mine)], coming])
         if mine and theirs:
             parts = [own] if owner == me else [own[_span(mine)], visiting[-_length(theirs) :]]
             filtered = Filter(parts, [""] * len(parts), metric, scale, center_by)
-            found, to_owner = _compared(filtered, mine, theirs, k, metric, pairs)
+            found, to_owner = _compared(filtered, mine, theirs, k, metric, pairs, reach)
             take(found, _span(mine))
         if owner != me:
-            helper = (2 * me - owner) % processes  # whose visitor this process is
             theirs, mine = division.compared(helper, me)
             found = _empty(own, mine, theirs, k)
             begin_exchange([(owner, part) for part in to_owner], [(helper, part) for part in found], group)()
@@ -254,18 +267,19 @@ def _empty(like: Tensor, of: Sequence[_Block], among: Sequence[_Block], k: int) 
 
 
 def _compared(
-    filtered: Filter, mine: Sequence[_Block], theirs: Sequence[_Block], k: int, metric: str, pairs: bool | None
-) -> tuple[_Found, _Found]:
+    filtered: Filter, mine: Sequence[_Block], theirs: Sequence[_Block], k: int, metric: str, pairs: bool | None,
+    reach: Tensor | None = None,
+) -> tuple[_Found, _Found]:  # fmt: skip
     """The lists of the rows of some blocks among those of others, and the other way round.
 
     ``pairs``: whether the largest distances are those of pairs; if not, they are those of one process's products, and
-    None if they are not wanted.
+    None if they are not wanted. ``reach``: as far as lists of the rows reach that are known.
     """
     device, alone = filtered.norm.device, len(filtered.parts) == 1
     rows, columns = _length(mine), 0 if alone else _length(theirs)
     every, width, side = range(len(filtered.parts)), min(k, rows) if alone else k, block_side(device)
     rounded = None if pairs is False else op._ways(filtered, [0], [len(every) - 1], width, side)
-    scan = op._Scan(filtered, every, every, width, metric, side, rounded=rounded, pairs=bool(pairs))
+    scan = op._Scan(filtered, every, every, width, metric, side, rounded=rounded, pairs=bool(pairs), reach=reach)
     if not isinstance(rounded, ByteFilter):
         _scan_blocks(filtered, scan, mine, None if alone else theirs)
     elif alone:
@@ -277,7 +291,8 @@ def _compared(
     def found(found_by: op._Scan, among: Sequence[_Block]) -> _Found:
         row_max = found_by.row_max
         index, distance = found_by.select(torch.float64)
-        return _Found(distance, numbers_of(among, device)[index.long()], row_max)
+        number = torch.cat([numbers_of(among, device), index.new_tensor([NOBODY])])  # the last one is that of -1
+        return _Found(distance, number[index.long()], row_max)
 
     if alone:
         lists = found(scan, mine)
@@ -286,13 +301,18 @@ def _compared(
     return found(sides[0], theirs), found(sides[1], mine)
 
 
-def exact_lists(x: Tensor, y: Tensor, k: int, metric: str, scale: float | None, native: bool) -> tuple[Tensor, Tensor]:
-    """float64 distance [M, k] and index [M, k] of each row's nearest, of the rows times the scale if there is one."""
+def exact_lists(
+    x: Tensor, y: Tensor, k: int, metric: str, scale: float | None, native: bool, reach: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """float64 distance [M, k] and index [M, k] of each row's nearest, of the rows times the scale if there is one.
+
+    Those beyond ``reach`` may be missing, at the end: index -1, distance Inf.
+    """
     if not native:
         x, y = (part.double() if scale is None else part.double() * scale for part in (x, y))
         return reference.nearest_neighbors(x, y, k, metric)
     filtered = Filter([x, y], ["x", "y"], metric, scale)
-    scan = op.one_sided_scan(filtered, k, metric, block_side(x.device))
+    scan = op.one_sided_scan(filtered, k, metric, block_side(x.device), reach)
     index, distance = scan.select(torch.float64)
     return distance, index
 
@@ -305,8 +325,9 @@ def visited_neighbors(
     best, edges = Lists(x.shape[0], k, x.device), edges_of(sizes)
     for owner, visiting in visits(y.contiguous(), sizes, group, group.size() - 1):
         if len(x) and len(visiting):
-            distance, index = exact_lists(x, visiting, min(k, len(visiting)), metric, scale, native)
-            best.merge(distance, (index + edges[owner]).to(torch.int32))
+            count, reach = min(k, len(visiting)), best.reach(metric)
+            distance, index = exact_lists(x, visiting, count, metric, scale, native, reach)
+            best.merge(distance, (index + edges[owner]).masked_fill_(index < 0, NOBODY).to(torch.int32))
     return best
 
 

@@ -37,10 +37,12 @@ MAX_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernel
 MIN_ROWS = 64  # done again at once, where memory allows it
 _PAIR_ELEMENTS = 1 << 20  # of the rows of pairs that are measured at once
 _MAX_CAPACITY = 4096  # as kMaxCapacity in csrc/cpu/nearest_neighbors.cpp
+_PANEL = 32  # as kFloatPanel in csrc/cpu/float_products.h
 _FARTHEST = 8  # as kFarthest in csrc/nearest_neighbors.h
 _FAR_PLACES = 32  # for pairs that come before a row's largest distance is about known
 _FAR_BYTES = 28 * _FAR_PLACES  # of a row, with the copies that are sorted
 _FAR_SHARE = 64  # one of so many columns may be measured for a row's largest distance
+_MEASURED_SHARE = 256  # one of so many columns may be measured for a row's neighbours
 _CUDA_CAPACITIES = (96, 192)  # candidates for which csrc/cuda/nearest_neighbors.cu has lists
 _EQUAL_CHUNK = 1 << 16  # elements compared at once
 _BITS = {
@@ -86,11 +88,14 @@ def rescan_bytes(columns: int, threads: int) -> int:
 class _Scan:
     """Candidates of the rows of some parts of a filter, gathered block by block; or of those among them from number
     ``begin`` on and before ``end``.
+
+    With ``reach`` [rows], squared distances beyond it are not wanted, and rows may have fewer than k candidates.
     """
 
     def __init__(
         self, filtered: Filter, left: Sequence[int], right: Sequence[int], k: int, metric: str, block_rows: int,
         begin: int = 0, end: int | None = None, rounded: RoundedFilter | None = None, pairs: bool = False,
+        reach: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.filtered, self.rounded, self.k, self.metric = filtered, rounded, k, METRICS.index(metric)
         self.block_rows = max(MIN_ROWS, block_rows)
@@ -103,7 +108,11 @@ class _Scan:
         self.columns = sum(filtered.parts[w].shape[0] for w in right)
         new = filtered.norm.new_empty
         self.row_max = new(self.rows).zero_()
+        self._panels: Tensor | None = None
+        self._products: Tensor | None = None
         self.candidates = self._no_candidates(_capacity(k, rounded))
+        if reach is not None:
+            self.candidates[3].copy_(reach)
         self.opposite: _Scan | None = None
         self.farthest: Any = None
         if pairs and isinstance(rounded, BFloat16Filter):
@@ -112,7 +121,7 @@ class _Scan:
         elif pairs and not filtered.norm.is_cuda:
             shape = self.rows, _FARTHEST
             found = new(shape), new(shape, dtype=torch.int32), new(self.rows, dtype=torch.int32).zero_()
-            self.farthest = self.left, self.right, found
+            self.farthest = found
 
     def _no_candidates(self, places: int) -> list[Tensor]:
         new = self.row_max.new_empty
@@ -156,7 +165,8 @@ class _Scan:
         one.rows, one.columns = end - begin, self.filtered.parts[right].shape[0]
         one.candidates = [state[begin:end] for state in self.candidates]
         if right:  # they are numbered from the first part on
-            one.candidates[1].sub_(self.filtered.parts[0].shape[0])
+            offset, measured = self.filtered.parts[0].shape[0], one.candidates[1] < 0
+            one.candidates[1].sub_(offset).add_(measured, alpha=2 * offset)  # of those, it is ~j
         one.row_max = self.row_max[begin:end]
         return one
 
@@ -165,13 +175,11 @@ class _Scan:
         if self.opposite is not None:
             self.opposite.scan(block.neg_(), row, column, both=both, write=False)
             block.neg_()
-        given = (
-            block, row, column, self.left_bounds, self.right_bounds, self.candidates, self.k, both, write,
-        )  # fmt: skip
+        given = block, row, column, self.left_bounds, self.right_bounds, self.candidates, self.k, both
         if self.farthest is None:
-            _native.launch("nearest_neighbors_scan", *given, on=block)
+            _native.launch("nearest_neighbors_scan", *given, write, on=block)
         else:
-            _native.launch("nearest_neighbors_scan_farthest", *given, self.farthest, on=block)
+            _native.launch("nearest_neighbors_scan_farthest", *given, self._sets, self.farthest, on=block)
 
     def multiply(self, rows: Tensor, columns: Tensor, out: Tensor) -> None:
         """Writes the products of blocks of the filter's rows, by which candidates are found, to ``out``."""
@@ -180,27 +188,52 @@ class _Scan:
         else:
             torch.mm(rows, columns.T, out=out)
 
+    def scan_written(self, rows: Tensor, columns: Tensor, row: int, column: int, out: Tensor) -> None:
+        """Makes a block's products, takes its candidates for both sides, and writes its distances to ``out``.
+
+        It is for scans that look for the pairs of the largest distances.
+        """
+        if self._panels is None:
+            side = -(-self.block_rows // _PANEL) * _PANEL
+            self._panels = rows.new_empty(side * rows.shape[1])
+        _native.launch(
+            "nearest_neighbors_scan_written", rows, columns, row, column, self.left_bounds, self.right_bounds,
+            self.candidates, self.k, self._sets, self.farthest, out, self._panels, self._workspace(), on=rows,
+        )  # fmt: skip
+
+    @property
+    def _sets(self) -> Any:
+        """The features by which pairs are measured."""
+        return self.left, self.right
+
+    def _workspace(self) -> Tensor:
+        """What the threads' products are written to."""
+        if self._products is None:
+            size = torch.get_num_threads() * _native.module().packed_scan_bytes
+            self._products = self.filtered.norm.new_empty(size, dtype=torch.uint8)
+        return self._products
+
     def scan_packed(
         self, left: tuple[Tensor, ...], right: tuple[Tensor, ...], sizes: tuple[int, int], row: int, column: int, *,
         both: bool,
     ) -> None:  # fmt: skip
         """As :meth:`scan`, of blocks of packed rows."""
-        assert isinstance(self.rounded, ByteFilter)
-        workspace = self.rounded.workspace
+        workspace = self._workspace()
         _native.launch(
             "nearest_neighbors_scan_packed", left, sizes[0], right, sizes[1], self.filtered.parts[0].shape[1], row,
-            column, self.left_bounds, self.right_bounds, self.candidates, self.k, both, self.farthest, workspace,
-            on=workspace,
+            column, self.left_bounds, self.right_bounds, self.candidates, self.k, both, self._sets, self.farthest,
+            workspace, on=workspace,
         )  # fmt: skip
 
     def finish(self) -> Tensor:
         """Each row's largest distance, after the last block."""
         if self.farthest is not None:
-            _native.launch("nearest_neighbors_farthest", self.farthest, self.row_max, on=self.row_max)
+            _native.launch("nearest_neighbors_farthest", self._sets, self.farthest, self.row_max, on=self.row_max)
             self.farthest = None
         if self.opposite is not None:
             torch.maximum(self.row_max, self.opposite.largest_distances(), out=self.row_max)
             self.opposite = None
+        self._panels = self._products = None
         if self.rounded is not None:
             self.rounded.drop_buffers()
         self.filtered.drop_buffers()
@@ -378,9 +411,12 @@ def _ways(
         rounded = BFloat16Filter(filtered, block_rows)
     else:
         return None
-    # As the kernels keep them, on a CPU and on a GPU, with places left for those that come.
+    # As the kernels keep them, on a CPU and on a GPU, with places left for those that come. On a CPU, candidates beyond
+    # that are measured: so many of them take less time than float32 products of a row.
     places = _capacity(k, rounded)
-    kept = places - (places - k) // (4 if isinstance(rounded, ByteFilter) else 2)
+    kept = max(places - (places - k) // 4, columns // _MEASURED_SHARE)
+    if isinstance(rounded, BFloat16Filter):
+        kept = places - (places - k) // 2
     return rounded if rounded.suits(left, right, k, kept) else None
 
 
@@ -425,6 +461,10 @@ def _symmetric_scan(
                 wanted = crossed and out is not None
                 if crossed and out is not None:
                     target = out[first:last, begin:end]
+                    if scans[0].farthest is not None:
+                        scans[0].scan_written(rows, filtered.block(other, begin, end, 1), offset, strip[0][3], target)
+                        _progress.advance(size * (end - begin))
+                        continue
                 elif rounded and packed:
                     columns, to, sizes = rounded.block(other, begin, end, left=False), strip[0][3], (size, end - begin)
                     for scan in scans[1:] if crossed else ():
@@ -527,9 +567,10 @@ def _packed_scan(
             _progress.advance(sizes[0] * sizes[1])
 
 
-def one_sided_scan(filtered: Filter, k: int, metric: str, block_rows: int) -> _Scan:
+def one_sided_scan(filtered: Filter, k: int, metric: str, block_rows: int, reach: Tensor | None = None) -> _Scan:
     """The first part against the second, with whichever products pay."""
-    scan = _Scan(filtered, [0], [1], k, metric, block_rows, rounded=_ways(filtered, [0], [1], k, block_rows))
+    rounded = _ways(filtered, [0], [1], k, block_rows)
+    scan = _Scan(filtered, [0], [1], k, metric, block_rows, rounded=rounded, reach=reach)
     _one_sided_scan(filtered, scan, block_rows)
     return scan
 

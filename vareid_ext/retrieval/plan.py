@@ -55,7 +55,7 @@ class RerankPlan:
 
 
 _PRODUCT_BUFFERS = 4 << 20  # what the vendor's product packs its operands into
-_THREAD_PRODUCTS = 1 << 18  # products of 8 bits that a thread looks at at once
+_THREAD_PRODUCTS = 1 << 18  # products that a thread looks at at once, in each of two scans
 _PACKED = 64  # elements that a packed row is a multiple of, at most
 _ENTRY = 16  # bytes of an entry of the expanded encodings and of their inverted index
 _MERGED = 16 << 20  # lists that are being merged
@@ -73,7 +73,8 @@ def _block_bytes(side: int, M: int, D: int, on_gpu: bool = False) -> int:
     if on_gpu:  # features of float32 and of bfloat16
         columns = min(strip_side(torch.device("cuda"), rows), M)
         return 4 * rows * columns + 6 * (rows + columns) * D + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
-    packed = 2 * rows * -(-D // _PACKED) * _PACKED + torch.get_num_threads() * _THREAD_PRODUCTS
+    packed = 2 * rows * -(-D // _PACKED) * _PACKED + 4 * rows * D  # two blocks of 8 bits, one of float32
+    packed += 2 * torch.get_num_threads() * _THREAD_PRODUCTS
     return 4 * rows * (rows + 2 * D) + packed + _PRODUCT_BUFFERS + _PLACE * -(-M // side)
 
 
@@ -227,7 +228,7 @@ def _of_each(
     rounds = processes // 2
     sent = (
         own  # to even shares out
-        + rounds * n * (row + 12 * k + 4)  # neighbours
+        + rounds * n * (row + 12 * k + 8)  # neighbours
         + (processes - 1) * (2 * own + n * (4 * k + 4) + 4 * entries)  # two rounds more; lists; distances
         + q * 12 * topk
     )
