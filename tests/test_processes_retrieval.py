@@ -222,7 +222,7 @@ def one_of_two(process: int, port: int, outcomes: Any) -> None:
 
     neighbors_module.visits = ending
     try:
-        nearest_neighbors(features(100, 4), features(100, 4), k=3, group=dist.group.WORLD)
+        nearest_neighbors(features(100, 4), k=3, group=dist.group.WORLD)  # lists of each other's rows are sent back
     except Exception as error:
         outcomes.put(error)
 
