@@ -25,6 +25,8 @@ from tests.factories import features
 from tests.processes import free_port
 from vareid_ext import _native, evaluate_features, k_reciprocal_rerank, nearest_neighbors, reference_backend
 from vareid_ext._processes import LostProcessError
+from vareid_ext.losses import ViewpointAwareLoss, batch_hard_triplet
+from vareid_ext.losses.center import CenterLoss
 from vareid_ext.ops import _byte_filter, _filter
 from vareid_ext.ops import _shared_neighbors as neighbors_module
 from vareid_ext.ops import nearest_neighbors as _nearest_op
@@ -172,10 +174,16 @@ def test_a_group_is_one():
         nearest_neighbors(features(5, 4), k=1, group="gloo")
     with pytest.raises(TypeError, match="group: int was given"):
         nearest_neighbors(features(5, 4), k=1, group=7)
-    reranked = functools.partial(k_reciprocal_rerank, features(5, 4), topk=1)
-    for search in (functools.partial(nearest_neighbors, k=1), reranked):
+    identity = torch.arange(5)
+    for function in (
+        functools.partial(nearest_neighbors, features(5, 4), k=1),
+        functools.partial(k_reciprocal_rerank, features(5, 4), features(5, 4), topk=1),
+        functools.partial(batch_hard_triplet, features(5, 4), identity),
+        functools.partial(CenterLoss(5, 4), features(5, 4), identity),
+        ViewpointAwareLoss(5, 4).shard_identities,
+    ):
         with pytest.raises(ValueError, match="group: this process is no member of the group"):
-            search(features(5, 4), group=dist.GroupMember.NON_GROUP_MEMBER)
+            function(group=dist.GroupMember.NON_GROUP_MEMBER)
 
 
 def bytes_sent(group: Any, function: Any, *arguments: Any) -> int:

@@ -107,6 +107,14 @@ def first_does(group: ProcessGroup | None, action: Callable[[], T]) -> T:
     return value
 
 
+def check_member(group: Any) -> None:
+    """TypeError unless ``group`` is one of processes; ValueError unless this process is a member of it."""
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:  # new_group's, to those outside
+        raise ValueError("group: this process is no member of the group; only its members may call this")
+    if not isinstance(group, ProcessGroup):
+        raise TypeError(f"group: {type(group).__name__} was given; a torch.distributed.ProcessGroup is needed, or None")
+
+
 def gather_rows(rows: Tensor, group: ProcessGroup) -> list[Tensor]:
     """The rows of every process [n_p, ...], by process; of one dtype and shape but for their number.
 
@@ -154,7 +162,10 @@ def whole_batch(rows: Tensor, group: ProcessGroup | None) -> Tensor:
 
     The gradient of each process's rows is the sum over the processes of the gradients of what they make of the whole.
     """
-    return rows if group is None else _WholeBatch.apply(rows, group)
+    if group is None:
+        return rows
+    check_member(group)
+    return _WholeBatch.apply(rows, group)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class CenterLoss(nn.Module):
             Scalar tensor, the mean over this process's images; 0 for an empty batch, which moves nothing.
 
         Raises:
-            ValueError: shapes that do not fit.
+            TypeError: ``group`` is none.
+            ValueError: shapes that do not fit; this process is no member of the group.
             IndexError: an identity out of range, on the CPU.
         """
         if feature.shape != (*identity.shape, self.centers.shape[1]) or identity.ndim != 1:

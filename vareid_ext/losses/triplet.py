@@ -29,7 +29,8 @@ def batch_hard_triplet(
         flow into `feature`.
 
     Raises:
-        ValueError: shapes that do not fit, a negative margin.
+        TypeError: ``group`` is none.
+        ValueError: shapes that do not fit, a negative margin; this process is no member of the group.
     """
     if feature.ndim != 2 or identity.shape != feature.shape[:1]:
         raise ValueError(

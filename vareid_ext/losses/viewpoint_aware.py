@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from vareid_ext._processes import gather_rows, whole_batch
+from vareid_ext._processes import check_member, gather_rows, whole_batch
 from vareid_ext.ops._checks import (
     autocast_enabled,
     check_count,
@@ -158,8 +158,11 @@ class ViewpointAwareLoss(nn.Module):
             group: the processes. The first ones have ceil(K / their number) identities each; the last may have none.
 
         Raises:
-            ValueError: there are fewer identities than processes; the centres are divided already.
+            TypeError: not a group.
+            ValueError: this process is no member of it; there are fewer identities than processes; the centres are
+                divided already.
         """
+        check_member(group)
         if self.group is not None:
             raise ValueError("group: the centres are divided among processes already")
         if self.num_identities < group.size():

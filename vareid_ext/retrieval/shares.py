@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from vareid_ext._arrays import to_tensor
-from vareid_ext._processes import agreed, together
+from vareid_ext._processes import agreed, check_member, together
 from vareid_ext._ring import check_group
 from vareid_ext.ops._checks import check_values, dtype_name
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
@@ -49,10 +48,7 @@ def check_shares(
             arguments that differ between processes.
         LostProcessError: another process did not take part.
     """
-    if not isinstance(group, ProcessGroup):
-        if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:  # new_group's, to those outside
-            raise ValueError("group: this process is no member of the group; only its members may call this")
-        raise TypeError(f"group: {type(group).__name__} was given; a torch.distributed.ProcessGroup is needed, or None")
+    check_member(group)
     own: list[Tensor] = []
     same: dict[str, Any] = {}
 
