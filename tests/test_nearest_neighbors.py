@@ -279,18 +279,22 @@ def test_lists_of_some_rows_are_those_of_all(backend, kind, dtype):
             assert torch.equal(found, right)
 
 
-def test_lists_of_some_rows_by_the_cosine(backend):
+@pytest.mark.parametrize(("metric", "scale"), [("cosine", 1.0), ("sqeuclidean", 2.0**-40)])
+def test_lists_of_some_rows_that_have_factors(backend, metric, scale):
+    """Of the query alone, of both, and of the gallery alone."""
     x = features(90, 4)
     x[40:60] = 3 * x[:20]
-    wide = (x.double() / x.double().norm(dim=1, keepdim=True)).numpy()
-    expected = squared_distances(wide, wide) / 2
-    begin, end = op.edges(30, 60, 16)[1:4:2]
-    index, distance, row_max = op.neighbors_of_rows(x[:30], x[30:], 1.0, 7, "cosine", begin, end, 16)
-    order = np.argsort(expected, axis=1, kind="stable")[begin:end, :7]
-    near = np.take_along_axis(expected[begin:end], order, 1)
-    np.testing.assert_allclose(np.take_along_axis(expected[begin:end], index.numpy(), 1), near, rtol=0, atol=1e-15)
-    np.testing.assert_allclose(distance, near, rtol=2e-7, atol=1e-14)
-    np.testing.assert_allclose(row_max, expected.max(1)[begin:end], rtol=1e-5)
+    wide = x.double() / x.double().norm(dim=1, keepdim=True) if metric == "cosine" else x.double()
+    expected = squared_distances(wide.numpy(), wide.numpy()) / (2 if metric == "cosine" else 1)
+    x = x / scale
+    edges = op.edges(30, 60, 16)
+    for begin, end in ((0, 30), (edges[1], edges[3]), (30, 90), (edges[4], 90)):
+        index, distance, row_max = op.neighbors_of_rows(x[:30], x[30:], scale, 7, metric, begin, end, 16)
+        order = np.argsort(expected, axis=1, kind="stable")[begin:end, :7]
+        near = np.take_along_axis(expected[begin:end], order, 1)
+        np.testing.assert_allclose(np.take_along_axis(expected[begin:end], index.numpy(), 1), near, rtol=0, atol=1e-15)
+        np.testing.assert_allclose(distance, near, rtol=2e-7, atol=1e-14)
+        np.testing.assert_allclose(row_max, expected.max(1)[begin:end], rtol=1e-5)
 
 
 def test_the_operators_pass_opcheck():

@@ -519,13 +519,15 @@ def _scan_of_rows(filtered: Filter, scan: _Scan, block_rows: int) -> None:
 
 
 def _between(sets: list[tuple[Tensor, Tensor | None]], begin: int, end: int | None) -> list[tuple[Tensor, Any]]:
-    """Rows and factors of the rows from number ``begin`` on and before ``end`` of some sets, in as many sets."""
+    """Rows and factors of the rows from number ``begin`` on and before ``end`` of some sets; of sets that have any, as
+    the kernels look for factors at the first one.
+    """
     found, offset = [], 0
     for part, factor in sets:
         rows = slice(max(0, begin - offset), None if end is None else max(0, end - offset))
         found.append((part[rows], None if factor is None else factor[rows]))
         offset += part.shape[0]
-    return found
+    return [of_set for of_set in found if of_set[0].shape[0]] or found[:1]
 
 
 def _strips(blocks: list[tuple[int, int, int, int]], together: int) -> Iterator[list[tuple[int, int, int, int]]]:
