@@ -442,8 +442,8 @@ def _symmetric_scan(
 ) -> None:
     """Every block on and above the diagonal of all parts against themselves, but for those among ``known`` first parts.
 
-    The first of ``scans`` looks at all of them, a second one at those of the first part against the second, which also
-    go into ``out``.
+    The first of ``scans`` looks at all of them, a second one at those of the first part against the second. Without a
+    second one, these may go into ``out``.
     """
     blocks = row_blocks(filtered, range(len(filtered.parts)), block_rows)
     side = max((last - first for _, first, last, _ in blocks), default=0)

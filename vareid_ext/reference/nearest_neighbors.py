@@ -49,7 +49,7 @@ def joint_neighbors(
         gallery: [G, D].
         scale: a power of two.
         k: 1 to Q + G.
-        nearest: 0 to G, how many of the gallery's rows to list for each query.
+        nearest: 0 to G, how many of the gallery's rows to list for each query; 0 with ``out``.
         out: float32 [Q, G] that is overwritten with the distances between queries and gallery; None for none.
 
     Returns:
