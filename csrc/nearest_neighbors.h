@@ -20,7 +20,7 @@ namespace vareid {
 // What is known of each row while the blocks go by. All arrays are indexed by row.
 struct Candidates {
   float* lower;      // [rows, capacity]
-  int32_t* index;    // [rows, capacity]
+  int32_t* index;    // [rows, capacity]; on a CPU ~j of a measured one: lower is the float below its distance
   int32_t* count;    // starts at 0
   float* threshold;  // lower bounds above it are not kept; starts at +Inf
   float* cut;        // starts at +Inf
@@ -88,8 +88,8 @@ void nearest_neighbors_scan_farthest_cpu(float* block, int64_t ld, int64_t rows,
                                          const Candidates& candidates, bool both, const PairSets& sets,
                                          const Farthest& farthest, const Place& place);
 
-// workspace: kPackedScanBytes for each thread. Without `farthest`, row_max stays as it is. Where a row has more
-// candidates than places, they are measured: then `index` is ~j, and `lower` the float below the distance.
+// workspace: kPackedScanBytes for each thread. Without `farthest`, row_max stays as it is. In this and the other scans
+// that take sets, candidates of a row that has more of them than places are measured.
 void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows& right, int64_t D, int64_t row_begin,
                                        int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
                                        const Candidates& candidates, bool both, const PairSets& sets,

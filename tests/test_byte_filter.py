@@ -151,6 +151,15 @@ def test_rows_that_have_too_many_candidates_are_measured_or_done_again(monkeypat
     assert np.array_equal(index.numpy(), expected)
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_one_place_more_than_neighbours_suffices(rounded, monkeypatch, equal):
+    monkeypatch.setattr(op, "capacity", lambda k, rounded=False: k + 1)
+    x = features(2, 40).repeat(60, 1) if equal else features(120, 40)
+    _, index = op._nearest_neighbors(x, None, 5, "sqeuclidean", 64)
+    expected = np.argsort(squared_distances(x.numpy(), x.numpy()), axis=1, kind="stable")[:, :5]
+    assert np.array_equal(index.numpy(), expected)
+
+
 @pytest.mark.parametrize("nearest", [0, 9])
 @pytest.mark.parametrize("name", ["random", "twice", "whole numbers", "far from the origin", "zero rows", "float16"])
 def test_joint_lists_and_largest_distances_are_those_of_float64(rounded, name, nearest):

@@ -106,7 +106,7 @@ void compact(const Candidates& state, int64_t row, float window, const float* ot
     }
   };
   drop();
-  const int64_t limit = state.capacity - (state.capacity - state.k) / 4;
+  const int64_t limit = state.capacity - std::max<int64_t>((state.capacity - state.k) / 4, 1);
   if (kept > limit && measure) {
     for (int64_t c = 0; c < kept; ++c) {
       if (index[c] < 0) continue;
