@@ -27,7 +27,7 @@ def nearest_neighbors(
     Over processes: each gives its rows of x and y, M and N being those of all together, and gets the results of its
     rows of x, with indices into all rows of y, in order of the processes: those of one process, bit for bit. Shares may
     be of any size, and empty. With P processes, each sends about (P - 1) N / P rows of y; of x alone, whose pairs are
-    compared once and as evenly as blocks allow, P/2 x M/P rows at most, 12 k bytes for each of as many rows, which are
+    compared once and as evenly as blocks allow, P/2 x M/P rows at most, 12 k + 8 bytes for each of as many rows, for
     lists that go back, and what uneven shares are evened out by.
 
     Args:
