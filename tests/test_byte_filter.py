@@ -248,6 +248,16 @@ def test_progress_and_counts(rounded):
     assert sum(counts.values()) == 180 + counts["done again"]
 
 
+def test_some_rows_far_from_all_keep_float32_products(rounded):
+    """They would be measured against most others, which takes longer; few enough of them do not matter."""
+    if rounded == "places for all":
+        pytest.skip("whether it pays is not asked")
+    x = features(1100, 40)
+    assert scanned(x, x, 5, 64).rounded is not None
+    x[::11] *= 30
+    assert scanned(x, x, 5, 64).rounded is None
+
+
 def test_few_rows_or_elements_keep_float32_products():
     rows = features(200, 128)
     usable = _native.available("cpu") and _byte_filter.byte_products() != ""

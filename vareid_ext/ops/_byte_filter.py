@@ -18,6 +18,7 @@ e_i^2 is measured of every row, in float64. That measurement and the terms in e^
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from vareid_ext.ops._rounded_filter import UNIT, RoundedFilter
 
 _FEW_ROWS = 64  # of the left set, for which it does not pay to round the right one
 _FEW_ELEMENTS = 128  # of a feature, likewise
+_MEASURED_SHARE = 256  # one of so many columns may be measured for a row's neighbours, on average
 _COLUMNS = 32  # packed rows are a multiple of it
 _INSTRUCTIONS = "", "AVX512-VNNI", "AMX-INT8"  # as the compiled module numbers them
 _warned = False
@@ -79,6 +81,11 @@ class ByteFilter(RoundedFilter):
     def pays(part: Tensor, rows: int) -> bool:
         """Whether rounding pays for products of features like these with so many rows on the left."""
         return not part.is_cuda and rows >= _FEW_ROWS and part.shape[1] >= _FEW_ELEMENTS and byte_products() != ""
+
+    def suits(self, left: Sequence[int], right: Sequence[int], k: int, places: int) -> bool:
+        """Whether the candidates beyond the places, which are measured, take less time than float32 products would."""
+        tried, columns = self._trial(left, right, k), sum(self.filtered.parts[w].shape[0] for w in right)
+        return sum(max(0, near - places) for near, _ in tried) * _MEASURED_SHARE <= len(tried) * columns
 
     def drop_buffers(self) -> None:
         """Gives the memory of blocks back."""

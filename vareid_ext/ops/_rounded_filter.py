@@ -64,7 +64,7 @@ class RoundedFilter:
 
     def suits(self, left: Sequence[int], right: Sequence[int], k: int, places: int) -> bool:
         """Whether few rows have more candidates than places for their k nearest."""
-        tried = self._trial(left, right, min(k, sum(self.filtered.parts[w].shape[0] for w in right)))
+        tried = self._trial(left, right, k)
         return sum(near > places for near, _ in tried) * _CROWDED <= len(tried)
 
     def far_pairs(self) -> float:
@@ -102,6 +102,6 @@ class RoundedFilter:
             distance = products[some].mul_(-2).add_(norms[some, None]).add_(right_norm)
             reach = right_window + windows[some, None]
             upper, lower = distance + reach, distance.sub_(reach)
-            near, far = lower <= upper.kthvalue(k).values[:, None], upper >= lower.amax(1, keepdim=True)
+            near, far = lower <= upper.kthvalue(min(k, columns)).values[:, None], upper >= lower.amax(1, keepdim=True)
             found += list(zip(*torch.stack([near.sum(1), far.sum(1)]).tolist(), strict=True))
         return found

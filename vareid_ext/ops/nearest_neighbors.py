@@ -42,7 +42,6 @@ _FARTHEST = 8  # as kFarthest in csrc/nearest_neighbors.h
 _FAR_PLACES = 32  # for pairs that come before a row's largest distance is about known
 _FAR_BYTES = 28 * _FAR_PLACES  # of a row, with the copies that are sorted
 _FAR_SHARE = 64  # one of so many columns may be measured for a row's largest distance
-_MEASURED_SHARE = 256  # one of so many columns may be measured for a row's neighbours
 _CUDA_CAPACITIES = (96, 192)  # candidates for which csrc/cuda/nearest_neighbors.cu has lists
 _EQUAL_CHUNK = 1 << 16  # elements compared at once
 _BITS = {
@@ -411,12 +410,9 @@ def _ways(
         rounded = BFloat16Filter(filtered, block_rows)
     else:
         return None
-    # As the kernels keep them, on a CPU and on a GPU, with places left for those that come. On a CPU, candidates beyond
-    # that are measured: so many of them take less time than float32 products of a row.
+    # As the kernels keep them, on a CPU and on a GPU, with places left for those that come.
     places = _capacity(k, rounded)
-    kept = max(places - (places - k) // 4, columns // _MEASURED_SHARE)
-    if isinstance(rounded, BFloat16Filter):
-        kept = places - (places - k) // 2
+    kept = places - (places - k) // (4 if isinstance(rounded, ByteFilter) else 2)
     return rounded if rounded.suits(left, right, k, kept) else None
 
 
