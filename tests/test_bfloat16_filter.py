@@ -11,7 +11,7 @@ import torch
 from tests.bfloat16 import products_of_bfloat16
 from tests.factories import features
 from tests.reranking_truth import squared_distances
-from tests.test_byte_filter import HOSTILE
+from tests.test_byte_filter import HOSTILE, assert_bounds_hold
 from vareid_ext import _native, k_reciprocal_rerank
 from vareid_ext.ops import _bfloat16_filter, _filter, _progress, _shared_neighbors
 from vareid_ext.ops import nearest_neighbors as op
@@ -75,15 +75,7 @@ def test_the_window_holds(rounded, D, kind):
     filtered = _filter.Filter([x, x.clone()], ["x", "y"], "sqeuclidean")
     scan = op.one_sided_scan(filtered, 50, "sqeuclidean", 64)  # there are places for all
     assert isinstance(scan.rounded, _bfloat16_filter.BFloat16Filter)
-    lower, index, count = scan.candidates[:3]
-    assert bool((count == 60).all())
-    lower = torch.empty(60, 60).scatter_(1, index[:, :60].long(), lower[:, :60]).double()
-    window = scan.left_bounds[1].double()[:, None] + scan.right_bounds[1].double()
-    truth = torch.from_numpy(squared_distances(x.numpy(), x.numpy()))
-    assert bool((lower <= truth).all())
-    assert bool((truth <= lower + 2 * window).all())
-    if kind != "sparse":
-        assert float(((lower + window - truth) / window).abs().max()) > 1e-3
+    assert_bounds_hold(scan, x, idle=kind == "sparse")
 
 
 @pytest.mark.parametrize("nearest", [0, 9])

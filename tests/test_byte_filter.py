@@ -98,6 +98,20 @@ def test_blocks_and_threads_change_nothing(rounded, block_rows):
         torch.set_num_threads(before)
 
 
+def assert_bounds_hold(scan, x, *, idle):
+    """A scan of x with itself that kept all pairs: each distance is between its bounds, which are used unless idle."""
+    lower, index, count = scan.candidates[:3]
+    size = len(x)
+    assert bool((count == size).all())
+    lower = torch.empty(size, size).scatter_(1, index[:, :size].long(), lower[:, :size]).double()
+    window = scan.left_bounds[1].double()[:, None] + scan.right_bounds[1].double()
+    truth = torch.from_numpy(squared_distances(x.numpy(), x.numpy()))
+    assert bool((lower <= truth).all())
+    assert bool((truth <= lower + 2 * window).all())
+    if not idle:
+        assert float(((lower + window - truth) / window).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["random", "one large element", "lengths of all sizes", "centred", "sparse"])
 @pytest.mark.parametrize("D", [3, 64, 2051])
 def test_the_window_holds(monkeypatch, D, kind):
@@ -118,15 +132,7 @@ def test_the_window_holds(monkeypatch, D, kind):
     monkeypatch.setattr(_byte_filter.ByteFilter, "suits", lambda *_: True)
     scan = scanned(x, x.clone(), 50, 64)  # there are places for all
     assert scan.rounded is not None
-    lower, index, count = scan.candidates[:3]
-    assert bool((count == 60).all())
-    lower = torch.empty(60, 60).scatter_(1, index[:, :60].long(), lower[:, :60]).double()
-    window = scan.left_bounds[1].double()[:, None] + scan.right_bounds[1].double()
-    truth = torch.from_numpy(squared_distances(x.numpy(), x.numpy()))
-    assert bool((lower <= truth).all())
-    assert bool((truth <= lower + 2 * window).all())
-    if kind != "sparse":
-        assert float(((lower + window - truth) / window).abs().max()) > 1e-3
+    assert_bounds_hold(scan, x, idle=kind == "sparse")
 
 
 @pytest.mark.parametrize("equal", [False, True])
