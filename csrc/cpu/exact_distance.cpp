@@ -9,10 +9,13 @@ namespace {
 constexpr int64_t kPartialSums = 32;
 
 template <typename T, bool kScaled>
-VAREID_INLINE double squared_distance(const T* __restrict__ x, const T* __restrict__ y, double a, double b, int64_t D) {
+VAREID_INLINE double squared_distance(const T* __restrict__ x, const T* __restrict__ y, double a, double b, int64_t D,
+                                      const T* ahead) {
+  constexpr int64_t kLine = 64 / sizeof(T);
   double sums[kPartialSums] = {};
   int64_t d = 0;
   for (; d + kPartialSums <= D; d += kPartialSums) {
+    for (int64_t l = 0; l < kPartialSums; l += kLine) __builtin_prefetch(ahead + d + l);
 #pragma omp simd
     for (int64_t l = 0; l < kPartialSums; ++l) {
       const double u = load(x + d + l), v = load(y + d + l);
@@ -30,14 +33,18 @@ VAREID_INLINE double squared_distance(const T* __restrict__ x, const T* __restri
   return sums[0];
 }
 
-#define VAREID_EXACT_DISTANCE(T, name)                                                                              \
-  VAREID_MULTIVERSION double name(const Features& x, int64_t i, const Features& y, int64_t j, int64_t D) {          \
-    return squared_distance<T, false>(static_cast<const T*>(x.data) + i * x.stride,                                 \
-                                      static_cast<const T*>(y.data) + j * y.stride, 1.0, 1.0, D);                   \
-  }                                                                                                                 \
-  VAREID_MULTIVERSION double scaled_##name(const Features& x, int64_t i, const Features& y, int64_t j, int64_t D) { \
-    return squared_distance<T, true>(static_cast<const T*>(x.data) + i * x.stride,                                  \
-                                     static_cast<const T*>(y.data) + j * y.stride, x.factor[i], y.factor[j], D);    \
+#define VAREID_EXACT_DISTANCE(T, name)                                                                            \
+  VAREID_MULTIVERSION double name(const Features& x, int64_t i, const Features& y, int64_t j, int64_t D,          \
+                                  int64_t next) {                                                                 \
+    return squared_distance<T, false>(static_cast<const T*>(x.data) + i * x.stride,                               \
+                                      static_cast<const T*>(y.data) + j * y.stride, 1.0, 1.0, D,                  \
+                                      static_cast<const T*>(y.data) + next * y.stride);                           \
+  }                                                                                                               \
+  VAREID_MULTIVERSION double scaled_##name(const Features& x, int64_t i, const Features& y, int64_t j, int64_t D, \
+                                           int64_t next) {                                                        \
+    return squared_distance<T, true>(static_cast<const T*>(x.data) + i * x.stride,                                \
+                                     static_cast<const T*>(y.data) + j * y.stride, x.factor[i], y.factor[j], D,   \
+                                     static_cast<const T*>(y.data) + next * y.stride);                            \
   }
 
 VAREID_EXACT_DISTANCE(float, exact_float32)

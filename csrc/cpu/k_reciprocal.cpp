@@ -207,9 +207,8 @@ void k_reciprocal_listed_distance_cpu(const Features& x, const Features& y, DTyp
           out[e] = neighbor_distance[i * width + at];
           continue;
         }
-        const bool other_in_x = j < x.rows;
-        out[e] = static_cast<float>(
-            exact(in_x ? x : y, in_x ? i : i - x.rows, other_in_x ? x : y, other_in_x ? j : j - x.rows, D));
+        const int64_t row = j < x.rows ? j : j - x.rows;
+        out[e] = static_cast<float>(exact(in_x ? x : y, in_x ? i : i - x.rows, j < x.rows ? x : y, row, D, row));
       }
     }
   });
@@ -340,7 +339,7 @@ void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType
       for (int64_t c = 0; c < sharing; ++c) {
         const int32_t g = touched[c];
         if (shared[g] > 0) {
-          const double squared = by_index ? 0.0 : static_cast<float>(exact(query, q, gallery, g, D));
+          const double squared = by_index ? 0.0 : static_cast<float>(exact(query, q, gallery, g, D, g));
           scored[count++] = {final_distance(squared, g), g};
         }
         shared[g] = 0;

@@ -18,7 +18,6 @@ namespace {
 constexpr int64_t kMaxCapacity = 4096;
 constexpr int64_t kSegment = 1024;  // columns whose bounds stay in the first-level cache
 constexpr int64_t kChunk = 64;      // columns tested at once
-constexpr int64_t kFetched = 1024;  // bytes of a row, from where on a processor goes on by itself
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 // Whole numbers that are ordered as the floats are, and back.
@@ -62,6 +61,10 @@ struct Rows {
 
   const Features& of(int64_t row) const { return row < first.rows ? first : second; }
   int64_t local(int64_t row) const { return row < first.rows ? row : row - first.rows; }
+  // Which row of the same set comes after `row`: `after`, if it is of it.
+  int64_t next(int64_t row, int64_t after) const {
+    return local((row < first.rows) == (after < first.rows) ? after : row);
+  }
 };
 
 // Measures pairs of a left and a right set; of one set that is both where a scan is two-sided.
@@ -77,7 +80,7 @@ struct Measure {
         D(sets.D) {}
 
   double operator()(int64_t i, int64_t j) const {
-    return exact(left.of(i), left.local(i), right.of(j), right.local(j), D);
+    return exact(left.of(i), left.local(i), right.of(j), right.local(j), D, right.local(j));
   }
 };
 
@@ -471,13 +474,6 @@ void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const F
   const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
   const Rows rows{x, x2}, columns{y, y2};
   const Output output{index, distance, distance_dtype, left.k, metric, unscale};
-  const int64_t bytes = D * (dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2);
-  // The memory of the next row is on its way while one is measured.
-  const auto fetch = [bytes, D](const Rows& set, int64_t row) {
-    const Features& of = set.of(row);
-    const char* at = static_cast<const char*>(of.data) + set.local(row) * of.stride * (bytes / D);
-    for (int64_t b = 0; b < std::min(bytes, kFetched); b += 64) __builtin_prefetch(at + b);
-  };
   parallel_for(x.rows + x2.rows, place.threads, [&](int64_t begin, int64_t end, int) {
     float upper[kMaxCapacity];
     Pair pairs[kMaxCapacity];
@@ -503,8 +499,8 @@ void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const F
             pairs[kept++].index = candidate[c] < 0 ? ~candidate[c] : candidate[c];
         for (int64_t c = measured; c < kept; ++c) {
           const int64_t j = pairs[c].index;
-          if (c + 1 < kept) fetch(columns, pairs[c + 1].index);
-          pairs[c].distance = exact(rows.of(i), rows.local(i), columns.of(j), columns.local(j), D);
+          pairs[c].distance = exact(rows.of(i), rows.local(i), columns.of(j), columns.local(j), D,
+                                    columns.next(j, pairs[std::min(c + 1, kept - 1)].index));
         }
         if (!rest && kept) farthest = std::max_element(pairs, pairs + kept)->distance;
       }
@@ -542,7 +538,8 @@ void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t*
       for (int64_t j = 0; j < columns; ++j) {
         if (!(lower_of(j) <= threshold)) continue;
         const int64_t first = same ? same[j] : j;
-        if (known[first] < 0) known[first] = exact(left.of(i), left.local(i), right.of(j), right.local(j), D);
+        if (known[first] < 0)
+          known[first] = exact(left.of(i), left.local(i), right.of(j), right.local(j), D, right.local(j));
         pairs[kept].distance = known[first];
         pairs[kept++].index = static_cast<int32_t>(j);
       }

@@ -175,7 +175,7 @@ void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, co
           if (rooted) root_row(row, n);
           if (scale != 1) scale_row(row, n, scale);
           for (int64_t a = 0; a < found; ++a) {
-            const double squared = exact(x, r, y, c0 + again[a], D);
+            const double squared = exact(x, r, y, c0 + again[a], D, c0 + again[a]);
             row[again[a]] = static_cast<float>((rooted ? std::sqrt(squared) : squared) * scale);
           }
         }
