@@ -41,7 +41,9 @@ _FEW_ROWS = 32  # looked at or converted at once where no block is at hand: at m
 _MANY_ELEMENTS = 1 << 21  # likewise on a GPU, where each launch and each look costs, and there is no cache to stay in
 _TILE, _TILES_EACH = 128, 8  # of the vendor's product on a GPU: rows and columns, and how many fill a multiprocessor
 _STRIP = 4  # blocks side by side in one product there
-_SAMPLE = 1024  # rows that the mean is taken from: any centre is correct, a good one makes the window small
+_SAMPLE = 1024  # rows by which others are judged
+_CENTERED_BY = 4  # one of so many of them: any centre is correct, a good one makes the window small
+_ONE_THREAD = 1 << 14  # elements that PyTorch does not share out among threads, which may have to be waited for
 _CENTERED_SHARE = 0.5  # the mean's share of the mean squared length from which on features are centred
 _NARROW = 2.0**-10  # differences below this share of the largest element decide the scale in its place
 
@@ -88,7 +90,7 @@ def spread_from(first: Tensor, parts: Sequence[Tensor], largest: float) -> float
 
 
 def samples(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of each part that features are centred by."""
+    """The rows of each part that features are judged and centred by."""
     return [part[:: sample_step(part.shape[0], len(parts))] for part in parts]
 
 
@@ -199,14 +201,16 @@ class Filter:
         squares, count = torch.zeros_like(total[0]), 0
         whole = torch.ones_like(squares, dtype=torch.bool)
         for part, factor in zip(sampled, factors, strict=True):
-            for begin in range(0, part.shape[0], rows_at_once(part)):
-                some = slice(begin, begin + rows_at_once(part))
+            step = rows_at_once(part) if part.is_cuda else max(1, _ONE_THREAD // part.shape[1])
+            for begin in range(0, part.shape[0], _CENTERED_BY * step):
+                some = slice(begin, begin + _CENTERED_BY * step, _CENTERED_BY)
                 rows = part[some].double()
                 if factor is not None:
                     rows = rows * factor[some, None]
                 first = rows[0] if first is None else first
                 squares += rows.square().sum()
-                whole = whole & (rows == rows.round()).all()
+                if begin == 0:  # the first ones tell which sort of features these are
+                    whole = whole & (rows == rows.round()).all()
                 total += (rows - first).sum(0)
                 count += rows.shape[0]
         if first is None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from vareid_ext.ops._filter import Filter, row_blocks
 
 UNIT = 2.0**-24
-_TRIED, _TRIED_PRODUCTS = 64, 1 << 20  # rows and products that are made at most to see how many the window leaves
+_TRIED, _TRIED_PRODUCTS = 32, 1 << 20  # rows and products that are made at most to see how many the window leaves
 _AT_ONCE = 1 << 17  # products of them that are looked at at once on a CPU
 _CROWDED = 8  # of so many rows one may have more candidates than places
 
@@ -102,6 +102,9 @@ class RoundedFilter:
             distance = products[some].mul_(-2).add_(norms[some, None]).add_(right_norm)
             reach = right_window + windows[some, None]
             upper, lower = distance + reach, distance.sub_(reach)
-            near, far = lower <= upper.kthvalue(min(k, columns)).values[:, None], upper >= lower.amax(1, keepdim=True)
+            near, far = (
+                lower <= upper.topk(min(k, columns), largest=False).values[:, -1:],
+                upper >= lower.amax(1, keepdim=True),
+            )
             found += list(zip(*torch.stack([near.sum(1), far.sum(1)]).tolist(), strict=True))
         return found
