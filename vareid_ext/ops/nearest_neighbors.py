@@ -446,11 +446,18 @@ def _symmetric_scan(
     together = strip_side(filtered.norm.device, 1)
     rounded = scans[0].rounded if isinstance(scans[0].rounded, ByteFilter) else None
     buffer = filtered.norm.new_empty(0 if rounded else side * side * min(together, len(blocks)))
+    count = len(blocks)
+    spans = [(at, at, count) for at in range(count)]
+    if not buffer.is_cuda:  # images of one person often lie side by side: what is near is known early
+        spans = [(at, at, at + 1) for at in range(count)] + [(at, at + 1, count) for at in range(count)]
     with full_float32(buffer.device.type):
-        for at, (which, first, last, offset) in enumerate(blocks):
+        for at, start, stop in spans:
+            which, first, last, offset = blocks[at]
+            right = [block for block in blocks[start:stop] if which >= known or block[0] >= known]
+            if not right:
+                continue
             rows, size = filtered.block(which, first, last, 0), last - first
             packed = rounded and rounded.block(which, first, last, left=True)
-            right = [block for block in blocks[at:] if which >= known or block[0] >= known]
             for strip in _strips(right, together):
                 other, begin, end = strip[0][0], strip[0][1], strip[-1][2]
                 alone, crossed = end - begin == size and strip[0][3] == offset, which != other
