@@ -42,8 +42,8 @@ def counted() -> Iterator[collections.Counter[str]]:
         _counts.reset(token)
 
 
-def count(what: str, amount: int) -> None:
+def count(what: str, amount: Callable[[], int]) -> None:
     """Counts something, if it is wanted."""
     counts = _counts.get()
     if counts is not None:
-        counts[what] += amount
+        counts[what] += amount()

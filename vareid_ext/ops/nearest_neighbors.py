@@ -251,8 +251,10 @@ class _Scan:
         )  # fmt: skip
         rows = unsure.nonzero()[:, 0]
         products = "float32" if self.rounded is None else self.rounded.name
-        _progress.count(f"rows filtered by products of {products}", self.rows)
-        _progress.count("done again", rows.numel())
+        _progress.count(f"rows filtered by products of {products}", lambda: self.rows)
+        if isinstance(self.rounded, ByteFilter):
+            _progress.count("crowded", lambda: int((self.candidates[1] < 0).any(1).sum()))
+        _progress.count("done again", rows.numel)
         if rows.numel():
             del self.candidates
             self._rescan(rows, kth_upper, index, distance)
@@ -313,7 +315,7 @@ class _Scan:
             measured = _measure(self.filtered, self.left, self.right, index[:, place], self.right_bounds)
             torch.maximum(largest, measured, out=largest)
         unsure = (near[:, -1] | (cut <= limit)).nonzero()[:, 0]
-        _progress.count("largest distances done again", unsure.numel())
+        _progress.count("largest distances done again", unsure.numel)
         (norm, _), (right_norm, _) = self._float32_bounds()
         for rows, products in self._whole_rows(unsure) if unsure.numel() else ():
             squared = products.mul_(-2).add_(norm[rows, None]).add_(right_norm)
