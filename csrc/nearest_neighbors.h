@@ -37,8 +37,8 @@ struct Bounds {
 
 // Looks at a block of products [rows, columns], rows row_begin.. of the left set against rows column_begin.. of the
 // right one. The candidates receive those of the block's rows and, with `both`, of its columns (a set against itself:
-// every block serves both). They are indexed from the first row of their set, as are the bounds. With write, the
-// products are replaced by distances, clamped at 0.
+// every block serves both). They are indexed from the first row of their set, as are the bounds. With write, of both
+// sides only, the products are replaced by distances, clamped at 0.
 using NearestNeighborsScan = void(float* block, int64_t ld, int64_t rows, int64_t columns, int64_t row_begin,
                                   int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
                                   const Candidates& candidates, bool both, bool write, const Place& place);

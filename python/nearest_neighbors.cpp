@@ -58,13 +58,19 @@ Sets make_sets(const std::vector<std::pair<Array, OptionalArray>>& parts, const 
 }
 using Parts = std::vector<std::pair<Array, OptionalArray>>;
 
+void check_ranges(const Arrays& candidates, int64_t row_begin, int64_t rows, int64_t column_begin, int64_t columns,
+                  bool both) {
+  const int64_t known = candidates[0].shape[0];
+  if (row_begin < 0 || known < row_begin + rows) refuse("row_begin", "is out of range");
+  if (column_begin < 0 || (both && known < column_begin + columns)) refuse("column_begin", "is out of range");
+}
+
 void scan(const Array& block, int64_t row_begin, int64_t column_begin, const Arrays& left_bounds,
           const Arrays& right_bounds, const Arrays& candidates, int64_t k, bool both, bool write, const Place& place) {
   const int64_t ld = leading_dimension(block, "block"), rows = block.shape[0], columns = block.shape[1];
   const Candidates state = make_candidates(candidates, k);
-  const int64_t known = candidates[0].shape[0];
-  if (row_begin < 0 || known < row_begin + rows) refuse("row_begin", "is out of range");
-  if (both && (column_begin < 0 || known < column_begin + columns)) refuse("column_begin", "is out of range");
+  check_ranges(candidates, row_begin, rows, column_begin, columns, both);
+  if (write && !both) refuse("write", "is of both sides");
   check_device(candidates[0], "candidates", block.device_type, block.device_id);
   call(block, KERNELS(nearest_neighbors_scan), block.as<float>(), ld, rows, columns, row_begin, column_begin,
        make_bounds(left_bounds, row_begin + rows), make_bounds(right_bounds, column_begin + columns), state, both,
@@ -154,13 +160,6 @@ Farthest make_farthest(const Arrays& arrays, int64_t rows) {
           pointer<int32_t>(arrays[2], "count", rows)};
 }
 
-void check_ranges(const Arrays& candidates, int64_t row_begin, int64_t rows, int64_t column_begin, int64_t columns,
-                  bool both) {
-  const int64_t known = candidates[0].shape[0];
-  if (row_begin < 0 || known < row_begin + rows) refuse("row_begin", "is out of range");
-  if (column_begin < 0 || (both && known < column_begin + columns)) refuse("column_begin", "is out of range");
-}
-
 void scan_packed(const Arrays& left, int64_t rows, const Arrays& right, int64_t columns, int64_t D, int64_t row_begin,
                  int64_t column_begin, const Arrays& left_bounds, const Arrays& right_bounds, const Arrays& candidates,
                  int64_t k, bool both, const SetsParts& parts, const std::optional<Arrays>& farthest,
@@ -184,7 +183,7 @@ void scan_farthest(const Array& block, int64_t row_begin, int64_t column_begin, 
   const int64_t ld = leading_dimension(block, "block"), rows = block.shape[0], columns = block.shape[1];
   const Candidates state = make_candidates(candidates, k);
   check_ranges(candidates, row_begin, rows, column_begin, columns, both);
-  need_byte_products(block);
+  if (block.device_type != kDeviceCpu) refuse("block", "must be on a CPU");
   const MeasuredSets sets(parts);
   nearest_neighbors_scan_farthest_cpu(block.as<float>(), ld, rows, columns, row_begin, column_begin,
                                       make_bounds(left_bounds, row_begin + rows),
@@ -233,7 +232,6 @@ void bind_nearest_neighbors(pybind11::module_& m) {
   m.def("nearest_neighbors_scan_farthest", &scan_farthest, release());
   m.def("nearest_neighbors_scan_written", &scan_written, release());
   m.def("nearest_neighbors_farthest", &farthest, release());
-  m.attr("farthest_pairs") = kFarthest;
   m.attr("packed_scan_bytes") = kPackedScanBytes;
 }
 
