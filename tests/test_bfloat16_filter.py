@@ -11,7 +11,13 @@ import torch
 from tests.bfloat16 import products_of_bfloat16
 from tests.factories import features
 from tests.reranking_truth import squared_distances
-from tests.test_byte_filter import HOSTILE, assert_bounds_hold
+from tests.test_byte_filter import (
+    HOSTILE,
+    assert_a_gallery_grows,
+    assert_bounds_hold,
+    assert_joint_lists_are_those_of_float64,
+    sorted_truth,
+)
 from vareid_ext import _native, k_reciprocal_rerank
 from vareid_ext.ops import _bfloat16_filter, _filter, _progress, _shared_neighbors
 from vareid_ext.ops import nearest_neighbors as op
@@ -35,12 +41,6 @@ def rounded(request, monkeypatch):
 
 def products_of_float32():
     return mock.patch.object(_bfloat16_filter, "_has_products", return_value=False)
-
-
-def sorted_truth(x, k):
-    expected = squared_distances(x.double().numpy(), x.double().numpy())
-    order = np.argsort(expected, axis=1, kind="stable")[:, :k]
-    return expected, order
 
 
 @pytest.mark.parametrize("name", [*HOSTILE, *MORE])
@@ -84,19 +84,7 @@ def test_the_window_holds(rounded, D, kind):
     ["random", "equal", "twice", "more duplicates than places", "whole numbers", "far from the origin", "float16"],
 )
 def test_joint_lists_and_largest_distances_are_those_of_float64(rounded, name, nearest):
-    x = HOSTILE[name]()
-    query, gallery = x[:33], x[33:]
-    out = None if nearest else torch.empty(len(query), len(gallery))
-    index, distance, row_max, best, _ = op.joint_neighbors(query, gallery, 1.0, 12, nearest, out, 32)
-    expected, order = sorted_truth(x, 12)
-    assert np.array_equal(index.numpy(), order)
-    np.testing.assert_allclose(distance, np.take_along_axis(expected, order, 1), rtol=1e-6, atol=1e-12)
-    np.testing.assert_allclose(row_max, expected.max(1), rtol=1e-6, atol=1e-12)
-    crossed = expected[:33, 33:]
-    if nearest:
-        assert np.array_equal(best.numpy(), np.argsort(crossed, axis=1, kind="stable")[:, :nearest])
-    else:
-        np.testing.assert_allclose(out, crossed, rtol=1e-6, atol=1e-5 * (x.double().square().sum(1).max()))
+    assert_joint_lists_are_those_of_float64(HOSTILE[name](), nearest)
 
 
 def test_largest_distances_are_measured_in_float64(rounded):
@@ -124,16 +112,7 @@ def test_largest_distances_are_measured_in_float64(rounded):
 
 @pytest.mark.parametrize("name", ["random", "twice", "whole numbers", "more duplicates than places"])
 def test_a_gallery_that_grows(rounded, name):
-    x = HOSTILE[name]()
-    lists = torch.empty(0, 0, dtype=torch.int32), torch.empty(0, 0, dtype=torch.float64), torch.empty(0)
-    rows = 0
-    for step in (40, 3, 0, x.shape[0] - 43):
-        lists = op.extended_neighbors(x[:rows], x[rows : rows + step], 1.0, min(30, rows + step), *lists)
-        rows += step
-        expected, order = sorted_truth(x[:rows], lists[0].shape[1])
-        assert np.array_equal(lists[0].numpy(), order)
-        np.testing.assert_allclose(lists[1], np.take_along_axis(expected, order, 1), rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(lists[2], expected.max(1), rtol=1e-6)
+    assert_a_gallery_grows(HOSTILE[name](), (40, 3, 0))
 
 
 @pytest.mark.parametrize("rounded", [False], indirect=True)

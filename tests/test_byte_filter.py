@@ -30,6 +30,12 @@ def rounded(monkeypatch, request):
     return request.param
 
 
+def sorted_truth(x, k):
+    """All squared distances, and each row's k nearest."""
+    expected = squared_distances(x.double().numpy(), x.double().numpy())
+    return expected, np.argsort(expected, axis=1, kind="stable")[:, :k]
+
+
 def scanned(x, y, k, block_rows):
     """The scan of one set against another, by 8-bit products if they pay."""
     filtered = _filter.Filter([x, y], ["x", "y"], "sqeuclidean")
@@ -156,8 +162,7 @@ def test_rows_that_have_too_many_candidates_are_measured_or_done_again(monkeypat
     assert (sum(again) > 0) == equal
     assert counts["done again"] == sum(again)
     assert counts["crowded"] == (0 if scan.rounded is None else 300)
-    expected = np.argsort(squared_distances(x.numpy(), x.numpy()), axis=1, kind="stable")[:, :5]
-    assert np.array_equal(index.numpy(), expected)
+    assert np.array_equal(index.numpy(), sorted_truth(x, 5)[1])
 
 
 @pytest.mark.parametrize("equal", [False, True])
@@ -165,26 +170,28 @@ def test_one_place_more_than_neighbours_suffices(rounded, monkeypatch, equal):
     monkeypatch.setattr(op, "capacity", lambda k, rounded=False: k + 1)
     x = features(2, 40).repeat(60, 1) if equal else features(120, 40)
     _, index = op._nearest_neighbors(x, None, 5, "sqeuclidean", 64)
-    expected = np.argsort(squared_distances(x.numpy(), x.numpy()), axis=1, kind="stable")[:, :5]
-    assert np.array_equal(index.numpy(), expected)
+    assert np.array_equal(index.numpy(), sorted_truth(x, 5)[1])
 
 
-@pytest.mark.parametrize("nearest", [0, 9])
-@pytest.mark.parametrize("name", ["random", "twice", "whole numbers", "far from the origin", "zero rows", "float16"])
-def test_joint_lists_and_largest_distances_are_those_of_float64(rounded, name, nearest):
-    x = HOSTILE[name]()
+def assert_joint_lists_are_those_of_float64(x, nearest):
     query, gallery = x[:33], x[33:]
     out = None if nearest else torch.empty(len(query), len(gallery))
     index, distance, row_max, best, _ = op.joint_neighbors(query, gallery, 1.0, 12, nearest, out, 32)
-    expected = squared_distances(x.double().numpy(), x.double().numpy())
-    assert np.array_equal(index.numpy(), np.argsort(expected, axis=1, kind="stable")[:, :12])
-    np.testing.assert_allclose(distance, np.sort(expected, axis=1)[:, :12], rtol=1e-6, atol=1e-12)
+    expected, order = sorted_truth(x, 12)
+    assert np.array_equal(index.numpy(), order)
+    np.testing.assert_allclose(distance, np.take_along_axis(expected, order, 1), rtol=1e-6, atol=1e-12)
     np.testing.assert_allclose(row_max, expected.max(1), rtol=1e-6, atol=1e-12)
     crossed = expected[:33, 33:]
     if nearest:
         assert np.array_equal(best.numpy(), np.argsort(crossed, axis=1, kind="stable")[:, :nearest])
     else:
         np.testing.assert_allclose(out, crossed, rtol=1e-6, atol=1e-5 * (x.double().square().sum(1).max()))
+
+
+@pytest.mark.parametrize("nearest", [0, 9])
+@pytest.mark.parametrize("name", ["random", "twice", "whole numbers", "far from the origin", "zero rows", "float16"])
+def test_joint_lists_and_largest_distances_are_those_of_float64(rounded, name, nearest):
+    assert_joint_lists_are_those_of_float64(HOSTILE[name](), nearest)
 
 
 def test_largest_distances_are_measured_in_float64(rounded):
@@ -231,19 +238,21 @@ def test_known_lists_spare_what_they_do_not_reach(rounded, reached):
     assert bool(near.all()) == (reached == 60)
 
 
-@pytest.mark.parametrize("name", ["random", "twice", "whole numbers", "more duplicates than places"])
-def test_a_gallery_that_grows(rounded, name):
-    x = HOSTILE[name]()
+def assert_a_gallery_grows(x, steps):
     lists = torch.empty(0, 0, dtype=torch.int32), torch.empty(0, 0, dtype=torch.float64), torch.empty(0)
     rows = 0
-    for step in (40, 3, x.shape[0] - 43):
+    for step in (*steps, x.shape[0] - sum(steps)):
         lists = op.extended_neighbors(x[:rows], x[rows : rows + step], 1.0, min(30, rows + step), *lists)
         rows += step
-        expected = squared_distances(x[:rows].double().numpy(), x[:rows].double().numpy())
-        order = np.argsort(expected, axis=1, kind="stable")[:, : lists[0].shape[1]]
+        expected, order = sorted_truth(x[:rows], lists[0].shape[1])
         assert np.array_equal(lists[0].numpy(), order)
         np.testing.assert_allclose(lists[1], np.take_along_axis(expected, order, 1), rtol=1e-12, atol=1e-14)
         np.testing.assert_allclose(lists[2], expected.max(1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["random", "twice", "whole numbers", "more duplicates than places"])
+def test_a_gallery_that_grows(rounded, name):
+    assert_a_gallery_grows(HOSTILE[name](), (40, 3, 0))
 
 
 def test_progress_and_counts(rounded):
