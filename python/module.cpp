@@ -21,6 +21,7 @@ PYBIND11_MODULE(_vareid_native, m, py::mod_gil_not_used()) {
 #endif
   vareid::bind_angular_center(m);
   vareid::bind_k_reciprocal(m);
+  vareid::bind_memory(m);
   vareid::bind_nearest_neighbors(m);
   vareid::bind_pairwise_distance(m);
   vareid::bind_viewpoint_aware_cross_entropy(m);

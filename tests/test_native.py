@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vareid_ext import _native, _version, angular_center_regularizer, backends, reference_backend
+from vareid_ext import (
+    _native,
+    _version,
+    angular_center_regularizer,
+    backends,
+    pairwise_distance,
+    reference_backend,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 LOSS = """
@@ -206,3 +214,28 @@ def test_the_type_stub_names_what_the_module_has():
     public = {name for name in dir(module) if not name.startswith("_")}
     only_with_cuda = {"cuda_unusable_reason", "pairwise_distance_tiled"}
     assert public == (functions | values) - (set() if module.with_cuda else only_with_cuda)
+
+
+def _memory_flags(address):
+    """What Linux says of the piece of memory that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return None
+
+
+def test_large_results_lie_on_large_pages():
+    if not _native.available("cpu") or _memory_flags(id(0)) is None:
+        pytest.skip("no native kernels, or no such memory maps")
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no large pages")
+    x = torch.arange(3000.0)[:, None]
+    large, small = (pairwise_distance(x, other, metric="sqeuclidean") for other in (x.clone(), x[:9].clone()))
+    middle = large.data_ptr() + large.nbytes // 2
+    assert "hg" in _memory_flags(middle)  # what madvise(MADV_HUGEPAGE) leaves
+    assert "hg" not in _memory_flags(small.data_ptr())
+    assert torch.equal(large, (x - x.T) ** 2)

@@ -14,6 +14,7 @@ from vareid_ext.ops._checks import check_choice
 from vareid_ext.ops._features import check_features, check_same_features, row_magnitudes
 from vareid_ext.ops._filter import Filter, block_edges, block_side, row_blocks, strip_side
 from vareid_ext.ops._matmul import full_float32
+from vareid_ext.ops._memory import new_distances
 from vareid_ext.ops._operator import add_gradient, define
 from vareid_ext.reference import accumulator_dtype
 from vareid_ext.reference import pairwise_distance as reference
@@ -36,7 +37,7 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
     symmetric, parts = y is None, [x] if y is None else [x, y]
     filtered = Filter(parts, ["x", "y"][: len(parts)], metric)
     other = len(parts) - 1
-    out = x.new_empty((x.shape[0], filtered.parts[other].shape[0]), dtype=torch.float32)
+    out = new_distances(x, x.shape[0], filtered.parts[other].shape[0])
     side = block_side(x.device)
     # A set against itself is done in squares, whose mirror images are written too. A few rows that are multiplied where
     # they lie are done in wide blocks: threads meet at the end of each.

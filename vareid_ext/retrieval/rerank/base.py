@@ -14,6 +14,7 @@ from torch import Tensor
 from vareid_ext._arrays import returner, to_tensor
 from vareid_ext.ops._checks import check_count, check_same_device, check_values, dtype_name
 from vareid_ext.ops._features import check_features, check_same_features, largest_magnitude
+from vareid_ext.ops._memory import new_distances
 from vareid_ext.ops._progress import listen
 from vareid_ext.retrieval.distance import rows_in_block
 
@@ -90,7 +91,7 @@ class Reranker(ABC):
     def _result(self, out: Any) -> Tensor:
         """The tensor that receives the matrix: ``out``, checked, or a new one."""
         if out is None:
-            return self.query.new_empty(self.shape, dtype=torch.float32)
+            return new_distances(self.query, *self.shape)
         return _check_out(out, self.shape, self.query, self.gallery)
 
 
