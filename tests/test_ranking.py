@@ -96,6 +96,29 @@ def test_any_range_of_distances_follows_the_definition(backend, scale):
     assert_same(rank_queries(distances, *labels), distances, *labels)
 
 
+MANY_MATCHES = {
+    "nearer": lambda u, same: u + 0.7 * ~same,
+    "signed zeros": lambda u, same: np.where(u < 0.3, 0.0, np.where(u < 0.6, -0.0, u - 0.8)),
+    "steps of the smallest number": lambda u, same: np.floor(u * 9 - 4) * 2.0**-149,
+    "few far matches": lambda u, same: np.where(same & (u > 0.97), 6e4 * u, u),
+    "a span that overflows": lambda u, same: np.where(u < 0.5, -3.3e38, 3.3e38) * u,
+    "of every magnitude": lambda u, same: np.exp(160 * u - 80) * np.where(same, 1, -1) ** np.arange(u.size),
+    "clusters": lambda u, same: np.floor(4 * u) + 1e-6 * np.floor(4000 * u % 5),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MANY_MATCHES)
+def test_many_matches_follow_the_definition(backend, kind, dtype):
+    distances, *labels = problem(15, 1, 1013, 4, dtype=torch.float64)
+    labels[0][0] = 2
+    values = MANY_MATCHES[kind](distances.numpy(), labels[0][:, None] == labels[1])
+    largest = torch.finfo(dtype).max
+    distances = torch.from_numpy(values).clamp(-largest, largest).to(dtype)
+    assert_same(rank_queries(distances, *labels), distances, *labels)
+    assert_same(rank_queries(-distances, *labels), -distances, *labels)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 90), st.integers(1, 5), st.integers(1, 30))
 def test_any_small_problem_with_ties_follows_the_definition(seed, Q, G, identities, levels):
