@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,13 @@ def _empty_results(distances: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+def _search(values: Tensor, wanted: Tensor, side: Literal["left", "right"]) -> Tensor:
+    """torch.searchsorted; on a CPU by one thread, as PyTorch's would meet for a few microseconds of work."""
+    if values.is_cuda:
+        return torch.searchsorted(values, wanted, side=side)
+    return torch.from_numpy(np.searchsorted(values.numpy(), wanted.numpy(), side))
+
+
 class GroupedLabels:
     """The labels as the kernels take them: the gallery grouped by identity, so that matches are found at once."""
 
@@ -40,8 +48,7 @@ class GroupedLabels:
     ) -> None:
         query_identity = query_identity.contiguous()
         identity, self.order = torch.sort(gallery_identity, stable=True)
-        self.begin = torch.searchsorted(identity, query_identity)
-        self.end = torch.searchsorted(identity, query_identity, right=True)
+        self.begin, self.end = _search(identity, query_identity, "left"), _search(identity, query_identity, "right")
         self.junk = None
         if junk_identity is not None:
             junk = gallery_identity == junk_identity
