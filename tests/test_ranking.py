@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -401,3 +403,21 @@ def test_native_and_reference_agree():
     torch.testing.assert_close(native.inverse_negative_penalty, plain.inverse_negative_penalty, rtol=0, atol=1e-15)
     assert torch.equal(native.first_match_rank, plain.first_match_rank)
     assert torch.equal(native.num_matches, plain.num_matches)
+
+
+def test_threads_that_begin_late_do_not_change_results():
+    """More threads than cores, from two Python threads at once, so that some wait and some work alone for a while."""
+    labels = problem(7, 128, 40_000, 50)
+    expected, before = rank_queries(*labels), torch.get_num_threads()
+
+    def measure(_):
+        torch.set_num_threads(16)  # of this Python thread
+        return [rank_queries(*labels) for _ in range(10)]
+
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for got in itertools.chain(*pool.map(measure, range(2))):
+                for one, other in zip(vars(got).values(), vars(expected).values(), strict=True):
+                    assert torch.equal(one, other)
+    finally:
+        torch.set_num_threads(before)

@@ -34,7 +34,7 @@ void summarise_tile(const LogitsTile& tile, OthersSummary* summaries, int64_t to
   const int64_t V = tile.views;
   const int64_t parts = linear_viewpoint_aware_cross_entropy_parts_cpu(tile.N, tile.identities * V);
   const int workers = worthwhile_threads(tile.N * tile.identities * V, threads);
-  parallel_blocks(tile.N * parts, workers, [&](int64_t begin, int64_t end) {
+  parallel_for(tile.N * parts, workers, [&](int64_t begin, int64_t end, int) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / parts, part = task % parts, y = tile.identity[i];
       const T* const row = static_cast<const T*>(tile.logits) + i * tile.row_stride;
@@ -61,7 +61,7 @@ void gradient_tile(const LogitsTile& tile, const double* statistics, const void*
   const int64_t V = tile.views;
   const int64_t parts = linear_viewpoint_aware_cross_entropy_parts_cpu(tile.N, tile.identities * V);
   const int workers = worthwhile_threads(tile.N * tile.identities * V, threads);
-  parallel_blocks(tile.N * parts, workers, [&](int64_t begin, int64_t end) {
+  parallel_for(tile.N * parts, workers, [&](int64_t begin, int64_t end, int) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / parts, part = task % parts, y = tile.identity[i];
       const int64_t own = (y - tile.first) * V;

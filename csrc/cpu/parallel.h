@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 
 #ifdef _OPENMP
@@ -13,6 +14,14 @@ namespace vareid {
 
 // True in a process made by fork(): OpenMP's pool did not survive the fork, and waiting for it would hang.
 bool process_was_forked();
+
+// Where other programs keep the cores busy, the threads' meeting at the end waits some milliseconds for one that does
+// not run. The caller then works alone for so many times longer: on a clock in nanoseconds, until when.
+constexpr int64_t kRest = 16, kLongWait = 1000000;
+inline std::atomic<int64_t> rest_until{0};
+inline int64_t nanoseconds() {
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
 
 // The number of threads to use for `items` independent items when the caller allows `threads`.
 inline int usable_threads(int64_t items, int threads) {
@@ -33,7 +42,8 @@ inline int paying_threads(int64_t elements, int threads) {
   return static_cast<int>(std::clamp<int64_t>(elements / kThreadElements, 1, std::max(threads, 1)));
 }
 
-// Calls body(begin, end, thread) on contiguous parts of [0, items). The split depends on nothing but items and threads.
+// Calls body(begin, end, thread) on blocks of [0, items), which the threads take in turn: one that wakes late takes
+// fewer. For bodies whose results do not depend on the split; `thread`, below `threads`, says whose workspace is free.
 template <typename Body>
 void parallel_for(int64_t items, int threads, const Body& body) {
   if (items <= 0) return;
@@ -43,36 +53,27 @@ void parallel_for(int64_t items, int threads, const Body& body) {
     return;
   }
 #ifdef _OPENMP
-#pragma omp parallel num_threads(used)
-  {
-    const int64_t thread = omp_get_thread_num();
-    const int64_t team = omp_get_num_threads();
-    const int64_t begin = items / team * thread + std::min<int64_t>(items % team, thread);
-    const int64_t end = begin + items / team + (thread < items % team ? 1 : 0);
-    if (begin < end) body(begin, end, static_cast<int>(thread));
-  }
-#endif
-}
-
-// Calls body(begin, end) on blocks of [0, items), which the threads take in turn: one that wakes late takes fewer. For
-// bodies whose results do not depend on the split.
-template <typename Body>
-void parallel_blocks(int64_t items, int threads, const Body& body) {
-  if (items <= 0) return;
-  const int used = usable_threads(items, threads);
-  if (used == 1) {
-    body(int64_t{0}, items);
-    return;
-  }
-#ifdef _OPENMP
   constexpr int64_t kBlocksPerThread = 16;
   const int64_t block = (items + kBlocksPerThread * used - 1) / (kBlocksPerThread * used);
-  std::atomic<int64_t> next{0};
+  int64_t done = 0;
+  for (; done < items && nanoseconds() < rest_until; done += block) body(done, std::min(items, done + block), 0);
+  if (done >= items) return;
+  std::atomic<int64_t> next{done};
+  const int64_t start = nanoseconds();
+  int64_t end = 0, blocks = 0;  // of the caller
 #pragma omp parallel num_threads(used)
   {
-    for (int64_t begin = next.fetch_add(block); begin < items; begin = next.fetch_add(block))
-      body(begin, std::min(items, begin + block));
+    const int thread = omp_get_thread_num();
+    int64_t taken = 0;
+    for (int64_t begin = next.fetch_add(block); begin < items; begin = next.fetch_add(block), ++taken)
+      body(begin, std::min(items, begin + block), thread);
+    if (thread == 0) {
+      end = nanoseconds();
+      blocks = taken;
+    }
   }
+  const int64_t now = nanoseconds(), wait = now - end;
+  if (wait > kLongWait && wait > 2 * (end - start) / std::max<int64_t>(blocks, 1)) rest_until = now + kRest * wait;
 #endif
 }
 

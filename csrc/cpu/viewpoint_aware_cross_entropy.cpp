@@ -55,7 +55,7 @@ void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N
     }
   };
   const int workers = worthwhile_threads(N * elements_of_row(K, views), threads);
-  parallel_blocks(N * parts, workers, [&](int64_t begin, int64_t end) {
+  parallel_for(N * parts, workers, [&](int64_t begin, int64_t end, int) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / parts, part = task % parts;
       if (parts == 1)
@@ -74,7 +74,7 @@ void forward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t N
     }
   });
   if (parts > 1)
-    parallel_blocks(N, workers, [&](int64_t begin, int64_t end) {
+    parallel_for(N, workers, [&](int64_t begin, int64_t end, int) {
       for (int64_t i = begin; i < end; ++i) finish(i);
     });
   for (int h = 0; h < 2; ++h) {
@@ -98,7 +98,7 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
   const int64_t parts = parts_of_row(N, elements_of_row(K, views));
   const double share = reduction == Reduction::kMean ? 1 / static_cast<double>(N) : 1.0;
   const int workers = worthwhile_threads(N * elements_of_row(K, views), threads);
-  const auto rows = [&](int64_t begin, int64_t end) {
+  const auto rows = [&](int64_t begin, int64_t end, int) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / parts, part = task % parts, y = identity[i];
       if (parts == 1)
@@ -118,7 +118,7 @@ void backward(const CrossEntropyHead heads[2], const int64_t* identity, int64_t 
       }
     }
   };
-  parallel_blocks(N * parts, workers, rows);
+  parallel_for(N * parts, workers, rows);
 }
 
 }  // namespace
