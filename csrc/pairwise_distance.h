@@ -46,6 +46,15 @@ using PairwiseDistanceBlock = void(float* block, int64_t ld, const Features& x, 
                                    float* mirror, int64_t mirror_ld, const Place& place);
 PairwiseDistanceBlock pairwise_distance_block_cpu, pairwise_distance_block_cuda;
 
+// Products and distances in one, on a CPU with AVX-512: x_prepared and y_prepared are rows x_stride and y_stride
+// elements apart, block is only written. The workspace is of pairwise_distance_strip_bytes for each thread, 0 on other
+// CPUs.
+int64_t pairwise_distance_strip_bytes_cpu(int64_t D);
+void pairwise_distance_strips_cpu(const float* x_prepared, int64_t x_stride, const float* y_prepared, int64_t y_stride,
+                                  float* block, int64_t ld, const Features& x, const Features& y, DType dtype,
+                                  int64_t D, const float* x_norm, const float* y_norm, Metric metric, double unscale,
+                                  void* workspace, const Place& place);
+
 // Products and distances in one, on a GPU only: x_prepared [rows, D] and y_prepared [columns, D] are what prepare
 // wrote, block is only written, of at most 4,194,240 rows. For blocks too small for the vendor's library to be worth
 // its launches.

@@ -180,6 +180,23 @@ def pairwise_distance_block(
     place: _Place,
     /,
 ) -> None: ...
+def pairwise_distance_strip_bytes(D: int, /) -> int: ...
+def pairwise_distance_strips(
+    x_prepared: Any,
+    y_prepared: Any,
+    out: Any,
+    x: Any,
+    x_factor: Any | None,
+    y: Any,
+    y_factor: Any | None,
+    x_norm: Any,
+    y_norm: Any,
+    metric: int,
+    unscale: float,
+    workspace: Any,
+    place: _Place,
+    /,
+) -> None: ...
 def pairwise_distance_tiled(
     x_prepared: Any,
     y_prepared: Any,

@@ -44,6 +44,23 @@ void block(const Array& products, const Array& x, const OptionalArray& x_factor,
        static_cast<Metric>(metric), unscale, mirror ? mirror->as<float>() : nullptr, mirror_ld, place);
 }
 
+void strips(const Array& x_prepared, const Array& y_prepared, const Array& out, const Array& x,
+            const OptionalArray& x_factor, const Array& y, const OptionalArray& y_factor, const Array& x_norm,
+            const Array& y_norm, int metric, double unscale, const Array& workspace, const Place& place) {
+  const Features left = make_features(x, x_factor, "x"), right = make_features(y, y_factor, "y");
+  const int64_t D = x.shape[1], bytes = pairwise_distance_strip_bytes_cpu(D);
+  check_shape(y, "y", {right.rows, D});
+  check_shape(x_prepared, "x_prepared", {left.rows, D});
+  check_shape(y_prepared, "y_prepared", {right.rows, D});
+  check_shape(out, "block", {left.rows, right.rows});
+  if (x.device_type != kDeviceCpu || bytes == 0) refuse("x", "must be on a CPU with AVX-512");
+  pairwise_distance_strips_cpu(
+      x_prepared.as<float>(), leading_dimension(x_prepared, "x_prepared"), y_prepared.as<float>(),
+      leading_dimension(y_prepared, "y_prepared"), out.as<float>(), leading_dimension(out, "block"), left, right,
+      x.dtype(), D, pointer<float>(x_norm, "x_norm", left.rows), pointer<float>(y_norm, "y_norm", right.rows),
+      static_cast<Metric>(metric), unscale, scratch(workspace, place.threads * bytes, x), place);
+}
+
 #ifdef VAREID_WITH_CUDA
 void tiled(const Array& x_prepared, const Array& y_prepared, const Array& out, const Array& x,
            const OptionalArray& x_factor, const Array& y, const OptionalArray& y_factor, const Array& x_norm,
@@ -71,6 +88,8 @@ void bind_pairwise_distance(pybind11::module_& m) {
   m.def("pairwise_distance_norm", &norm, release());
   m.def("pairwise_distance_prepare", &prepare, release());
   m.def("pairwise_distance_block", &block, release());
+  m.def("pairwise_distance_strips", &strips, release());
+  m.def("pairwise_distance_strip_bytes", &pairwise_distance_strip_bytes_cpu);
 #ifdef VAREID_WITH_CUDA
   m.def("pairwise_distance_tiled", &tiled, release());
 #endif

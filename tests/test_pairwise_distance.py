@@ -103,6 +103,42 @@ def test_small_blocks_by_the_own_kernel_are_right(backend, metric, M, N, D):
     torch.testing.assert_close(out.double(), truth(x, y, metric), rtol=2e-5, atol=2e-6)
 
 
+@pytest.fixture
+def own_products(monkeypatch):
+    if not _native.available("cpu") or not _native.module().pairwise_distance_strip_bytes(1):
+        pytest.skip("needs the compiled module and AVX-512")
+    monkeypatch.setattr(op, "_STRIP_ROWS", 1)
+    monkeypatch.setattr(torch, "mm", lambda *_arguments, **_named: pytest.fail("the vendor's product was taken"))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("M", "N", "D"), [*SIZES, (65, 66, 33), (9, 130, 257), (130, 31, 600), (1030, 1100, 2)])
+def test_own_products_are_those_of_float64(own_products, metric, dtype, M, N, D):
+    x, y = features(M, D, dtype=dtype), features(N, D, 1, dtype)
+    if M and N:
+        y[-1] = x[-1]
+    got = pairwise_distance(x, y, metric=metric)
+    torch.testing.assert_close(got.double(), truth(x, y, metric), rtol=2e-5, atol=2e-6)
+    if M and N:
+        assert got[-1, -1] == 0
+
+
+def test_own_products_depend_on_neither_layout_nor_threads(own_products):
+    x, y = features(300, 70), features(3000, 70, 1)
+    want = pairwise_distance(x, y)
+    wide, threads = torch.full((3000, 90), torch.nan), torch.get_num_threads()
+    wide[:, :70] = y
+    assert torch.equal(pairwise_distance(x, wide[:, :70]), want)
+    assert torch.equal(pairwise_distance(x[:1].expand(150, 70), y), want[:1].expand(150, 3000))
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(pairwise_distance(x, y), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
 def test_small_distances_of_long_rows_are_right(backend, metric):
     """Near-duplicates far from the origin: the digits that a product loses come back, nothing is negative or NaN."""

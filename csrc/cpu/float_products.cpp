@@ -39,6 +39,8 @@ __attribute__((target("avx512f"))) void product_8x32(const float* const (&x)[kRo
 
 }  // namespace
 
+bool float_products() { return __builtin_cpu_supports("avx512f"); }
+
 void float_pack(const float* y, int64_t stride, int64_t columns, int64_t D, float* panel) {
   constexpr int64_t kLine = 16;  // elements of a column that are read at once
   for (int64_t begin = 0; begin < D; begin += kLine)
@@ -60,6 +62,7 @@ void float_product(const float* x, int64_t stride, int64_t rows, const float* pa
 
 #else
 
+bool float_products() { return false; }
 void float_pack(const float*, int64_t, int64_t, int64_t, float*) {}
 void float_product(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t) {}
 

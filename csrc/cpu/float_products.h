@@ -11,6 +11,9 @@ namespace vareid {
 
 constexpr int64_t kFloatPanel = 32;
 
+// Whether this CPU makes them.
+bool float_products();
+
 // Packs up to 32 columns, stride elements apart, as one panel of D times 32.
 void float_pack(const float* y, int64_t stride, int64_t columns, int64_t D, float* panel);
 

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "cpu/exact_distance.h"
+#include "cpu/float_products.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -89,18 +90,19 @@ VAREID_FEATURE_ROWS(float16)
 VAREID_FEATURE_ROWS(bfloat16)
 #undef VAREID_FEATURE_ROWS
 
-// Squared distances of one row of the block; returns whether any of a chunk's is small, for each chunk.
-VAREID_MULTIVERSION void squared_row(float* __restrict__ row, float x_norm, const float* __restrict__ y_norm,
+// Squared distances of a row of products, which may be `row`; returns for each chunk whether any of them is small.
+VAREID_MULTIVERSION void squared_row(const float* products, float x_norm, const float* __restrict__ y_norm, float* row,
                                      int64_t columns, uint8_t* __restrict__ small) {
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
     const int64_t n = std::min(kChunk, columns - begin);
+    const float* const product = products + begin;
     float* const part = row + begin;
     const float* const norm = y_norm + begin;
     int any = 0;
 #pragma omp simd reduction(| : any)
     for (int64_t c = 0; c < n; ++c) {
       const float sum = x_norm + norm[c];
-      const float distance = sum - 2 * part[c];
+      const float distance = sum - 2 * product[c];
       part[c] = std::max(distance, 0.0f);
       any |= is_small(distance, sum);
     }
@@ -116,6 +118,55 @@ VAREID_MULTIVERSION void scale_row(float* row, int64_t columns, double scale) {
 VAREID_MULTIVERSION void root_row(float* row, int64_t columns) {
   for (int64_t c = 0; c < columns; ++c) row[c] = std::sqrt(row[c]);
 }
+
+// Turns products into distances: of row r and up to kSegment columns.
+class Finish {
+ public:
+  static constexpr int64_t kSegment = 64 * kChunk;
+
+  Finish(const Features& x, const Features& y, DType dtype, int64_t D, const float* x_norm, const float* y_norm,
+         Metric metric, double unscale)
+      : x_(x),
+        y_(y),
+        D_(D),
+        x_norm_(x_norm),
+        y_norm_(y_norm),
+        exact_(exact_distance_function(dtype, x.factor != nullptr)),
+        rooted_(metric == Metric::kEuclidean),
+        scale_(metric == Metric::kCosine ? 0.5 : unscale * (rooted_ ? 1 : unscale)) {}
+
+  void operator()(const float* products, int64_t r, int64_t c0, int64_t n, float* row) const {
+    uint8_t small[kSegment / kChunk];
+    int32_t again[kSegment];
+    squared_row(products, x_norm_[r], y_norm_ + c0, row, n, small);
+    int64_t found = 0;
+    for (int64_t chunk = 0; chunk * kChunk < n; ++chunk) {
+      if (!small[chunk]) continue;
+      for (int64_t c = chunk * kChunk; c < std::min(n, (chunk + 1) * kChunk); ++c)
+        if (is_small(row[c], x_norm_[r] + y_norm_[c0 + c])) again[found++] = static_cast<int32_t>(c);
+    }
+    if (rooted_) root_row(row, n);
+    if (scale_ != 1) scale_row(row, n, scale_);
+    for (int64_t a = 0; a < found; ++a) {
+      const double squared = exact_(x_, r, y_, c0 + again[a], D_, c0 + again[a]);
+      row[again[a]] = static_cast<float>((rooted_ ? std::sqrt(squared) : squared) * scale_);
+    }
+  }
+
+ private:
+  const Features &x_, &y_;
+  const int64_t D_;
+  const float *const x_norm_, *const y_norm_;
+  const ExactDistance exact_;
+  const bool rooted_;
+  const double scale_;
+};
+
+// Columns that are packed, and rows whose products stay in the first-level cache until they are distances.
+constexpr int64_t kStripColumns = kChunk, kStripRows = 64;
+static_assert(kStripColumns % kFloatPanel == 0, "strips are whole panels");
+
+int64_t strip_floats(int64_t D) { return kStripColumns * (kStripRows + D); }
 
 }  // namespace
 
@@ -150,38 +201,46 @@ void pairwise_distance_prepare_cpu(const Features& x, DType dtype, int64_t D, co
 void pairwise_distance_block_cpu(float* block, int64_t ld, const Features& x, const Features& y, DType dtype, int64_t D,
                                  const float* x_norm, const float* y_norm, Metric metric, double unscale, float* mirror,
                                  int64_t mirror_ld, const Place& place) {
-  const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
-  const bool rooted = metric == Metric::kEuclidean;
-  const double scale = rooted ? unscale : metric == Metric::kCosine ? 0.5 : unscale * unscale;
+  const Finish finish(x, y, dtype, D, x_norm, y_norm, metric, unscale);
   constexpr int64_t kTile = 16;  // rows finished before they are mirrored, so that the mirror's stores share lines
   const int64_t tiles = (x.rows + kTile - 1) / kTile;
   parallel_for(tiles, paying_threads(x.rows * y.rows, place.threads), [&](int64_t first, int64_t last, int) {
-    constexpr int64_t kSegment = 64 * kChunk;
-    uint8_t small[kSegment / kChunk];
-    int32_t again[kSegment];
     for (int64_t tile = first; tile < last; ++tile) {
       const int64_t begin = tile * kTile, end = std::min(x.rows, begin + kTile);
-      for (int64_t c0 = 0; c0 < y.rows; c0 += kSegment) {
-        const int64_t n = std::min(kSegment, y.rows - c0);
-        for (int64_t r = begin; r < end; ++r) {
-          float* const row = block + r * ld + c0;
-          squared_row(row, x_norm[r], y_norm + c0, n, small);
-          int64_t found = 0;
-          for (int64_t chunk = 0; chunk * kChunk < n; ++chunk) {
-            if (!small[chunk]) continue;
-            for (int64_t c = chunk * kChunk; c < std::min(n, (chunk + 1) * kChunk); ++c)
-              if (is_small(row[c], x_norm[r] + y_norm[c0 + c])) again[found++] = static_cast<int32_t>(c);
-          }
-          if (rooted) root_row(row, n);
-          if (scale != 1) scale_row(row, n, scale);
-          for (int64_t a = 0; a < found; ++a) {
-            const double squared = exact(x, r, y, c0 + again[a], D, c0 + again[a]);
-            row[again[a]] = static_cast<float>((rooted ? std::sqrt(squared) : squared) * scale);
-          }
-        }
+      for (int64_t c0 = 0; c0 < y.rows; c0 += Finish::kSegment) {
+        const int64_t n = std::min(Finish::kSegment, y.rows - c0);
+        for (int64_t r = begin; r < end; ++r) finish(block + r * ld + c0, r, c0, n, block + r * ld + c0);
         if (mirror)
           for (int64_t c = c0; c < c0 + n; ++c)
             for (int64_t r = begin; r < end; ++r) mirror[c * mirror_ld + r] = block[r * ld + c];
+      }
+    }
+  });
+}
+
+int64_t pairwise_distance_strip_bytes_cpu(int64_t D) {
+  return float_products() ? strip_floats(D) * static_cast<int64_t>(sizeof(float)) : 0;
+}
+
+void pairwise_distance_strips_cpu(const float* x_prepared, int64_t x_stride, const float* y_prepared, int64_t y_stride,
+                                  float* block, int64_t ld, const Features& x, const Features& y, DType dtype,
+                                  int64_t D, const float* x_norm, const float* y_norm, Metric metric, double unscale,
+                                  void* workspace, const Place& place) {
+  const Finish finish(x, y, dtype, D, x_norm, y_norm, metric, unscale);
+  const int64_t strips = (y.rows + kStripColumns - 1) / kStripColumns;
+  const int64_t elements = y.rows * (D + x.rows + x.rows * D / 64);
+  parallel_for(strips, paying_threads(elements, place.threads), [&](int64_t first, int64_t last, int thread) {
+    float* const products = static_cast<float*>(workspace) + thread * strip_floats(D);
+    float* const panels = products + kStripRows * kStripColumns;
+    for (int64_t c0 = first * kStripColumns; c0 < std::min(y.rows, last * kStripColumns); c0 += kStripColumns) {
+      const int64_t n = std::min(kStripColumns, y.rows - c0);
+      for (int64_t c = 0; c < n; c += kFloatPanel)
+        float_pack(y_prepared + (c0 + c) * y_stride, y_stride, n - c, D, panels + c * D);
+      for (int64_t r0 = 0; r0 < x.rows; r0 += kStripRows) {
+        const int64_t rows = std::min(kStripRows, x.rows - r0);
+        float_product(x_prepared + r0 * x_stride, x_stride, rows, panels, n, D, products, kStripColumns);
+        for (int64_t r = 0; r < rows; ++r)
+          finish(products + r * kStripColumns, r0 + r, c0, n, block + (r0 + r) * ld + c0);
       }
     }
   });

@@ -37,6 +37,10 @@ class CompiledModule:
         """No: a GPU's features are never filtered by them, and these tensors only look like a CPU's."""
         return 0, 0
 
+    def pairwise_distance_strip_bytes(self, D: int) -> int:
+        """Nor are there strips of products on a GPU."""
+        return 0
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name not in adapters():
             raise AttributeError(f"{name} has no adapter in tests/cuda_on_cpu/launchers (see its README)")

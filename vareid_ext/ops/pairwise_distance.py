@@ -22,6 +22,9 @@ from vareid_ext.reference import pairwise_distance as reference
 # On a GPU, blocks of up to so many pairs are computed by the package's own kernel, which needs one launch; larger ones
 # by the vendor's product and a second kernel that turns it into distances.
 _TILED_PAIRS = {"cuda": 1 << 16, "cpu": 0}
+# On a CPU with AVX-512, for so many rows, the package's own products take two thirds to all of the vendor's time, and
+# threads meet once in place of twice for each block.
+_STRIP_ROWS = 128
 
 
 def _reference_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
@@ -42,8 +45,10 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
     # A set against itself is done in squares, whose mirror images are written too. A few rows that are multiplied where
     # they lie are done in wide blocks: threads meet at the end of each.
     across = side if symmetric else strip_side(x.device, side)
+    workspace = None if symmetric else _strip_workspace(x)
     if x.device.type == "cpu" and filtered.direct and not symmetric:
-        across = max(across, 4 * side * side // max(1, x.shape[0]))
+        few = 4 * side * side // max(1, x.shape[0])
+        across = max(across, few if workspace is None else filtered.parts[other].shape[0])
     columns_of = row_blocks(filtered, [other], across)
     with full_float32(x.device.type):
         for which, first, last, _ in row_blocks(filtered, [0], side):
@@ -61,11 +66,22 @@ def _native_forward(x: Tensor, y: Tensor | None, metric: str) -> Tensor:
                     if mirror is not None:
                         mirror.copy_(block.T)
                     continue
+                if workspace is not None:
+                    _native.launch("pairwise_distance_strips", rows, columns, block, *sides, workspace, on=x)
+                    continue
                 torch.mm(rows, columns.T, out=block)
                 _native.launch("pairwise_distance_block", block, *sides, mirror, on=x)
                 if symmetric and other_first == first:  # some vendors' products round (i, j) and (j, i) differently
                     block.triu_().add_(block.triu(1).T)
     return out
+
+
+def _strip_workspace(x: Tensor) -> Tensor | None:
+    """What the threads' own products of x and other rows are made in; None where the vendor's are taken."""
+    if x.is_cuda or x.shape[0] < _STRIP_ROWS:
+        return None
+    needed = torch.get_num_threads() * _native.module().pairwise_distance_strip_bytes(x.shape[1])
+    return torch.empty(needed, dtype=torch.uint8) if needed else None
 
 
 def _sides(filtered: Filter, at: slice, other: int, to: slice, metric: str) -> tuple[Any, ...]:
