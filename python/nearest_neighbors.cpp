@@ -19,9 +19,12 @@ Bounds make_bounds(const Arrays& arrays, int64_t rows) {
   return {pointer<float>(arrays[0], "norm", rows), pointer<float>(arrays[1], "window", rows)};
 }
 
-// lower [rows, capacity], index [rows, capacity], count, threshold, cut, row_max.
+// lower [rows, capacity], index [rows, capacity], count, threshold, cut, row_max, crowded.
 Candidates make_candidates(const Arrays& arrays, int64_t k) {
-  if (arrays.size() != 6 || arrays[0].ndim != 2) refuse("candidates", "must be six arrays, the first [rows, capacity]");
+  if (arrays.size() != 7 || arrays[0].ndim != 2)
+    refuse("candidates", "must be seven arrays, the first [rows, capacity]");
+  if (!arrays[6].is_bool() || arrays[6].numel() < arrays[0].shape[0])
+    refuse("crowded", "must be bool, one for each row");
   const int64_t rows = arrays[0].shape[0], capacity = arrays[0].shape[1];
   if (capacity <= k || k < 1) refuse("candidates", "must hold more than k");
   return {pointer<float>(arrays[0], "lower", rows * capacity),
@@ -30,6 +33,7 @@ Candidates make_candidates(const Arrays& arrays, int64_t k) {
           pointer<float>(arrays[3], "threshold", rows),
           pointer<float>(arrays[4], "cut", rows),
           pointer<float>(arrays[5], "row_max", rows),
+          arrays[6].as<bool>(),
           capacity,
           k};
 }

@@ -45,6 +45,7 @@ def scanned(x, y, k, block_rows):
     return scan
 
 
+EARLY = "with candidates measured early"  # as it is counted
 HOSTILE = {
     "random": lambda: features(150, 40),
     "ragged": lambda: features(97, 19),
@@ -161,7 +162,7 @@ def test_rows_that_have_too_many_candidates_are_measured_or_done_again(monkeypat
         index, _ = scan.select(torch.float32)
     assert (sum(again) > 0) == equal
     assert counts["done again"] == sum(again)
-    assert counts["crowded"] == (0 if scan.rounded is None else 300)
+    assert counts[EARLY] == (0 if scan.rounded is None else 300)
     assert np.array_equal(index.numpy(), sorted_truth(x, 5)[1])
 
 
@@ -263,18 +264,22 @@ def test_progress_and_counts(rounded):
     assert sum(done) == 180 * 181 // 2
     if rounded == "places for all":
         assert counts[f"rows filtered by products of 8 bits ({_byte_filter.byte_products()})"] == 180
-    assert sum(counts.values()) == 180 + counts["done again"] + counts["crowded"]
+    assert sum(counts.values()) == 180 + counts["done again"]  # in so small a set there are places for all
 
 
-def test_crowded_rows_are_counted(rounded):
+def test_rows_that_are_measured_early_are_counted(rounded):
     """Those of a cluster that runs past the places, which the window does not tell apart, and no others."""
     if rounded == "crowded":
         pytest.skip("these are filtered by products of float32")
     x = features(80, 40).repeat_interleave(5, 0)  # whose five nearest lie in one block
-    x[:150] = x[0] + 1e-3 * features(150, 40, 1)
-    with _progress.counted() as counts:
-        op._nearest_neighbors(x, None, 5, "sqeuclidean", 100)
-    assert counts["crowded"] == 150
+    x[:100] = x[0] + 1e-3 * features(100, 40, 1)
+    cluster, few = x[:100], x[200:240]
+    nearer = cluster[0] + 0.1 * (cluster - cluster[0]).repeat(2, 1)
+    followed = torch.cat([x[100:], cluster, nearer])  # whose places the nearer ones take
+    for rows, y, expected in ((x, None, 100), (x, followed, 100), (few, few, 0)):
+        with _progress.counted() as counts:
+            op._nearest_neighbors(rows, y, 5, "sqeuclidean", 100)
+        assert counts[EARLY] == expected
 
 
 def test_some_rows_far_from_all_keep_float32_products(rounded):

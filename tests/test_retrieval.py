@@ -268,7 +268,10 @@ def test_memory_limit_is_kept_before_any_work(capsys):
     shown = capsys.readouterr().err
     assert "re-ranking in blocks of" in shown
     if _native.available("cpu"):
-        assert "neighbours: 28 rows filtered by products of float32, 0 done again\n" in shown
+        assert (
+            "neighbours: 28 rows filtered by products of float32, 0 with candidates measured early, 0 done again\n"
+            in shown
+        )
 
 
 @pytest.mark.parametrize("block_rows", [None, 1, 5, 64])

@@ -5,4 +5,4 @@ compiled module changes its name, its arguments or its meaning; a module that ca
 """
 
 __version__ = "0.1.0"
-NATIVE_INTERFACE = 17
+NATIVE_INTERFACE = 18

@@ -5,8 +5,8 @@
 #include <optional>
 
 #include "cpu/byte_products.h"
-#include "cpu/candidates.h"
 #include "cpu/float_products.h"
+#include "cpu/nearest_neighbors_candidates.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -35,7 +35,7 @@ VAREID_INLINE void scan_rectangle(const float* block, int64_t ld, int64_t rows, 
     norm[c] = right_bounds.norm[j];
     shrunk[c] = norm[c] - right_bounds.window[j];
     limit[c] = kTwoSided ? right->threshold[j] - shrunk[c] : 0.0f;
-    largest[c] = -kInfinite;
+    largest[c] = -kInf;
     if (kPairs) {
       grown[c] = norm[c] + right_bounds.window[j];
       far_limit[c] = kTwoSided ? pairs->row_max[j] - grown[c] : 0.0f;
@@ -45,14 +45,14 @@ VAREID_INLINE void scan_rectangle(const float* block, int64_t ld, int64_t rows, 
     const int64_t i = row_begin + r;
     const float row_norm = left_bounds.norm[i], row_shrunk = row_norm - left_bounds.window[i];
     float row_limit = left.threshold[i] - row_shrunk;
-    float row_largest = -kInfinite;
+    float row_largest = -kInf;
     const float row_grown = row_norm + left_bounds.window[i];
     float row_far_limit = kPairs ? pairs->row_max[i] - row_grown : 0.0f;
     for (int64_t c0 = 0; c0 < columns; c0 += kChunk) {
       const int64_t n = std::min(kChunk, columns - c0);
       const float* const part = block + r * ld + c0;
       // How far a pair is inside one of the limits; those of a chunk are looked at one by one if any is.
-      float inside = -kInfinite;
+      float inside = -kInf;
       alignas(64) float twice[kChunk], excess[kChunk];
 #pragma omp simd reduction(max : row_largest) reduction(max : inside)
       for (int64_t c = 0; c < n; ++c) {

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/candidates.h"
+#include "cpu/nearest_neighbors_candidates.h"
 #include "cpu/parallel.h"
 #include "nearest_neighbors.h"
 
@@ -67,12 +67,12 @@ void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const F
       for (int64_t c = 0; c < count; ++c)
         upper[c] = upper_bound(lower[c], candidate[c], left_bounds.window[i], right_bounds.window);
       const int64_t k = std::min(left.k, count);  // fewer only where the threshold was known before
-      kth_upper[i] = k ? bound_of_smallest(upper, count, k) : -kInfinite;
+      kth_upper[i] = k ? bound_of_smallest(upper, count, k) : -kInf;
       unsure[i] = kth_upper[i] >= left.cut[i];
       if (unsure[i]) continue;
       // The k that look nearest are measured first: none of the others is among the nearest if its lower bound is
       // beyond the farthest of them.
-      const float first = k ? bound_of_smallest(lower, count, k) : -kInfinite;
+      const float first = k ? bound_of_smallest(lower, count, k) : -kInf;
       double farthest = std::numeric_limits<double>::infinity();
       int64_t kept = 0;
       for (const bool rest : {false, true}) {

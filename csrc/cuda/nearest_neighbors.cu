@@ -82,7 +82,8 @@ struct List {
     count = kept;
   }
 
-  // Drops what is beyond the k-th smallest upper bound, and what does not fit; as in csrc/cpu/nearest_neighbors.cpp.
+  // Drops what is beyond the k-th smallest upper bound, and what does not fit; as in
+  // csrc/cpu/nearest_neighbors_candidates.cpp.
   __device__ void compact() {
     for (int c = threadIdx.x % kWarp; c < stored; c += kWarp) {
       lower[c] = stored_lower[c];

@@ -42,7 +42,7 @@ _MANY_ELEMENTS = 1 << 21  # likewise on a GPU, where each launch and each look c
 _TILE, _TILES_EACH = 128, 8  # of the vendor's product on a GPU: rows and columns, and how many fill a multiprocessor
 _STRIP = 4  # blocks side by side in one product there
 _SAMPLE = 1024  # rows by which others are judged
-_CENTERED_BY = 4  # one of so many of them: any centre is correct, a good one makes the window small
+_CENTER_ROWS = 256  # of them, about, that the centre is found from: any is correct, a good one makes the window small
 _ONE_THREAD = 1 << 14  # elements that PyTorch does not share out among threads, which may have to be waited for
 _CENTERED_SHARE = 0.5  # the mean's share of the mean squared length from which on features are centred
 _NARROW = 2.0**-10  # differences below this share of the largest element decide the scale in its place
@@ -90,7 +90,7 @@ def spread_from(first: Tensor, parts: Sequence[Tensor], largest: float) -> float
 
 
 def samples(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The rows of each part that features are judged and centred by."""
+    """The rows of each part that others are judged by, and that the centre is found from."""
     return [part[:: sample_step(part.shape[0], len(parts))] for part in parts]
 
 
@@ -200,17 +200,18 @@ class Filter:
         total = torch.zeros(self.parts[0].shape[1], dtype=torch.float64, device=self.parts[0].device)
         squares, count = torch.zeros_like(total[0]), 0
         whole = torch.ones_like(squares, dtype=torch.bool)
+        every = max(1, sum(map(len, sampled)) // _CENTER_ROWS)
         for part, factor in zip(sampled, factors, strict=True):
             step = rows_at_once(part) if part.is_cuda else max(1, _ONE_THREAD // part.shape[1])
-            for begin in range(0, part.shape[0], _CENTERED_BY * step):
-                some = slice(begin, begin + _CENTERED_BY * step, _CENTERED_BY)
+            for begin in range(0, part.shape[0], every * step):
+                some = slice(begin, begin + every * step, every)
                 rows = part[some].double()
                 if factor is not None:
                     rows = rows * factor[some, None]
                 first = rows[0] if first is None else first
                 squares += rows.square().sum()
-                if begin == 0:  # the first ones tell which sort of features these are
-                    whole = whole & ~rows.frac().any()  # torch.round takes threads for 2,048 elements
+                if part.is_cuda or whole:
+                    whole = whole & ~rows.frac().any()  # round() takes threads for 2,048 elements
                 total += (rows - first).sum(0)
                 count += rows.shape[0]
         if first is None:

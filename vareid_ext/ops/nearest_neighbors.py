@@ -36,7 +36,7 @@ from vareid_ext.reference.pairwise_distance import METRICS
 MAX_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernels
 MIN_ROWS = 64  # done again at once, where memory allows it
 _PAIR_ELEMENTS = 1 << 20  # of the rows of pairs that are measured at once
-_MAX_CAPACITY = 4096  # as kMaxCapacity in csrc/cpu/nearest_neighbors.cpp
+_MAX_CAPACITY = 4096  # as kMaxCapacity in csrc/cpu/nearest_neighbors_candidates.h
 _PANEL = 32  # as kFloatPanel in csrc/cpu/float_products.h
 _FARTHEST = 8  # as kFarthest in csrc/nearest_neighbors.h
 _FAR_PLACES = 32  # for pairs that come before a row's largest distance is about known
@@ -127,7 +127,7 @@ class _Scan:
         return [
             new((self.rows, places)), new((self.rows, places), dtype=torch.int32),
             new(self.rows, dtype=torch.int32).zero_(), new(self.rows).fill_(torch.inf),
-            new(self.rows).fill_(torch.inf), self.row_max,
+            new(self.rows).fill_(torch.inf), self.row_max, new(self.rows, dtype=torch.bool).zero_(),
         ]  # fmt: skip
 
     def _of_opposite_rows(self) -> _Scan:
@@ -145,7 +145,7 @@ class _Scan:
     def start_from(self, index: Tensor, distance: Tensor, row_max: Tensor) -> None:
         """Makes known lists the candidates of the first rows; ``distance`` is float64."""
         rows, width = index.shape
-        lower, candidate, count, threshold, _, _ = self.candidates
+        lower, candidate, count, threshold, *_ = self.candidates
         lower[:rows, :width] = torch.nextafter(distance.float(), distance.new_tensor(-torch.inf, dtype=torch.float32))
         candidate[:rows, :width] = index
         count[:rows], self.row_max[:rows] = width, row_max
@@ -252,8 +252,8 @@ class _Scan:
         rows = unsure.nonzero()[:, 0]
         products = "float32" if self.rounded is None else self.rounded.name
         _progress.count(f"rows filtered by products of {products}", lambda: self.rows)
-        if isinstance(self.rounded, ByteFilter):
-            _progress.count("crowded", lambda: int((self.candidates[1] < 0).any(1).sum()))
+        if not index.is_cuda:
+            _progress.count("with candidates measured early", lambda: int(self.candidates[6].sum()))
         _progress.count("done again", rows.numel)
         if rows.numel():
             del self.candidates
@@ -302,7 +302,7 @@ class _Scan:
         """float32 [rows], of a scan of opposite rows: measured where few pairs may be a row's farthest, else by way of
         float32 products.
         """
-        lower, index, count, _, cut, _ = self.candidates
+        lower, index, count, _, cut, *_ = self.candidates
         empty = torch.arange(lower.shape[1], device=lower.device) >= count[:, None]
         lower, at = lower.masked_fill(empty, torch.inf).topk(_FARTHEST + 1, largest=False)
         index = index.masked_fill(empty, 0).gather(1, at)
@@ -373,7 +373,7 @@ def _measure(
     new, size = filtered.norm.new_zeros, columns.numel()
     candidates = [
         new((size, 2)), new((size, 2), dtype=torch.int32), new(size, dtype=torch.int32).fill_(1), new(size),
-        new(size).fill_(torch.inf), new(size),
+        new(size).fill_(torch.inf), new(size), new(size, dtype=torch.bool),
     ]  # fmt: skip
     candidates[1][:, 0] = columns
     out = new((size, 1), dtype=torch.float64)

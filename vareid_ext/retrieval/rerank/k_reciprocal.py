@@ -228,9 +228,9 @@ def k_reciprocal_rerank(
             them, that is an error too, and ``out`` then holds unfinished values. What the system's allocator keeps of
             freed memory comes on top: with glibc's up to about 10 MiB, or none with ``MALLOC_TRIM_THRESHOLD_=65536``
             in the environment.
-        show_plan: print the plan on standard error, and after the work how rows were filtered, how many were crowded
-            (they had more candidates than places, which were measured) and how many had to be done again; over
-            processes the first one does.
+        show_plan: print the plan on standard error; over processes the first one does. Without a group, also after the
+            work how rows were filtered, how many had candidates measured early, for want of places, and how many had
+            to be done again.
         progress: show a progress bar on standard error; likewise, of what the first one does.
         group: the processes that hold the rows, all of which call this; None for this one alone. Features on CPUs need
             gloo, on GPUs NCCL.

@@ -12,7 +12,7 @@
 namespace vareid {
 
 constexpr int64_t kMaxCapacity = 4096;
-constexpr float kInfinite = std::numeric_limits<float>::infinity();
+constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // Whole numbers that are ordered as the floats are, and back.
 VAREID_INLINE int32_t order_of(float value) {

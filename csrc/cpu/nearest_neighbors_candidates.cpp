@@ -1,4 +1,4 @@
-#include "cpu/candidates.h"
+#include "cpu/nearest_neighbors_candidates.h"
 
 #include <cmath>
 
@@ -48,9 +48,10 @@ void compact(const Candidates& state, int64_t row, float window, const float* ot
   drop();
   const int64_t limit = state.capacity - std::max<int64_t>((state.capacity - state.k) / 4, 1);
   if (kept > limit && measure) {
+    state.crowded[row] = true;
     for (int64_t c = 0; c < kept; ++c) {
       if (index[c] < 0) continue;
-      lower[c] = std::nextafter(static_cast<float>((*measure)(row, index[c])), -kInfinite);
+      lower[c] = std::nextafter(static_cast<float>((*measure)(row, index[c])), -kInf);
       index[c] = ~index[c];
     }
     drop();
@@ -69,7 +70,7 @@ void compact(const Candidates& state, int64_t row, float window, const float* ot
       index[left++] = index[c];
     }
     kept = left;
-    threshold = std::nextafter(lost, -kInfinite);
+    threshold = std::nextafter(lost, -kInf);
   }
   state.count[row] = static_cast<int32_t>(kept);
   state.threshold[row] = std::min(state.threshold[row], threshold);
