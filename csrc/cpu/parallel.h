@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 
 #ifdef _OPENMP
@@ -14,14 +13,6 @@ namespace vareid {
 
 // True in a process made by fork(): OpenMP's pool did not survive the fork, and waiting for it would hang.
 bool process_was_forked();
-
-// Where other programs keep the cores busy, the threads' meeting at the end waits some milliseconds for one that does
-// not run. The caller then works alone for so many times longer: on a clock in nanoseconds, until when.
-constexpr int64_t kRest = 16, kLongWait = 1000000;
-inline std::atomic<int64_t> rest_until{0};
-inline int64_t nanoseconds() {
-  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
-}
 
 // The number of threads to use for `items` independent items when the caller allows `threads`.
 inline int usable_threads(int64_t items, int threads) {
@@ -35,10 +26,10 @@ inline int usable_threads(int64_t items, int threads) {
 #endif
 }
 
-// The number of threads that pay for work on so many elements, about a nanosecond each: one that other programs keep
-// waiting costs more time than a small part saves.
+// The number of threads that pay for work on so many elements, about a nanosecond each: on a busy machine the threads'
+// meeting at the end waits four to eight milliseconds for one that other programs keep from running.
 inline int paying_threads(int64_t elements, int threads) {
-  constexpr int64_t kThreadElements = 1 << 18;
+  constexpr int64_t kThreadElements = 1 << 22;
   return static_cast<int>(std::clamp<int64_t>(elements / kThreadElements, 1, std::max(threads, 1)));
 }
 
@@ -55,25 +46,13 @@ void parallel_for(int64_t items, int threads, const Body& body) {
 #ifdef _OPENMP
   constexpr int64_t kBlocksPerThread = 16;
   const int64_t block = (items + kBlocksPerThread * used - 1) / (kBlocksPerThread * used);
-  int64_t done = 0;
-  for (; done < items && nanoseconds() < rest_until; done += block) body(done, std::min(items, done + block), 0);
-  if (done >= items) return;
-  std::atomic<int64_t> next{done};
-  const int64_t start = nanoseconds();
-  int64_t end = 0, blocks = 0;  // of the caller
+  std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(used)
   {
     const int thread = omp_get_thread_num();
-    int64_t taken = 0;
-    for (int64_t begin = next.fetch_add(block); begin < items; begin = next.fetch_add(block), ++taken)
+    for (int64_t begin = next.fetch_add(block); begin < items; begin = next.fetch_add(block))
       body(begin, std::min(items, begin + block), thread);
-    if (thread == 0) {
-      end = nanoseconds();
-      blocks = taken;
-    }
   }
-  const int64_t now = nanoseconds(), wait = now - end;
-  if (wait > kLongWait && wait > 2 * (end - start) / std::max<int64_t>(blocks, 1)) rest_until = now + kRest * wait;
 #endif
 }
 
