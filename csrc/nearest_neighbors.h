@@ -25,9 +25,9 @@ struct Candidates {
   float* threshold;  // lower bounds above it are not kept; starts at +Inf
   float* cut;        // starts at +Inf
   float* row_max;    // the largest distance seen, in the products' unit; starts at 0
-  bool* crowded;     // on a CPU, rows that had candidates measured for want of places; starts at false
   int64_t capacity;  // at least k + 1
   int64_t k;
+  bool* crowded = nullptr;  // on a CPU, of the rows that had candidates measured for want of places; starts at false
 };
 
 // Norms and windows of the rows that the block's rows or columns are, from the block's first on.

@@ -33,9 +33,9 @@ Candidates make_candidates(const Arrays& arrays, int64_t k) {
           pointer<float>(arrays[3], "threshold", rows),
           pointer<float>(arrays[4], "cut", rows),
           pointer<float>(arrays[5], "row_max", rows),
-          arrays[6].as<bool>(),
           capacity,
-          k};
+          k,
+          arrays[6].as<bool>()};
 }
 
 // One or two sets of features, each (x, factor), whose rows are numbered together.

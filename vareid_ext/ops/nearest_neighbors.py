@@ -450,7 +450,7 @@ def _symmetric_scan(
     buffer = filtered.norm.new_empty(0 if rounded else side * side * min(together, len(blocks)))
     count = len(blocks)
     spans = [(at, at, count) for at in range(count)]
-    if not buffer.is_cuda:  # images of one person often lie side by side: what is near is known early
+    if rounded:  # images of one person often lie side by side: what is near is known early
         spans = [(at, at, at + 1) for at in range(count)] + [(at, at + 1, count) for at in range(count)]
     with full_float32(buffer.device.type):
         for at, start, stop in spans:

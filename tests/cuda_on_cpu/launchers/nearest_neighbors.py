@@ -26,7 +26,7 @@ def nearest_neighbors_scan(
     dense = block.contiguous()
     launch(
         "nearest_neighbors_scan_cuda", InOut(dense), columns, rows, columns, row, column, *left_bounds, *right_bounds,
-        *map(InOut, candidates), candidates[0].shape[1], k, both, write,
+        *map(InOut, candidates[:6]), candidates[0].shape[1], k, both, write,
     )  # fmt: skip
     block.copy_(dense)
 
@@ -37,7 +37,7 @@ def nearest_neighbors_select(
 ) -> None:  # fmt: skip
     launch(
         "nearest_neighbors_select_cuda", *_sets(x), *_sets(y), dtype_code(x[0][0]), x[0][0].shape[1], metric, unscale,
-        *left_bounds, *right_bounds, *map(InOut, candidates), candidates[0].shape[1], k, Partial(index),
+        *left_bounds, *right_bounds, *map(InOut, candidates[:6]), candidates[0].shape[1], k, Partial(index),
         Partial(distance), dtype_code(distance), unsure, kth_upper,
     )  # fmt: skip
 
