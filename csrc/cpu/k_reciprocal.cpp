@@ -195,20 +195,28 @@ void k_reciprocal_robust_sets_cpu(const int32_t* reciprocal, const int32_t* size
 void k_reciprocal_listed_distance_cpu(const Features& x, const Features& y, DType dtype, int64_t D,
                                       const int32_t* neighbor, const float* neighbor_distance, int64_t width,
                                       const int64_t* indptr, const int32_t* index, float* out, const Place& place) {
-  const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
+  constexpr int64_t kMeasured = 64;  // pairs that are measured together
+  const ExactDistances exact = exact_distances_function(dtype, x.factor != nullptr);
+  const Rows rows{x, y};
   parallel_for(x.rows + y.rows, place.threads, [&](int64_t begin, int64_t end, int) {
+    int32_t member[kMeasured];
+    int64_t entry[kMeasured];
+    double measured[kMeasured];
     for (int64_t i = begin; i < end; ++i) {
       const int32_t* const near = neighbor + i * width;
-      const bool in_x = i < x.rows;
+      int64_t open = 0;
       for (int64_t e = indptr[i]; e < indptr[i + 1]; ++e) {
-        const int64_t j = index[e];
         const int64_t at = std::find(near, near + width, index[e]) - near;
         if (at < width) {
           out[e] = neighbor_distance[i * width + at];
-          continue;
+        } else {
+          member[open] = index[e];
+          entry[open++] = e;
         }
-        const int64_t row = j < x.rows ? j : j - x.rows;
-        out[e] = static_cast<float>(exact(in_x ? x : y, in_x ? i : i - x.rows, j < x.rows ? x : y, row, D, row));
+        if (open < kMeasured && e + 1 < indptr[i + 1]) continue;
+        exact(rows, i, rows, member, open, D, measured);
+        for (int64_t m = 0; m < open; ++m) out[entry[m]] = static_cast<float>(measured[m]);
+        open = 0;
       }
     }
   });
@@ -339,7 +347,7 @@ void k_reciprocal_topk_cpu(const Features& query, const Features& gallery, DType
       for (int64_t c = 0; c < sharing; ++c) {
         const int32_t g = touched[c];
         if (shared[g] > 0) {
-          const double squared = by_index ? 0.0 : static_cast<float>(exact(query, q, gallery, g, D, g));
+          const double squared = by_index ? 0.0 : static_cast<float>(exact(query, q, gallery, g, D));
           scored[count++] = {final_distance(squared, g), g};
         }
         shared[g] = 0;

@@ -49,9 +49,16 @@ void compact(const Candidates& state, int64_t row, float window, const float* ot
   const int64_t limit = state.capacity - std::max<int64_t>((state.capacity - state.k) / 4, 1);
   if (kept > limit && measure) {
     state.crowded[row] = true;
+    int32_t open[kMaxCapacity];
+    double distance[kMaxCapacity];
+    int64_t count = 0;
+    for (int64_t c = 0; c < kept; ++c)
+      if (index[c] >= 0) open[count++] = index[c];
+    (*measure)(row, open, count, distance);
+    count = 0;
     for (int64_t c = 0; c < kept; ++c) {
       if (index[c] < 0) continue;
-      lower[c] = std::nextafter(static_cast<float>((*measure)(row, index[c])), -kInf);
+      lower[c] = std::nextafter(static_cast<float>(distance[count++]), -kInf);
       index[c] = ~index[c];
     }
     drop();
@@ -86,9 +93,9 @@ void FarPairs::settle(int64_t i, int64_t room) const {
     index[kept++] = index[c];
   }
   if (kept > room) {
-    for (int32_t c = 0; c < kept; ++c) {
-      row_max[i] = std::max(row_max[i], static_cast<float>(measure(i, index[c])));
-    }
+    double distance[kFarthest];
+    measure(i, index, kept, distance);
+    for (int32_t c = 0; c < kept; ++c) row_max[i] = std::max(row_max[i], static_cast<float>(distance[c]));
     kept = 0;
   }
   state.count[i] = kept;

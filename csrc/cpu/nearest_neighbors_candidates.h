@@ -26,33 +26,20 @@ VAREID_INLINE float float_at(int32_t order) {
 // A value that at least k of the values do not exceed: the k-th smallest, or one below the next.
 float bound_of_smallest(const float* values, int64_t count, int64_t k);
 
-// Two sets of features whose rows are numbered together.
-struct Rows {
-  const Features& first;
-  const Features& second;
-
-  const Features& of(int64_t row) const { return row < first.rows ? first : second; }
-  int64_t local(int64_t row) const { return row < first.rows ? row : row - first.rows; }
-  // Which row of the same set comes after `row`: `after`, if it is of it.
-  int64_t next(int64_t row, int64_t after) const {
-    return local((row < first.rows) == (after < first.rows) ? after : row);
-  }
-};
-
 // Measures pairs of a left and a right set; of one set that is both where a scan is two-sided.
 struct Measure {
   const Rows left, right;
-  const ExactDistance exact;
+  const ExactDistances exact;
   const int64_t D;
 
   explicit Measure(const PairSets& sets)
       : left{sets.x, sets.x2},
         right{sets.y, sets.y2},
-        exact(exact_distance_function(sets.dtype, sets.x.factor != nullptr)),
+        exact(exact_distances_function(sets.dtype, sets.x.factor != nullptr)),
         D(sets.D) {}
 
-  double operator()(int64_t i, int64_t j) const {
-    return exact(left.of(i), left.local(i), right.of(j), right.local(j), D, right.local(j));
+  void operator()(int64_t i, const int32_t* index, int64_t count, double* out) const {
+    exact(left, i, right, index, count, D, out);
   }
 };
 

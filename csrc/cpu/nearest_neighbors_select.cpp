@@ -54,11 +54,13 @@ void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const F
                                   DType dtype, int64_t D, Metric metric, double unscale, const Bounds& left_bounds,
                                   const Bounds& right_bounds, const Candidates& left, int32_t* index, void* distance,
                                   DType distance_dtype, uint8_t* unsure, float* kth_upper, const Place& place) {
-  const ExactDistance exact = exact_distance_function(dtype, x.factor != nullptr);
+  const ExactDistances exact = exact_distances_function(dtype, x.factor != nullptr);
   const Rows rows{x, x2}, columns{y, y2};
   const Output output{index, distance, distance_dtype, left.k, metric, unscale};
   parallel_for(x.rows + x2.rows, place.threads, [&](int64_t begin, int64_t end, int) {
     float upper[kMaxCapacity];
+    int32_t chosen[kMaxCapacity];
+    double measured[kMaxCapacity];
     Pair pairs[kMaxCapacity];
     for (int64_t i = begin; i < end; ++i) {
       const float* const lower = left.lower + i * left.capacity;
@@ -76,17 +78,14 @@ void nearest_neighbors_select_cpu(const Features& x, const Features& x2, const F
       double farthest = std::numeric_limits<double>::infinity();
       int64_t kept = 0;
       for (const bool rest : {false, true}) {
-        const int64_t measured = kept;
+        const int64_t done = kept;
         for (int64_t c = 0; c < count; ++c)
           if ((lower[c] > first) == rest && lower[c] <= farthest)
-            pairs[kept++].index = candidate[c] < 0 ? ~candidate[c] : candidate[c];
-        for (int64_t c = measured; c < kept; ++c) {
-          const int64_t j = pairs[c].index;
-          pairs[c].distance = exact(rows.of(i), rows.local(i), columns.of(j), columns.local(j), D,
-                                    columns.next(j, pairs[std::min(c + 1, kept - 1)].index));
-        }
-        if (!rest && kept) farthest = std::max_element(pairs, pairs + kept)->distance;
+            chosen[kept++] = candidate[c] < 0 ? ~candidate[c] : candidate[c];
+        exact(rows, i, columns, chosen + done, kept - done, D, measured + done);
+        if (!rest && kept) farthest = *std::max_element(measured, measured + kept);
       }
+      for (int64_t c = 0; c < kept; ++c) pairs[c] = {measured[c], chosen[c]};
       output.write(i, pairs, kept);
     }
   });
@@ -121,8 +120,7 @@ void nearest_neighbors_rescan_cpu(const float* block, int64_t ld, const int64_t*
       for (int64_t j = 0; j < columns; ++j) {
         if (!(lower_of(j) <= threshold)) continue;
         const int64_t first = same ? same[j] : j;
-        if (known[first] < 0)
-          known[first] = exact(left.of(i), left.local(i), right.of(j), right.local(j), D, right.local(j));
+        if (known[first] < 0) known[first] = exact(left.of(i), left.local(i), right.of(j), right.local(j), D);
         pairs[kept].distance = known[first];
         pairs[kept++].index = static_cast<int32_t>(j);
       }

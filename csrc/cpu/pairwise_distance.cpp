@@ -148,7 +148,7 @@ class Finish {
     if (rooted_) root_row(row, n);
     if (scale_ != 1) scale_row(row, n, scale_);
     for (int64_t a = 0; a < found; ++a) {
-      const double squared = exact_(x_, r, y_, c0 + again[a], D_, c0 + again[a]);
+      const double squared = exact_(x_, r, y_, c0 + again[a], D_);
       row[again[a]] = static_cast<float>((rooted_ ? std::sqrt(squared) : squared) * scale_);
     }
   }

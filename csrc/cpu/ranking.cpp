@@ -403,7 +403,7 @@ struct Sides {
   int64_t D;
   ExactDistance exact;
 
-  VAREID_INLINE Measured measure(int64_t q, int64_t j) const { return {exact(x, q, y, j, D, j), j}; }
+  VAREID_INLINE Measured measure(int64_t q, int64_t j) const { return {exact(x, q, y, j, D), j}; }
 };
 
 // Lower and upper bounds of a query's distances from its products, which the lower ones overwrite.
