@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t kSegment = 1024;  // columns whose bounds stay in the first-level cache
 constexpr int64_t kChunk = 64;      // columns tested at once
+constexpr int64_t kTriangleParts = 8;
 
 // Where the largest distance of each row comes from: the products, FarPairs, or it is not wanted.
 enum class Largest { kOfProducts, kOfPairs, kNone };
@@ -128,7 +129,13 @@ VAREID_SCAN(scan_both_only, true, false, kNone)
 
 struct Rectangle {
   int64_t r0, r1, c0, c1;
+  bool both;
 };
+
+// Where the parts of `size` begin and end, at multiples of `unit`.
+int64_t edge(int64_t size, int64_t unit, int64_t part, int64_t parts) {
+  return std::min(size, (size + unit - 1) / unit * part / parts * unit);
+}
 
 // Calls body(rectangle, thread) for parts of a block that begin at multiples of `unit`: bands of rows or, with both, in
 // as many rounds as there are threads, rectangles whose rows and columns no other thread has.
@@ -136,15 +143,35 @@ template <typename Body>
 void by_rectangles(int64_t rows, int64_t columns, int64_t unit, bool both, const Place& place, const Body& body) {
   const auto units = [unit](int64_t size) { return (size + unit - 1) / unit; };
   const int64_t parts = usable_threads(std::min(units(rows), units(columns)), place.threads);
-  const auto edge = [&](int64_t size, int64_t part) { return std::min(size, units(size) * part / parts * unit); };
   for (int64_t round = 0; round < (both ? parts : 1); ++round)
     parallel_for(parts, static_cast<int>(parts), [&](int64_t first, int64_t last, int) {
       for (int64_t part = first; part < last; ++part) {
         const int64_t other = (part + round) % parts;
-        body(Rectangle{edge(rows, part), edge(rows, part + 1), both ? edge(columns, other) : 0,
-                       both ? edge(columns, other + 1) : columns},
+        body(Rectangle{edge(rows, unit, part, parts), edge(rows, unit, part + 1, parts),
+                       both ? edge(columns, unit, other, parts) : 0,
+                       both ? edge(columns, unit, other + 1, parts) : columns, both},
              part);
       }
+    });
+}
+
+// The same for a block on the diagonal, without what lies below it: the parts against themselves, then the pairs of
+// parts, in rounds in which no two pairs have a part in common, as in a tournament.
+template <typename Body>
+void by_triangle(int64_t rows, int64_t unit, const Place& place, const Body& body) {
+  const int64_t parts = std::max(kTriangleParts, 2 * int64_t{place.threads}), others = parts - 1;
+  const auto pair_of = [&](int64_t a, int64_t b) {
+    if (a > b) std::swap(a, b);
+    return Rectangle{edge(rows, unit, a, parts), edge(rows, unit, a + 1, parts), edge(rows, unit, b, parts),
+                     edge(rows, unit, b + 1, parts), a != b};
+  };
+  parallel_for(parts, place.threads, [&](int64_t first, int64_t last, int thread) {
+    for (int64_t part = first; part < last; ++part) body(pair_of(part, part), thread);
+  });
+  for (int64_t round = 0; round < others; ++round)
+    parallel_for(parts / 2, place.threads, [&](int64_t first, int64_t last, int thread) {
+      for (int64_t p = first; p < last; ++p)
+        body(pair_of(p == 0 ? others : (round + p) % others, (round + others - p) % others), thread);
     });
 }
 
@@ -160,23 +187,29 @@ void scan_block(decltype(scan_left)* scan, float* block, int64_t ld, int64_t row
   });
 }
 
-// The same of products that are made strip by strip, in `workspace`: product(row, rows, column, columns, out).
+// The same of products that are made strip by strip, in `workspace`: product(row, rows, column, columns, out). Blocks
+// on the diagonal are scanned for both sides, too.
 template <typename Product>
-void scan_strips(decltype(scan_left)* scan, int64_t rows, int64_t columns, int64_t row_begin, int64_t column_begin,
-                 const Bounds& left_bounds, const Bounds& right_bounds, const Candidates& candidates, bool both,
-                 const Measure& measure, const FarPairs* pairs, float* out, int64_t ld, void* workspace,
-                 const Place& place, const Product& product) {
+void scan_strips(decltype(scan_left)* one_sided, decltype(scan_left)* two_sided, int64_t rows, int64_t columns,
+                 int64_t row_begin, int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
+                 const Candidates& candidates, bool both, const Measure& measure, const FarPairs* pairs, float* out,
+                 int64_t ld, void* workspace, const Place& place, const Product& product) {
   constexpr int64_t kStrip = kPackedScanBytes / (kSegment * sizeof(float));  // rows of products that stay in cache
-  by_rectangles(rows, columns, kByteColumns, both, place, [&](const Rectangle& part, int64_t thread) {
+  const auto scan_part = [&](const Rectangle& part, int64_t thread) {
+    const auto scan = part.both ? two_sided : one_sided;
     float* const products = static_cast<float*>(workspace) + thread * kStrip * kSegment;
     for (int64_t c = part.c0; c < part.c1; c += kSegment)
       for (int64_t r = part.r0; r < part.r1; r += kStrip) {
         const int64_t height = std::min(kStrip, part.r1 - r), width = std::min(kSegment, part.c1 - c);
         product(r, height, c, packed_rows(width), products);
         scan(products, kSegment, height, width, row_begin + r, column_begin + c, left_bounds, right_bounds, candidates,
-             both ? &candidates : nullptr, &measure, pairs, out ? out + r * ld + c : nullptr, ld);
+             part.both ? &candidates : nullptr, &measure, pairs, out ? out + r * ld + c : nullptr, ld);
       }
-  });
+  };
+  if (both && row_begin == column_begin)
+    by_triangle(rows, kByteColumns, place, scan_part);
+  else
+    by_rectangles(rows, columns, kByteColumns, both, place, scan_part);
 }
 
 }  // namespace
@@ -221,18 +254,17 @@ void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows&
                                        int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
                                        const Candidates& candidates, bool both, const PairSets& sets,
                                        const Farthest* farthest, void* workspace, const Place& place) {
-  const auto scan = farthest ? (both ? scan_both_pairs : scan_left_pairs) : (both ? scan_both_only : scan_left_only);
   const Measure measure(sets);
   std::optional<FarPairs> pairs;
   if (farthest) pairs.emplace(FarPairs{*farthest, measure, candidates.row_max});
   const int64_t elements = packed_elements(D);
-  scan_strips(scan, left.rows, right.rows, row_begin, column_begin, left_bounds, right_bounds, candidates, both,
-              measure, pairs ? &*pairs : nullptr, nullptr, 0, workspace, place,
-              [&](int64_t r, int64_t rows, int64_t c, int64_t columns, float* products) {
-                byte_product(left.bytes + r * elements, left.scale + r, (rows + kByteRows - 1) / kByteRows * kByteRows,
-                             right.bytes + c * elements, right.scale + c, right.sum + c, columns, elements, products,
-                             kSegment);
-              });
+  scan_strips(
+      farthest ? scan_left_pairs : scan_left_only, farthest ? scan_both_pairs : scan_both_only, left.rows, right.rows,
+      row_begin, column_begin, left_bounds, right_bounds, candidates, both, measure, pairs ? &*pairs : nullptr, nullptr,
+      0, workspace, place, [&](int64_t r, int64_t rows, int64_t c, int64_t columns, float* products) {
+        byte_product(left.bytes + r * elements, left.scale + r, (rows + kByteRows - 1) / kByteRows * kByteRows,
+                     right.bytes + c * elements, right.scale + c, right.sum + c, columns, elements, products, kSegment);
+      });
 }
 
 void nearest_neighbors_scan_written_cpu(const float* x, int64_t stride, int64_t rows, const float* y, int64_t y_stride,
@@ -247,8 +279,8 @@ void nearest_neighbors_scan_written_cpu(const float* x, int64_t stride, int64_t 
   });
   const Measure measure(sets);
   const FarPairs pairs{farthest, measure, candidates.row_max};
-  scan_strips(scan_both_pairs_write, rows, columns, row_begin, column_begin, left_bounds, right_bounds, candidates,
-              true, measure, &pairs, out, ld, workspace, place,
+  scan_strips(nullptr, scan_both_pairs_write, rows, columns, row_begin, column_begin, left_bounds, right_bounds,
+              candidates, true, measure, &pairs, out, ld, workspace, place,
               [&](int64_t r, int64_t height, int64_t c, int64_t width, float* products) {
                 float_product(x + r * stride, stride, height, panels + c * D, width, D, products, kSegment);
               });

@@ -68,9 +68,10 @@ class RoundedFilter:
         return sum(near > places for near, _ in tried) * _CROWDED <= len(tried)
 
     def far_pairs(self) -> float:
-        """Of the first part, the share of pairs that a row's largest distance may be that of."""
-        tried = self._trial([0], [0], 1)
-        return sum(far for _, far in tried) / (len(tried) * self.filtered.parts[0].shape[0])
+        """The share of pairs that a row's largest distance may be that of."""
+        every = range(len(self.windows))
+        tried = self._trial(every, every, 1)
+        return sum(far for _, far in tried) / (len(tried) * len(self.window))
 
     def _trial(self, left: Sequence[int], right: Sequence[int], k: int) -> list[tuple[int, int]]:
         """For some rows of the left set, how many of the right one may be among the k nearest, and the farthest.
@@ -80,7 +81,7 @@ class RoundedFilter:
         filtered = self.filtered
         D, columns = filtered.parts[0].shape[1], sum(filtered.parts[w].shape[0] for w in right)
         total = sum(filtered.parts[w].shape[0] for w in left)
-        step = -(-total // max(8, min(total // 16, _TRIED, _TRIED_PRODUCTS // columns)))
+        step = -(-total // max(8, min(total // 256, _TRIED, _TRIED_PRODUCTS // columns)))
         numbers = [torch.arange(0, filtered.parts[w].shape[0], step, device=filtered.norm.device) for w in left]
         tried = filtered.norm.new_empty((sum(map(len, numbers)), D))
         done = 0

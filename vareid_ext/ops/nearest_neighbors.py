@@ -424,15 +424,15 @@ def pairs_pay(sampled: Sequence[Tensor], metric: str, scale: float | None, total
 
     It depends on nothing but that and :func:`vareid_ext.ops._filter.samples` of the rows: where they are divided, too.
     """
-    rows = torch.cat(list(sampled))
+    rows = sum(map(len, sampled))
     kind: type[ByteFilter] | type[BFloat16Filter]
-    if ByteFilter.pays(rows, rows.shape[0]):
+    if ByteFilter.pays(sampled[0], rows):
         kind = ByteFilter
-    elif BFloat16Filter.pays(rows, total * total, pairs=True):
+    elif BFloat16Filter.pays(sampled[0], total * total, pairs=True):
         kind = BFloat16Filter
     else:
         return False
-    return kind(Filter([rows], ["samples"], metric, scale), rows.shape[0]).far_pairs() * _FAR_SHARE <= 1
+    return kind(Filter(sampled, ["samples"] * len(sampled), metric, scale), rows).far_pairs() * _FAR_SHARE <= 1
 
 
 def _symmetric_scan(
@@ -474,7 +474,7 @@ def _symmetric_scan(
                     columns, to, sizes = rounded.block(other, begin, end, left=False), strip[0][3], (size, end - begin)
                     for scan in scans[1:] if crossed else ():
                         scan.scan_packed(packed, columns, sizes, first, begin, both=False)
-                    scans[0].scan_packed(packed, columns, sizes, offset, to, both=not alone)
+                    scans[0].scan_packed(packed, columns, sizes, offset, to, both=True)
                     _progress.advance(size * (size + 1) // 2 if alone else size * (end - begin))
                     continue
                 else:
