@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +84,31 @@ def rescan_bytes(columns: int, threads: int) -> int:
     return columns * (24 * threads + 80) + 64 * _EQUAL_CHUNK
 
 
+class _Candidates(NamedTuple):
+    """What is kept of each row while blocks go by, as csrc/nearest_neighbors.h explains it and in its order."""
+
+    lower: Tensor
+    """[rows, places]"""
+    column: Tensor
+    """int32 [rows, places]"""
+    kept: Tensor
+    """int32"""
+    threshold: Tensor
+    cut: Tensor
+    row_max: Tensor
+    crowded: Tensor
+    """bool; on a GPU it is not used"""
+
+    @classmethod
+    def none(cls, row_max: Tensor, places: int) -> _Candidates:
+        """Of rows whose largest distances go to ``row_max`` [rows]."""
+        rows, new = row_max.shape[0], row_max.new_empty
+        return cls(
+            new((rows, places)), new((rows, places), dtype=torch.int32), new(rows, dtype=torch.int32).zero_(),
+            new(rows).fill_(torch.inf), new(rows).fill_(torch.inf), row_max, new(rows, dtype=torch.bool).zero_(),
+        )  # fmt: skip
+
+
 class _Scan:
     """Candidates of the rows of some parts of a filter, gathered block by block; or of those among them from number
     ``begin`` on and before ``end``.
@@ -109,34 +134,26 @@ class _Scan:
         self.row_max = new(self.rows).zero_()
         self._panels: Tensor | None = None
         self._products: Tensor | None = None
-        self.candidates = self._no_candidates(_capacity(k, rounded))
+        self.candidates = _Candidates.none(self.row_max, _capacity(k, rounded))
         if reach is not None:
-            self.candidates[3].copy_(reach)
+            self.candidates.threshold.copy_(reach)
         self.opposite: _Scan | None = None
         self.farthest: Any = None
         if pairs and isinstance(rounded, BFloat16Filter):
             self.opposite = self._of_opposite_rows()
-            self.candidates[5] = torch.empty_like(self.row_max)  # that of rounded products
+            of_products = torch.empty_like(self.row_max)
+            self.candidates = self.candidates._replace(row_max=of_products)
         elif pairs and not filtered.norm.is_cuda:
             shape = self.rows, _FARTHEST
             found = new(shape), new(shape, dtype=torch.int32), new(self.rows, dtype=torch.int32).zero_()
             self.farthest = found
-
-    def _no_candidates(self, places: int) -> list[Tensor]:
-        new = self.row_max.new_empty
-        return [
-            new((self.rows, places)), new((self.rows, places), dtype=torch.int32),
-            new(self.rows, dtype=torch.int32).zero_(), new(self.rows).fill_(torch.inf),
-            new(self.rows).fill_(torch.inf), self.row_max, new(self.rows, dtype=torch.bool).zero_(),
-        ]  # fmt: skip
 
     def _of_opposite_rows(self) -> _Scan:
         """A scan that finds what is farthest: ``-n_i - n_j - 2 (-p_i . p_j)`` is least where the distance is largest,
         and errs by no more than the window, too.
         """
         one = copy.copy(self)
-        one.k, one.candidates = 1, self._no_candidates(_FAR_PLACES)
-        one.candidates[5] = torch.empty_like(self.row_max)
+        one.k, one.candidates = 1, _Candidates.none(torch.empty_like(self.row_max), _FAR_PLACES)
         one.left_bounds, one.right_bounds = (
             (norm.neg(), window) for norm, window in (self.left_bounds, self.right_bounds)
         )
@@ -162,10 +179,10 @@ class _Scan:
         bounds = self.filtered.bounds if self.rounded is None else self.rounded.bounds
         one.left_bounds, one.right_bounds = bounds([left]), bounds([right])
         one.rows, one.columns = end - begin, self.filtered.parts[right].shape[0]
-        one.candidates = [state[begin:end] for state in self.candidates]
+        one.candidates = _Candidates(*(state[begin:end] for state in self.candidates))
         if right:  # they are numbered from the first part on
-            offset, measured = self.filtered.parts[0].shape[0], one.candidates[1] < 0
-            one.candidates[1].sub_(offset).add_(measured, alpha=2 * offset)  # of those, it is ~j
+            offset, measured = self.filtered.parts[0].shape[0], one.candidates.column < 0
+            one.candidates.column.sub_(offset).add_(measured, alpha=2 * offset)  # of those, it is ~j
         one.row_max = self.row_max[begin:end]
         return one
 
@@ -253,7 +270,7 @@ class _Scan:
         products = "float32" if self.rounded is None else self.rounded.name
         _progress.count(f"rows filtered by products of {products}", lambda: self.rows)
         if not index.is_cuda:
-            _progress.count("with candidates measured early", lambda: int(self.candidates[6].sum()))
+            _progress.count("with candidates measured early", lambda: int(self.candidates.crowded.sum()))
         _progress.count("done again", rows.numel)
         if rows.numel():
             del self.candidates
@@ -371,11 +388,9 @@ def _measure(
 ) -> Tensor:  # fmt: skip
     """float64 ``|z_i - z_j|^2`` of each row of the left set and one of the right, summed as the nearest's."""
     new, size = filtered.norm.new_zeros, columns.numel()
-    candidates = [
-        new((size, 2)), new((size, 2), dtype=torch.int32), new(size, dtype=torch.int32).fill_(1), new(size),
-        new(size).fill_(torch.inf), new(size), new(size, dtype=torch.bool),
-    ]  # fmt: skip
-    candidates[1][:, 0] = columns
+    candidates = _Candidates.none(new(size), 2)
+    candidates.kept.fill_(1)
+    candidates.lower[:, 0], candidates.column[:, 0] = 0, columns
     out = new((size, 1), dtype=torch.float64)
     _native.launch(
         "nearest_neighbors_select", left, right, METRICS.index("sqeuclidean"), 1.0, (new(size), new(size)),
