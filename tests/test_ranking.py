@@ -121,6 +121,23 @@ def test_many_matches_follow_the_definition(backend, kind, dtype):
     assert_same(rank_queries(-distances, *labels), -distances, *labels)
 
 
+@pytest.mark.parametrize("G", [63, 64, 65, 1024, 1025, 2111])
+def test_many_matches_in_any_number_of_images_follow_the_definition(backend, G):
+    for seed, levels in enumerate((None, 30)):
+        distances, *labels = problem(seed, 1, G, 2, levels=levels)
+        labels[0][0] = 0
+        assert_same(rank_queries(distances, *labels[:2]), distances, *labels[:2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_matches_among_more_images_than_16_bits_count(dtype):
+    rng, G = np.random.default_rng(16), 140_003
+    identity = (rng.random(G) < 0.997).astype(np.int64)
+    for others in (0.5, rng.random(G)):  # all in one bucket, or in all
+        distances = torch.from_numpy(np.where(identity == 0, rng.random(G), others))[None].to(dtype)
+        assert_same(rank_queries(distances, [0], identity), distances, [0], identity)
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 90), st.integers(1, 5), st.integers(1, 30))
 def test_any_small_problem_with_ties_follows_the_definition(seed, Q, G, identities, levels):
@@ -309,6 +326,16 @@ def test_nan_and_inf_are_refused_by_row(backend, bad, column, identities, dtype)
     distances[4, column] = bad
     with pytest.raises(ValueError, match=rf"distances: row 4 .*column {column}"):
         evaluate_ranking(distances, *labels)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_of_one_of_many_matches_are_refused(backend, bad, dtype):
+    distances, *labels = problem(17, 2, 300, 2, dtype=dtype)
+    labels[1][7] = labels[0][1] = 1
+    distances[1, 7] = bad
+    with pytest.raises(ValueError, match=r"distances: row 1 .*column 7"):
+        evaluate_ranking(distances, *labels[:2])
 
 
 def test_the_largest_finite_distances_are_allowed(backend):

@@ -6,7 +6,7 @@
 
 #include "cpu/exact_distance.h"
 #include "cpu/parallel.h"
-#include "cpu/ranked_rows.h"
+#include "cpu/ranking_buckets.h"
 #include "cpu/simd.h"
 
 namespace vareid {
@@ -14,18 +14,11 @@ namespace {
 
 constexpr int kHitsAtOnce = 8;       // matches whose counts are kept in registers
 constexpr int64_t kFewLeftOut = 64;  // images left out one by one, without a copy of the row
-constexpr int32_t kBuckets = 4096;
-constexpr int32_t kAfter = 16;    // buckets that images after every match take in turn, as adding to one again waits
-constexpr int64_t kTogether = 8;  // places that are looked at together
 
-// From so many matches on, counting by bucket beats one comparison for each match.
+// From so many matches on, counting by bucket beats one comparison for each match. In two bytes distances tie, and more
+// of them share a bucket with a match.
 template <typename T>
-inline constexpr int64_t kManyHits = 160 / sizeof(T);
-
-// A match: its distance's key, its gallery index, and how many images come before it.
-struct Hit {
-  int64_t key, index, before;
-};
+inline constexpr int64_t kManyHits = sizeof(T) == 2 ? 80 : 96 / sizeof(T);
 
 // Whether n distances are finite and have no sign: then their bits are their keys.
 template <typename T>
@@ -183,141 +176,6 @@ VAREID_INLINE bool compare_all(const T* row, const uint8_t* junk, int64_t G, con
   return true;
 }
 
-// Orders matches by key, those of one key as they were. Byte by byte: what a comparison says cannot be predicted.
-template <typename K>
-void sort_by_key(Hit* hits, Hit* spare, int64_t n) {
-  constexpr int kDigits = 256;
-  Hit* sorted = hits;
-  for (int shift = 0; shift < static_cast<int>(8 * sizeof(K)); shift += 8) {
-    const auto digit = [shift](const Hit& hit) {
-      return (static_cast<uint64_t>(hit.key) + (uint64_t{1} << (8 * sizeof(K) - 1))) >> shift & (kDigits - 1);
-    };
-    int64_t begin[kDigits + 1] = {};
-    for (int64_t h = 0; h < n; ++h) ++begin[digit(sorted[h]) + 1];
-    if (begin[digit(sorted[0]) + 1] == n) continue;
-    for (int d = 0; d < kDigits; ++d) begin[d + 1] += begin[d];
-    for (int64_t h = 0; h < n; ++h) spare[begin[digit(sorted[h])]++] = sorted[h];
-    std::swap(sorted, spare);
-  }
-  if (sorted != hits) std::copy(sorted, sorted + n, hits);
-}
-
-// Adds images to their buckets, given the bucket of each (n is a multiple of kTogether). A bucket holds twice the
-// number of its images, plus 1 if a match is in it; which images are in such buckets is written to `shared`, how many
-// returned. Asks for the distances `ahead` meanwhile.
-template <typename T>
-int64_t count_places(const uint16_t* place, int64_t n, const T* ahead, uint32_t* buckets, uint16_t* shared) {
-  uint16_t groups[kChunk / kTogether];
-  int64_t num_groups = 0;  // with such an image; no branches, they could not be predicted
-  for (int64_t j = 0; j < n; j += kTogether) {
-    __builtin_prefetch(ahead + j);
-    uint32_t flags = 0;
-#pragma GCC unroll 8
-    for (int64_t t = 0; t < kTogether; ++t) {
-      uint32_t& bucket = buckets[place[j + t]];
-      flags |= bucket;
-      bucket += 2;
-    }
-    groups[num_groups] = static_cast<uint16_t>(j);
-    num_groups += flags & 1;
-  }
-  int64_t found = 0;
-  for (int64_t g = 0; g < num_groups; ++g) {
-#pragma GCC unroll 8
-    for (int64_t t = 0; t < kTogether; ++t) {
-      shared[found] = static_cast<uint16_t>(groups[g] + t);
-      found += buckets[place[groups[g] + t]] & 1;
-    }
-  }
-  return found;
-}
-
-// Many matches, in order of key: distances are counted by bucket (an increasing function of the distance), and only
-// those that share a bucket with a match are looked up among the matches of the bucket. `own`: the matches are images
-// of the row, and in order.
-template <typename T>
-VAREID_INLINE bool count_buckets(const T* row, const uint8_t* junk, int64_t G, const Group& group, Hit* hits, int64_t n,
-                                 bool own) {
-  using K = Key<T>;
-  using Value = typename Accumulator<T>::type;
-  constexpr Value kMax = std::numeric_limits<Value>::max();
-  const auto earlier = [](const Hit& a, const Hit& b) {
-    return a.key < b.key || (a.key == b.key && a.index < b.index);
-  };
-  const K smallest = static_cast<K>(hits[0].key);
-  const K largest = static_cast<K>(hits[n - 1].key);
-  const Value span = value_from_key<T>(largest) - value_from_key<T>(smallest);
-  const bool one_bucket = !(span > 0 && span <= kMax && kBuckets / span <= kMax);
-  const Value low = one_bucket ? Value(0) : value_from_key<T>(smallest);  // no difference may overflow
-  const Value scale = one_bucket ? Value(0) : (kBuckets - 1) / span;
-  const auto bucket_of = [&](K key) {
-    key = std::min(std::max(key, smallest), largest);
-    return static_cast<int32_t>((value_from_key<T>(key) - low) * scale);
-  };
-  uint32_t buckets[kBuckets + kAfter] = {};
-  struct Matches {
-    int32_t begin, end;
-  } matches[kBuckets];  // of the buckets that hold some
-  for (int64_t h = 0; h < n; ++h) {
-    const int32_t bucket = bucket_of(static_cast<K>(hits[h].key));
-    if (!buckets[bucket]) matches[bucket].begin = static_cast<int32_t>(h);
-    matches[bucket].end = static_cast<int32_t>(h + 1);
-    buckets[bucket] = 1;
-  }
-  alignas(64) K copied[kChunk];
-  alignas(64) uint16_t place[kChunk];
-  uint16_t shared[kChunk + 1];
-  int64_t next = 0;
-  for (int64_t begin = 0; begin < G; begin += kChunk) {
-    const T* const x = row + begin;
-    const int64_t size = std::min(kChunk, G - begin);
-    auto key = reinterpret_cast<const typename Alias<K>::type*>(x);
-    if (junk || !bits_are_keys(x, size)) {
-      if (!keys_from(x, junk ? junk + begin : nullptr, size, copied)) return false;
-      key = copied;
-    }
-#pragma omp simd
-    for (int64_t j = 0; j < size; ++j) {
-      const int32_t after = static_cast<int32_t>(j) % kAfter + 1;
-      place[j] = static_cast<uint16_t>(bucket_of(key[j]) + (key[j] > largest ? after : 0));
-    }
-    int64_t counted = size;
-    for (; counted % kTogether != 0; ++counted) place[counted] = kBuckets;
-    for (; next < group.size && group.index[next] < begin + size; ++next)
-      if (own || group.left_out(next)) place[group.index[next] - begin] = kBuckets;
-    const int64_t found = count_places(place, counted, x + size, buckets, shared);
-    for (int64_t c = 0; c < found; ++c) {
-      const int64_t j = shared[c];
-      const Hit image{key[j], begin + j, 0};
-      const Matches among = matches[place[j]];
-      int64_t later = among.begin;
-      later += hits[later].key < image.key ? 1 : 0;  // no branch: images lie on either side of a bucket's only match
-      if (later < n && !earlier(image, hits[later]))
-        later = std::upper_bound(hits + later + 1, hits + among.end, image, earlier) - hits;
-      if (later < n) ++hits[later].before;
-    }
-  }
-  // Images in the buckets before a match's own: those of whole blocks, and those of its block.
-  constexpr int32_t kBlock = 64;
-  uint32_t before_block[kBuckets / kBlock + 1] = {};
-  for (int64_t h = 0; h < n; ++h) buckets[bucket_of(static_cast<K>(hits[h].key))] = 0;
-  for (int32_t b = 0; b < kBuckets / kBlock; ++b) {
-    uint32_t sum = 0;
-    for (int32_t i = 0; i < kBlock; ++i) sum += buckets[b * kBlock + i];
-    before_block[b + 1] = before_block[b] + sum;
-  }
-  int64_t looked_up = 0;
-  for (int64_t h = 0; h < n; ++h) {
-    const int32_t bucket = bucket_of(static_cast<K>(hits[h].key));
-    const uint32_t* const block = buckets + bucket / kBlock * kBlock;
-    uint32_t sum = before_block[bucket / kBlock];
-    for (int32_t i = 0; i < kBlock; ++i) sum += i < bucket % kBlock ? block[i] : 0;
-    looked_up += hits[h].before;
-    hits[h].before = looked_up + sum / 2 + (own ? h : 0);
-  }
-  return true;
-}
-
 // Writes a query's results from its matches, in order.
 VAREID_INLINE void write_results(const Hit* hits, int64_t n, int64_t q, const RankingResults& out) {
   out.num_matches[q] = n;
@@ -349,7 +207,7 @@ VAREID_INLINE void rank_query(const T* row, const uint8_t* junk, int64_t G, cons
       const int64_t index = group.index[i];
       hits[n++] = {key_from_bits(signed_bits(row + index)), index, 0};
     }
-  if (n >= kManyHits<T>) sort_by_key<Key<T>>(hits, hits + n, n);
+  if (n >= kManyHits<T>) sort_by_bucket<T>(hits, hits + n, n);
   write_results(hits, count_all(row, junk, G, group, hits, n, true) ? n : -1, q, out);
 }
 
