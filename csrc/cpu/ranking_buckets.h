@@ -79,17 +79,26 @@ template <typename T>
 VAREID_INLINE bool find_places(const T* x, int64_t n, const Scale<T>& scale, uint16_t* place) {
   using K = Key<T>;
   using Value = typename Accumulator<T>::type;
-  K largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int32_t j = 0; j < static_cast<int32_t>(n); ++j) {
-    const K magnitude = signed_bits(x + j) & kMagnitude<K>;
-    largest = magnitude > largest ? magnitude : largest;
-    const Value after = static_cast<Value>(kInside + j % kOutside);
-    const Value before = kInside - 1 - after;
-    const Value number = std::max(before, std::min(after, scale(load(x + j))));  // in this order NaN is in range too
-    place[j] = static_cast<uint16_t>(static_cast<int32_t>(number) + kOutside);
+  Value before[kOutside], after[kOutside];
+  for (int32_t t = 0; t < kOutside; ++t) {
+    before[t] = static_cast<Value>(-1 - t);
+    after[t] = static_cast<Value>(kInside + t);
   }
-  return largest < kInfinity<T>;
+  K largest[kOutside] = {};
+  const auto find = [&](int64_t begin, int64_t size) __attribute__((always_inline)) {
+#pragma omp simd
+    for (int64_t t = 0; t < size; ++t) {
+      const T* const at = x + begin + t;
+      const K magnitude = signed_bits(at) & kMagnitude<K>;
+      largest[t] = magnitude > largest[t] ? magnitude : largest[t];
+      const Value number =
+          std::max(before[t], std::min(after[t], scale(load(at))));  // in this order NaN is in range too
+      place[begin + t] = static_cast<uint16_t>(static_cast<int32_t>(number) + kOutside);
+    }
+  };
+  if (n < kOutside) find(0, n);
+  for (int64_t j = 0; n >= kOutside && j < n; j += kOutside) find(std::min(j, n - kOutside), kOutside);
+  return *std::max_element(largest, largest + kOutside) < kInfinity<T>;
 }
 
 // Adds images to their buckets, given the bucket of each (n is a multiple of 64). Which are in buckets that hold a
