@@ -105,6 +105,20 @@ def test_blocks_and_threads_change_nothing(rounded, block_rows):
         torch.set_num_threads(before)
 
 
+def test_a_block_on_the_diagonal_is_whole_for_any_number_of_threads(rounded):
+    """It has two parts for each, or at least eight, as far as there are rows."""
+    x = features(600, 40)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 5, 7, 9, 40):
+            torch.set_num_threads(threads)
+            for rows in (600, 290, 33):
+                index = op._nearest_neighbors(x[:rows], None, 21, "sqeuclidean", 0)[1]
+                assert np.array_equal(index.numpy(), sorted_truth(x[:rows], 21)[1])
+    finally:
+        torch.set_num_threads(before)
+
+
 def assert_bounds_hold(scan, x, *, idle):
     """A scan of x with itself that kept all pairs: each distance is between its bounds, which are used unless idle."""
     lower, index, count = scan.candidates[:3]

@@ -159,7 +159,9 @@ void by_rectangles(int64_t rows, int64_t columns, int64_t unit, bool both, const
 // parts, in rounds in which no two pairs have a part in common, as in a tournament.
 template <typename Body>
 void by_triangle(int64_t rows, int64_t unit, const Place& place, const Body& body) {
-  const int64_t parts = std::max(kTriangleParts, 2 * int64_t{place.threads}), others = parts - 1;
+  const int64_t fitting = (rows + 2 * unit - 1) / (2 * unit);  // pairs of parts, of a unit at least
+  const int64_t parts = 2 * std::min(fitting, std::max(kTriangleParts / 2, int64_t{place.threads}));
+  const int64_t others = parts - 1;
   const auto pair_of = [&](int64_t a, int64_t b) {
     if (a > b) std::swap(a, b);
     return Rectangle{edge(rows, unit, a, parts), edge(rows, unit, a + 1, parts), edge(rows, unit, b, parts),
