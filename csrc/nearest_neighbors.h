@@ -89,8 +89,9 @@ void nearest_neighbors_scan_farthest_cpu(float* block, int64_t ld, int64_t rows,
                                          const Candidates& candidates, bool both, const PairSets& sets,
                                          const Farthest& farthest, const Place& place);
 
-// workspace: kPackedScanBytes for each thread. Without `farthest`, row_max stays as it is. In this and the other scans
-// that take sets, candidates of a row that has more of them than places are measured.
+// With `both`, a block that begins at the same row and column is one on the diagonal, of rows with themselves, and may
+// be given, too. workspace: kPackedScanBytes for each thread. Without `farthest`, row_max stays as it is. In this and
+// the other scans that take sets, candidates of a row that has more of them than places are measured.
 void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows& right, int64_t D, int64_t row_begin,
                                        int64_t column_begin, const Bounds& left_bounds, const Bounds& right_bounds,
                                        const Candidates& candidates, bool both, const PairSets& sets,
@@ -98,8 +99,8 @@ void nearest_neighbors_scan_packed_cpu(const PackedRows& left, const PackedRows&
 constexpr int64_t kPackedScanBytes = 64 * 1024 * 4;
 
 // nearest_neighbors_scan_farthest for both sides of a block whose distances are wanted themselves, clamped at 0: `out`
-// [rows, columns], with a leading dimension. Its products are those of float32 rows x and y, as elsewhere. panels: D
-// times the columns, rounded up to packed rows; workspace: kPackedScanBytes for each thread.
+// [rows, columns], with a leading dimension. It is not on the diagonal. Its products are those of float32 rows x and y,
+// as elsewhere. panels: D times the columns, rounded up to packed rows; workspace: kPackedScanBytes for each thread.
 void nearest_neighbors_scan_written_cpu(const float* x, int64_t stride, int64_t rows, const float* y, int64_t y_stride,
                                         int64_t columns, int64_t D, int64_t row_begin, int64_t column_begin,
                                         const Bounds& left_bounds, const Bounds& right_bounds,

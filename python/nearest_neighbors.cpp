@@ -170,6 +170,7 @@ void scan_packed(const Arrays& left, int64_t rows, const Arrays& right, int64_t 
                  const Array& workspace, const Place& place) {
   const Candidates state = make_candidates(candidates, k);
   check_ranges(candidates, row_begin, rows, column_begin, columns, both);
+  if (both && row_begin == column_begin && rows != columns) refuse("columns", "must be the rows");
   need_byte_products(candidates[0]);
   const MeasuredSets sets(parts);
   std::optional<Farthest> pairs;
@@ -205,6 +206,7 @@ void scan_written(const Array& x, const Array& y, int64_t row_begin, int64_t col
   check_shape(out, "out", {rows, columns});
   const Candidates state = make_candidates(candidates, k);
   check_ranges(candidates, row_begin, rows, column_begin, columns, true);
+  if (row_begin == column_begin) refuse("column_begin", "is that of the rows");
   need_byte_products(x);
   const MeasuredSets sets(parts);
   nearest_neighbors_scan_written_cpu(x.as<float>(), stride, rows, y.as<float>(), y_stride, columns, D, row_begin,

@@ -236,6 +236,21 @@ def test_stages_agree_with_the_reference(backend):
             assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_pairs_that_are_in_no_list_are_measured(backend, scale):
+    """However many a row has of them."""
+    x, M = torch.from_numpy(feature_array(140, 33)), 140
+    counts = torch.tensor([0, 1, 2, 3, 4, 63, 64, 65, 66, 67, 128, 130, M]).repeat(11)[:M]
+    columns = [(torch.arange(count) + i) % M for i, count in enumerate(counts)]
+    neighbor = torch.stack([(torch.arange(M) + 1) % M, (torch.arange(M) + 66) % M], 1)
+    indptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    expected = torch.from_numpy(squared_distances(x, x)).mul_(scale**2).float()
+    near = expected.gather(1, neighbor)
+    got = op.listed_distance(x[:50], x[50:], scale, neighbor.int(), near, indptr, torch.cat(columns).int())
+    rows = torch.arange(M).repeat_interleave(counts)
+    torch.testing.assert_close(got, expected[rows, torch.cat(columns)], rtol=2e-7, atol=0)
+
+
 def test_the_operators_pass_opcheck():
     x = torch.from_numpy(feature_array(20, 4))
     neighbor = torch.from_numpy(ranked(squared_distances(x, x))[:, :6].astype(np.int32))
