@@ -106,11 +106,11 @@ def test_blocks_and_threads_change_nothing(rounded, block_rows):
 
 
 def test_a_block_on_the_diagonal_is_whole_for_any_number_of_threads(rounded):
-    """It has two parts for each, or at least eight, as far as there are rows."""
+    """It has eight parts, as far as there are rows, or with more threads bands."""
     x = features(600, 40)
     before = torch.get_num_threads()
     try:
-        for threads in (1, 5, 7, 9, 40):
+        for threads in (1, 3, 4, 5, 9, 40):
             torch.set_num_threads(threads)
             for rows in (600, 290, 33):
                 index = op._nearest_neighbors(x[:rows], None, 21, "sqeuclidean", 0)[1]

@@ -160,7 +160,7 @@ void by_rectangles(int64_t rows, int64_t columns, int64_t unit, bool both, const
 template <typename Body>
 void by_triangle(int64_t rows, int64_t unit, const Place& place, const Body& body) {
   const int64_t fitting = (rows + 2 * unit - 1) / (2 * unit);  // pairs of parts, of a unit at least
-  const int64_t parts = 2 * std::min(fitting, std::max(kTriangleParts / 2, int64_t{place.threads}));
+  const int64_t parts = 2 * std::min(fitting, kTriangleParts / 2);
   const int64_t others = parts - 1;
   const auto pair_of = [&](int64_t a, int64_t b) {
     if (a > b) std::swap(a, b);
@@ -208,10 +208,11 @@ void scan_strips(decltype(scan_left)* one_sided, decltype(scan_left)* two_sided,
              part.both ? &candidates : nullptr, &measure, pairs, out ? out + r * ld + c : nullptr, ld);
       }
   };
-  if (both && row_begin == column_begin)
+  const bool diagonal = both && row_begin == column_begin;
+  if (diagonal && place.threads <= kTriangleParts / 2)
     by_triangle(rows, kByteColumns, place, scan_part);
-  else
-    by_rectangles(rows, columns, kByteColumns, both, place, scan_part);
+  else  // more threads would meet more often than that saves
+    by_rectangles(rows, columns, kByteColumns, both && !diagonal, place, scan_part);
 }
 
 }  // namespace

@@ -81,7 +81,7 @@ class RoundedFilter:
         filtered = self.filtered
         D, columns = filtered.parts[0].shape[1], sum(filtered.parts[w].shape[0] for w in right)
         total = sum(filtered.parts[w].shape[0] for w in left)
-        step = -(-total // max(8, min(total // 256, _TRIED, _TRIED_PRODUCTS // columns)))
+        step = -(-total // max(8, min(max(16, total // 256), _TRIED, _TRIED_PRODUCTS // columns)))
         numbers = [torch.arange(0, filtered.parts[w].shape[0], step, device=filtered.norm.device) for w in left]
         tried = filtered.norm.new_empty((sum(map(len, numbers)), D))
         done = 0
