@@ -37,7 +37,7 @@ MAX_NEIGHBORS = {"cpu": 2048, "cuda": 128}  # the largest k of the native kernel
 MIN_ROWS = 64  # done again at once, where memory allows it
 _PAIR_ELEMENTS = 1 << 20  # of the rows of pairs that are measured at once
 _MAX_CAPACITY = 4096  # as kMaxCapacity in csrc/cpu/nearest_neighbors_candidates.h
-_PANEL = 32  # as kFloatPanel in csrc/cpu/float_products.h
+_PANELS = 512  # columns that are held in panels at once, a multiple of csrc/cpu/float_products.h's kFloatPanel
 _FARTHEST = 8  # as kFarthest in csrc/nearest_neighbors.h
 _FAR_PLACES = 32  # for pairs that come before a row's largest distance is about known
 _FAR_BYTES = 28 * _FAR_PLACES  # of a row, with the copies that are sorted
@@ -210,12 +210,14 @@ class _Scan:
         It is for scans that look for the pairs of the largest distances.
         """
         if self._panels is None:
-            side = -(-self.block_rows // _PANEL) * _PANEL
-            self._panels = rows.new_empty(side * rows.shape[1])
-        _native.launch(
-            "nearest_neighbors_scan_written", rows, columns, row, column, self.left_bounds, self.right_bounds,
-            self.candidates, self.k, self._sets, self.farthest, out, self._panels, self._workspace(), on=rows,
-        )  # fmt: skip
+            self._panels = rows.new_empty(_PANELS * rows.shape[1])
+        for begin in range(0, columns.shape[0], _PANELS):
+            some = slice(begin, begin + _PANELS)
+            _native.launch(
+                "nearest_neighbors_scan_written", rows, columns[some], row, column + begin, self.left_bounds,
+                self.right_bounds, self.candidates, self.k, self._sets, self.farthest, out[:, some], self._panels,
+                self._workspace(), on=rows,
+            )  # fmt: skip
 
     @property
     def _sets(self) -> Any:
